@@ -1,0 +1,213 @@
+"""The only file that knows PEFT: attach adapters, lay them out in flat buffers, write PEFT folders.
+
+A client's adapter is one row of fp32 numbers: the A factors of all layers, then the B factors, both
+in the sorted order of the layers' names. A row's A part is the message of the round.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from sfed.cli import UserError
+from sfed.layers import PassContext, StackedLoraLinear
+
+_SUPPORTED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One factor of one layer within a row."""
+
+    layer: str
+    factor: str
+    shape: tuple[int, int]
+    start: int
+
+    @property
+    def end(self) -> int:
+        """First position after the piece."""
+        return self.start + math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each factor stands in a client's row."""
+
+    pieces: tuple[Piece, ...]
+    num_a: int
+    size: int
+
+    def columns(self, factor: str) -> slice:
+        """The columns of a row that hold all A or all B."""
+        return slice(0, self.num_a) if factor == "A" else slice(self.num_a, self.size)
+
+    @staticmethod
+    def of(shapes: Sequence[tuple[str, int, int]], lora_rank: int) -> Layout:
+        """Lay out layers given as (name, in, out), in sorted order of their names."""
+        pieces: list[Piece] = []
+        position = 0
+        for factor in ("A", "B"):
+            for name, in_features, out_features in sorted(shapes):
+                shape = (lora_rank, in_features) if factor == "A" else (out_features, lora_rank)
+                pieces.append(Piece(name, factor, shape, position))
+                position = pieces[-1].end
+        num_a = pieces[len(shapes)].start
+        return Layout(tuple(pieces), num_a, position)
+
+
+class Adapters:
+    """The adapted layers of one model and the layout of a client's row."""
+
+    def __init__(
+        self,
+        layers: dict[str, StackedLoraLinear],
+        layout: Layout,
+        peft_config: LoraConfig,
+        context: PassContext,
+    ) -> None:
+        self.layers = layers
+        self.layout = layout
+        self.peft_config = peft_config
+        self.context = context
+
+    def bind(
+        self,
+        values: torch.Tensor,
+        grads: torch.Tensor | None = None,
+        trained: Sequence[str] = (),
+    ) -> None:
+        """Point all layers at the rows of ``values``.
+
+        Args:
+            values: (C, layout.size) fp32 rows of the clients of the coming passes.
+            grads: same shape; backward adds to it in place. None where nothing trains.
+            trained: factors that get gradients.
+        """
+        bound: dict[tuple[str, str], torch.Tensor] = {}
+        for piece in self.layout.pieces:
+            view = values[:, piece.start : piece.end].view(-1, *piece.shape).detach()
+            if grads is not None and piece.factor in trained:
+                view.requires_grad_()
+                view.grad = grads[:, piece.start : piece.end].view(-1, *piece.shape)
+            bound[piece.layer, piece.factor] = view
+        for name, layer in self.layers.items():
+            layer.bind(bound[name, "A"], bound[name, "B"])
+
+    def initial_a(self, generator: torch.Generator) -> torch.Tensor:
+        """Draw all A factors of one client as PEFT does: kaiming_uniform(a = sqrt 5).
+
+        Returns:
+            (layout.num_a,) fp32 on CPU; each A is uniform in +-1/sqrt(in).
+        """
+        row = torch.empty(self.layout.num_a)
+        for piece in self.layout.pieces:
+            if piece.factor == "A":
+                bound = 1.0 / math.sqrt(piece.shape[1])
+                row[piece.start : piece.end].uniform_(-bound, bound, generator=generator)
+        return row
+
+    def write_peft_folder(self, folder: Path, row: torch.Tensor) -> None:
+        """Write one client's row as a stock PEFT adapter, whole or not at all.
+
+        ``PeftModel.from_pretrained(base, folder)`` then computes what the trainer computed:
+        the factor gamma is carried by ``lora_alpha`` and ``use_rslora``.
+
+        Args:
+            folder: of adapter_config.json and adapter_model.safetensors; parents are made.
+            row: (layout.size,) of any device.
+        """
+        row = row.detach().cpu()
+        tensors = {
+            f"base_model.model.{piece.layer}.lora_{piece.factor}.weight": row[
+                piece.start : piece.end
+            ]
+            .view(piece.shape)
+            .clone()
+            for piece in self.layout.pieces
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / "adapter_model.safetensors.tmp"
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / "adapter_model.safetensors")
+        settings = {**self.peft_config.to_dict(), "inference_mode": True}
+        settings["target_modules"] = sorted(settings["target_modules"])
+        text = json.dumps(settings, indent=2, sort_keys=True, default=str)
+        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def attach(
+    model: PreTrainedModel,
+    *,
+    lora_rank: int,
+    lora_scaling: float,
+    dropout: float,
+    target_modules: tuple[str, ...] | str,
+    base_name: str,
+) -> Adapters:
+    """Let PEFT choose and name the layers, then put stacked layers in their places.
+
+    Call it after the backbone is sharded: what DeepSpeed has not seen stays on this process.
+
+    Args:
+        model: the frozen backbone; changed in place.
+        lora_rank: r.
+        lora_scaling: gamma.
+        dropout: probability on the adapters' input.
+        target_modules: names as PEFT takes them, or "all-linear".
+        base_name: written into exported adapters as the name of their base model.
+
+    Raises:
+        UserError: where a target does not exist or is not a linear layer.
+    """
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    request = LoraConfig(
+        r=lora_rank,
+        # Stock PEFT's rsLoRA rule lora_alpha / sqrt(r) then gives gamma.
+        lora_alpha=lora_scaling * math.sqrt(lora_rank),
+        use_rslora=True,
+        lora_dropout=dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+    )
+    try:
+        # On the meta device: the factors that train are rows of our own buffers.
+        peft_model = get_peft_model(model, request, low_cpu_mem_usage=True)
+    except ValueError as error:
+        known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m)})
+        raise UserError(
+            f"lora.target_modules = {target_modules!r}: {str(error).splitlines()[0]} The linear "
+            f"layers of this model are {', '.join(known)}"
+        ) from None
+    peft_config = peft_model.peft_config["default"]
+    context = PassContext()
+    found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    layers: dict[str, StackedLoraLinear] = {}
+    for index, name in enumerate(sorted(found)):
+        base_layer = found[name].get_base_layer()
+        if not _is_linear(base_layer):
+            raise UserError(
+                f"lora.target_modules = {target_modules!r} includes {name}, a "
+                f"{type(base_layer).__name__}; only linear layers are adapted"
+            )
+        layers[name] = StackedLoraLinear(base_layer, lora_scaling, dropout, index, context)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layers[name])
+    shapes = [(name, found[name].in_features, found[name].out_features) for name in layers]
+    return Adapters(layers, Layout.of(shapes, lora_rank), peft_config, context)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).__name__ in _SUPPORTED_LAYERS

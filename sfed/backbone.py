@@ -1,0 +1,268 @@
+"""The frozen backbone. The only file that knows DeepSpeed.
+
+ZeRO-3 without an optimizer stores the frozen weights once over all processes: each keeps a share
+and gathers a layer when a pass needs it. The adapters are attached afterwards, so DeepSpeed never
+sees them and nothing of them is sharded, averaged or sent. The model is called directly; the
+DeepSpeed engine is only kept alive for its hooks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from sfed.cli import UserError
+from sfed.config import BackboneSection, Config
+from sfed.distributed import World, gather_json
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# A replica may take this share of the memory that is free when the run starts; the rest is for
+# adapters, activations and logits.
+_REPLICA_SHARE = 0.5
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the backbone is stored, and why."""
+
+    kind: str
+    reason: str
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a pass gathers weights, so that all processes must make equally many."""
+        return self.kind == "zero3"
+
+
+class Backbone:
+    """A frozen causal language model and how it is stored."""
+
+    def __init__(self, model: PreTrainedModel, sharding: Sharding, keep_alive: Any) -> None:
+        self.model = model
+        self.sharding = sharding
+        self._keep_alive = keep_alive
+
+    def token_losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return each row's summed cross-entropy in nats over its supervised tokens.
+
+        Args:
+            input_ids: (rows, tokens) int64, padded at the right. A causal model cannot see what
+                comes later, so padding needs no mask.
+            labels: (rows, tokens) int64, ``IGNORED_LABEL`` where nothing is supervised.
+
+        Returns:
+            (rows,) fp32 sums; divide by the number of supervised tokens.
+        """
+        logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+        losses = functional.cross_entropy(
+            logits.float().flatten(0, 1),
+            labels[:, 1:].flatten(),
+            ignore_index=IGNORED_LABEL,
+            reduction="none",
+        )
+        return losses.view(len(labels), -1).sum(dim=1)
+
+    def training(self) -> None:
+        """Prepare for passes with gradients."""
+        self.model.train()
+
+    def evaluating(self) -> None:
+        """Prepare for passes without gradients."""
+        self.release()
+        self.model.eval()
+
+    def release(self) -> None:
+        """Let go of weights that ZeRO-3's prefetcher left gathered. Between phases, not passes."""
+        if not self.sharding.is_sharded:
+            return
+        _, engine = self._keep_alive
+        engine.optimizer.get_param_coordinator()._clean_inflight_param_registry()
+        for parameter in self.model.parameters():
+            if hasattr(parameter, "ds_id") and not parameter.ds_persist:
+                parameter.ds_active_sub_modules.clear()
+                if parameter.ds_status.name == "AVAILABLE":
+                    parameter.partition()
+
+    def stored_bytes(self) -> int:
+        """Bytes of frozen weights that this process stores between passes."""
+        return sum(
+            shard.numel() * shard.element_size()
+            for shard in (getattr(p, "ds_tensor", p) for p in self.model.parameters())
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of the weights (this process's shares), to show that a run leaves them alone."""
+        sha = hashlib.sha256()
+        for name, parameter in sorted(self.model.named_parameters()):
+            stored = getattr(parameter, "ds_tensor", parameter).detach().cpu().contiguous()
+            sha.update(name.encode())
+            sha.update(stored.view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
+
+def load(config: Config, name: str, world: World) -> Backbone:
+    """Load and freeze the backbone, sharded over the processes or as a replica. Collective.
+
+    Args:
+        config: the run's configuration.
+        name: hub id or folder of the model.
+        world: the processes.
+
+    Raises:
+        UserError: where the model cannot be found or is not a causal language model.
+    """
+    model_config = read_model_config(config, name)
+    dtype = _DTYPES[config.model.dtype]
+    sharding = choose_sharding(config.backbone, model_config, dtype, world)
+    keep_alive: Any = None
+    if sharding.is_sharded:
+        keep_alive = _prepare_deepspeed(config, model_config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=model_config,
+            dtype=dtype,
+            attn_implementation=config.model.attention,
+            trust_remote_code=config.backbone.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(_cannot_load(name, error)) from None
+    model.requires_grad_(False)
+    if sharding.is_sharded:
+        hf_deepspeed, settings = keep_alive
+        keep_alive = (hf_deepspeed, _shard(model, settings))
+    else:
+        model.to(world.device)
+    if config.backbone.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Backbone(model, sharding, keep_alive)
+
+
+def read_model_config(config: Config, name: str) -> PreTrainedConfig:
+    """Read the model's own configuration, with its dropouts set to 0.
+
+    A frozen backbone is used as it is: its own dropout would make a client's numbers depend on who
+    shares its pass. ``lora.dropout`` regularises the adapters.
+
+    Raises:
+        UserError: where it cannot be found.
+    """
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path and not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"model.name = {name!r}: there is no model folder with a config.json; give a folder "
+            "or a hub id such as meta-llama/Llama-2-7b-hf"
+        )
+    try:
+        model_config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, trust_remote_code=config.backbone.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load(name, error)) from None
+    for key, value in model_config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            setattr(model_config, key, 0.0)
+    return model_config
+
+
+def _cannot_load(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"model.name = {name!r} cannot be loaded as a causal language model: {reason}"
+
+
+def choose_sharding(
+    section: BackboneSection, model_config: PreTrainedConfig, dtype: torch.dtype, world: World
+) -> Sharding:
+    """Resolve ``backbone.sharding`` and say why. Every process decides the same.
+
+    A replica makes local steps free of communication, so ``auto`` picks it wherever it fits.
+    """
+    if section.sharding != "auto":
+        return Sharding(section.sharding, "as configured")
+    if section.offload == "cpu":
+        return Sharding("zero3", "backbone.offload=cpu keeps shards in host memory")
+    if world.size == 1:
+        return Sharding("none", "one process has nobody to share with")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    share = _free_bytes(world.device) // world.processes_per_device
+    allowed = int(_REPLICA_SHARE * min(gather_json(world, "free memory", share)))
+    facts = f"{needed / 2**30:.2f} GiB a replica, {allowed / 2**30:.2f} GiB allowed per process"
+    return Sharding("none" if needed <= allowed else "zero3", facts)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _prepare_deepspeed(config: Config, model_config: PreTrainedConfig) -> tuple[Any, Any]:
+    """Make ``from_pretrained`` load straight into shards; returns what must outlive the model."""
+    import deepspeed.ops  # heavy, and only needed here
+    from transformers.integrations import HfDeepSpeedConfig
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Otherwise the first start on a CPU compiles a C++ extension for most of a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist.get_backend())  # adopts the group that exists
+    settings = deepspeed_settings(config, model_config)
+    return HfDeepSpeedConfig(settings), settings
+
+
+def deepspeed_settings(config: Config, model_config: PreTrainedConfig) -> dict[str, Any]:
+    """Build the DeepSpeed configuration: our defaults, then the user's raw keys over them.
+
+    DeepSpeed's own defaults keep everything gathered for any model below a billion parameters, so
+    the bounds follow the model's size: at most about three layers are gathered at a time.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    layer = total // max(1, getattr(model_config, "num_hidden_layers", 1))
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_max_live_parameters": 3 * layer,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_param_persistence_threshold": min(100_000, total // 1000),
+    }
+    if config.backbone.offload == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # demanded by DeepSpeed, used for nothing here
+        "bf16": {"enabled": config.model.dtype == "bf16"},
+        "zero_optimization": zero,
+    }
+    return _merged(settings, config.backbone.deepspeed)
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _shard(model: PreTrainedModel, settings: dict[str, Any]) -> Any:
+    """Install ZeRO-3's gather hooks; returns the engine, which must outlive the model."""
+    import deepspeed
+
+    try:
+        engine, *_ = deepspeed.initialize(model=model, config=settings)
+    except (ValueError, KeyError, deepspeed.DeepSpeedConfigError) as error:
+        raise UserError(f"backbone.deepspeed is refused by DeepSpeed: {error}") from None
+    return engine

@@ -1,0 +1,240 @@
+"""From the command line to a Config: YAML or JSON file, ``key=value`` overrides, help, mistakes.
+
+All mistakes of a configuration are collected into one ``UserError``. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from sfed.config import Config
+
+EXIT_MISTAKE = 2
+
+
+class UserError(ValueError):
+    """A mistake in the configuration, the data or the arguments: one plain message, exit code 2.
+
+    The message names the key or file, the value, the bound and the remedy. It may come from any
+    process; only process 0 prints it.
+    """
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: 1e-4 is a number, a key that stands twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                line = node.value[position][0].start_mark.line + 1
+                raise UserError(f"line {line}: the key {key!r} stands twice; remove one of them")
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML follows, reads 1e-4 as a string; YAML 1.2 reads it as a number.
+_FLOAT = re.compile(
+    r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$|^\.nan$|^[-+]?\.inf$"
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def run_command(command: Callable[[Sequence[str]], None]) -> None:
+    """Run ``command(sys.argv[1:])`` and turn a user's mistake into one message and exit code 2.
+
+    Only process 0 speaks: under a launcher every process meets the same mistake.
+    """
+    try:
+        command(sys.argv[1:])
+    except UserError as mistake:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"sfed: {mistake}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_MISTAKE)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        sys.exit(1)
+
+
+def parse(arguments: Sequence[str]) -> Config | None:
+    """Read ``[CONFIG.yaml] [key=value ...]``; None where ``--help`` was asked for.
+
+    Raises:
+        UserError: with all mistakes of the configuration at once.
+    """
+    path: str | None = None
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            return None
+        if re.fullmatch(r"--local[-_]rank(=\d+)?", word):  # the deepspeed launcher adds it
+            if "=" not in word and rest:
+                rest.pop(0)
+        elif word.startswith("-"):
+            raise UserError(f"unknown option {word!r}; settings are given as key=value, see --help")
+        elif "=" in word and not Path(word).is_file():
+            overrides.append(word)
+        elif path is not None:
+            raise UserError(
+                f"two configuration files, {path!r} and {word!r}; give one, and key=value for "
+                "what differs"
+            )
+        else:
+            path = word
+    return load(path, overrides)
+
+
+def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file (None = the embedded demo) and apply ``key=value`` overrides.
+
+    Raises:
+        UserError: with all mistakes at once.
+    """
+    data = DEMO if path is None else read_mapping(Path(path))
+    for override in overrides:
+        data = _overridden(data, override)
+    return validate(data)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file that holds a mapping."""
+    if not path.is_file():
+        raise UserError(f"the configuration file {str(path)!r} does not exist")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable as YAML or JSON: {error}") from None
+    except UserError as mistake:
+        raise UserError(f"{path}, {mistake}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds {type(data).__name__}, not a mapping of keys to values")
+    return data
+
+
+def _overridden(data: dict[str, Any], override: str) -> dict[str, Any]:
+    """Return a copy of ``data`` with one ``section.key=value`` applied."""
+    dotted, _, text = override.partition("=")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not readable as YAML") from None
+    *parents, leaf = dotted.split(".")
+    result = node = dict(data)
+    for depth, parent in enumerate(parents):
+        child = node.get(parent) or {}
+        if not isinstance(child, dict):
+            name = ".".join(parents[: depth + 1])
+            raise UserError(f"{override!r}: {name} is {child!r}, not a section with keys")
+        node[parent] = dict(child)
+        node = node[parent]
+    node[leaf] = value
+    return result
+
+
+def validate(data: dict[str, Any]) -> Config:
+    """Check a mapping against the schema.
+
+    Raises:
+        UserError: one line per mistake: key, value, what is wrong, the nearest known key.
+    """
+    try:
+        # JSON mode: strict about types, yet a list may fill a tuple.
+        return Config.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        lines = sorted({_explain(detail) for detail in _narrowed(error.errors())})
+        count = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise UserError(f"{count} in the configuration\n  " + "\n  ".join(lines)) from None
+
+
+def _narrowed(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Keep one entry per key: a union of types reports each branch that did not fit."""
+    return list({_key(detail): detail for detail in reversed(details)}.values())
+
+
+def _key(detail: ErrorDetails) -> str:
+    parts = [str(part) for part in detail["loc"]]
+    depth = 2 if parts and parts[0] in _sections() else 1
+    return ".".join(parts[:depth])
+
+
+def _explain(detail: ErrorDetails) -> str:
+    key, value = _key(detail), detail["input"]
+    if detail["type"] == "extra_forbidden":
+        return f"{key} = {value!r}: unknown key{_suggestion(key)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not key or (isinstance(value, dict) and detail["type"] == "value_error"):
+        return f"{key}.{message}" if key else message
+    return f"{key} = {json.dumps(value, default=str)}: {message}{_allowed(key)}"
+
+
+def _allowed(key: str) -> str:
+    meaning = {known: text for known, _, text in list_keys()}.get(key)
+    return f" ({meaning})" if meaning else ""
+
+
+def _suggestion(key: str) -> str:
+    known = [name for name, _, _ in list_keys()]
+    leaf = key.rpartition(".")[2]
+    near = [name for name in known if name.rpartition(".")[2] == leaf]
+    near = near or difflib.get_close_matches(key, [*known, *_sections()], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else "; see --help for all keys"
+
+
+def _sections() -> tuple[str, ...]:
+    return tuple(name for name in Config.model_fields if name != "seed")
+
+
+def list_keys() -> list[tuple[str, str, str]]:
+    """All keys as (dotted name, default as YAML text, meaning), in the order of the schema."""
+    rows = []
+    defaults = json.loads(Config().model_dump_json())
+    for section, field in Config.model_fields.items():
+        if section == "seed":
+            rows.append(("seed", str(defaults["seed"]), field.description or ""))
+            continue
+        fields = type(getattr(Config(), section)).model_fields
+        for name, inner in fields.items():
+            default = json.dumps(defaults[section][name])
+            rows.append((f"{section}.{name}", default, inner.description or ""))
+    return rows
+
+
+def help_text(usage: str) -> str:
+    """The text of ``--help``: usage, then every key with its default and its meaning."""
+    lines = [usage, "", "Keys (default in brackets):"]
+    section = ""
+    for key, default, meaning in list_keys():
+        if key.partition(".")[0] != section:
+            section = key.partition(".")[0]
+            lines.append("")
+        lines.append(f"  {key:<32} [{default}]")
+        lines.append(f"      {' '.join(meaning.split())}")
+    return "\n".join(lines)
+
+
+# What `python -m sfed.train` without a file runs: eight clients, each with its own kind of
+# problem and its own way of writing the answer. The same eight on any number of processes.
+DEMO: dict[str, Any] = {
+    "model": {"name": "demo"},
+    "data": {"task": "demo", "max_tokens": 128},
+    "partition": {"kind": "by_key", "key": "kind"},
+    "lora": {"rank": 8},
+    "federated": {"method": "sfed", "num_clients": 8, "num_rounds": 5},
+    "train": {"local_steps": 10, "batch_size": 8, "lr": 3e-3},
+    "evaluation": {"every_rounds": 1, "max_examples": 32},
+    "output": {"name": "demo"},
+}

@@ -1,0 +1,261 @@
+"""Which client of this process holds which tokenised rows.
+
+With one common pool every process computes the same split of everything. Under
+``partition.kind=by_file`` a process opens the files of its own clients and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from sfed import partition
+from sfed.cli import UserError
+from sfed.config import Config
+from sfed.distributed import World, first_of_node_first, gather_json, together
+from sfed.partition import Indices
+from sfed.tokens import Examples, Split, Tokens, has_split, tokenise
+
+_LEAST_TRAIN_EXAMPLES = 2
+_DIRICHLET_TRIES = 100
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of this process's clients, and the counts of everybody's."""
+
+    train: dict[int, Examples]
+    held_out: dict[int, Examples]
+    train_counts: tuple[int, ...]
+    eval_counts: tuple[int, ...]
+    summary: dict[str, Any]
+    """What ``partition.json`` records."""
+    notes: tuple[str, ...]
+    """What a person should know, such as rows that were left out."""
+
+
+def load(
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World,
+    num_clients: int,
+    own_clients: range,
+) -> Data:
+    """Tokenise, split over the clients, hold out. Collective.
+
+    Raises:
+        UserError: on every process, where a file, a line or the split is wrong on any.
+    """
+    with together(world, "reading the data"):
+        if config.partition.kind == "by_file":
+            held = _split_by_file(config, tokenizer, world, num_clients, own_clients)
+        else:
+            held = _split_one_pool(config, tokenizer, world, num_clients)
+        _require_examples(held.train, config)
+    return _assemble(held, world, num_clients, own_clients)
+
+
+@dataclass
+class _Held:
+    """A split under way: client -> its rows, for all clients or only for this process's."""
+
+    train: dict[int, Examples]
+    held_out: dict[int, Examples]
+    labels: dict[int, list[str]] | None
+    notes: list[str]
+
+
+def _require_examples(parts: dict[int, Examples], config: Config) -> None:
+    least = _LEAST_TRAIN_EXAMPLES
+    short = {client: len(examples) for client, examples in parts.items() if len(examples) < least}
+    if short:
+        shown = ", ".join(f"client {client} holds {count}" for client, count in short.items())
+        remedy = {
+            "dirichlet": f"raise partition.concentration (now {config.partition.concentration:g}), "
+            "lower federated.num_clients or give more data",
+            "by_file": "give more rows in the files of these clients",
+        }.get(config.partition.kind, "lower federated.num_clients or give more data")
+        raise UserError(
+            f"each client needs at least {least} training examples, but {shown}; {remedy}"
+        )
+
+
+def _split_one_pool(
+    config: Config, tokenizer: PreTrainedTokenizerFast, world: World, num_clients: int
+) -> _Held:
+    """Split one common pool; every process computes the same split of everything."""
+    section, seed = config.data, config.seed
+    with first_of_node_first(world, "tokenising"):
+        pool = tokenise(config, tokenizer, "train", config.files("train"))
+        held_pool = None
+        if has_split(config, "eval"):
+            held_pool = tokenise(config, tokenizer, "eval", config.files("eval"))
+    train_rows = partition.subset(len(pool), section.max_train_examples, seed)
+    eval_rows = np.arange(0)
+    if held_pool is not None:
+        eval_rows = partition.subset(len(held_pool), section.max_eval_examples, seed)
+    parts, eval_parts, labels = _deal(config, pool, train_rows, held_pool, eval_rows, num_clients)
+    held = _Held({}, {}, labels, [_note("train", pool), _note("held-out", held_pool)])
+    for client, part in enumerate(parts):
+        kept, out = part, eval_parts[client]
+        if held_pool is None:
+            kept, out = partition.hold_out(part, section.eval_fraction, seed, client)
+            if section.max_eval_examples is not None:
+                out = out[: max(1, section.max_eval_examples // num_clients)]
+        held.train[client] = Examples(pool, kept)
+        held.held_out[client] = Examples(pool if held_pool is None else held_pool, out)
+    return held
+
+
+def _deal(
+    config: Config,
+    pool: Tokens,
+    train_rows: Indices,
+    held_pool: Tokens | None,
+    eval_rows: Indices,
+    num_clients: int,
+) -> tuple[list[Indices], list[Indices], dict[int, list[str]] | None]:
+    """Deal training and held-out rows by the same rule, so that both follow one distribution."""
+    kind, seed = config.partition.kind, config.seed
+    empty = [np.arange(0) for _ in range(num_clients)]
+    if kind == "iid":
+        parts = [train_rows[p] for p in partition.iid(len(train_rows), num_clients, seed)]
+        dealt = partition.iid(len(eval_rows), num_clients, seed + 1)
+        return parts, [eval_rows[p] for p in dealt], None
+    names, train_labels, eval_labels = _labels(config, pool, train_rows, held_pool, eval_rows)
+    if kind == "by_key":
+        train_keys = [names[label] for label in train_labels]
+        groups = partition.key_groups(train_keys, num_clients)
+        parts = [train_rows[p] for p in partition.by_key(train_keys, groups)]
+        eval_keys = [names[label] if label >= 0 else "" for label in eval_labels]
+        eval_parts = [eval_rows[p] for p in partition.by_key(eval_keys, groups)]
+    else:
+        for attempt in range(_DIRICHLET_TRIES):
+            draw = seed + attempt * 1_000_003
+            concentration = config.partition.concentration
+            shares = partition.dirichlet_shares(len(names), num_clients, concentration, draw)
+            parts = [train_rows[p] for p in partition.by_shares(train_labels, shares, seed)]
+            if min(map(len, parts)) >= _LEAST_TRAIN_EXAMPLES:
+                break
+        dealt = partition.by_shares(eval_labels, shares, seed)
+        eval_parts = [eval_rows[p] for p in dealt] if held_pool is not None else empty
+    position = {int(row): place for place, row in enumerate(train_rows)}
+    labels = {
+        client: [names[train_labels[position[int(row)]]] for row in part]
+        for client, part in enumerate(parts)
+    }
+    return parts, eval_parts, labels
+
+
+def _labels(
+    config: Config,
+    pool: Tokens,
+    train_rows: Indices,
+    held_pool: Tokens | None,
+    eval_rows: Indices,
+) -> tuple[list[str], Indices, Indices]:
+    """Return (names of the labels, label of each training row, label of each held-out row).
+
+    With ``partition.key`` a label is a value of that column; without one, a quantile of the length
+    in tokens, which stands for the kind of instruction (short answers, long texts).
+    """
+    if pool.keys is not None:
+        train_keys = [pool.keys[row] for row in train_rows]
+        names = sorted(set(train_keys))
+        number = {name: label for label, name in enumerate(names)}
+        keys = held_pool.keys if held_pool is not None and held_pool.keys is not None else ()
+        # A value that no training row has belongs to nobody: -1.
+        eval_labels = [number.get(keys[row], -1) for row in eval_rows]
+        return names, _array([number[key] for key in train_keys]), _array(eval_labels)
+    edges = partition.length_edges(pool.lengths[train_rows])
+    names = [f"length quantile {i + 1}" for i in range(partition.LENGTH_QUANTILES)]
+    eval_lengths = held_pool.lengths[eval_rows] if held_pool is not None else np.arange(0)
+    return names, np.digitize(pool.lengths[train_rows], edges), np.digitize(eval_lengths, edges)
+
+
+def _array(values: Sequence[int]) -> Indices:
+    return np.asarray(values, dtype=np.int64)
+
+
+def _split_by_file(
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World,
+    num_clients: int,
+    own_clients: range,
+) -> _Held:
+    """Read the files of this process's clients, and no others."""
+    held = _Held({}, {}, None, [])
+    train_names = _client_files(config, "train", num_clients)
+    eval_names = _client_files(config, "eval", num_clients)
+    for client in own_clients:
+        table = tokenise(config, tokenizer, "train", (train_names[client],))
+        rows = partition.subset(len(table), config.data.max_train_examples, config.seed)
+        held.notes.append(_note(f"client {client}'s train", table))
+        if eval_names:
+            eval_table = tokenise(config, tokenizer, "eval", (eval_names[client],))
+            limit = config.data.max_eval_examples
+            chosen = partition.subset(len(eval_table), limit, config.seed)
+            held.held_out[client] = Examples(eval_table, chosen)
+        else:
+            fraction = config.data.eval_fraction
+            rows, out = partition.hold_out(rows, fraction, config.seed, client)
+            held.held_out[client] = Examples(table, out)
+        held.train[client] = Examples(table, rows)
+    return held
+
+
+def _client_files(config: Config, split: Split, num_clients: int) -> list[str]:
+    """Return one file per client, from a pattern with {client} or from a list in order."""
+    files = config.files(split)
+    if len(files) == 1 and "{client}" in files[0]:
+        return [files[0].replace("{client}", str(client)) for client in range(num_clients)]
+    if files and len(files) != num_clients:
+        raise UserError(
+            f"partition.kind=by_file: data.{split}_files names {len(files)} files for "
+            f"{num_clients} clients; give one per client, or set federated.num_clients"
+        )
+    return list(files)
+
+
+def _note(what: str, table: Tokens | None) -> str:
+    if table is None or not table.left_out:
+        return ""
+    return (
+        f"{table.left_out} {what} examples have no completion token within data.max_tokens "
+        "and are left out"
+    )
+
+
+def _assemble(held: _Held, world: World, num_clients: int, own_clients: range) -> Data:
+    """Let everybody know everybody's counts, and keep what belongs to this process."""
+    mine = {
+        client: {
+            "client": client,
+            "train": [int(index) for index in held.train[client].indices],
+            "eval": [int(index) for index in held.held_out[client].indices],
+            "labels": _histogram(held.labels[client]) if held.labels else None,
+        }
+        for client in own_clients
+    }
+    tables: dict[int, Any] = {}
+    for other in gather_json(world, "sharing the partition", list(mine.values())):
+        tables.update({entry["client"]: entry for entry in other})
+    notes = gather_json(world, "sharing notes", [note for note in held.notes if note])
+    return Data(
+        train={client: held.train[client] for client in own_clients},
+        held_out={client: held.held_out[client] for client in own_clients},
+        train_counts=tuple(len(tables[client]["train"]) for client in range(num_clients)),
+        eval_counts=tuple(len(tables[client]["eval"]) for client in range(num_clients)),
+        summary={"clients": [tables[client] for client in range(num_clients)]},
+        notes=tuple(sorted({note for some in notes for note in some})),
+    )
+
+
+def _histogram(labels: Sequence[str]) -> dict[str, int]:
+    names, counts = np.unique(np.asarray(labels, dtype=object).astype(str), return_counts=True)
+    return {str(name): int(count) for name, count in zip(names, counts, strict=True)}

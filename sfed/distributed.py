@@ -1,0 +1,215 @@
+"""The processes of a run: start, stop, and the few things they say to each other.
+
+Every wait has a deadline and names who is missing. Tensors go through one process group; small
+facts (mistakes, counts) go as JSON through the launcher's key-value store.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sfed.cli import UserError
+
+
+class MissingProcessError(RuntimeError):
+    """Another process did not come to a meeting point before the deadline."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes of the run."""
+
+    rank: int
+    local_rank: int
+    size: int
+    processes_per_device: int
+    device: torch.device
+    deadline_seconds: float
+    store: dist.Store
+    _meetings: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is process 0, the one that speaks and writes the run's own files."""
+        return self.rank == 0
+
+
+def start(deadline_seconds: float) -> World:
+    """Join the other processes; the same path under torchrun, deepspeed and plain python.
+
+    Collective: all processes call it once, before any other function here.
+
+    Args:
+        deadline_seconds: longest wait for another process, here and later.
+    """
+    environment = os.environ
+    rank, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    # torchrun says LOCAL_WORLD_SIZE, deepspeed says LOCAL_SIZE.
+    local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or size)
+    timeout = datetime.timedelta(seconds=deadline_seconds)
+    device, per_device = torch.device("cpu"), local_size
+    if torch.cuda.is_available():
+        num_devices = torch.cuda.device_count()
+        device = torch.device("cuda", local_rank % num_devices)
+        per_device = -(-local_size // num_devices)
+        torch.cuda.set_device(device)
+    # NCCL refuses two processes on one device; gloo carries CUDA tensors through host memory.
+    backend = "nccl" if device.type == "cuda" and per_device == 1 else "gloo"
+    store = _open_store(rank, size, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    return World(rank, local_rank, size, per_device, device, deadline_seconds, store)
+
+
+def _open_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Open the key-value store of the launcher, with keys of its own for each restart."""
+    environment = os.environ
+    if size == 1:
+        return dist.HashStore()
+    agent_serves = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        size,
+        is_master=rank == 0 and not agent_serves,
+        timeout=timeout,
+    )
+    # torchrun keeps its store over a restart, with the addresses of the processes that died.
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"sfed/attempt-{attempt}", store)
+
+
+def stop() -> None:
+    """Leave the process group. No collective: it is safe after an error on one process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(flat: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all processes in place. Collective.
+
+    The result is bitwise the same on every process.
+    """
+    dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+    return flat
+
+
+def all_gather_rows(world: World, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Return the equally shaped tensors of all processes, in the order of processes. Collective."""
+    rows = rows.to(world.device).contiguous()
+    gathered = [torch.empty_like(rows) for _ in range(world.size)]
+    dist.all_gather(gathered, rows)
+    return [one.cpu() for one in gathered]
+
+
+def gather_json(world: World, name: str, value: Any) -> list[Any]:
+    """Return what every process passed, in the order of processes. Collective.
+
+    Raises:
+        MissingProcessError: naming the processes that did not come before the deadline.
+    """
+    world._meetings[name] += 1
+    prefix = f"{name}#{world._meetings[name]}"
+    world.store.set(f"{prefix}/{world.rank}", json.dumps(value))
+    keys = [f"{prefix}/{peer}" for peer in range(world.size)]
+    try:
+        world.store.wait(keys, datetime.timedelta(seconds=world.deadline_seconds))
+    except dist.DistStoreError:
+        missing = [peer for peer, key in enumerate(keys) if not world.store.check([key])]
+        raise MissingProcessError(
+            f"{name}: process {', '.join(map(str, missing))} of {world.size} did not come within "
+            f"{world.deadline_seconds:g} s (federated.deadline_seconds)"
+        ) from None
+    return [json.loads(world.store.get(key)) for key in keys]
+
+
+def meet(world: World, name: str) -> None:
+    """Wait until every process is here. Collective.
+
+    Raises:
+        MissingProcessError: naming the processes that did not come before the deadline.
+    """
+    gather_json(world, name, None)
+
+
+@contextmanager
+def together(world: World, name: str) -> Iterator[None]:
+    """Make a user's mistake met by one process the mistake of all of them. Collective.
+
+    Raises:
+        UserError: on every process, where the body raised it on any.
+    """
+    mistake: str | None = None
+    try:
+        yield
+    except UserError as error:
+        mistake = str(error)
+    mistakes = sorted({other for other in gather_json(world, name, mistake) if other is not None})
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+
+
+@contextmanager
+def first_of_node_first(world: World, name: str) -> Iterator[None]:
+    """Let the first process of each node run the body before the others, to fill a cache once.
+
+    Raises:
+        MissingProcessError: where it does not finish before the deadline.
+    """
+    world._meetings[name] += 1
+    key = f"{name}#{world._meetings[name]}/node-of-{world.rank - world.local_rank}"
+    if world.local_rank != 0:
+        try:
+            world.store.wait([key], datetime.timedelta(seconds=world.deadline_seconds))
+        except dist.DistStoreError:
+            raise MissingProcessError(
+                f"{name}: process {world.rank - world.local_rank} did not finish within "
+                f"{world.deadline_seconds:g} s (federated.deadline_seconds)"
+            ) from None
+    try:
+        yield
+    finally:
+        if world.local_rank == 0:
+            world.store.set(key, "done")
+
+
+class StopRequest:
+    """SIGTERM on any process stops all of them before the same pass, so that none waits forever.
+
+    Under ZeRO-3 a pass gathers weights from all processes: nobody can be two passes ahead. So the
+    process that is asked announces "two passes from here" and everybody sees it in time. Without
+    sharding the processes run freely, and each stops as soon as it is at or beyond that pass.
+    """
+
+    _KEY = "stop-before"
+    # Positions order passes over the whole run; no round has this many passes.
+    _PASSES_PER_ROUND = 10**9
+
+    def __init__(self, world: World) -> None:
+        self._store = world.store
+        self._asked = False
+        self._announced = False
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
+        self._asked = True  # nothing else: the handler may interrupt any line
+
+    def due(self, round_index: int, pass_index: int) -> bool:
+        """Whether to stop before this pass."""
+        position = round_index * self._PASSES_PER_ROUND + pass_index
+        if self._asked and not self._announced:
+            self._announced = True
+            self._store.compare_set(self._KEY, "", str(position + 2))
+        return self._store.check([self._KEY]) and position >= int(self._store.get(self._KEY))

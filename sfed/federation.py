@@ -1,0 +1,155 @@
+"""The rounds of a run: the file to read first.
+
+A round is: every client of the cohort trains its own adapter on its own data, one message averages
+the shared factor, and then evaluation, metrics and checkpoint where they are due. Follow it into
+``local``, ``methods`` and ``aggregation``.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from sfed import aggregation, checkpoint, evaluate, local, records
+from sfed.checkpoint import State
+from sfed.clients import draw_initial_a
+from sfed.console import Console
+from sfed.distributed import StopRequest, meet
+from sfed.local import IS_BAD, Ledger
+from sfed.metrics import MetricsFile
+from sfed.records import Timing
+from sfed.run import Run
+
+
+class TrainingFailedError(RuntimeError):
+    """Training cannot go on: clients keep turning non-finite."""
+
+
+def prepare(run: Run) -> int:
+    """Draw every client's A and take the mean over all N before the first step ("round 0").
+
+    Returns:
+        Bytes of the message. Collective.
+    """
+    independent = run.method.independent_init
+    draw_initial_a(run.clients, run.adapters, seed=run.config.seed, independent=independent)
+    if not independent or not run.method.has_global_adapter:
+        return 0
+    # The 1/N in the variance of this mean is what the factor sqrt(N) makes up for.
+    return aggregation.share(run.world, run.clients, ("A",), run.weights(_everyone(run)))
+
+
+def train(
+    run: Run,
+    state: State | None,
+    folder: Path,
+    metrics: MetricsFile | None,
+    console: Console,
+    stop: StopRequest,
+) -> bool:
+    """Run the rounds that are left. Collective.
+
+    Args:
+        run: the run.
+        state: where a checkpoint left it; None = at the very beginning.
+        folder: of the run.
+        metrics: on process 0.
+        console: speaks on process 0.
+        stop: asks whether to stop.
+
+    Returns:
+        Whether all rounds are done; False after a request to stop, with everything on disk.
+    """
+    if state is None:
+        uploaded_bytes = prepare(run)
+        state = State(0, None, 0)
+        _evaluate_and_report(run, 0, None, uploaded_bytes, Timing(), metrics, console)
+    ledger, bad_rounds = state.ledger, state.bad_rounds
+    for round_index in range(state.finished_rounds, run.config.federated.num_rounds):
+        console.begin_round(round_index)
+        timing, started = Timing(), time.monotonic()
+        ledger = local.new_ledger(run.num_clients) if ledger is None else ledger
+        local.train_round(run, round_index, ledger, stop, console.step)
+        timing.local_seconds = time.monotonic() - started
+        meet(run.world, f"end of local training in round {round_index + 1}")
+        local.exchange(run, ledger)
+        if not local.is_complete(run, round_index, ledger):
+            checkpoint.save(run, folder, State(round_index, ledger, bad_rounds))
+            return False
+        bad_rounds += _exclude_bad_clients(run, round_index, ledger, bad_rounds, console)
+        uploaded_bytes = _average(run, round_index, ledger, timing)
+        timing.round_seconds = time.monotonic() - started
+        _evaluate_and_report(run, round_index + 1, ledger, uploaded_bytes, timing, metrics, console)
+        ledger = None
+        if _is_due(run, round_index + 1, run.config.output.checkpoint_every_rounds):
+            checkpoint.save(run, folder, State(round_index + 1, None, bad_rounds))
+    return True
+
+
+def _everyone(run: Run) -> tuple[int, ...]:
+    return tuple(range(run.num_clients))
+
+
+def _is_due(run: Run, finished_rounds: int, every: int) -> bool:
+    return finished_rounds % every == 0 or finished_rounds == run.config.federated.num_rounds
+
+
+def _average(run: Run, round_index: int, ledger: Ledger, timing: Timing) -> int:
+    """The federated mean of the round; returns the bytes of its message."""
+    started = time.monotonic()
+    good = tuple(c for c in run.cohort(round_index) if not ledger[c, IS_BAD])
+    factors = run.method.averaged_in(round_index)
+    uploaded_bytes = aggregation.share(run.world, run.clients, factors, run.weights(good))
+    if run.config.federated.optimizer_state == "reset":
+        run.clients.reset_optimizer()
+    timing.aggregate_seconds = time.monotonic() - started
+    return uploaded_bytes
+
+
+def _exclude_bad_clients(
+    run: Run, round_index: int, ledger: Ledger, bad_rounds: int, console: Console
+) -> int:
+    """Name the clients that turned non-finite and are left out of the mean; 1 if there are any.
+
+    Every process sees the same ledger, so all raise or none.
+    """
+    bad = [client for client in run.cohort(round_index) if ledger[client, IS_BAD]]
+    if not bad:
+        return 0
+    names = ", ".join(map(str, bad))
+    fact = (
+        f"round {round_index + 1}: the loss or gradient of client {names} was not finite; it made "
+        "no step from there on and is left out of this round's mean"
+    )
+    if len(bad) == len(run.cohort(round_index)):
+        raise TrainingFailedError(f"{fact}. No client is left; lower train.lr or lora.alpha")
+    if bad_rounds + 1 > run.config.federated.max_bad_rounds:
+        raise TrainingFailedError(
+            f"{fact}. That is round {bad_rounds + 1} of this kind and federated.max_bad_rounds is "
+            f"{run.config.federated.max_bad_rounds}; lower train.lr or lora.alpha, or look at the "
+            "data of these clients"
+        )
+    console.warn(fact)
+    return 1
+
+
+def _evaluate_and_report(
+    run: Run,
+    finished_rounds: int,
+    ledger: Ledger | None,
+    uploaded_bytes: int,
+    timing: Timing,
+    metrics: MetricsFile | None,
+    console: Console,
+) -> None:
+    """Evaluate where it is due and keep the round's event, before the checkpoint of the round."""
+    evaluation = None
+    started = time.monotonic()
+    if _is_due(run, finished_rounds, run.config.evaluation.every_rounds):
+        evaluation = evaluate.evaluate(run)
+        timing.evaluate_seconds = time.monotonic() - started
+        timing.round_seconds += timing.evaluate_seconds
+    event = records.round_event(run, finished_rounds, ledger, evaluation, uploaded_bytes, timing)
+    if metrics is not None:
+        metrics.write_event(event)
+    console.end_round(event)

@@ -1,0 +1,97 @@
+"""Names of the metrics and the JSON-lines file that holds them. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TRAIN_LOSS = "train/loss"
+EVAL_LOSS = "eval/loss"
+EVAL_PERPLEXITY = "eval/perplexity"
+GRAD_NORM = "adapter/grad_norm"
+UPLOADED_BYTES = "comm/uploaded_bytes"
+EVALUATION_BYTES = "comm/evaluation_bytes"
+ROUND_SECONDS = "time/round_seconds"
+LOCAL_SECONDS = "time/local_seconds"
+AGGREGATE_SECONDS = "time/aggregate_seconds"
+EVALUATE_SECONDS = "time/evaluate_seconds"
+CHECKPOINT_SECONDS = "time/checkpoint_seconds"
+TOKENS_PER_SECOND = "time/tokens_per_second"
+PEAK_BYTES = "memory/peak_bytes"
+
+
+def perplexity(loss: float | None) -> float | None:
+    """Return exp(loss in nats per token); None for None or where it leaves the range of floats."""
+    return math.exp(loss) if loss is not None and loss < 700 else None
+
+
+def mean(values: list[float], weights: list[float] | None = None) -> float | None:
+    """Return the weighted mean (equal weights by default), None of nothing."""
+    weights = [1.0] * len(values) if weights is None else weights
+    total = math.fsum(weights)
+    if not values or total == 0:
+        return None
+    return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object per event, flushed at once, so that a reader may follow.
+
+    Numbers that JSON does not know (NaN, Inf) are written as null.
+    """
+
+    def __init__(self, path: Path, finished_rounds: int | None) -> None:
+        """Open for appending, without what a lost attempt wrote beyond ``finished_rounds``.
+
+        None begins an empty file.
+        """
+        kept = [
+            event
+            for event in (() if finished_rounds is None else read_events(path))
+            if event.get("round", 0) <= (finished_rounds or 0)
+        ]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(_line(event) for event in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append one event."""
+        self.write_event({"event": event, **values})
+
+    def write_event(self, event: dict[str, Any]) -> None:
+        """Append one event that holds its own ``event`` key."""
+        self._file.write(_line(event))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the events of a metrics file; a last line that is still being written is left out."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _line(event: dict[str, Any]) -> str:
+    return json.dumps(_finite(event), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value

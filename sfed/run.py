@@ -1,0 +1,82 @@
+"""What one run is made of, put together once and passed around whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sfed import partition
+from sfed.adapters import Adapters
+from sfed.aggregation import normalised_weights
+from sfed.backbone import Backbone
+from sfed.clients import ClientRows
+from sfed.config import Config
+from sfed.data import Data
+from sfed.distributed import World
+from sfed.methods import Method
+
+DEFAULT_LOCAL_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run on this process."""
+
+    config: Config
+    world: World
+    method: Method
+    num_clients: int
+    gamma: float
+    backbone: Backbone
+    adapters: Adapters
+    data: Data
+    clients: ClientRows
+
+    def cohort(self, round_index: int) -> tuple[int, ...]:
+        """The clients of a round; the same on every process."""
+        return partition.cohort(
+            self.config.seed,
+            round_index,
+            self.num_clients,
+            self.config.federated.clients_per_round,
+        )
+
+    def weights(self, participants: tuple[int, ...]) -> list[float]:
+        """(N,) weights of the mean over these clients, as ``federated.weighting`` says."""
+        return client_weights(self.config, self.data, self.num_clients, participants)
+
+    def local_steps(self, client: int) -> int:
+        """Optimizer steps that a client makes in a round."""
+        train = self.config.train
+        if train.local_epochs is None:
+            return train.local_steps or DEFAULT_LOCAL_STEPS
+        return -(-self.data.train_counts[client] * train.local_epochs // train.batch_size)
+
+    @property
+    def passes_per_step(self) -> int:
+        """Micro passes of one optimizer step."""
+        train = self.config.train
+        return -(-train.batch_size // (train.micro_batch_size or train.batch_size))
+
+    def placement(self) -> list[range]:
+        """The clients of each process."""
+        return partition.place(self.num_clients, self.world.size)
+
+    def clients_per_pass(self, own: range) -> int:
+        """Most clients in one pass of a process that holds ``own``."""
+        return clients_per_pass(self.config, own)
+
+
+def clients_per_pass(config: Config, own: range) -> int:
+    """Most clients that share a pass on a process which holds ``own``."""
+    federated = config.federated
+    limits = (federated.clients_per_pass, federated.clients_per_round)
+    return min([len(own), *(limit for limit in limits if limit is not None)])
+
+
+def client_weights(
+    config: Config, data: Data, num_clients: int, participants: tuple[int, ...]
+) -> list[float]:
+    """(N,) weights of the mean over some clients, as ``federated.weighting`` says."""
+    by_examples = config.federated.weighting == "examples"
+    counts = data.train_counts if by_examples else None
+    return normalised_weights(num_clients, participants, counts)

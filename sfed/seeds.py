@@ -1,0 +1,34 @@
+"""Randomness as a function of what it is for, never of a generator's history.
+
+So a resumed run draws what the uninterrupted one draws, and a client draws the same wherever it
+is placed. Needs numpy only.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """What a draw is for: the first word of its seed, so that no two uses share numbers."""
+
+    SPLIT = 1
+    COHORT = 2
+    HOLD_OUT = 3
+    SUBSET = 4
+    ORDER = 5
+    INIT_A = 6
+    DROPOUT = 7
+
+
+def generator(stream: Stream, *words: int) -> np.random.Generator:
+    """Return a fresh generator for this use and these words, such as (seed, round, client)."""
+    return np.random.default_rng([int(stream), *words])
+
+
+def derive(stream: Stream, *words: int) -> int:
+    """Return a 63-bit seed for a torch generator."""
+    state = np.random.SeedSequence([int(stream), *words]).generate_state(1, np.uint64)
+    return int(state[0]) >> 1

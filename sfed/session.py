@@ -1,0 +1,312 @@
+"""One training session from a configuration to adapters on disk: start, build, train, export."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from sfed import (
+    __version__,
+    adapters,
+    aggregation,
+    backbone,
+    checkpoint,
+    clients,
+    data,
+    demo,
+    distributed,
+    federation,
+    methods,
+    metrics,
+    partition,
+    run,
+    scaling,
+)
+from sfed.checkpoint import Found, State
+from sfed.cli import UserError
+from sfed.config import Config
+from sfed.console import Console
+from sfed.distributed import StopRequest, World
+from sfed.federation import TrainingFailedError
+from sfed.metrics import MetricsFile
+from sfed.run import Run
+
+_VERSIONS = ("torch", "transformers", "peft", "deepspeed", "datasets", "safetensors", "numpy")
+
+_HARMLESS_WARNINGS = (
+    # Gradients are strided views of one flat buffer by design.
+    "grad and param do not obey the gradient layout contract",
+    # Each process writes and reads its own clients of a checkpoint, without a word to others.
+    "torch.distributed is disabled, unavailable or uninitialized",
+)
+
+
+def run_session(config: Config) -> None:
+    """Run a configuration to its end. Collective: every process of the launcher calls it."""
+    world = distributed.start(config.federated.deadline_seconds)
+    _quieten(world)
+    console = Console(speaks=world.is_main)
+    try:
+        stop = StopRequest(world)
+        with distributed.together(world, "checking"):
+            folder, found = _open_run_folder(config, world, console)
+        parts = build(config, world, console)
+        _train_and_export(parts, found, folder, console, stop)
+    except TrainingFailedError as failure:
+        if world.is_main:
+            print(f"sfed: {failure}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    finally:
+        console.end_rounds()
+        distributed.stop()
+
+
+def build(config: Config, world: World, console: Console) -> Run:
+    """Load the backbone and the data, attach the adapters. Collective.
+
+    Raises:
+        UserError: on every process, for mistakes that only show now.
+    """
+    num_clients = config.federated.num_clients or world.size
+    if num_clients < (config.federated.clients_per_round or 1):
+        raise UserError(
+            f"federated.clients_per_round = {config.federated.clients_per_round} is more than the "
+            f"{num_clients} clients"
+        )
+    own = partition.place(num_clients, world.size)[world.rank]
+    method = methods.resolve(config)
+    name = _model_folder(config, world, console)
+    with distributed.together(world, "tokenizer"):
+        tokenizer = _load_tokenizer(config, name)
+    console.say(f"reading {config.data.task}")
+    held = data.load(config, tokenizer, world, num_clients, own)
+    for note in held.notes:
+        console.warn(note)
+    console.say(f"loading {config.model.name} ({config.model.dtype})")
+    with distributed.together(world, "loading the backbone"):
+        frozen = backbone.load(config, name, world)
+    everyone = tuple(range(num_clients))
+    weights = run.client_weights(config, held, num_clients, everyone)
+    gamma = scaling.lora_scaling(
+        method.alpha, config.lora.rank, scaling.effective_clients(weights), method.exponents
+    )
+    with distributed.together(world, "attaching the adapters"):
+        attached = adapters.attach(
+            frozen.model,
+            lora_rank=config.lora.rank,
+            lora_scaling=gamma,
+            dropout=config.lora.dropout,
+            target_modules=config.lora.target_modules,
+            base_name=name,
+        )
+    rows = clients.ClientRows(
+        own,
+        attached.layout,
+        world.device,
+        clients_per_pass=run.clients_per_pass(config, own),
+        moments=clients.MOMENTS if config.train.optimizer == "adamw" else (),
+    )
+    parts = Run(config, world, method, num_clients, gamma, frozen, attached, held, rows)
+    _describe(parts, console)
+    return parts
+
+
+def _model_folder(config: Config, world: World, console: Console) -> str:
+    """Where the backbone is; the demo's is made by the first process of each node."""
+    if config.model.name != "demo":
+        return config.model.name
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sfed"
+    with distributed.first_of_node_first(world, "making the demo's backbone"):
+        return str(demo.ensure_backbone(cache, say=console.say))
+
+
+def _load_tokenizer(config: Config, name: str) -> PreTrainedTokenizerFast:
+    backbone.read_model_config(config, name)  # names a model that is not there
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=config.backbone.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model.name = {name!r} has no readable tokenizer: {reason}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"model.name = {name!r}: its tokenizer is not a fast one (tokenizer.json)")
+    return tokenizer
+
+
+def _open_run_folder(config: Config, world: World, console: Console) -> tuple[Path, Found | None]:
+    """Find what to resume; nothing is written before all mistakes have had their say."""
+    folder = Path(config.output.dir) / config.run_name
+    if config.output.resume == "never":
+        return folder, None
+    found, notes = checkpoint.find(folder, config.output.resume)
+    for note in notes:
+        console.warn(note)
+    if found is not None:
+        num_clients = config.federated.num_clients or world.size
+        checkpoint.refuse_other_run(found, config, num_clients)
+    return folder, found
+
+
+def _train_and_export(
+    parts: Run, found: Found | None, folder: Path, console: Console, stop: StopRequest
+) -> None:
+    """Resume or begin, train, write the adapters."""
+    world, total = parts.world, parts.config.federated.num_rounds
+    state: State | None = None
+    if found is not None:
+        state = checkpoint.load(found, world, parts.clients)
+        within = " and a part of the next" if state.ledger is not None else ""
+        console.say(f"going on after round {state.finished_rounds}{within} ({found.folder})")
+    with distributed.together(world, "making the run folder"):
+        log = _make_run_folder(parts, state, folder) if world.is_main else None
+    console.begin_rounds(0 if state is None else state.finished_rounds, total)
+    finished = federation.train(parts, state, folder, log, console, stop)
+    console.end_rounds()
+    if finished:
+        _export(parts, folder)
+        distributed.meet(world, "writing the adapters")
+        _close(parts, folder, console)
+    else:
+        console.say(f"stopped as asked; the same command goes on from {folder / 'checkpoints'}")
+    if log is not None:
+        log.close()
+
+
+def _make_run_folder(parts: Run, state: State | None, folder: Path) -> MetricsFile:
+    """Make the folder and its own files; what an older run left is moved aside."""
+    try:
+        if parts.config.output.resume == "never" and folder.exists():
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+                number += 1
+            folder.rename(aside)
+        if state is None:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / "config.json", describe_run(parts))
+        _write_json(folder / "partition.json", parts.data.summary)
+        return MetricsFile(
+            folder / "metrics.jsonl", None if state is None else state.finished_rounds
+        )
+    except OSError as error:
+        raise UserError(
+            f"output.dir: the run folder {folder} cannot be written ({error.strerror})"
+        ) from None
+
+
+def describe_run(parts: Run) -> dict[str, Any]:
+    """What ``config.json`` keeps: the resolved configuration and all it was run with."""
+    return {
+        **json.loads(parts.config.model_dump_json()),
+        "resolved": {
+            "num_clients": parts.num_clients,
+            "gamma": parts.gamma,
+            "alpha": parts.method.alpha,
+            "scaling_exponents": list(parts.method.exponents),
+            "independent_init": parts.method.independent_init,
+            "sharding": parts.backbone.sharding.kind,
+            "sharding_reason": parts.backbone.sharding.reason,
+            "adapter_parameters": parts.clients.layout.size,
+            "world_size": parts.world.size,
+            "device": str(parts.world.device.type),
+        },
+        "versions": {
+            "sfed": __version__,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            **{name: importlib.metadata.version(name) for name in _VERSIONS},
+        },
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _describe(parts: Run, console: Console) -> None:
+    """The header: what this run is, in plain words."""
+    method, layout, world = parts.method, parts.clients.layout, parts.world
+    exponents = method.exponents
+    console.say(
+        f"{method.name}: {parts.num_clients} clients on {world.size} "
+        f"process{'es' if world.size > 1 else ''} ({world.device.type}), "
+        f"{sum(parts.data.train_counts):,} training and {sum(parts.data.eval_counts):,} "
+        "held-out examples"
+    )
+    console.say(
+        f"gamma = {method.alpha:g} * N^{exponents[0]:g} * r^{exponents[1]:g} = {parts.gamma:.4g} "
+        f"with N = {parts.num_clients}, r = {parts.config.lora.rank}; A starts "
+        f"{'independent, averaged before the first step' if method.independent_init else 'shared'}"
+    )
+    sent = sum(
+        (columns := layout.columns(factor)).stop - columns.start for factor in method.averaged_in(0)
+    )
+    console.say(
+        f"adapter {layout.size:,} numbers per client, of which a round sends "
+        f"{', '.join(method.averaged_in(0)) or 'nothing'} ({4 * sent:,} bytes); backbone sharding "
+        f"{parts.backbone.sharding.kind} ({parts.backbone.sharding.reason})"
+    )
+
+
+def _export(parts: Run, folder: Path) -> None:
+    """Write every client's adapter, and the global one where it was asked for. Collective."""
+    exported = folder / "adapters"
+    for client in parts.clients.own:
+        parts.adapters.write_peft_folder(
+            exported / f"client-{client:04d}", parts.clients.row(client)
+        )
+    if "global" in parts.config.evaluation.adapters and parts.method.has_global_adapter:
+        everyone = tuple(range(parts.num_clients))
+        row = aggregation.global_row(parts.world, parts.clients, parts.weights(everyone))
+        if parts.world.is_main:
+            parts.adapters.write_peft_folder(exported / "global", row)
+
+
+def _close(parts: Run, folder: Path, console: Console) -> None:
+    """The closing table and where everything is."""
+    if not parts.world.is_main:
+        return
+    rounds = [e for e in metrics.read_events(folder / "metrics.jsonl") if e["event"] == "round"]
+    evaluated = [event for event in rounds if event[metrics.EVAL_LOSS] is not None]
+    if evaluated:
+        before = evaluated[0] if evaluated[0]["round"] == 0 else None
+        console.closing_table(before, evaluated[-1])
+    console.say(f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)")
+    console.say(f"metrics    {folder / 'metrics.jsonl'}")
+
+
+class _Prefixed(logging.Formatter):
+    """Says which process a warning comes from."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(f"[process {world.rank}] %(levelname)s %(name)s: %(message)s")
+
+
+def _quieten(world: World) -> None:
+    """Only process 0 chats; a warning of any process is kept, with its number."""
+    # DeepSpeed, which other libraries import too, otherwise announces its own guess.
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Prefixed(world))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(True)
+    # Announcements of other libraries' futures are no business of a person who trains.
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    for known in _HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=known)

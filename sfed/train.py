@@ -1,0 +1,76 @@
+"""Train: ``torchrun --nproc_per_node 8 -m sfed.train [CONFIG.yaml] [key=value ...]``.
+
+Without a configuration it runs the embedded demo, which downloads nothing. Exit codes: 0 done (or
+stopped by SIGTERM with everything on disk), 2 a mistake in configuration, data or arguments, 1
+anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sfed import cli, methods
+from sfed.cli import UserError
+from sfed.config import Config
+
+USAGE = """usage: python -m sfed.train [CONFIG.yaml] [key=value ...]
+       torchrun --nproc_per_node 8 -m sfed.train [CONFIG.yaml] [key=value ...]
+       deepspeed --num_gpus 8 --module sfed.train [CONFIG.yaml] [key=value ...]
+
+Federated LoRA fine-tuning: each process is one client or several. Without arguments it runs the
+embedded demo. A configuration is a YAML or JSON file; key=value goes over it."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, check what can be checked without torch, then run."""
+    config = cli.parse(arguments)
+    if config is None:
+        if os.environ.get("RANK", "0") == "0":
+            print(cli.help_text(USAGE))
+        return
+    check_before_torch(config)
+    from sfed.session import run_session  # torch and all that is behind it
+
+    run_session(config)
+
+
+def check_before_torch(config: Config) -> None:
+    """Refuse early what needs no model: missing files, too many processes, unstable methods.
+
+    Raises:
+        UserError: with all mistakes at once.
+    """
+    mistakes: list[str] = []
+    try:
+        methods.resolve(config)
+    except UserError as mistake:
+        mistakes.append(str(mistake))
+    num_processes, num_clients = (
+        int(os.environ.get("WORLD_SIZE", "1")),
+        config.federated.num_clients,
+    )
+    if num_clients is not None and num_clients < num_processes:
+        mistakes.append(
+            f"federated.num_clients = {num_clients} is less than the {num_processes} processes; "
+            "every process holds at least one client: start fewer processes or raise it"
+        )
+    mistakes += [
+        f"data.{split}_files: {name!r} does not exist"
+        for split in ("train", "eval")
+        for name in config.files(split)
+        if "{client}" not in name and not Path(name).is_file()
+    ]
+    if config.output.resume not in ("auto", "never") and not Path(config.output.resume).is_dir():
+        mistakes.append(
+            f"output.resume = {config.output.resume!r}: neither auto nor never nor a folder"
+        )
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+
+
+if __name__ == "__main__":
+    cli.run_command(main)
+    sys.exit(0)
