@@ -1,0 +1,48 @@
+"""Fixtures and settings of all tests: no network, quiet libraries, reproducible hypothesis."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before any library reads them.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import datasets
+import pytest
+import torch
+from hypothesis import settings
+
+from tests import tiny
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=100)
+settings.load_profile("ci")
+torch.set_num_threads(1)
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory):
+    """Caches of their own, so that a test neither uses nor leaves anything outside."""
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ["HF_DATASETS_CACHE"] = str(cache / "datasets")
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    datasets.config.HF_DATASETS_CACHE = cache / "datasets"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model`` and ``rows.jsonl``, shared by all tests: only read it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.save_model(folder / "model")
+    tiny.save_rows(folder / "rows.jsonl", 80, kinds=4)
+    return folder
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real data and models where they are at hand."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the folder with real data and models is not at hand")
+    return SHARED_DATA

@@ -1,0 +1,92 @@
+"""A tiny random LLaMA with a tokenizer, small files of rows, and runs of the trainer on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sfed.cli import validate
+from sfed.config import Config
+
+
+def save_model(folder: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
+    """Write a LLaMA with random weights (GQA, non-square layers) and a byte tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden + 8,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,  # large enough that adapters have something to change
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def save_rows(path: Path, count: int, *, seed: int = 0, kinds: int = 1) -> Path:
+    """Write ``count`` rows of prompt, completion and kind; lengths differ."""
+    rows = []
+    for i in range(count):
+        kind = i % kinds
+        word = "abcdefghij"[(seed + 3 * i + kind) % 10]
+        rows.append(
+            {
+                "prompt": f"{i} times {word}:",
+                "completion": f" {word * (1 + i % 5)}{kind}",
+                "kind": f"kind-{kind}",
+            }
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def settings(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a quick run on ``folder``/model and ``folder``/rows.jsonl; sections go over."""
+    data: dict[str, Any] = {
+        "model": {"name": str(folder / "model")},
+        "data": {
+            "task": "jsonl",
+            "train_files": str(folder / "rows.jsonl"),
+            "max_tokens": 64,
+            "eval_fraction": 0.25,
+        },
+        "lora": {"rank": 4},
+        "federated": {"num_clients": 4, "num_rounds": 3, "deadline_seconds": 60.0},
+        "train": {"local_steps": 3, "batch_size": 4, "lr": 1e-2},
+        "output": {"dir": str(folder / "runs"), "name": "run"},
+    }
+    for section, values in sections.items():
+        if isinstance(values, dict):
+            data[section] = {**data.get(section, {}), **values}
+        else:
+            data[section] = values
+    return data
+
+
+def config(folder: Path, **sections: dict[str, Any]) -> Config:
+    """The same as a checked configuration."""
+    return validate(settings(folder, **sections))
