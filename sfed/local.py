@@ -126,9 +126,9 @@ def _keep_company(run: Run, trained: tuple[str, ...]) -> None:
 
     It touches no client: its gradients go to a spare row.
     """
-    layout, device = run.clients.layout, run.world.device
-    spare = torch.zeros(2, 1, layout.size, device=device)
-    run.adapters.bind(spare[0], spare[1], trained)
+    device = run.world.device
+    values, grads = (torch.zeros(1, run.clients.layout.size, device=device) for _ in range(2))
+    run.adapters.bind(values, grads, trained)
     batch = batches.empty(1).to(device)
     run.adapters.context.dropout_seeds = None
     torch.autograd.backward(run.backbone.token_losses(batch.input_ids, batch.labels).sum())

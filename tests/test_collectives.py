@@ -1,0 +1,160 @@
+"""Property 9: what leaves a process, counted where every collective must pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sfed import cli, federation, local, session
+from tests import tiny
+from tests.processes import on_processes
+
+pytestmark = pytest.mark.dist
+
+# Every method of a process group that sends tensors.
+KINDS = (
+    "allgather",
+    "_allgather_base",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "allreduce",
+    "allreduce_coalesced",
+    "alltoall",
+    "alltoall_base",
+    "broadcast",
+    "gather",
+    "_reduce_scatter_base",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor_coalesced",
+    "scatter",
+    "send",
+)
+
+
+class Counter:
+    """Notes (phase, kind, elements, dtype) of every collective of this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[str, str, int, str]] = []
+        self.phase = "start"
+        for kind in KINDS:
+            if hasattr(dist.ProcessGroup, kind):
+                monkeypatch.setattr(dist.ProcessGroup, kind, self._counting(kind))
+
+    def _counting(self, kind: str) -> Any:
+        original = getattr(dist.ProcessGroup, kind)
+
+        def counted(group: Any, *arguments: Any, **options: Any) -> Any:
+            for tensor in _tensors(arguments[:2]):
+                self.seen.append((self.phase, kind, tensor.numel(), str(tensor.dtype)))
+                break
+            return original(group, *arguments, **options)
+
+        return counted
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [tensor for inner in value for tensor in _tensors(inner)]
+    return []
+
+
+def counted_run(settings: dict[str, Any]) -> list[tuple[str, str, int, str]]:
+    monkeypatch = pytest.MonkeyPatch()
+    counter = Counter(monkeypatch)
+    in_phase(monkeypatch, counter, local, "train_round", "local")
+    in_phase(monkeypatch, counter, local, "exchange", "exchange")
+    in_phase(monkeypatch, counter, federation, "_average", "average")
+    in_phase(monkeypatch, counter, federation, "_evaluate_and_report", "evaluate")
+    in_phase(monkeypatch, counter, federation, "prepare", "prepare")
+    session.run_session(cli.validate(settings))
+    return counter.seen
+
+
+def in_phase(
+    monkeypatch: pytest.MonkeyPatch, counter: Counter, module: Any, name: str, phase: str
+) -> None:
+    original = getattr(module, name)
+
+    def marked(*arguments: Any, **options: Any) -> Any:
+        before, counter.phase = counter.phase, phase
+        try:
+            return original(*arguments, **options)
+        finally:
+            counter.phase = before
+
+    monkeypatch.setattr(module, name, marked)
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero3"])
+@pytest.mark.parametrize("method", ["sfed", "fedit", "local"])
+def test_a_round_sends_one_message_of_exactly_the_averaged_factors(
+    tiny_folder: Path, tmp_path: Path, sharding: str, method: str
+) -> None:
+    settings = tiny.settings(
+        tiny_folder,
+        output={"dir": str(tmp_path), "name": "run"},
+        backbone={"sharding": sharding},
+        federated={"num_clients": 4, "num_rounds": 3, "method": method},
+        evaluation={"adapters": ["personal"]},
+    )
+    num_a, num_b = sizes(tiny_folder)
+    expected = {"sfed": [num_a], "fedit": [num_a + num_b], "local": []}[method]
+    for seen in on_processes(2, counted_run, settings):
+        reductions = [(p, n) for p, kind, n, _ in seen if "reduce" in kind]
+        assert [n for p, n in reductions if p == "average"] == 3 * expected
+        # The round-0 mean of SFed; nothing else is ever reduced, in no phase.
+        start = [num_a] if method == "sfed" else []
+        assert [n for p, n in reductions if p == "prepare"] == start
+        assert len(reductions) == 3 * len(expected) + len(start)
+        # Local steps: under ZeRO-3 gathers of frozen weights, otherwise silence.
+        in_local = {kind for p, kind, _, _ in seen if p == "local"}
+        if sharding == "none":
+            assert in_local == set()
+        else:
+            assert in_local <= {
+                "allgather",
+                "_allgather_base",
+                "broadcast",
+                "allgather_into_tensor_coalesced",
+            }
+            # DeepSpeed compares the order of modules once, in small integers.
+            sent = [
+                (n, dtype) for p, kind, n, dtype in seen if p == "local" and kind == "broadcast"
+            ]
+            assert all(dtype == "torch.int64" for _, dtype in sent)
+
+
+def test_b_is_reduced_only_when_the_global_adapter_is_asked_for(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    settings = tiny.settings(
+        tiny_folder,
+        output={"dir": str(tmp_path), "name": "run"},
+        evaluation={"adapters": ["personal", "global"], "every_rounds": 3},
+    )
+    num_a, num_b = sizes(tiny_folder)
+    for seen in on_processes(2, counted_run, settings):
+        reductions = [(p, n) for p, kind, n, _ in seen if "reduce" in kind]
+        assert [n for p, n in reductions if p == "average"] == [num_a] * 3
+        assert [n for p, n in reductions if p == "evaluate"] == [num_b] * 2
+
+
+def sizes(folder: Path) -> tuple[int, int]:
+    """Numbers of A and of B for all linear layers of the tiny model at rank 4."""
+    from transformers import AutoConfig
+
+    model = AutoConfig.from_pretrained(folder / "model")
+    hidden, inner = model.hidden_size, model.intermediate_size
+    kv = hidden * model.num_key_value_heads // model.num_attention_heads
+    layers = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
+    layers += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    ins, outs = (sum(side) for side in zip(*layers, strict=True))
+    return 4 * model.num_hidden_layers * ins, 4 * model.num_hidden_layers * outs

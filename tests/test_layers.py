@@ -1,0 +1,195 @@
+"""The stacked layer is C separate LoRA layers; exported adapters are stock PEFT (property 7)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sfed import adapters
+from sfed.adapters import Adapters, Layout
+from sfed.layers import PassContext, StackedLoraLinear
+
+CLIENTS, ROWS, TOKENS, IN, OUT, LORA_RANK, GAMMA = 3, 2, 5, 6, 10, 4, 1.7
+
+
+def stacked(dropout: float = 0.0) -> tuple[StackedLoraLinear, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    layer = StackedLoraLinear(nn.Linear(IN, OUT), GAMMA, dropout, 0, PassContext())
+    a = torch.randn(CLIENTS, LORA_RANK, IN).requires_grad_()
+    b = torch.randn(CLIENTS, OUT, LORA_RANK).requires_grad_()
+    layer.bind(a, b)
+    return layer, a, b
+
+
+def test_a_pass_of_many_clients_gives_each_the_outputs_and_gradients_of_its_own() -> None:
+    layer, a, b = stacked()
+    x = torch.randn(CLIENTS * ROWS, TOKENS, IN)
+    target = torch.randn(CLIENTS * ROWS, TOKENS, OUT)
+    y = layer(x)
+    (y * target).sum().backward()
+    for client in range(CLIENTS):
+        rows = slice(client * ROWS, (client + 1) * ROWS)
+        own_a = a[client].detach().clone().requires_grad_()
+        own_b = b[client].detach().clone().requires_grad_()
+        own_y = layer.base_layer(x[rows]) + GAMMA * (x[rows] @ own_a.T) @ own_b.T
+        (own_y * target[rows]).sum().backward()
+        torch.testing.assert_close(y[rows], own_y)
+        torch.testing.assert_close(a.grad[client], own_a.grad)
+        torch.testing.assert_close(b.grad[client], own_b.grad)
+
+
+def test_no_gradient_crosses_from_one_client_to_another() -> None:
+    layer, a, b = stacked()
+    x = torch.randn(CLIENTS * ROWS, TOKENS, IN)
+    layer(x)[:ROWS].sum().backward()
+    for factor in (a, b):
+        assert bool(factor.grad[0].any())
+        assert not bool(factor.grad[1:].any())
+
+
+def test_the_input_is_not_cast_up() -> None:
+    layer, _, _ = stacked()
+    layer.base_layer.bfloat16()
+    saved = []
+    x = torch.randn(CLIENTS * ROWS, TOKENS, IN, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert {t.dtype for t in saved} == {torch.bfloat16}
+
+
+def test_dropout_masks_are_a_function_of_the_client_and_the_layer() -> None:
+    layer, _, _ = stacked(dropout=0.5)
+    x = torch.randn(CLIENTS * ROWS, TOKENS, IN)
+    layer._context.dropout_seeds = (5, 6, 7)
+    y = layer(x)
+    torch.testing.assert_close(y, layer(x), rtol=0, atol=0)
+    layer._context.dropout_seeds = (5, 8, 9)
+    again = layer(x)
+    assert torch.equal(y[:ROWS], again[:ROWS])
+    assert not torch.equal(y[ROWS:], again[ROWS:])
+    layer._layer_index = 1
+    assert not torch.equal(again, layer(x))
+
+
+def test_dropout_keeps_the_expected_value() -> None:
+    layer, a, b = stacked(dropout=0.25)
+    x = torch.ones(CLIENTS, 1, IN)
+    layer._context.dropout_seeds = None
+    expected = layer(x)
+    total = torch.zeros_like(expected)
+    for seed in range(4000):
+        layer._context.dropout_seeds = (seed, seed, seed)
+        total += layer(x)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(total / 4000, expected, rtol=0.0, atol=0.06 * scale)
+
+
+def test_the_layout_is_sorted_a_first_and_without_holes() -> None:
+    layout = Layout.of([("z", 2, 3), ("b", 5, 7)], lora_rank=2)
+    assert [(p.layer, p.factor, p.shape) for p in layout.pieces] == [
+        ("b", "A", (2, 5)),
+        ("z", "A", (2, 2)),
+        ("b", "B", (7, 2)),
+        ("z", "B", (3, 2)),
+    ]
+    starts = [piece.start for piece in layout.pieces]
+    assert starts == [0, *(piece.end for piece in layout.pieces[:-1])]
+    assert layout.size == layout.pieces[-1].end == 2 * (5 + 2 + 7 + 3)
+    assert layout.columns("A") == slice(0, 14)
+    assert layout.columns("B") == slice(14, 34)
+
+
+def attached(folder: Path, **changes: object) -> tuple[nn.Module, Adapters]:
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").requires_grad_(False)
+    request: dict = {
+        "lora_rank": 4,
+        "lora_scaling": 2.5,
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+        "base_name": str(folder / "model"),
+    }
+    return model, adapters.attach(model, **{**request, **changes})
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+def test_an_exported_adapter_in_stock_peft_gives_the_logits_of_the_trainer(
+    tiny_folder: Path, tmp_path: Path, targets: tuple | str
+) -> None:
+    model, own = attached(tiny_folder, target_modules=targets)
+    row = torch.randn(own.layout.size, generator=torch.Generator().manual_seed(3)) * 0.2
+    own.bind(row[None])
+    own.write_peft_folder(tmp_path / "adapter", row)
+    ids = torch.randint(2, 250, (3, 11), generator=torch.Generator().manual_seed(4))
+    ours = model(ids).logits
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model")
+    plain = base(ids).logits.clone()
+    stock = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert stock.peft_config["default"].use_rslora
+    assert float((ours - plain).abs().max()) > 0.1, "the adapter does nothing"
+    torch.testing.assert_close(stock(ids).logits, ours, rtol=1e-5, atol=1e-5)
+    merged = stock.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_peft_adds_up_clients_as_the_global_adapter_does(tiny_folder: Path, tmp_path: Path) -> None:
+    """PEFT's "cat" is an outside oracle for sum_i p_i gamma B_i A: with one A it is (A, mean B)."""
+    model, own = attached(tiny_folder)
+    a, b = own.layout.columns("A"), own.layout.columns("B")
+    rows = torch.randn(2, own.layout.size, generator=torch.Generator().manual_seed(5)) * 0.2
+    rows[1, a] = rows[0, a]
+    mean = rows[0].clone()
+    mean[b] = 0.3 * rows[0, b] + 0.7 * rows[1, b]
+    for name, row in (("one", rows[0]), ("two", rows[1])):
+        own.write_peft_folder(tmp_path / name, row)
+        # PEFT gets "cat" of rsLoRA adapters wrong by sqrt(r); say the same gamma the other way.
+        path = tmp_path / name / "adapter_config.json"
+        plain = {**json.loads(path.read_text()), "use_rslora": False, "lora_alpha": 4 * 2.5}
+        path.write_text(json.dumps(plain))
+    own.bind(mean[None])
+    ids = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(6))
+    ours = model(ids).logits
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model")
+    stock = PeftModel.from_pretrained(base, tmp_path / "one", adapter_name="one")
+    stock.load_adapter(tmp_path / "two", adapter_name="two")
+    stock.add_weighted_adapter(["one", "two"], [0.3, 0.7], "sum", combination_type="cat")
+    stock.set_adapter("sum")
+    torch.testing.assert_close(stock(ids).logits, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_peft_trains_a_single_client_to_the_same_gradients(tiny_folder: Path) -> None:
+    model, own = attached(tiny_folder)
+    row = torch.randn(own.layout.size, generator=torch.Generator().manual_seed(7)) * 0.2
+    grads = torch.zeros(1, own.layout.size)
+    own.bind(row[None], grads, ("A", "B"))
+    ids = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model")
+    config = LoraConfig(r=4, lora_alpha=10, target_modules="all-linear", task_type="CAUSAL_LM")
+    stock = get_peft_model(base, config)  # alpha / r = 2.5
+    named = dict(stock.named_parameters())
+    for piece in own.layout.pieces:
+        name = f"base_model.model.{piece.layer}.lora_{piece.factor}.default.weight"
+        named[name].data.copy_(row[piece.start : piece.end].view(piece.shape))
+    stock(input_ids=ids, labels=ids).loss.backward()
+    for piece in own.layout.pieces:
+        name = f"base_model.model.{piece.layer}.lora_{piece.factor}.default.weight"
+        ours = grads[0, piece.start : piece.end].view(piece.shape)
+        torch.testing.assert_close(ours, named[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_is_drawn_as_peft_draws_it(tiny_folder: Path) -> None:
+    _, own = attached(tiny_folder)
+    row = own.initial_a(torch.Generator().manual_seed(0))
+    for piece in own.layout.pieces:
+        if piece.factor == "A":
+            a = row[piece.start : piece.end]
+            bound = piece.shape[1] ** -0.5
+            assert float(a.abs().max()) <= bound
+            assert float(a.std()) == pytest.approx(bound / 3**0.5, rel=0.25)

@@ -1,0 +1,195 @@
+"""Property 8: kill at any moment, resume anywhere: the adapters of the undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import runs, tiny
+from tests.processes import free_port
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+ADAMW = {"lr": 1e-2, "local_steps": 4, "batch_size": 4}
+SGD = {**ADAMW, "optimizer": "sgd", "lr": 0.1}
+FOUR = {"num_clients": 4, "num_rounds": 4, "deadline_seconds": 30.0}
+
+
+def settings(tiny_folder: Path, out: Path, name: str = "run", **sections: object) -> dict:
+    sections = {"train": ADAMW, "federated": FOUR, **sections}
+    return tiny.settings(tiny_folder, output={"dir": str(out), "name": name}, **sections)
+
+
+def start(num: int, run_settings: dict, folder: Path) -> list[subprocess.Popen]:
+    """Start the trainer as separate programs, without a launcher that would clean up."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(run_settings))
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "sfed.train", str(path)],
+            env={
+                **os.environ,
+                "RANK": str(process),
+                "LOCAL_RANK": str(process),
+                "WORLD_SIZE": str(num),
+                "LOCAL_WORLD_SIZE": str(num),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(num)
+    ]
+
+
+def wait(processes: list[subprocess.Popen], seconds: float = 90.0) -> list[int]:
+    end = time.monotonic() + seconds
+    codes = []
+    for process in processes:
+        try:
+            codes.append(process.wait(max(0.1, end - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            codes.append(-999)
+    return codes
+
+
+def wait_for_round(run_folder: Path, number: int, processes: list[subprocess.Popen]) -> None:
+    end = time.monotonic() + 90
+    metrics = run_folder / "metrics.jsonl"
+    while time.monotonic() < end:
+        if metrics.is_file() and f'"round": {number},' in metrics.read_text():
+            return
+        assert all(process.poll() is None for process in processes), "the run ended too early"
+        time.sleep(0.005)
+    raise TimeoutError(f"round {number} did not come")
+
+
+LONG = {**FOUR, "num_rounds": 30}
+
+
+def test_a_process_killed_in_the_middle_of_a_round_costs_nothing_but_that_round(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """kill -9 of one of two processes, then the same command: bit for bit the same adapters."""
+    calm = runs.run(2, settings(tiny_folder, tmp_path, "calm", federated=LONG))
+    disturbed = settings(tiny_folder, tmp_path, "disturbed", federated=LONG)
+    folder = tmp_path / "disturbed"
+    processes = start(2, disturbed, tmp_path)
+    wait_for_round(folder, 3, processes)
+    processes[1].send_signal(signal.SIGKILL)
+    codes = wait(processes)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] not in (0, -999), "the survivor must notice before its deadline"
+    assert not (folder / "adapters").exists()
+    assert len(runs.rounds(folder)) < 31
+    again = start(2, disturbed, tmp_path)
+    outputs = [process.communicate(timeout=90)[0] for process in again]
+    assert [process.returncode for process in again] == [0, 0], outputs
+    assert "going on after round" in outputs[0]
+    assert runs.identical(runs.adapters(calm), runs.adapters(folder))
+    assert [event["round"] for event in runs.rounds(folder)] == list(range(31))
+    assert [e["eval/loss"] for e in runs.rounds(calm)] == [
+        e["eval/loss"] for e in runs.rounds(folder)
+    ]
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero3"])
+def test_sigterm_finishes_the_step_writes_and_exits_0(
+    tiny_folder: Path, tmp_path: Path, sharding: str
+) -> None:
+    """The request reaches one process only; both stop, and the resumed run is the undisturbed."""
+    shape = {"federated": {**LONG, "num_rounds": 12}, "backbone": {"sharding": sharding}}
+    shape["train"] = {**ADAMW, "local_steps": 10}
+    calm = runs.run(2, settings(tiny_folder, tmp_path, "calm", **shape))
+    disturbed = settings(tiny_folder, tmp_path, "disturbed", **shape)
+    folder = tmp_path / "disturbed"
+    processes = start(2, disturbed, tmp_path)
+    wait_for_round(folder, 2, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=90)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "stopped as asked" in outputs[0]
+    assert not (folder / "adapters").exists()
+    again = start(2, disturbed, tmp_path)
+    assert wait(again) == [0, 0]
+    assert runs.identical(runs.adapters(calm), runs.adapters(folder))
+    assert [event["round"] for event in runs.rounds(folder)] == list(range(13))
+    assert runs.rounds(calm)[-1]["train/loss"] == runs.rounds(folder)[-1]["train/loss"]
+
+
+def test_a_run_stopped_on_four_processes_goes_on_on_two_and_on_one(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    whole = runs.run(1, settings(tiny_folder, tmp_path, "whole", train=SGD))
+    for rounds, num in ((1, 4), (2, 2), (4, 1)):
+        part = {**FOUR, "num_rounds": rounds}
+        moved = runs.run(num, settings(tiny_folder, tmp_path, "moved", train=SGD, federated=part))
+    assert runs.relative_difference(runs.adapters(whole), runs.adapters(moved)) <= 1e-6
+    assert [event["round"] for event in runs.rounds(moved)] == [0, 1, 2, 3, 4]
+
+
+def test_a_round_that_was_stopped_within_goes_on_on_another_number_of_processes(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    shape = {"train": {**SGD, "lr": 0.02, "local_steps": 40}}
+    shape["federated"] = {**FOUR, "num_rounds": 3}
+    whole = runs.run(1, settings(tiny_folder, tmp_path, "whole", **shape))
+    moved = settings(tiny_folder, tmp_path, "moved", **shape)
+    processes = start(2, moved, tmp_path)
+    wait_for_round(tmp_path / "moved", 1, processes)
+    processes[0].send_signal(signal.SIGTERM)
+    assert wait(processes) == [0, 0]
+    names = [path.name for path in (tmp_path / "moved" / "checkpoints").iterdir()]
+    assert any(name.endswith("-partial") for name in names), names
+    folder = runs.run(1, moved)
+    assert runs.relative_difference(runs.adapters(whole), runs.adapters(folder)) <= 1e-5
+    assert runs.rounds(folder)[-1]["train/loss"] == pytest.approx(
+        runs.rounds(whole)[-1]["train/loss"], rel=1e-6
+    )
+
+
+def test_paged_clients_resume_with_their_optimizer_state(tiny_folder: Path, tmp_path: Path) -> None:
+    shape = {"federated": {**FOUR, "clients_per_pass": 2, "clients_per_round": 3}}
+    whole = runs.run(1, settings(tiny_folder, tmp_path, "whole", **shape))
+    short = {"federated": {**shape["federated"], "num_rounds": 2}}
+    runs.run(1, settings(tiny_folder, tmp_path, "parts", **short))
+    parts = runs.run(1, settings(tiny_folder, tmp_path, "parts", **shape))
+    assert runs.identical(runs.adapters(whole), runs.adapters(parts))
+
+
+def test_only_whole_checkpoints_exist_and_a_damaged_one_is_passed_over(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    whole = runs.run(1, settings(tiny_folder, tmp_path, "whole"))
+    short = settings(tiny_folder, tmp_path, "parts", federated={**FOUR, "num_rounds": 3})
+    folder = runs.run(1, short)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["round-000002", "round-000003"]
+    shard = next((folder / "checkpoints" / "round-000003").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    # What a process that died while writing leaves behind.
+    shutil.copytree(folder / "checkpoints" / "round-000002", folder / "checkpoints" / ".x.tmp")
+    runs.run(1, settings(tiny_folder, tmp_path, "parts"))
+    assert runs.identical(runs.adapters(whole), runs.adapters(folder))
+    assert [event["round"] for event in runs.rounds(folder)] == [0, 1, 2, 3, 4]
+
+
+def test_resetting_the_optimizer_differs_from_keeping_it(tiny_folder: Path, tmp_path: Path) -> None:
+    kept = runs.run(1, settings(tiny_folder, tmp_path, "kept"))
+    reset = {**FOUR, "optimizer_state": "reset"}
+    other = runs.run(1, settings(tiny_folder, tmp_path, "reset", federated=reset))
+    assert runs.relative_difference(runs.adapters(kept), runs.adapters(other)) > 1e-4
