@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,15 +186,14 @@ def attach(
     try:
         # On the meta device: the factors that train are rows of our own buffers.
         peft_model = get_peft_model(model, request, low_cpu_mem_usage=True)
-    except ValueError as error:
-        known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m)})
-        raise UserError(
-            f"lora.target_modules = {target_modules!r}: {str(error).splitlines()[0]} The linear "
-            f"layers of this model are {', '.join(known)}"
-        ) from None
+    except (ValueError, re.error) as error:
+        raise _wrong_targets(model, target_modules, str(error).splitlines()[0]) from None
     peft_config = peft_model.peft_config["default"]
     context = PassContext()
     found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    for target in targets if isinstance(targets, list) else ():  # PEFT is content with one of them
+        if not any(f".{name}".endswith(f".{target}") for name in found):
+            raise _wrong_targets(model, target_modules, f"{target!r} is no layer of this model.")
     layers: dict[str, StackedLoraLinear] = {}
     for index, name in enumerate(sorted(found)):
         base_layer = found[name].get_base_layer()
@@ -207,6 +207,16 @@ def attach(
         setattr(model.get_submodule(parent), leaf, layers[name])
     shapes = [(name, found[name].in_features, found[name].out_features) for name in layers]
     return Adapters(layers, Layout.of(shapes, lora_rank), peft_config, context)
+
+
+def _wrong_targets(
+    model: PreTrainedModel, target_modules: tuple[str, ...] | str, reason: str
+) -> UserError:
+    known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m)})
+    return UserError(
+        f"lora.target_modules = {target_modules!r}: {reason} The linear layers of this model are "
+        f"{', '.join(known)}"
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -52,6 +54,16 @@ class Backbone:
         self.model = model
         self.sharding = sharding
         self._keep_alive = keep_alive
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence that the model was made for."""
+        return int(getattr(self.model.config, "max_position_embeddings", 2**31))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.model.config.vocab_size)
 
     def token_losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return each row's summed cross-entropy in nats over its supervised tokens.
@@ -129,15 +141,22 @@ def load(config: Config, name: str, world: World) -> Backbone:
     if sharding.is_sharded:
         keep_alive = _prepare_deepspeed(config, model_config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             name,
             config=model_config,
             dtype=dtype,
             attn_implementation=config.model.attention,
             trust_remote_code=config.backbone.trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(_cannot_load(name, error)) from None
+    if loading["missing_keys"]:  # transformers would train on random numbers in their place
+        missing = sorted(loading["missing_keys"])
+        raise UserError(
+            f"model.name = {name!r}: its files lack {len(missing)} weights that its config.json "
+            f"asks for, such as {missing[0]}"
+        )
     model.requires_grad_(False)
     if sharding.is_sharded:
         hf_deepspeed, settings = keep_alive
@@ -168,7 +187,7 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
         model_config: PreTrainedConfig = AutoConfig.from_pretrained(
             name, trust_remote_code=config.backbone.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(_cannot_load(name, error)) from None
     for key, value in model_config.to_dict().items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
@@ -211,14 +230,29 @@ def _free_bytes(device: torch.device) -> int:
 
 def _prepare_deepspeed(config: Config, model_config: PreTrainedConfig) -> tuple[Any, Any]:
     """Make ``from_pretrained`` load straight into shards; returns what must outlive the model."""
-    import deepspeed.ops  # heavy, and only needed here
+    import deepspeed  # heavy, and only needed here
+    import deepspeed.ops
     from transformers.integrations import HfDeepSpeedConfig
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Otherwise the first start on a CPU compiles a C++ extension for most of a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # What a launcher would have set; DeepSpeed reads them even where the group exists.
+    os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(dist.get_backend())  # adopts the group that exists
     settings = deepspeed_settings(config, model_config)
+    try:
+        deepspeed.DeepSpeedConfig(settings)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        deepspeed.DeepSpeedConfigError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"backbone.deepspeed is refused by DeepSpeed: {reason}") from None
     return HfDeepSpeedConfig(settings), settings
 
 
@@ -261,8 +295,5 @@ def _shard(model: PreTrainedModel, settings: dict[str, Any]) -> Any:
     """Install ZeRO-3's gather hooks; returns the engine, which must outlive the model."""
     import deepspeed
 
-    try:
-        engine, *_ = deepspeed.initialize(model=model, config=settings)
-    except (ValueError, KeyError, deepspeed.DeepSpeedConfigError) as error:
-        raise UserError(f"backbone.deepspeed is refused by DeepSpeed: {error}") from None
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
     return engine

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from sfed.cli import UserError
 from sfed.clients import ClientRows
@@ -34,6 +34,7 @@ from sfed.distributed import World, together
 from sfed.local import Ledger
 from sfed.run import Run
 
+_FACTS = {"finished_rounds", "bad_rounds", "ledger", "layout_size", "config", "files"}
 _NAME = re.compile(r"round-(\d{6})(-partial)?")
 # Keys that a resumed run may change: they do not change its numbers (beyond round-off).
 _FREE_SECTIONS = ("output", "evaluation", "backbone")
@@ -215,8 +216,14 @@ def _problem(folder: Path) -> str | None:
             actual = (folder / name).stat().st_size
             if actual != size:
                 return f"{name} has {actual} bytes instead of {size}"
+            with safe_open(folder / name, framework="pt") as shard:
+                shard.keys()
+        if missing := sorted(_FACTS - facts.keys()):
+            return f"run.json lacks {', '.join(missing)}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except SafetensorError as error:
+        return f"{name} is not readable ({error})"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"run.json is not readable ({error})"
     return None
@@ -279,8 +286,11 @@ def load(found: Found, world: World, clients: ClientRows) -> State:
         try:
             dcp.load(tensors, storage_reader=reader, no_dist=True)
         except (dcp.CheckpointException, SafetensorError, RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{found.folder} cannot be read: {reason}") from None
+            reason = str(error).strip().splitlines()[-1][:300]
+            raise UserError(
+                f"the checkpoint {found.folder} cannot be read ({reason}); remove this folder to "
+                "go on from the one before it"
+            ) from None
         for client in clients.own:
             clients.examples_drawn[client] = int(wanted[client]["examples_drawn"])
     ledger = facts["ledger"]

@@ -151,8 +151,12 @@ def validate(data: dict[str, Any]) -> Config:
         UserError: one line per mistake: key, value, what is wrong, the nearest known key.
     """
     try:
+        text = json.dumps(data, default=str)
+    except (ValueError, RecursionError):
+        raise UserError("the configuration refers to itself (a YAML alias in a circle)") from None
+    try:
         # JSON mode: strict about types, yet a list may fill a tuple.
-        return Config.model_validate_json(json.dumps(data, default=str))
+        return Config.model_validate_json(text)
     except ValidationError as error:
         lines = sorted({_explain(detail) for detail in _narrowed(error.errors())})
         count = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"

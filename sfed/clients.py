@@ -33,6 +33,13 @@ class Rows:
     optimizer_steps: torch.Tensor
     """(C,) fp32, whole numbers."""
 
+    def put_back(self, bad_C: torch.Tensor, start: torch.Tensor) -> None:
+        """Give the clients of a (C,) bool mask their values of the start, and fresh moments."""
+        self.values.copy_(torch.where(bad_C[:, None], start, self.values))
+        self.optimizer_steps.masked_fill_(bad_C, 0.0)
+        for moment in self.moments.values():
+            moment.masked_fill_(bad_C[:, None], 0.0)
+
 
 class ClientRows:
     """The state of all clients of this process."""

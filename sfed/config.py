@@ -40,7 +40,10 @@ DEAD_DEEPSPEED_KEYS = {
 def _number(value: Any) -> Any:
     """Read "1/2" or "-1/2" as a number; leave everything else to pydantic."""
     if isinstance(value, str):
-        return float(Fraction(value))  # ValueError, which pydantic reports with the key
+        try:
+            return float(Fraction(value))
+        except (ZeroDivisionError, OverflowError):
+            raise ValueError(f"{value!r} is no finite number") from None
     return value
 
 
@@ -51,7 +54,11 @@ class Section(BaseModel):
     """Base of all sections: unknown keys refused, no coercion, immutable."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -101,7 +108,7 @@ class LoraSection(Section):
 
     rank: PositiveInt = 8
     """LoRA rank r."""
-    alpha: PositiveFloat | None = None
+    alpha: float | None = Field(default=None, gt=0, le=1e9)
     """LoRA alpha as the method's own formula takes it; null = the method's usual value."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the input of the adapters; masks depend on (seed, round, client, step) only."""
@@ -134,7 +141,7 @@ class FederatedSection(Section):
     """What becomes of the optimizer's moments at the end of a round."""
     max_bad_rounds: NonNegativeInt = 3
     """Rounds in which some client may turn non-finite (and be left out) before the run stops."""
-    deadline_seconds: PositiveFloat = 600.0
+    deadline_seconds: float = Field(default=600.0, gt=0, le=1e7)
     """Longest wait for another process before the run stops and names who is missing."""
 
 
@@ -218,7 +225,7 @@ class EvaluationSection(Section):
 class OutputSection(Section):
     """What is written where."""
 
-    dir: str = "runs"
+    dir: str = Field(default="runs", min_length=1)
     """Folder of the run folders."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run folder; null = TASK-METHOD."""
@@ -276,9 +283,10 @@ class Config(Section):
                 "partition.kind=by_file needs data.train_files with {client} in the name, "
                 "such as data/{client}.jsonl, or a list with one file per client"
             )
-        if kind != "by_file" and per_client:
+        patterns = [n for n in (*files, *self.files("eval")) if "{client}" in n]
+        if kind != "by_file" and patterns:
             raise ValueError(
-                f"data.train_files has {{client}} in {per_client[0]!r}, which needs "
+                f"{{client}} in {patterns[0]!r} (data.train_files, data.eval_files) needs "
                 "partition.kind=by_file"
             )
         if self.data.task == "jsonl" and not files:

@@ -118,8 +118,8 @@ def _exclude_bad_clients(
         return 0
     names = ", ".join(map(str, bad))
     fact = (
-        f"round {round_index + 1}: the loss or gradient of client {names} was not finite; it made "
-        "no step from there on and is left out of this round's mean"
+        f"round {round_index + 1}: the loss or gradient of client {names} was not finite; it "
+        "is back where the round began and left out of this round's mean"
     )
     if len(bad) == len(run.cohort(round_index)):
         raise TrainingFailedError(f"{fact}. No client is left; lower train.lr or lora.alpha")

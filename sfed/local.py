@@ -173,6 +173,7 @@ class _GroupWork:
             kept[:, IS_BAD].bool(),
         )
         self._latest_losses = torch.zeros(len(rows.clients), device=device)
+        self._start = rows.values.clone()
         self.latest_tokens = 0
 
     def steps_left(self) -> range:
@@ -195,7 +196,7 @@ class _GroupWork:
         norms_C = optimizer.gradient_norms(self._rows, run.clients.layout, self._trained)
         active_C = torch.tensor(active, device=run.world.device)
         finite_C = torch.isfinite(losses_C) & torch.isfinite(norms_C)
-        # A client that turned non-finite rests for the rest of the round, at its last good step.
+        # A client that turned non-finite rests until the round ends.
         self._sums.is_bad |= active_C & ~finite_C
         taken_C = active_C & ~self._sums.is_bad
         optimizer.step(
@@ -279,7 +280,9 @@ class _GroupWork:
         return torch.tensor(rates, device=self._run.world.device)
 
     def close(self) -> None:
-        """Write the sums into the ledger."""
+        """Write the sums into the ledger; who turned non-finite is back where the round began."""
+        self._sums.is_bad |= ~torch.isfinite(self._rows.values).all(dim=1)
+        self._rows.put_back(self._sums.is_bad, self._start)
         for column, values in (
             (LOSS_SUM, self._sums.loss),
             (SUPERVISED, self._sums.supervised),

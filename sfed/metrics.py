@@ -74,13 +74,17 @@ class MetricsFile:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the events of a metrics file; a last line that is still being written is left out."""
+    """Read the events of a metrics file; lines that are damaged or half written are left out."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8") as file:
         for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+            try:
+                event = json.loads(line) if line.endswith("\n") else None
+            except json.JSONDecodeError:
+                event = None
+            if isinstance(event, dict):
+                yield event
 
 
 def _line(event: dict[str, Any]) -> str:

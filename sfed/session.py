@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sfed import (
@@ -96,6 +97,7 @@ def build(config: Config, world: World, console: Console) -> Run:
     console.say(f"loading {config.model.name} ({config.model.dtype})")
     with distributed.together(world, "loading the backbone"):
         frozen = backbone.load(config, name, world)
+        _check_rows_fit(held, frozen, own)
     everyone = tuple(range(num_clients))
     weights = run.client_weights(config, held, num_clients, everyone)
     gamma = scaling.lora_scaling(
@@ -122,6 +124,25 @@ def build(config: Config, world: World, console: Console) -> Run:
     return parts
 
 
+def _check_rows_fit(held: data.Data, frozen: backbone.Backbone, own: range) -> None:
+    """Refuse rows that are longer than the model's context or hold tokens it does not know."""
+    context, vocabulary = frozen.context_tokens, frozen.vocabulary_size
+    for client in own:
+        for examples in (held.train[client], held.held_out[client]):
+            longest = max(examples.lengths, default=0)
+            if longest > context:
+                raise UserError(
+                    f"a row of client {client} has {longest} tokens and the model's context is "
+                    f"{context}; set data.max_tokens to at most {context}"
+                )
+            largest = max(examples.table.flat, default=0)
+            if largest >= vocabulary:
+                raise UserError(
+                    f"the tokenizer gives token {largest} and the model knows {vocabulary} tokens; "
+                    "model.name has a tokenizer of another model"
+                )
+
+
 def _model_folder(config: Config, world: World, console: Console) -> str:
     """Where the backbone is; the demo's is made by the first process of each node."""
     if config.model.name != "demo":
@@ -137,7 +158,7 @@ def _load_tokenizer(config: Config, name: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=config.backbone.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model.name = {name!r} has no readable tokenizer: {reason}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -175,8 +196,8 @@ def _train_and_export(
     finished = federation.train(parts, state, folder, log, console, stop)
     console.end_rounds()
     if finished:
-        _export(parts, folder)
-        distributed.meet(world, "writing the adapters")
+        with distributed.together(world, "writing the adapters"):
+            _export(parts, folder)
         _close(parts, folder, console)
     else:
         console.say(f"stopped as asked; the same command goes on from {folder / 'checkpoints'}")
@@ -263,16 +284,19 @@ def _describe(parts: Run, console: Console) -> None:
 
 def _export(parts: Run, folder: Path) -> None:
     """Write every client's adapter, and the global one where it was asked for. Collective."""
-    exported = folder / "adapters"
-    for client in parts.clients.own:
-        parts.adapters.write_peft_folder(
-            exported / f"client-{client:04d}", parts.clients.row(client)
-        )
+    rows = {f"client-{client:04d}": parts.clients.row(client) for client in parts.clients.own}
     if "global" in parts.config.evaluation.adapters and parts.method.has_global_adapter:
         everyone = tuple(range(parts.num_clients))
         row = aggregation.global_row(parts.world, parts.clients, parts.weights(everyone))
-        if parts.world.is_main:
-            parts.adapters.write_peft_folder(exported / "global", row)
+        rows |= {"global": row} if parts.world.is_main else {}
+    try:
+        for name, row in rows.items():
+            parts.adapters.write_peft_folder(folder / "adapters" / name, row)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the adapters cannot be written below {folder} ({error}); make room, then start "
+            "again: the run is whole in its last checkpoint"
+        ) from None
 
 
 def _close(parts: Run, folder: Path, console: Console) -> None:

@@ -97,6 +97,10 @@ def checked_pair(task: Task, row: Any, where: str) -> Pair:
         raise UserError(f"{where}: no key {missing}; expected {task.form}") from None
     except TypeError as error:
         raise UserError(f"{where}: {error}; expected {task.form}") from None
+    try:
+        (pair.prompt + pair.completion).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: it holds half a surrogate pair, which is no text") from None
     if not pair.completion.strip():
         raise UserError(f"{where}: the completion is empty; expected {task.form}")
     return pair
@@ -118,8 +122,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(rows, list):
         raise UserError(
@@ -129,10 +133,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
                     yield f"{path}, line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, RecursionError) as error:
                     raise UserError(f"{path}, line {number}: not JSON ({error})") from None

@@ -96,7 +96,7 @@ def tokenise(
         UserError: where a file or a row is wrong, with its place.
     """
     if files:
-        source = _file_rows(files)
+        source = _file_rows(files, f"data.{split}_files")
         identity = repr([_file_digest(name, f"data.{split}_files") for name in files])
     elif config.data.task == "demo":
         count = DEMO_TRAIN_PER_KIND if split == "train" else DEMO_EVAL_PER_KIND
@@ -147,9 +147,14 @@ def _file_digest(name: str, key: str) -> str:
         raise UserError(f"{key}: {name!r} cannot be read ({error.strerror})") from None
 
 
-def _file_rows(files: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def _file_rows(files: tuple[str, ...], key: str) -> Iterator[tuple[str, Any]]:
+    num_rows = 0
     for name in files:
-        yield from read_rows(Path(name))
+        for row in read_rows(Path(name)):
+            num_rows += 1
+            yield row
+    if not num_rows:
+        raise UserError(f"{key}: {', '.join(files)} hold no rows")
 
 
 def _hub_rows(config: Config, split: Split) -> datasets.Dataset:
@@ -226,8 +231,6 @@ def _encode(
 
 def _as_tokens(dataset: datasets.Dataset, split: Split, *, with_keys: bool) -> Tokens:
     """Map the Arrow columns into numpy, without the rows that have nothing to learn."""
-    if len(dataset) == 0:
-        raise UserError(f"data.{split}_files hold no rows")
     ids: pa.ListArray = dataset.data.column("ids").combine_chunks()
     starts = ids.offsets.to_numpy()
     kept = np.flatnonzero(np.diff(starts) > 0)

@@ -58,7 +58,7 @@ def check_before_torch(config: Config) -> None:
             "every process holds at least one client: start fewer processes or raise it"
         )
     mistakes += [
-        f"data.{split}_files: {name!r} does not exist"
+        f"data.{split}_files: {name!r} {'is a folder' if Path(name).is_dir() else 'does not exist'}"
         for split in ("train", "eval")
         for name in config.files(split)
         if "{client}" not in name and not Path(name).is_file()
