@@ -123,6 +123,13 @@ class Backbone:
         return sha.hexdigest()
 
 
+def dtype_name(config: Config, world: World) -> str:
+    """Resolve ``model.dtype``: CPUs compute bf16 several times slower than fp32."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "bf16" if world.device.type == "cuda" else "fp32"
+
+
 def load(config: Config, name: str, world: World) -> Backbone:
     """Load and freeze the backbone, sharded over the processes or as a replica. Collective.
 
@@ -135,11 +142,11 @@ def load(config: Config, name: str, world: World) -> Backbone:
         UserError: where the model cannot be found or is not a causal language model.
     """
     model_config = read_model_config(config, name)
-    dtype = _DTYPES[config.model.dtype]
+    dtype = _DTYPES[dtype_name(config, world)]
     sharding = choose_sharding(config.backbone, model_config, dtype, world)
     keep_alive: Any = None
     if sharding.is_sharded:
-        keep_alive = _prepare_deepspeed(config, model_config)
+        keep_alive = _prepare_deepspeed(config, model_config, dtype)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
@@ -228,7 +235,9 @@ def _free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _prepare_deepspeed(config: Config, model_config: PreTrainedConfig) -> tuple[Any, Any]:
+def _prepare_deepspeed(
+    config: Config, model_config: PreTrainedConfig, dtype: torch.dtype
+) -> tuple[Any, Any]:
     """Make ``from_pretrained`` load straight into shards; returns what must outlive the model."""
     import deepspeed  # heavy, and only needed here
     import deepspeed.ops
@@ -240,7 +249,7 @@ def _prepare_deepspeed(config: Config, model_config: PreTrainedConfig) -> tuple[
     # What a launcher would have set; DeepSpeed reads them even where the group exists.
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(dist.get_backend())  # adopts the group that exists
-    settings = deepspeed_settings(config, model_config)
+    settings = deepspeed_settings(config, model_config, dtype)
     try:
         deepspeed.DeepSpeedConfig(settings)
     except (
@@ -256,7 +265,9 @@ def _prepare_deepspeed(config: Config, model_config: PreTrainedConfig) -> tuple[
     return HfDeepSpeedConfig(settings), settings
 
 
-def deepspeed_settings(config: Config, model_config: PreTrainedConfig) -> dict[str, Any]:
+def deepspeed_settings(
+    config: Config, model_config: PreTrainedConfig, dtype: torch.dtype
+) -> dict[str, Any]:
     """Build the DeepSpeed configuration: our defaults, then the user's raw keys over them.
 
     DeepSpeed's own defaults keep everything gathered for any model below a billion parameters, so
@@ -277,7 +288,7 @@ def deepspeed_settings(config: Config, model_config: PreTrainedConfig) -> dict[s
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings = {
         "train_micro_batch_size_per_gpu": 1,  # demanded by DeepSpeed, used for nothing here
-        "bf16": {"enabled": config.model.dtype == "bf16"},
+        "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": zero,
     }
     return _merged(settings, config.backbone.deepspeed)

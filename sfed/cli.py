@@ -31,13 +31,19 @@ class UserError(ValueError):
     """
 
 
+_MERGE = "tag:yaml.org,2002:merge"  # the key "<<"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people expect it: 1e-4 is a number, a key that stands twice is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [
+            _MERGE if key.tag == _MERGE else self.construct_object(key, deep=True)
+            for key, _ in node.value
+        ]
         for position, key in enumerate(keys):
-            if key in keys[:position]:
+            if key in keys[:position] and key != _MERGE:
                 line = node.value[position][0].start_mark.line + 1
                 raise UserError(f"line {line}: the key {key!r} stands twice; remove one of them")
         return super().construct_mapping(node, deep)
@@ -83,7 +89,7 @@ def parse(arguments: Sequence[str]) -> Config | None:
                 rest.pop(0)
         elif word.startswith("-"):
             raise UserError(f"unknown option {word!r}; settings are given as key=value, see --help")
-        elif "=" in word and not Path(word).is_file():
+        elif "=" in word and not os.path.isfile(word):
             overrides.append(word)
         elif path is not None:
             raise UserError(
@@ -112,7 +118,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"the configuration file {str(path)!r} does not exist")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            text = text.replace("\t", " ")  # the one thing in which JSON is not YAML
+        data = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable as YAML or JSON: {error}") from None
     except UserError as mistake:
@@ -154,6 +163,8 @@ def validate(data: dict[str, Any]) -> Config:
         text = json.dumps(data, default=str)
     except (ValueError, RecursionError):
         raise UserError("the configuration refers to itself (a YAML alias in a circle)") from None
+    except TypeError as error:
+        raise UserError(f"a key of the configuration is not text: {error}") from None
     try:
         # JSON mode: strict about types, yet a list may fill a tuple.
         return Config.model_validate_json(text)

@@ -31,12 +31,12 @@ class Rows:
     moments: dict[str, torch.Tensor]
     """Each (C, layout.size) fp32; empty for SGD."""
     optimizer_steps: torch.Tensor
-    """(C,) fp32, whole numbers."""
+    """(C, 2) fp32, whole numbers: steps that A and that B have made."""
 
     def put_back(self, bad_C: torch.Tensor, start: torch.Tensor) -> None:
         """Give the clients of a (C,) bool mask their values of the start, and fresh moments."""
         self.values.copy_(torch.where(bad_C[:, None], start, self.values))
-        self.optimizer_steps.masked_fill_(bad_C, 0.0)
+        self.optimizer_steps.masked_fill_(bad_C[:, None], 0.0)
         for moment in self.moments.values():
             moment.masked_fill_(bad_C[:, None], 0.0)
 
@@ -70,7 +70,7 @@ class ClientRows:
         shape = (len(own), layout.size)
         self.values = torch.zeros(shape, device=resting_place)
         self.moments = {name: torch.zeros(shape, device=resting_place) for name in moments}
-        self.optimizer_steps = torch.zeros(len(own), device=resting_place)
+        self.optimizer_steps = torch.zeros(len(own), 2, device=resting_place)
         self.examples_drawn = dict.fromkeys(own, 0)
         self._grads = torch.zeros(self.clients_per_pass, layout.size, device=device)
 
@@ -122,7 +122,7 @@ class ClientRows:
         named = {"a": self.values[position, a], "b": self.values[position, b]}
         for name, moment in self.moments.items():
             named[f"a_{name}"], named[f"b_{name}"] = moment[position, a], moment[position, b]
-        named["optimizer_steps"] = self.optimizer_steps[position : position + 1]
+        named["optimizer_steps"] = self.optimizer_steps[position]
         return named
 
     def _index(self, clients: Sequence[int]) -> torch.Tensor:

@@ -67,8 +67,8 @@ class ModelSection(Section):
 
     name: str = "demo"
     """Hub id or folder of a causal language model; demo = a small one made on the spot."""
-    dtype: Literal["bf16", "fp32"] = "fp32"
-    """Number format of the backbone. Adapters are always kept in fp32."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of the backbone; auto = bf16 on GPUs, fp32 on CPUs. Adapters stay in fp32."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention implementation of transformers."""
 

@@ -34,7 +34,7 @@ class Console:
         self._started = self._drawn = time.monotonic()
         self._round_started = self._started
         self._tokens = 0
-        self._latest_round_seconds: float | None = None
+        self._seconds_of_rounds: list[float] = []
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -90,8 +90,9 @@ class Console:
     def end_round(self, event: Mapping[str, Any]) -> None:
         """A round is done: one line that stays."""
         finished, total = event["round"], self._rounds[1]
-        self._latest_round_seconds = event[metrics.ROUND_SECONDS]
         self._rounds = (finished, total)
+        if finished:
+            self._seconds_of_rounds.append(event[metrics.ROUND_SECONDS])
         parts = [f"round {finished}/{total}" if finished else "before training"]
         parts += [
             f"{name} {event[key]:.4f}"
@@ -111,13 +112,13 @@ class Console:
         self.say("  ".join(parts))
 
     def _eta(self, finished: float) -> str:
-        if self._latest_round_seconds is None:
+        if not self._seconds_of_rounds:
             within = finished - int(finished)
             if within <= 0:
                 return "?"
             per_round = (time.monotonic() - self._round_started) / within
         else:
-            per_round = self._latest_round_seconds
+            per_round = sum(self._seconds_of_rounds) / len(self._seconds_of_rounds)
         return duration(per_round * (self._rounds[1] - finished))
 
     def end_rounds(self) -> None:

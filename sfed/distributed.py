@@ -61,6 +61,8 @@ def start(deadline_seconds: float) -> World:
     local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or size)
     timeout = datetime.timedelta(seconds=deadline_seconds)
     device, per_device = torch.device("cpu"), local_size
+    if "OMP_NUM_THREADS" not in environment:  # torchrun sets it, deepspeed and python do not
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     if torch.cuda.is_available():
         num_devices = torch.cuda.device_count()
         device = torch.device("cuda", local_rank % num_devices)

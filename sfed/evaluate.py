@@ -37,10 +37,15 @@ class Evaluation:
         return float(loss / tokens) if tokens else None
 
 
-def evaluate(run: Run) -> Evaluation:
+def evaluate(run: Run, *, untrained: bool = False) -> Evaluation:
     """Evaluate all clients, whoever trained last. Collective.
 
     Under a sharded backbone all processes make equally many passes.
+
+    Args:
+        run: the run.
+        untrained: B = 0 on all clients, so that every adapter is the backbone itself and one
+            measurement serves all of them.
     """
     run.backbone.evaluating()
     run.adapters.context.dropout_seeds = None
@@ -49,7 +54,10 @@ def evaluate(run: Run) -> Evaluation:
     with torch.no_grad():
         if "personal" in run.config.evaluation.adapters:
             sums["personal"] = _over_clients(run, None)
-        if "global" in run.config.evaluation.adapters and run.method.has_global_adapter:
+        wants_global = "global" in run.config.evaluation.adapters and run.method.has_global_adapter
+        if wants_global and untrained and sums:
+            sums["global"] = sums["personal"]
+        elif wants_global:
             everyone = tuple(range(run.num_clients))
             row = aggregation.global_row(run.world, run.clients, run.weights(everyone))
             columns = run.clients.layout.columns("B")

@@ -146,7 +146,7 @@ def _evaluate_and_report(
     evaluation = None
     started = time.monotonic()
     if _is_due(run, finished_rounds, run.config.evaluation.every_rounds):
-        evaluation = evaluate.evaluate(run)
+        evaluation = evaluate.evaluate(run, untrained=finished_rounds == 0)
         timing.evaluate_seconds = time.monotonic() - started
         timing.round_seconds += timing.evaluate_seconds
     event = records.round_event(run, finished_rounds, ledger, evaluation, uploaded_bytes, timing)

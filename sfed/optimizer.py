@@ -17,6 +17,7 @@ from sfed.clients import Rows
 from sfed.config import TrainSection
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+FACTORS = ("A", "B")
 
 
 def learning_rate(section: TrainSection, num_rounds: int, progress_rounds: float) -> float:
@@ -69,9 +70,10 @@ def step(
     if section.max_grad_norm is not None:
         clip_C = (section.max_grad_norm / (norms_C + 1e-6)).clamp(max=1.0)
         rows.grads.mul_(clip_C.where(active_C, 0.0)[:, None])
-    rows.optimizer_steps.add_(active_C)
     for factor in trained:
         columns = layout.columns(factor)
+        steps_C1 = rows.optimizer_steps[:, FACTORS.index(factor), None]
+        steps_C1.add_(active_C1)
         lr_C1 = (lr_C * active_C)[:, None]
         if factor == "B":
             lr_C1 = lr_C1 * section.loraplus_ratio
@@ -81,7 +83,7 @@ def step(
         if section.optimizer == "sgd":
             values_CN.addcmul_(grads_CN, lr_C1.expand_as(grads_CN), value=-1.0)
         else:
-            _adam(rows, columns, values_CN, grads_CN, lr_C1, active_C1)
+            _adam(rows, columns, values_CN, grads_CN, lr_C1, active_C1, steps_C1)
 
 
 def _adam(
@@ -91,6 +93,7 @@ def _adam(
     grads_CN: torch.Tensor,
     lr_C1: torch.Tensor,
     active_C1: torch.Tensor,
+    steps_C1: torch.Tensor,
 ) -> None:
     mean_CN = rows.moments["exp_avg"][:, columns]
     square_CN = rows.moments["exp_avg_sq"][:, columns]
@@ -98,8 +101,9 @@ def _adam(
     mean_CN.lerp_(grads_CN, (1.0 - BETA1) * weight_C1)
     square_CN.mul_(1.0 - (1.0 - BETA2) * weight_C1)
     square_CN.addcmul_(grads_CN, grads_CN, value=1.0 - BETA2)
-    steps_C1 = rows.optimizer_steps[:, None].clamp(min=1.0)  # 0 of who never stepped: unused
-    correction1_C1 = 1.0 - BETA1**steps_C1
-    correction2_C1 = 1.0 - BETA2**steps_C1
+    steps_C1 = steps_C1.clamp(min=1.0)  # 0 of who never stepped: unused
+    # 1 - beta^steps, without the cancellation.
+    correction1_C1 = -torch.expm1(steps_C1 * math.log(BETA1))
+    correction2_C1 = -torch.expm1(steps_C1 * math.log(BETA2))
     denominator_CN = (square_CN / correction2_C1).sqrt_().add_(EPS)
     values_CN.sub_((lr_C1 / correction1_C1) * mean_CN / denominator_CN)

@@ -50,8 +50,9 @@ def subset(count: int, limit: int | None, seed: int) -> Indices:
 def hold_out(examples: Indices, fraction: float, seed: int, client: int) -> tuple[Indices, Indices]:
     """Split one client's examples into (train, held out), at least one each where there are two."""
     generator = seeds.generator(Stream.HOLD_OUT, seed, client)
-    count = max(1, round(fraction * len(examples))) if len(examples) > 1 else 0
-    order = generator.permutation(len(examples))
+    total = len(examples)
+    count = min(max(1, round(fraction * total)), total - 1) if total > 1 else 0
+    order = generator.permutation(total)
     return np.sort(examples[order[count:]]), np.sort(examples[order[:count]])
 
 

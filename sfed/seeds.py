@@ -25,10 +25,10 @@ class Stream(IntEnum):
 
 def generator(stream: Stream, *words: int) -> np.random.Generator:
     """Return a fresh generator for this use and these words, such as (seed, round, client)."""
-    return np.random.default_rng([int(stream), *words])
+    return np.random.default_rng([int(stream), len(words), *words])
 
 
 def derive(stream: Stream, *words: int) -> int:
     """Return a 63-bit seed for a torch generator."""
-    state = np.random.SeedSequence([int(stream), *words]).generate_state(1, np.uint64)
+    state = np.random.SeedSequence([int(stream), len(words), *words]).generate_state(1, np.uint64)
     return int(state[0]) >> 1

@@ -94,10 +94,10 @@ def build(config: Config, world: World, console: Console) -> Run:
     held = data.load(config, tokenizer, world, num_clients, own)
     for note in held.notes:
         console.warn(note)
-    console.say(f"loading {config.model.name} ({config.model.dtype})")
+    console.say(f"loading {config.model.name} ({backbone.dtype_name(config, world)})")
     with distributed.together(world, "loading the backbone"):
         frozen = backbone.load(config, name, world)
-        _check_rows_fit(held, frozen, own)
+        _check_rows_fit(config, held, frozen, own)
     everyone = tuple(range(num_clients))
     weights = run.client_weights(config, held, num_clients, everyone)
     gamma = scaling.lora_scaling(
@@ -124,7 +124,7 @@ def build(config: Config, world: World, console: Console) -> Run:
     return parts
 
 
-def _check_rows_fit(held: data.Data, frozen: backbone.Backbone, own: range) -> None:
+def _check_rows_fit(config: Config, held: data.Data, frozen: backbone.Backbone, own: range) -> None:
     """Refuse rows that are longer than the model's context or hold tokens it does not know."""
     context, vocabulary = frozen.context_tokens, frozen.vocabulary_size
     for client in own:
@@ -132,14 +132,15 @@ def _check_rows_fit(held: data.Data, frozen: backbone.Backbone, own: range) -> N
             longest = max(examples.lengths, default=0)
             if longest > context:
                 raise UserError(
-                    f"a row of client {client} has {longest} tokens and the model's context is "
-                    f"{context}; set data.max_tokens to at most {context}"
+                    f"data.max_tokens = {config.data.max_tokens}: a row of client {client} has "
+                    f"{longest} tokens and the model's context is {context}; set it to at most "
+                    f"{context}"
                 )
             largest = max(examples.table.flat, default=0)
             if largest >= vocabulary:
                 raise UserError(
-                    f"the tokenizer gives token {largest} and the model knows {vocabulary} tokens; "
-                    "model.name has a tokenizer of another model"
+                    f"model.name = {config.model.name!r}: its tokenizer gives token {largest} and "
+                    f"the model knows {vocabulary}; the tokenizer belongs to another model"
                 )
 
 
@@ -237,6 +238,7 @@ def describe_run(parts: Run) -> dict[str, Any]:
             "alpha": parts.method.alpha,
             "scaling_exponents": list(parts.method.exponents),
             "independent_init": parts.method.independent_init,
+            "dtype": backbone.dtype_name(parts.config, parts.world),
             "sharding": parts.backbone.sharding.kind,
             "sharding_reason": parts.backbone.sharding.reason,
             "adapter_parameters": parts.clients.layout.size,
@@ -294,8 +296,8 @@ def _export(parts: Run, folder: Path) -> None:
             parts.adapters.write_peft_folder(folder / "adapters" / name, row)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"the adapters cannot be written below {folder} ({error}); make room, then start "
-            "again: the run is whole in its last checkpoint"
+            f"output.dir: the adapters cannot be written below {folder} ({error}); make room, "
+            "then start again: the run is whole in its last checkpoint"
         ) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from sfed.tasks import TASKS, Pair, checked_pair, read_rows
 
 # Part of every cache key: raise it when the tokens of a row would come out differently.
 _FORM_OF_TOKENS = "1"
+_CALL_SETTINGS = {"truncation": None, "padding": None}
 _ROWS_AT_ONCE = 1000
 DEMO_TRAIN_PER_KIND, DEMO_EVAL_PER_KIND, DEMO_SEED = 400, 64, 0
 
@@ -132,7 +134,9 @@ def _digest(config: Config, tokenizer: PreTrainedTokenizerFast, split: Split, id
     settings = (config.data.task, split, config.data.max_tokens, config.partition.key)
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     sha.update(repr((_FORM_OF_TOKENS, settings, marks, identity)).encode())
-    sha.update(tokenizer.backend_tokenizer.to_str().encode())
+    # Settings of the latest call, not of the vocabulary: the first call changes them.
+    vocabulary = {**json.loads(tokenizer.backend_tokenizer.to_str()), **_CALL_SETTINGS}
+    sha.update(json.dumps(vocabulary, sort_keys=True).encode())
     return sha.hexdigest()[:32]
 
 
@@ -223,7 +227,9 @@ def _encode(
         pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
         end_of_prompt = len(pair.prompt)
-        prompt_length = sum(1 for _, end in offsets if end <= end_of_prompt)
+        # Up to the first token of the completion; a closing special token has no span of its own.
+        beyond = (i for i, (_, end) in enumerate(offsets) if end > end_of_prompt)
+        prompt_length = next(beyond, len(offsets))
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
         yield ids, prompt_length

@@ -79,7 +79,7 @@ def test_dropout_masks_are_a_function_of_the_client_and_the_layer() -> None:
 
 
 def test_dropout_keeps_the_expected_value() -> None:
-    layer, a, b = stacked(dropout=0.25)
+    layer, _, _ = stacked(dropout=0.25)
     x = torch.ones(CLIENTS, 1, IN)
     layer._context.dropout_seeds = None
     expected = layer(x)

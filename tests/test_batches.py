@@ -1,0 +1,125 @@
+"""Tests of the order in which a client reads its examples, and of what a batch holds."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfed import batches
+from sfed.backbone import IGNORED_LABEL
+from sfed.batches import Order, collate, draw, empty, supervised_tokens
+from sfed.tokens import Examples, Tokens
+
+seeds = st.integers(min_value=0, max_value=2**40)
+clients = st.integers(min_value=0, max_value=500)
+sizes = st.integers(min_value=1, max_value=60)
+
+
+@st.composite
+def rows(draw):
+    """A row of tokens as ``sfed.tokens`` makes them: at least one token is supervised."""
+    length = draw(st.integers(2, 40))
+    ids = np.arange(1, length + 1, dtype=np.int32) + draw(st.integers(0, 10))
+    return ids, draw(st.integers(0, length - 1))
+
+
+batch_of_clients = st.lists(st.lists(rows(), max_size=5), min_size=1, max_size=4)
+
+
+def make_examples(count):
+    lengths = 2 + np.arange(count) % 5
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    flat = np.arange(starts[-1], dtype=np.int32)
+    table = Tokens(flat, starts, np.ones(count, dtype=np.int32), None, left_out=0)
+    return Examples(table, np.arange(count)[::-1].copy())
+
+
+# --- order ---------------------------------------------------------------------------------------
+
+
+@given(seeds, clients, sizes, st.integers(0, 20))
+def test_every_epoch_holds_every_example_once(seed, client, size, epoch):
+    order = Order(seed, client, size)
+    assert sorted(order.at(epoch * size + place) for place in range(size)) == list(range(size))
+
+
+@given(seeds, clients, sizes, st.lists(st.integers(0, 500), min_size=1))
+def test_what_stands_at_a_position_does_not_depend_on_what_was_read_before(
+    seed, client, size, positions
+):
+    read = Order(seed, client, size)
+    assert [read.at(p) for p in positions] == [Order(seed, client, size).at(p) for p in positions]
+
+
+def test_the_order_differs_between_epochs_clients_and_seeds():
+    def epoch_of(seed, client, epoch):
+        order = Order(seed, client, 30)
+        return tuple(order.at(epoch * 30 + place) for place in range(30))
+
+    orders = {epoch_of(seed, client, e) for seed in (0, 1) for client in (0, 1) for e in (0, 1)}
+    assert len(orders) == 8
+
+
+def test_rows_are_drawn_from_the_clients_own_examples_across_the_end_of_an_epoch():
+    examples, order = make_examples(7), Order(0, 3, 7)
+    drawn = draw(examples, order, start=5, count=6)
+    assert len(drawn) == 6
+    for position, (ids, prompt_length) in enumerate(drawn, start=5):
+        expected, expected_length = examples.row(Order(0, 3, 7).at(position))
+        assert np.array_equal(ids, expected) and prompt_length == expected_length
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+@given(batch_of_clients, st.integers(0, 2))
+def test_a_batch_holds_the_rows_of_the_clients_in_order_and_ignores_the_rest(by_client, more):
+    per_client = max(map(len, by_client)) + more or 1
+    batch = collate(by_client, per_client)
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.input_ids.shape == batch.labels.shape
+    assert batch.input_ids.shape[0] == per_client * len(by_client)
+    assert batch.input_ids.shape[1] % 8 == 0
+    for client, own in enumerate(by_client):
+        for number in range(per_client):
+            at = client * per_client + number
+            ids, prompt_length = own[number] if number < len(own) else (np.arange(0), 0)
+            labels = batch.labels[at].tolist()
+            assert batch.input_ids[at, : len(ids)].tolist() == ids.tolist()
+            assert labels[:prompt_length] == [IGNORED_LABEL] * prompt_length
+            assert labels[prompt_length : len(ids)] == ids[prompt_length:].tolist()
+            assert set(labels[len(ids) :]) <= {IGNORED_LABEL}
+
+
+@given(batch_of_clients)
+def test_padding_goes_no_further_than_the_next_multiple_of_eight(by_client):
+    width = collate(by_client, 5).input_ids.shape[1]
+    longest = max((len(ids) for own in by_client for ids, _ in own), default=0)
+    assert longest <= width < longest + 8 or (longest == 0 and width == 8)
+
+
+@given(batch_of_clients)
+def test_supervised_tokens_are_those_that_a_shifted_loss_sees(by_client):
+    per_client = max(map(len, by_client)) or 1
+    labels = collate(by_client, per_client).labels.view(len(by_client), per_client, -1)
+    seen = (labels[:, :, 1:] != IGNORED_LABEL).sum(dim=(1, 2)).tolist()
+    assert [supervised_tokens(own) for own in by_client] == seen
+
+
+def test_ignored_tokens_are_those_that_torch_ignores():
+    loss = torch.nn.CrossEntropyLoss()
+    assert loss.ignore_index == IGNORED_LABEL == batches.IGNORED_LABEL
+
+
+@pytest.mark.parametrize("num_clients", [1, 3])
+def test_an_empty_batch_has_a_row_for_each_client_and_nothing_to_learn(num_clients):
+    batch = empty(num_clients)
+    assert batch.input_ids.shape == (num_clients, 8)
+    assert (batch.labels == IGNORED_LABEL).all()
+    assert not batch.input_ids.any()
+
+
+def test_a_batch_moves_as_a_whole():
+    batch = empty(2).to(torch.device("meta"))
+    assert batch.input_ids.is_meta and batch.labels.is_meta

@@ -1,0 +1,126 @@
+"""Tests of the methods: DESIGN section 2, row by row, and the overrides of the ``lora`` section."""
+
+import pytest
+
+from sfed import cli
+from sfed.cli import UserError
+from sfed.methods import METHODS, resolve
+
+AB, A, B, NONE = ("A", "B"), ("A",), ("B",), ()
+LORA, RSLORA, SFED = (0.0, -1.0), (0.0, -0.5), (0.5, -0.5)
+
+# name -> trained and averaged in rounds 0, 1, 2, 3; exponents of N and r; independent draws of A
+TABLE = {
+    "sfed": ([AB] * 4, [A] * 4, SFED, True),
+    "fedsa": ([AB] * 4, [A] * 4, LORA, False),
+    "fedsa-rslora": ([AB] * 4, [A] * 4, RSLORA, False),
+    "rolora": ([B, A, B, A], [B, A, B, A], LORA, False),
+    "ffa": ([B] * 4, [B] * 4, LORA, False),
+    "fedit": ([AB] * 4, [AB] * 4, LORA, False),
+    "local": ([AB] * 4, [NONE] * 4, LORA, False),
+}
+
+
+def resolved(name="sfed", **lora):
+    return resolve(cli.validate({"federated": {"method": name}, "lora": lora}))
+
+
+def test_the_table_and_the_configuration_know_the_same_methods():
+    allowed = cli.Config.model_fields["federated"].annotation.model_fields["method"].annotation
+    assert set(METHODS) == set(TABLE) == set(allowed.__args__)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_method_is_its_row_of_the_table(name):
+    trained, averaged, exponents, independent = TABLE[name]
+    method = resolved(name)
+    assert [method.trained_in(round_index) for round_index in range(4)] == trained
+    assert [method.averaged_in(round_index) for round_index in range(4)] == averaged
+    assert (method.name, method.exponents, method.independent_init) == (
+        name,
+        exponents,
+        independent,
+    )
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_turns_of_a_method_go_on_for_ever(name):
+    method = METHODS[name]
+    for round_index in range(100, 104):
+        assert method.trained_in(round_index) == TABLE[name][0][round_index % 4]
+        assert method.averaged_in(round_index) == TABLE[name][1][round_index % 4]
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_only_what_is_trained_is_averaged(name):
+    method = METHODS[name]
+    for round_index in range(4):
+        assert set(method.averaged_in(round_index)) <= set(method.trained_in(round_index))
+
+
+def test_rolora_begins_with_b_because_a_has_no_gradient_while_b_is_zero():
+    assert METHODS["rolora"].trained_in(0) == ("B",)
+
+
+@pytest.mark.parametrize("name", sorted(set(TABLE) - {"local"}))
+def test_a_method_whose_clients_share_a_has_a_global_adapter(name):
+    assert METHODS[name].has_global_adapter
+
+
+def test_clients_on_their_own_have_no_global_adapter():
+    assert not METHODS["local"].has_global_adapter
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_alpha_is_the_methods_own_unless_it_is_given(name):
+    assert resolved(name).alpha == METHODS[name].alpha
+    assert resolved(name, alpha=7.5).alpha == 7.5
+
+
+@pytest.mark.parametrize(("scaling", "exponents"), [("lora", LORA), ("rslora", RSLORA)])
+@pytest.mark.parametrize("name", TABLE)
+def test_gamma_can_be_chosen_by_name(name, scaling, exponents):
+    assert resolved(name, scaling=scaling).exponents == exponents
+
+
+@pytest.mark.parametrize("pair", [[0.0, 0.0], [0.25, -0.75], [1.0, -1.0], [-0.5, 0.5], ["1/3", 0]])
+def test_gamma_can_be_chosen_by_its_exponents_for_ablations(pair):
+    expected = tuple(1 / 3 if value == "1/3" else value for value in pair)
+    assert resolved("sfed", scaling=pair).exponents == pytest.approx(expected)
+
+
+def test_the_start_of_a_can_be_chosen():
+    assert resolved("fedsa", init="independent").independent_init
+    assert not resolved("sfed", init="shared", scaling="rslora").independent_init
+
+
+def test_an_override_changes_nothing_else_of_a_method():
+    plain, changed = resolved("rolora"), resolved("rolora", scaling="rslora", alpha=1.0)
+    for round_index in range(4):
+        assert plain.trained_in(round_index) == changed.trained_in(round_index)
+        assert plain.averaged_in(round_index) == changed.averaged_in(round_index)
+    assert plain.independent_init == changed.independent_init
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        ("sfed", {"init": "shared"}),
+        ("fedsa", {"scaling": "sfed"}),
+        ("sfed", {"init": "shared", "scaling": [0.1, -0.5]}),
+        ("ffa", {"scaling": [1.0, 0.0]}),
+        ("local", {"scaling": "sfed", "init": "shared"}),
+    ],
+)
+def test_one_draw_of_a_with_a_growing_gamma_is_refused_unless_it_is_permitted(name, lora):
+    with pytest.raises(UserError, match=r"lora\.init=shared") as caught:
+        resolved(name, **lora)
+    for remedy in ("lora.init=independent", "lora.scaling=rslora", "lora.allow_unstable=true"):
+        assert remedy in str(caught.value)
+    permitted = resolved(name, **lora, allow_unstable=True)
+    assert permitted.exponents[0] > 0 and not permitted.independent_init
+
+
+@pytest.mark.parametrize("of_clients", [0.0, -0.5])
+def test_one_draw_of_a_with_a_gamma_that_does_not_grow_is_accepted(of_clients):
+    assert resolved("sfed", init="shared", scaling=[of_clients, -0.5]).exponents[0] == of_clients
