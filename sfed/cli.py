@@ -9,10 +9,12 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import ValidationError
@@ -21,6 +23,7 @@ from pydantic_core import ErrorDetails
 from sfed.config import Config
 
 EXIT_MISTAKE = 2
+_SECONDS_FOR_PROCESS_0 = 3.0
 
 
 class UserError(ValueError):
@@ -64,11 +67,23 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
     try:
         command(sys.argv[1:])
     except UserError as mistake:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"sfed: {mistake}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_MISTAKE)
+        leave(str(mistake), EXIT_MISTAKE)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         sys.exit(1)
+
+
+def leave(message: str, code: int) -> NoReturn:
+    """End this process; process 0 says why.
+
+    A launcher ends all processes as soon as one has failed, so the others leave a little later:
+    otherwise process 0 might be ended before it has spoken.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"sfed: {message}", file=sys.stderr, flush=True)
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_SECONDS_FOR_PROCESS_0)
+    sys.exit(code)
 
 
 def parse(arguments: Sequence[str]) -> Config | None:

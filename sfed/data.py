@@ -226,8 +226,8 @@ def _note(what: str, table: Tokens | None) -> str:
     if table is None or not table.left_out:
         return ""
     return (
-        f"{table.left_out} {what} examples have no completion token within data.max_tokens "
-        "and are left out"
+        f"{table.left_out} {what} examples have no completion, or none of it within "
+        "data.max_tokens, and are left out"
     )
 
 

@@ -187,6 +187,12 @@ def first_of_node_first(world: World, name: str) -> Iterator[None]:
             world.store.set(key, "done")
 
 
+def is_lost_contact(error: RuntimeError) -> bool:
+    """Whether an error says that a collective failed because another process is not there."""
+    marks = ("gloo", "Connection reset", "Connection closed", "Timed out waiting")
+    return isinstance(error, dist.DistError) or any(mark in str(error) for mark in marks)
+
+
 class StopRequest:
     """SIGTERM on any process stops all of them before the same pass, so that none waits forever.
 

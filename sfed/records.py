@@ -1,17 +1,69 @@
-"""From the sums of a round to the event that ``metrics.jsonl`` keeps of it."""
+"""What a run says about itself: header, ``config.json``, the events of ``metrics.jsonl``."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import resource
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sfed import metrics
+from sfed import __version__, metrics
+from sfed.backbone import dtype_name
 from sfed.evaluate import Evaluation
 from sfed.local import FIRST_NORM, IS_BAD, LOSS_SUM, NORM_SUM, STEPS, SUPERVISED, TOKENS, Ledger
 from sfed.run import Run
+
+_VERSIONS = ("torch", "transformers", "peft", "deepspeed", "datasets", "safetensors", "numpy")
+
+
+def header(run: Run) -> list[str]:
+    """What this run is, in plain words, a line each."""
+    method, layout, world = run.method, run.clients.layout, run.world
+    of_clients, of_rank = method.exponents
+    sent = sum(
+        (columns := layout.columns(factor)).stop - columns.start for factor in method.averaged_in(0)
+    )
+    start = "independent, averaged before the first step" if method.independent_init else "shared"
+    return [
+        f"{method.name}: {run.num_clients} clients on {world.size} "
+        f"process{'es' if world.size > 1 else ''} ({world.device.type}), "
+        f"{sum(run.data.train_counts):,} training and {sum(run.data.eval_counts):,} held-out "
+        "examples",
+        f"gamma = {method.alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gamma:.4g} with "
+        f"N = {run.num_clients}, r = {run.config.lora.rank}; A starts {start}",
+        f"adapter: {layout.size:,} numbers per client; a round sends "
+        f"{' and '.join(method.averaged_in(0)) or 'nothing'} ({4 * sent:,} bytes)",
+        f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
+    ]
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    """What ``config.json`` keeps: the resolved configuration and all it was run with."""
+    return {
+        **json.loads(run.config.model_dump_json()),
+        "resolved": {
+            "num_clients": run.num_clients,
+            "gamma": run.gamma,
+            "alpha": run.method.alpha,
+            "scaling_exponents": list(run.method.exponents),
+            "independent_init": run.method.independent_init,
+            "dtype": dtype_name(run.config, run.world),
+            "sharding": run.backbone.sharding.kind,
+            "sharding_reason": run.backbone.sharding.reason,
+            "adapter_parameters": run.clients.layout.size,
+            "world_size": run.world.size,
+            "device": str(run.world.device.type),
+        },
+        "versions": {
+            "sfed": __version__,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            **{name: importlib.metadata.version(name) for name in _VERSIONS},
+        },
+    }
 
 
 @dataclass

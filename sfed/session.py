@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sfed import (
-    __version__,
     adapters,
     aggregation,
     backbone,
@@ -31,19 +29,18 @@ from sfed import (
     methods,
     metrics,
     partition,
+    records,
     run,
     scaling,
 )
 from sfed.checkpoint import Found, State
-from sfed.cli import UserError
+from sfed.cli import UserError, leave
 from sfed.config import Config
 from sfed.console import Console
-from sfed.distributed import StopRequest, World
+from sfed.distributed import MissingProcessError, StopRequest, World
 from sfed.federation import TrainingFailedError
 from sfed.metrics import MetricsFile
 from sfed.run import Run
-
-_VERSIONS = ("torch", "transformers", "peft", "deepspeed", "datasets", "safetensors", "numpy")
 
 _HARMLESS_WARNINGS = (
     # Gradients are strided views of one flat buffer by design.
@@ -65,9 +62,18 @@ def run_session(config: Config) -> None:
         parts = build(config, world, console)
         _train_and_export(parts, found, folder, console, stop)
     except TrainingFailedError as failure:
-        if world.is_main:
-            print(f"sfed: {failure}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        leave(str(failure), 1)
+    except MissingProcessError as failure:
+        # Process 0 may be the one that is missing: everybody who waited says so.
+        sys.exit(f"sfed: process {world.rank}: {failure}")
+    except RuntimeError as error:
+        if not distributed.is_lost_contact(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        sys.exit(
+            f"sfed: process {world.rank} lost contact with another process, which ended or is out "
+            f"of reach ({reason}). Start the same command again: it goes on from the last round"
+        )
     finally:
         console.end_rounds()
         distributed.stop()
@@ -120,7 +126,8 @@ def build(config: Config, world: World, console: Console) -> Run:
         moments=clients.MOMENTS if config.train.optimizer == "adamw" else (),
     )
     parts = Run(config, world, method, num_clients, gamma, frozen, attached, held, rows)
-    _describe(parts, console)
+    for line in records.header(parts):
+        console.say(line)
     return parts
 
 
@@ -217,7 +224,7 @@ def _make_run_folder(parts: Run, state: State | None, folder: Path) -> MetricsFi
         if state is None:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "config.json", describe_run(parts))
+        _write_json(folder / "config.json", records.describe_run(parts))
         _write_json(folder / "partition.json", parts.data.summary)
         return MetricsFile(
             folder / "metrics.jsonl", None if state is None else state.finished_rounds
@@ -228,60 +235,10 @@ def _make_run_folder(parts: Run, state: State | None, folder: Path) -> MetricsFi
         ) from None
 
 
-def describe_run(parts: Run) -> dict[str, Any]:
-    """What ``config.json`` keeps: the resolved configuration and all it was run with."""
-    return {
-        **json.loads(parts.config.model_dump_json()),
-        "resolved": {
-            "num_clients": parts.num_clients,
-            "gamma": parts.gamma,
-            "alpha": parts.method.alpha,
-            "scaling_exponents": list(parts.method.exponents),
-            "independent_init": parts.method.independent_init,
-            "dtype": backbone.dtype_name(parts.config, parts.world),
-            "sharding": parts.backbone.sharding.kind,
-            "sharding_reason": parts.backbone.sharding.reason,
-            "adapter_parameters": parts.clients.layout.size,
-            "world_size": parts.world.size,
-            "device": str(parts.world.device.type),
-        },
-        "versions": {
-            "sfed": __version__,
-            "python": ".".join(map(str, sys.version_info[:3])),
-            **{name: importlib.metadata.version(name) for name in _VERSIONS},
-        },
-    }
-
-
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _describe(parts: Run, console: Console) -> None:
-    """The header: what this run is, in plain words."""
-    method, layout, world = parts.method, parts.clients.layout, parts.world
-    exponents = method.exponents
-    console.say(
-        f"{method.name}: {parts.num_clients} clients on {world.size} "
-        f"process{'es' if world.size > 1 else ''} ({world.device.type}), "
-        f"{sum(parts.data.train_counts):,} training and {sum(parts.data.eval_counts):,} "
-        "held-out examples"
-    )
-    console.say(
-        f"gamma = {method.alpha:g} * N^{exponents[0]:g} * r^{exponents[1]:g} = {parts.gamma:.4g} "
-        f"with N = {parts.num_clients}, r = {parts.config.lora.rank}; A starts "
-        f"{'independent, averaged before the first step' if method.independent_init else 'shared'}"
-    )
-    sent = sum(
-        (columns := layout.columns(factor)).stop - columns.start for factor in method.averaged_in(0)
-    )
-    console.say(
-        f"adapter {layout.size:,} numbers per client, of which a round sends "
-        f"{', '.join(method.averaged_in(0)) or 'nothing'} ({4 * sent:,} bytes); backbone sharding "
-        f"{parts.backbone.sharding.kind} ({parts.backbone.sharding.reason})"
-    )
 
 
 def _export(parts: Run, folder: Path) -> None:

@@ -101,8 +101,6 @@ def checked_pair(task: Task, row: Any, where: str) -> Pair:
         (pair.prompt + pair.completion).encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: it holds half a surrogate pair, which is no text") from None
-    if not pair.completion.strip():
-        raise UserError(f"{where}: the completion is empty; expected {task.form}")
     return pair
 
 

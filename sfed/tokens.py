@@ -42,7 +42,7 @@ class Tokens:
     keys: tuple[str, ...] | None
     """The value of ``partition.key`` in each row, where one is configured."""
     left_out: int
-    """Rows without a supervised token within ``data.max_tokens``."""
+    """Rows without a completion, or with none of it within ``data.max_tokens``."""
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -176,13 +176,14 @@ def _hub_rows(config: Config, split: Split) -> datasets.Dataset:
 def _tokenised(
     config: Config, tokenizer: PreTrainedTokenizerFast, rows: Iterable[tuple[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Tokenise row by row; a row that loses its whole completion keeps its place, empty."""
+    """Tokenise row by row; a row without a completion keeps its place, empty."""
     task, key = TASKS[config.data.task], config.partition.key
     for some in _batched(rows, _ROWS_AT_ONCE):
         pairs = [checked_pair(task, row, where) for where, row in some]
         keys = [None if key is None else _key_of(row, key, where) for where, row in some]
-        for (ids, prompt_length), value in zip(_encode(pairs, tokenizer), keys, strict=True):
-            ids = ids[: config.data.max_tokens]
+        encoded = _encode(pairs, tokenizer)
+        for pair, (ids, prompt_length), value in zip(pairs, encoded, keys, strict=True):
+            ids = ids[: config.data.max_tokens] if pair.completion.strip() else []
             # The first token of a row is never predicted, so it does not count as supervised.
             supervised = len(ids) - max(prompt_length, 1)
             yield {
@@ -245,7 +246,8 @@ def _as_tokens(dataset: datasets.Dataset, split: Split, *, with_keys: bool) -> T
     keys = dataset.data.column("key").to_pylist() if with_keys else None
     if not len(kept):
         raise UserError(
-            f"no row of the {split} data has a completion token within data.max_tokens; raise it"
+            f"no row of the {split} data has a completion within data.max_tokens; raise it, or "
+            "look at the rows"
         )
     return Tokens(
         flat=flat,

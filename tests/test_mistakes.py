@@ -409,9 +409,9 @@ SESSION_MISTAKES = [
         files={"rows.jsonl": GOOD_ROW + '{"prompt": 3, "completion": " b"}\n'},
     ),
     Mistake(
-        "empty completion",
-        ("FOLDER/rows.jsonl, line 2", "completion is empty"),
-        files={"rows.jsonl": GOOD_ROW + '{"prompt": "a", "completion": " "}\n'},
+        "only empty completions",
+        ("no row", "has a completion"),
+        files={"rows.jsonl": '{"prompt": "a", "completion": " "}\n' * 3},
     ),
     Mistake(
         "row that is a list",
