@@ -225,8 +225,16 @@ def choose_sharding(
     needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     share = _free_bytes(world.device) // world.processes_per_device
     allowed = int(_REPLICA_SHARE * min(gather_json(world, "free memory", share)))
-    facts = f"{needed / 2**30:.2f} GiB a replica, {allowed / 2**30:.2f} GiB allowed per process"
-    return Sharding("none" if needed <= allowed else "zero3", facts)
+    sizes = f"{_size(needed)} of weights, {_size(allowed)} free for them on each process"
+    if needed <= allowed:
+        return Sharding("none", f"a replica each, since it fits: {sizes}")
+    return Sharding(
+        "zero3", f"stored once over all processes, since a replica is too much: {sizes}"
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _free_bytes(device: torch.device) -> int:

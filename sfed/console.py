@@ -98,7 +98,7 @@ class Console:
             f"{name} {event[key]:.4f}"
             for name, key in (
                 ("train", metrics.TRAIN_LOSS),
-                ("held-out", metrics.EVAL_LOSS),
+                ("personal", "eval/personal_loss"),
                 ("global", "eval/global_loss"),
             )
             if event.get(key) is not None
@@ -127,12 +127,21 @@ class Console:
             self._bar.stop()
             self._bar = None
 
-    def closing_table(self, before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> None:
-        """Each client before and after, and the global adapter beside it."""
+    def closing_table(
+        self, before: Mapping[str, Any] | None, after: Mapping[str, Any], names: Mapping[int, str]
+    ) -> None:
+        """Each client before and after, and the global adapter beside it.
+
+        Args:
+            before: the event before training, where it was evaluated.
+            after: the event of the last evaluated round.
+            names: what a client holds, where that is one thing with a name.
+        """
         if not self.speaks:
             return
-        table = Table(title="held-out loss (nats per token)", title_justify="left")
-        table.add_column("client", justify="right")
+        title = f"held-out loss after round {after['round']} (nats per token)"
+        table = Table(title=title, title_justify="left")
+        table.add_column("client")
         table.add_column("examples", justify="right")
         for name in ("before", "after", "change", "global adapter"):
             table.add_column(name, justify="right")
@@ -142,7 +151,7 @@ class Console:
             old, new = first.get(entry["client"], {}).get("eval_loss"), entry.get("eval_loss")
             change = f"{100 * (new / old - 1):+.1f} %" if old and new is not None else ""
             table.add_row(
-                str(entry["client"]),
+                f"{entry['client']} {names.get(entry['client'], '')}".strip(),
                 str(entry["examples"]),
                 _number(old),
                 _number(new),

@@ -38,6 +38,8 @@ def header(run: Run) -> list[str]:
         f"adapter: {layout.size:,} numbers per client; a round sends "
         f"{' and '.join(method.averaged_in(0)) or 'nothing'} ({4 * sent:,} bytes)",
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
+        "losses: nats per token; personal = each client's adapter on its own held-out data, "
+        "global = A with the mean of B on everybody's",
     ]
 
 

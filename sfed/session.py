@@ -266,7 +266,10 @@ def _close(parts: Run, folder: Path, console: Console) -> None:
     evaluated = [event for event in rounds if event[metrics.EVAL_LOSS] is not None]
     if evaluated:
         before = evaluated[0] if evaluated[0]["round"] == 0 else None
-        console.closing_table(before, evaluated[-1])
+        held = parts.data.summary["clients"]
+        labels = {part["client"]: list(part["labels"] or ()) for part in held}
+        names = {client: some[0] for client, some in labels.items() if len(some) == 1}
+        console.closing_table(before, evaluated[-1], names)
     console.say(f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)")
     console.say(f"metrics    {folder / 'metrics.jsonl'}")
 
