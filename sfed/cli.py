@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -208,7 +208,8 @@ def _explain(detail: ErrorDetails) -> str:
     message = message[:1].lower() + message[1:]
     if not key or (isinstance(value, dict) and detail["type"] == "value_error"):
         return f"{key}.{message}" if key else message
-    return f"{key} = {json.dumps(value, default=str)}: {message}{_allowed(key)}"
+    meaning = "" if detail["type"] == "literal_error" else _allowed(key)  # it lists the words
+    return f"{key} = {json.dumps(value, default=str)}: {message}{meaning}"
 
 
 def _allowed(key: str) -> str:
@@ -239,8 +240,15 @@ def list_keys() -> list[tuple[str, str, str]]:
         fields = type(getattr(Config(), section)).model_fields
         for name, inner in fields.items():
             default = json.dumps(defaults[section][name])
-            rows.append((f"{section}.{name}", default, inner.description or ""))
+            meaning = f"{inner.description or ''}{_choices(inner.annotation)}"
+            rows.append((f"{section}.{name}", default, meaning))
     return rows
+
+
+def _choices(annotation: Any) -> str:
+    """The words that a key takes, where its type lists them."""
+    words = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return f" One of {', '.join(words)}." if words else ""
 
 
 def help_text(usage: str) -> str:

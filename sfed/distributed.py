@@ -55,7 +55,7 @@ def start(deadline_seconds: float) -> World:
         deadline_seconds: longest wait for another process, here and later.
     """
     environment = os.environ
-    rank, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    process, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     local_rank = int(environment.get("LOCAL_RANK", "0"))
     # torchrun says LOCAL_WORLD_SIZE, deepspeed says LOCAL_SIZE.
     local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or size)
@@ -70,12 +70,12 @@ def start(deadline_seconds: float) -> World:
         torch.cuda.set_device(device)
     # NCCL refuses two processes on one device; gloo carries CUDA tensors through host memory.
     backend = "nccl" if device.type == "cuda" and per_device == 1 else "gloo"
-    store = _open_store(rank, size, timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, local_rank, size, per_device, device, deadline_seconds, store)
+    store = _open_store(process, size, timeout)
+    dist.init_process_group(backend, store=store, rank=process, world_size=size, timeout=timeout)
+    return World(process, local_rank, size, per_device, device, deadline_seconds, store)
 
 
-def _open_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
+def _open_store(process: int, size: int, timeout: datetime.timedelta) -> dist.Store:
     """Open the key-value store of the launcher, with keys of its own for each restart."""
     environment = os.environ
     if size == 1:
@@ -85,7 +85,7 @@ def _open_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store
         environment["MASTER_ADDR"],
         int(environment["MASTER_PORT"]),
         size,
-        is_master=rank == 0 and not agent_serves,
+        is_master=process == 0 and not agent_serves,
         timeout=timeout,
     )
     # torchrun keeps its store over a restart, with the addresses of the processes that died.
@@ -110,7 +110,8 @@ def all_reduce_sum(flat: torch.Tensor) -> torch.Tensor:
 
 def all_gather_rows(world: World, rows: torch.Tensor) -> list[torch.Tensor]:
     """Return the equally shaped tensors of all processes, in the order of processes. Collective."""
-    rows = rows.to(world.device).contiguous()
+    on_host = dist.get_backend() == "gloo"  # which gathers on the host anyway
+    rows = rows.to("cpu" if on_host else world.device).contiguous()
     gathered = [torch.empty_like(rows) for _ in range(world.size)]
     dist.all_gather(gathered, rows)
     return [one.cpu() for one in gathered]
@@ -194,16 +195,17 @@ def is_lost_contact(error: RuntimeError) -> bool:
 
 
 class StopRequest:
-    """SIGTERM on any process stops all of them before the same pass, so that none waits forever.
+    """SIGTERM on any process stops all of them before the same step, so that none waits forever.
 
-    Under ZeRO-3 a pass gathers weights from all processes: nobody can be two passes ahead. So the
-    process that is asked announces "two passes from here" and everybody sees it in time. Without
-    sharding the processes run freely, and each stops as soon as it is at or beyond that pass.
+    Under ZeRO-3 every pass of a step gathers weights from all processes: nobody can be two steps
+    ahead. So the process that is asked announces "two steps from here" and everybody sees it in
+    time. Without sharding the processes run freely, and each stops as soon as it is at or beyond
+    that step.
     """
 
     _KEY = "stop-before"
-    # Positions order passes over the whole run; no round has this many passes.
-    _PASSES_PER_ROUND = 10**9
+    # Positions order steps over the whole run; no round has this many of them.
+    _STEPS_PER_ROUND = 10**9
 
     def __init__(self, world: World) -> None:
         self._store = world.store
@@ -214,9 +216,9 @@ class StopRequest:
     def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
         self._asked = True  # nothing else: the handler may interrupt any line
 
-    def due(self, round_index: int, pass_index: int) -> bool:
-        """Whether to stop before this pass."""
-        position = round_index * self._PASSES_PER_ROUND + pass_index
+    def due(self, round_index: int, step: int) -> bool:
+        """Whether to stop before this step, counted over all passes of a process in a round."""
+        position = round_index * self._STEPS_PER_ROUND + step
         if self._asked and not self._announced:
             self._announced = True
             self._store.compare_set(self._KEY, "", str(position + 2))

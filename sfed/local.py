@@ -49,7 +49,7 @@ def train_round(
         run: the run.
         round_index: 0-based.
         ledger: filled in place for this process's clients.
-        stop: asks before each pass whether to stop here.
+        stop: asks before each step whether to stop here.
         on_step: told about each step.
 
     Returns:
@@ -57,7 +57,7 @@ def train_round(
     """
     trained = run.method.trained_in(round_index)
     cohort = run.cohort(round_index)
-    planned = _planned_passes(run, cohort, ledger)
+    planned = _planned_steps(run, cohort, ledger)
     run.backbone.training()
     done = 0
     for group in _groups_of(run, run.clients.own, cohort):
@@ -70,7 +70,7 @@ def train_round(
                 break
             work.step(step)
             on_step(step + 1, work.last_step, work.latest_loss, work.latest_tokens)
-            done += run.passes_per_step
+            done += 1
         work.close()
         run.clients.store(rows)
         if stopped:
@@ -78,7 +78,8 @@ def train_round(
     for company in range(done, planned if run.backbone.sharding.is_sharded else done):
         if stop.due(round_index, company):
             return False
-        _keep_company(run, trained)
+        for _ in range(run.passes_per_step):
+            _keep_company(run, trained)
     return True
 
 
@@ -105,19 +106,19 @@ def _groups_of(run: Run, own: range, cohort: tuple[int, ...]) -> list[tuple[int,
     return list(groups(mine, run.clients_per_pass(own)))
 
 
-def _planned_passes(run: Run, cohort: tuple[int, ...], ledger: Ledger) -> int:
-    """The most passes that any process makes: known to all without a word.
+def _planned_steps(run: Run, cohort: tuple[int, ...], ledger: Ledger) -> int:
+    """The most steps that any process makes: known to all without a word.
 
     It follows from the sizes of the clients' data, which everybody knows.
     """
     most = 0
     for own in run.placement():
-        passes = 0
+        steps = 0
         for group in _groups_of(run, own, cohort):
             last = max(run.local_steps(client) for client in group)
             first = min(int(ledger[client, STEPS]) for client in group)
-            passes += (last - first) * run.passes_per_step
-        most = max(most, passes)
+            steps += last - first
+        most = max(most, steps)
     return most
 
 

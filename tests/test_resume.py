@@ -107,13 +107,23 @@ def test_a_process_killed_in_the_middle_of_a_round_costs_nothing_but_that_round(
     ]
 
 
-@pytest.mark.parametrize("sharding", ["none", "zero3"])
+UNEQUAL = {
+    "train": {**ADAMW, "local_steps": None, "local_epochs": 2, "micro_batch_size": 2},
+    "partition": {"kind": "dirichlet", "key": "kind", "concentration": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("sharding", "sections"),
+    [("none", {}), ("zero3", {}), ("zero3", UNEQUAL)],
+    ids=["replicas", "zero3", "zero3 with unequal clients and micro passes"],
+)
 def test_sigterm_finishes_the_step_writes_and_exits_0(
-    tiny_folder: Path, tmp_path: Path, sharding: str
+    tiny_folder: Path, tmp_path: Path, sharding: str, sections: dict
 ) -> None:
     """The request reaches one process only; both stop, and the resumed run is the undisturbed."""
     shape = {"federated": {**LONG, "num_rounds": 12}, "backbone": {"sharding": sharding}}
-    shape["train"] = {**ADAMW, "local_steps": 10}
+    shape |= {"train": {**ADAMW, "local_steps": 10}} | sections
     calm = runs.run(2, settings(tiny_folder, tmp_path, "calm", **shape))
     disturbed = settings(tiny_folder, tmp_path, "disturbed", **shape)
     folder = tmp_path / "disturbed"
