@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from sfed.cli import UserError
 from sfed.layers import PassContext, StackedLoraLinear
+from sfed.scaling import peft_alpha
 
 _SUPPORTED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
@@ -143,7 +144,7 @@ class Adapters:
         save_file(tensors, temporary, metadata={"format": "pt"})
         os.replace(temporary, folder / "adapter_model.safetensors")
         settings = {**self.peft_config.to_dict(), "inference_mode": True}
-        settings["target_modules"] = sorted(settings["target_modules"])
+        settings["target_modules"] = _plain(settings["target_modules"])
         text = json.dumps(settings, indent=2, sort_keys=True, default=str)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -172,36 +173,20 @@ def attach(
     Raises:
         UserError: where a target does not exist or is not a linear layer.
     """
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     request = LoraConfig(
         r=lora_rank,
-        # Stock PEFT's rsLoRA rule lora_alpha / sqrt(r) then gives gamma.
-        lora_alpha=lora_scaling * math.sqrt(lora_rank),
+        lora_alpha=peft_alpha(lora_scaling, lora_rank),
         use_rslora=True,
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
     )
-    try:
-        # On the meta device: the factors that train are rows of our own buffers.
-        peft_model = get_peft_model(model, request, low_cpu_mem_usage=True)
-    except (ValueError, re.error) as error:
-        raise _wrong_targets(model, target_modules, str(error).splitlines()[0]) from None
-    peft_config = peft_model.peft_config["default"]
+    found, peft_config = _choose_layers(model, request)
     context = PassContext()
-    found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    for target in targets if isinstance(targets, list) else ():  # PEFT is content with one of them
-        if not any(f".{name}".endswith(f".{target}") for name in found):
-            raise _wrong_targets(model, target_modules, f"{target!r} is no layer of this model.")
     layers: dict[str, StackedLoraLinear] = {}
     for index, name in enumerate(sorted(found)):
         base_layer = found[name].get_base_layer()
-        if not _is_linear(base_layer):
-            raise UserError(
-                f"lora.target_modules = {target_modules!r} includes {name}, a "
-                f"{type(base_layer).__name__}; only linear layers are adapted"
-            )
         layers[name] = StackedLoraLinear(base_layer, lora_scaling, dropout, index, context)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layers[name])
@@ -209,14 +194,41 @@ def attach(
     return Adapters(layers, Layout.of(shapes, lora_rank), peft_config, context)
 
 
-def _wrong_targets(
-    model: PreTrainedModel, target_modules: tuple[str, ...] | str, reason: str
-) -> UserError:
+def _choose_layers(
+    model: PreTrainedModel, request: LoraConfig
+) -> tuple[dict[str, LoraLayer], LoraConfig]:
+    """Let PEFT put its layers into the model; returns them by name, and its final configuration.
+
+    Raises:
+        UserError: where a target does not exist or is not a linear layer.
+    """
+    targets = request.target_modules
+    try:
+        # On the meta device: the factors that train are rows of our own buffers.
+        peft_model = get_peft_model(model, request, low_cpu_mem_usage=True)
+    except (ValueError, re.error) as error:
+        raise _wrong_targets(model, targets, str(error).splitlines()[0]) from None
+    found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    for target in () if isinstance(targets, str) else targets:  # PEFT is content with one of them
+        if not any(f".{name}".endswith(f".{target}") for name in found):
+            raise _wrong_targets(model, targets, f"{target!r} is no layer of this model.")
+    for name, layer in found.items():
+        if not _is_linear(layer.get_base_layer()):
+            kind = type(layer.get_base_layer()).__name__
+            raise _wrong_targets(model, targets, f"{name} is a {kind}, not a linear layer.")
+    return found, peft_model.peft_config["default"]
+
+
+def _wrong_targets(model: PreTrainedModel, targets: object, reason: str) -> UserError:
     known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m)})
     return UserError(
-        f"lora.target_modules = {target_modules!r}: {reason} The linear layers of this model are "
+        f"lora.target_modules = {_plain(targets)!r}: {reason} The linear layers of this model are "
         f"{', '.join(known)}"
     )
+
+
+def _plain(targets: object) -> object:
+    return targets if isinstance(targets, str) else sorted(targets)  # type: ignore[call-overload]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -118,7 +118,7 @@ def attached(folder: Path, **changes: object) -> tuple[nn.Module, Adapters]:
     return model, adapters.attach(model, **{**request, **changes})
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), r".*\.(k|down)_proj"])
 def test_an_exported_adapter_in_stock_peft_gives_the_logits_of_the_trainer(
     tiny_folder: Path, tmp_path: Path, targets: tuple | str
 ) -> None:
