@@ -66,6 +66,15 @@ def test_zero3_agrees_under(tiny_folder: Path, tmp_path: Path, name: str, sectio
     assert runs.relative_difference(plain, sharded) <= 5e-6
 
 
+def test_zero3_equals_replicas_bit_for_bit_in_bf16(tiny_folder: Path, tmp_path: Path) -> None:
+    """The same processes and passes, bf16 backbone, fp32 factors: gathering changes no bit."""
+    model = {"name": str(tiny_folder / "model"), "dtype": "bf16"}
+    plain = train(tiny_folder, tmp_path, 2, "none", model=model)
+    sharded = train(tiny_folder, tmp_path, 2, "zero3", backbone=EXACT, model=model)
+    assert runs.identical(plain, sharded)
+    assert {t.dtype for t in plain["client-0000"].values()} == {torch.float32}
+
+
 def stored(folder: Path, sharding: str) -> tuple[int, str, str]:
     """Bytes of frozen weights on this process and their digest before and after passes."""
     config = tiny.config(folder, backbone={"sharding": sharding, **EXACT})
