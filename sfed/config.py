@@ -127,6 +127,8 @@ class FederatedSection(Section):
 
     method: Literal["sfed", "fedsa", "fedsa-rslora", "rolora", "ffa", "fedit", "local"] = "sfed"
     """Which factors train, which are averaged, which gamma (sfed.methods)."""
+    averaged: Literal["auto"] | tuple[Literal["A", "B"], ...] = "auto"
+    """Factors that are averaged after each round, for ablations: [A], [B], [A, B] or []."""
     num_clients: PositiveInt | None = None
     """N; null = one client per process."""
     num_rounds: PositiveInt = 10

@@ -33,7 +33,7 @@ def prepare(run: Run) -> int:
     """
     independent = run.method.independent_init
     draw_initial_a(run.clients, run.adapters, seed=run.config.seed, independent=independent)
-    if not independent or not run.method.has_global_adapter:
+    if not run.method.averages_a_at_start:
         return 0
     # The 1/N in the variance of this mean is what the factor sqrt(N) makes up for.
     return aggregation.share(run.world, run.clients, ("A",), run.weights(_everyone(run)))

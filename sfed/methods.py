@@ -54,6 +54,11 @@ class Method:
         return self.averaged[round_index % len(self.averaged)]
 
     @property
+    def averages_a_at_start(self) -> bool:
+        """Whether the clients' independent A's are averaged before the first step ("round 0")."""
+        return self.independent_init and self.has_global_adapter
+
+    @property
     def has_global_adapter(self) -> bool:
         """Whether (A, mean B) means something: A is the same on all clients between rounds."""
         return any("A" in factors for factors in self.averaged) or not any(
@@ -81,11 +86,11 @@ METHODS: dict[str, Method] = {
 
 
 def resolve(config: Config) -> Method:
-    """Return the configured method with the overrides of the ``lora`` section applied.
+    """Return the configured method with the overrides for ablations applied.
 
     Raises:
-        UserError: where gamma grows with N although all clients start from one A: nothing
-            shrinks with N then, so outputs would grow as N and gradients as sqrt(N).
+        UserError: where gamma grows with N although no mean of independent A's shrinks with N:
+            outputs would grow as N and gradients as sqrt(N).
     """
     base, lora = METHODS[config.federated.method], config.lora
     exponents = base.exponents
@@ -93,19 +98,24 @@ def resolve(config: Config) -> Method:
         exponents = lora.scaling
     elif lora.scaling != "auto":
         exponents = EXPONENTS[lora.scaling]
-    independent = base.independent_init if lora.init == "auto" else lora.init == "independent"
-    if exponents[0] > 0 and not independent and not lora.allow_unstable:
-        raise UserError(
-            f"lora.init=shared with a gamma that grows with N (N^{exponents[0]:g}): the factor "
-            "makes up for the variance that a mean of N independent draws of A loses, and with "
-            "one shared draw nothing is lost, so the adapter's output would grow with N. Set "
-            "lora.init=independent, or lora.scaling=rslora, or lora.allow_unstable=true to see it"
-        )
-    return Method(
+    averaged = base.averaged
+    if config.federated.averaged != "auto":
+        averaged = (tuple(factor for factor in _AB if factor in config.federated.averaged),)
+    method = Method(
         base.name,
         base.trained,
-        base.averaged,
+        averaged,
         exponents,
-        independent,
+        base.independent_init if lora.init == "auto" else lora.init == "independent",
         base.alpha if lora.alpha is None else lora.alpha,
     )
+    if exponents[0] > 0 and not method.averages_a_at_start and not lora.allow_unstable:
+        what = "one shared draw" if not method.independent_init else "no mean of A at the start"
+        key = "lora.init=shared" if not method.independent_init else "a method that keeps A apart"
+        raise UserError(
+            f"{key} with a gamma that grows with N (N^{exponents[0]:g}): the factor makes up for "
+            f"the variance that a mean of N independent draws of A loses, and with {what} nothing "
+            "is lost, so the adapter's output would grow with N. Set lora.init=independent and "
+            "average A, or set lora.scaling=rslora, or lora.allow_unstable=true to see it"
+        )
+    return method

@@ -63,6 +63,23 @@ def test_local_shares_nothing_and_has_no_global_adapter(tiny_folder: Path, tmp_p
     assert {event["comm/uploaded_bytes"] for event in runs.rounds(tmp_path / "local-2")} == {0}
 
 
+@pytest.mark.parametrize("averaged", [["A"], ["B"], ["B", "A"], []])
+def test_what_is_averaged_can_be_overridden_for_ablations(
+    tiny_folder: Path, tmp_path: Path, averaged: list[str]
+) -> None:
+    federated = {"num_clients": 3, "num_rounds": 2, "method": "fedsa", "averaged": averaged}
+    own = settings(tiny_folder, tmp_path, "run", federated=federated)
+    session.run_session(cli.validate(own))
+    adapters = runs.adapters(tmp_path / "run")
+    one, other = adapters["client-0000"], adapters["client-0002"]
+    for factor in ("A", "B"):
+        for name, tensor in runs.factors(one, factor).items():
+            assert torch.equal(tensor, other[name]) == (factor in averaged), name
+    assert ("global" in adapters) == ("A" in averaged)
+    num = sum(t.numel() for f in averaged for t in runs.factors(one, f).values())
+    assert runs.rounds(tmp_path / "run")[-1]["comm/uploaded_bytes"] == 4 * num
+
+
 def test_a_run_leaves_the_backbone_bit_identical(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
