@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from sfed import __version__, metrics
-from sfed.backbone import dtype_name
 from sfed.evaluate import Evaluation
 from sfed.local import FIRST_NORM, IS_BAD, LOSS_SUM, NORM_SUM, STEPS, SUPERVISED, TOKENS, Ledger
 from sfed.run import Run
+from sfed.shape import dtype_name
 
 _VERSIONS = ("torch", "transformers", "peft", "deepspeed", "datasets", "safetensors", "numpy")
 

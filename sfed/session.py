@@ -32,6 +32,7 @@ from sfed import (
     records,
     run,
     scaling,
+    shape,
 )
 from sfed.checkpoint import Found, State
 from sfed.cli import UserError, leave
@@ -100,7 +101,7 @@ def build(config: Config, world: World, console: Console) -> Run:
     held = data.load(config, tokenizer, world, num_clients, own)
     for note in held.notes:
         console.warn(note)
-    console.say(f"loading {config.model.name} ({backbone.dtype_name(config, world)})")
+    console.say(f"loading {config.model.name} ({shape.dtype_name(config, world)})")
     with distributed.together(world, "loading the backbone"):
         frozen = backbone.load(config, name, world)
         _check_rows_fit(config, held, frozen, own)
@@ -161,7 +162,7 @@ def _model_folder(config: Config, world: World, console: Console) -> str:
 
 
 def _load_tokenizer(config: Config, name: str) -> PreTrainedTokenizerFast:
-    backbone.read_model_config(config, name)  # names a model that is not there
+    shape.read_model_config(config, name)  # names a model that is not there
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=config.backbone.trust_remote_code

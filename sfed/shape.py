@@ -1,0 +1,109 @@
+"""The shape of the backbone before any weight is read: configuration, dtype, how it is stored."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from sfed.cli import UserError
+from sfed.config import BackboneSection, Config
+from sfed.distributed import World, gather_json
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# A replica may take this share of the memory that is free when the run starts; the rest is for
+# adapters, activations and logits.
+_REPLICA_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the backbone is stored, and why."""
+
+    kind: str
+    reason: str
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a pass gathers weights, so that all processes must make equally many."""
+        return self.kind == "zero3"
+
+
+def dtype_name(config: Config, world: World) -> str:
+    """Resolve ``model.dtype``: CPUs compute bf16 several times slower than fp32."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "bf16" if world.device.type == "cuda" else "fp32"
+
+
+def read_model_config(config: Config, name: str) -> PreTrainedConfig:
+    """Read the model's own configuration, with its dropouts set to 0.
+
+    A frozen backbone is used as it is: its own dropout would make a client's numbers depend on who
+    shares its pass. ``lora.dropout`` regularises the adapters.
+
+    Raises:
+        UserError: where it cannot be found.
+    """
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path and not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"model.name = {name!r}: there is no model folder with a config.json; give a folder "
+            "or a hub id such as meta-llama/Llama-2-7b-hf"
+        )
+    try:
+        model_config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, trust_remote_code=config.backbone.trust_remote_code
+        )
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(cannot_load(name, error)) from None
+    for key, value in model_config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            setattr(model_config, key, 0.0)
+    return model_config
+
+
+def cannot_load(name: str, error: Exception) -> str:
+    """The message of a model that transformers refuses, with its reason in one line."""
+    reason = " ".join(str(error).split())[:300]
+    return f"model.name = {name!r} cannot be loaded as a causal language model: {reason}"
+
+
+def choose_sharding(
+    section: BackboneSection, model_config: PreTrainedConfig, dtype: torch.dtype, world: World
+) -> Sharding:
+    """Resolve ``backbone.sharding`` and say why. Every process decides the same.
+
+    A replica makes local steps free of communication, so ``auto`` picks it wherever it fits.
+    """
+    if section.sharding != "auto":
+        return Sharding(section.sharding, "as configured")
+    if section.offload == "cpu":
+        return Sharding("zero3", "backbone.offload=cpu keeps shards in host memory")
+    if world.size == 1:
+        return Sharding("none", "one process has nobody to share with")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    share = _free_bytes(world.device) // world.processes_per_device
+    allowed = int(_REPLICA_SHARE * min(gather_json(world, "free memory", share)))
+    sizes = f"{_size(needed)} of weights, {_size(allowed)} free for them on each process"
+    if needed <= allowed:
+        return Sharding("none", f"a replica each, since it fits: {sizes}")
+    return Sharding(
+        "zero3", f"stored once over all processes, since a replica is too much: {sizes}"
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
