@@ -1,0 +1,249 @@
+"""The figures of a report as PNG: curves and stacked bars from plain numbers. Reads no files.
+
+Colours are Okabe and Ito's, told apart by dashes, markers and hatches too, so that a figure stays
+readable for colour-blind readers and on a grey print.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+# Okabe-Ito without its yellow, which is hard to see as a line on white; black is for means.
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+BARS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (5, 1.5, 1, 1.5)), (0, (9, 3)))
+MARKERS = "osD^vPX*"
+HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++", "oo")
+MOST_WITH_MARKERS = 30
+_BLACK, _GREY = "#000000", "#8A8A8A"
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "hatch.linewidth": 0.6,
+    "figure.constrained_layout.w_pad": 0.1,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "text.parse_math": False,  # a label with $ in it is just text
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of one line, with one standard deviation to either side where there is one.
+
+    Curves with the same label look the same in all panels. ``role`` is mean (thick and black),
+    client (thin), crowd (thin and grey, one legend entry for all) or compared.
+    """
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    spread: Sequence[float] = ()
+    role: str = "compared"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes with curves; ``log`` where the heights differ by more than a factor of 5."""
+
+    title: str
+    y_label: str
+    curves: Sequence[Curve]
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One pair of axes with stacked bars: a height per position for each part."""
+
+    title: str
+    x_label: str
+    y_label: str
+    positions: Sequence[float]
+    parts: Mapping[str, Sequence[float]]
+
+
+def curves(
+    panels: Sequence[Panel], x_label: str, x_ticks: Sequence[float] = (), *, share_y: bool = False
+) -> bytes:
+    """Draw panels of curves side by side, with one legend at the right.
+
+    Args:
+        panels: what is drawn.
+        x_label: text under each panel.
+        x_ticks: values on a logarithmic x axis; empty = whole numbers on a linear one.
+        share_y: give all panels the same y axis, so that they can be compared.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        grid = figure.subplots(1, len(panels), squeeze=False, sharey=share_y)[0]
+        looks = _looks(panels)
+        heights = [y for panel in panels for curve in panel.curves for _, y in curve.points]
+        wide = min(heights) > 0 and max(heights) > 5 * min(heights)
+        handles: dict[str, Any] = {}
+        for axes, panel in zip(grid, panels, strict=True):
+            for curve in panel.curves:
+                handles.setdefault(_plain(curve.label), _draw(axes, curve, looks[curve.label]))
+                _draw_spread(axes, curve, looks[curve.label]["color"], band=not x_ticks)
+            axes.set(title=panel.title, ylabel=panel.y_label, xlabel=x_label)
+            axes.tick_params(labelleft=True)
+            _set_scales(axes, panel, x_ticks, log=panel.log and wide)
+        return _png(figure, handles)
+
+
+def stacked(panels: Sequence[Bars]) -> bytes:
+    """Draw panels of stacked bars side by side; a part looks the same in all panels."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        names = list(dict.fromkeys(name for panel in panels for name in panel.parts))
+        handles: dict[str, Any] = {}
+        for axes, panel in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            base = [0.0] * len(panel.positions)
+            for name, heights in panel.parts.items():
+                bars = _bars(axes, panel.positions, heights, base, names.index(name))
+                handles.setdefault(_plain(name), bars)
+                base = [low + height for low, height in zip(base, heights, strict=True)]
+            axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+            axes.grid(visible=False, axis="x")
+            axes.set_ylim(0, 1.05 * max(base, default=0.0) or 1.0)
+            axes.xaxis.set_major_locator(
+                MaxNLocator(10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+            )
+        return _png(figure, handles)
+
+
+def _looks(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
+    """Colour, dashes and marker of each label."""
+    labels = dict.fromkeys(
+        curve.label
+        for panel in panels
+        for curve in panel.curves
+        if curve.role in ("client", "compared")
+    )
+    looks: dict[str, dict[str, Any]] = {
+        label: {
+            "color": LINES[i % len(LINES)],
+            "linestyle": DASHES[i % len(DASHES)],
+            "marker": MARKERS[i % len(MARKERS)],
+        }
+        for i, label in enumerate(labels)
+    }
+    for panel in panels:
+        for curve in panel.curves:
+            color = _BLACK if curve.role == "mean" else _GREY
+            looks.setdefault(curve.label, {"color": color, "linestyle": "-", "marker": "o"})
+    return looks
+
+
+def _draw(axes: Axes, curve: Curve, look: Mapping[str, Any]) -> Any:
+    thick = {"mean": 2.4, "client": 1.0, "crowd": 0.6, "compared": 1.8}[curve.role]
+    size = {"mean": 5.0, "client": 3.0, "crowd": 2.0, "compared": 5.0}[curve.role]
+    xs, ys = [x for x, _ in curve.points], [y for _, y in curve.points]
+    many = len(xs) > MOST_WITH_MARKERS
+    (line,) = axes.plot(
+        xs,
+        ys,
+        color=look["color"],
+        linestyle=look["linestyle"],
+        marker="" if many else look["marker"],
+        linewidth=thick,
+        markersize=size,
+        zorder=3 if curve.role == "mean" else 2,
+    )
+    return line
+
+
+def _draw_spread(axes: Axes, curve: Curve, color: str, *, band: bool) -> None:
+    """A band along rounds; bars where nothing lies between the points, or there is only one."""
+    if not curve.spread:
+        return
+    xs, ys = [x for x, _ in curve.points], [y for _, y in curve.points]
+    if band and len(xs) > 1:
+        low = [y - one for y, one in zip(ys, curve.spread, strict=True)]
+        high = [y + one for y, one in zip(ys, curve.spread, strict=True)]
+        axes.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
+    else:
+        axes.errorbar(xs, ys, curve.spread, color=color, linestyle="", capsize=4, linewidth=1.2)
+
+
+def _bars(
+    axes: Axes,
+    positions: Sequence[float],
+    heights: Sequence[float],
+    base: Sequence[float],
+    index: int,
+) -> BarContainer:
+    few = len(positions) <= 60
+    return axes.bar(
+        positions,
+        heights,
+        width=0.75 if few else 1.0,
+        bottom=base,
+        color=BARS[index % len(BARS)],
+        hatch=HATCHES[(index + index // len(BARS)) % len(HATCHES)] if few else "",
+        edgecolor="white",
+        linewidth=0.4 if few else 0.0,
+    )
+
+
+def _set_scales(axes: Axes, panel: Panel, x_ticks: Sequence[float], *, log: bool) -> None:
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if x_ticks:
+        axes.set_xscale("log")
+        axes.set_xticks(x_ticks, [f"{tick:g}" for tick in x_ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
+    else:
+        axes.xaxis.set_major_locator(
+            MaxNLocator(8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+        )
+    if len({x for curve in panel.curves for x, _ in curve.points}) == 1:
+        only = panel.curves[0].points[0][0]
+        axes.set_xlim((only / 2, only * 2) if x_ticks else (only - 1, only + 1))
+
+
+def _plain(label: str) -> str:
+    """A label that fits: one line, not too long, and shown even if it begins with _."""
+    text = " ".join(label.split())
+    text = text if len(text) <= 32 else text[:31] + "…"
+    return f" {text}" if text.startswith("_") else text
+
+
+def _png(figure: Figure, handles: Mapping[str, Any]) -> bytes:
+    if handles:
+        columns = 1 if len(handles) <= 16 else 2
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside right upper", ncols=columns,
+            handlelength=3.2,
+        )  # fmt: skip
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in another script
+        FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=150)
+    return buffer.getvalue()
