@@ -175,10 +175,10 @@ def excluded_note(story: Story) -> str:
 
 def heading(story: Story) -> str:
     """Name, method, N, r and gamma of a run, as plain text."""
-    gamma, rank = number(story.config, "resolved.gamma"), number(story.config, "lora.rank")
+    gamma, lora_rank = number(story.config, "resolved.gamma"), number(story.config, "lora.rank")
     return (
         f"{story.name}: {story.method}, N = {show(story.num_clients, 'g')}, "
-        f"r = {show(rank, 'g')}, gamma = {show(gamma, '.4g')}, {story.progress}"
+        f"r = {show(lora_rank, 'g')}, gamma = {show(gamma, '.4g')}, {story.progress}"
     )
 
 
