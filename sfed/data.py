@@ -233,18 +233,19 @@ def _note(what: str, table: Tokens | None) -> str:
 
 def _assemble(held: _Held, world: World, num_clients: int, own_clients: range) -> Data:
     """Let everybody know everybody's counts, and keep what belongs to this process."""
-    mine = {
+    entries = {
         client: {
             "client": client,
             "train": [int(index) for index in held.train[client].indices],
             "eval": [int(index) for index in held.held_out[client].indices],
             "labels": _histogram(held.labels[client]) if held.labels else None,
         }
-        for client in own_clients
+        for client in held.train
     }
-    tables: dict[int, Any] = {}
-    for other in gather_json(world, "sharing the partition", list(mine.values())):
-        tables.update({entry["client"]: entry for entry in other})
+    tables: dict[int, Any] = entries
+    if len(entries) < num_clients:  # by file: a process has read its own clients only
+        shared = gather_json(world, "sharing the partition", list(entries.values()))
+        tables = {entry["client"]: entry for other in shared for entry in other}
     notes = gather_json(world, "sharing notes", [note for note in held.notes if note])
     return Data(
         train={client: held.train[client] for client in own_clients},

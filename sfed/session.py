@@ -144,7 +144,7 @@ def _check_rows_fit(config: Config, held: data.Data, frozen: backbone.Backbone, 
                     f"{longest} tokens and the model's context is {context}; set it to at most "
                     f"{context}"
                 )
-            largest = max(examples.table.flat, default=0)
+            largest = int(examples.table.flat.max(initial=0))
             if largest >= vocabulary:
                 raise UserError(
                     f"model.name = {config.model.name!r}: its tokenizer gives token {largest} and "

@@ -66,7 +66,7 @@ class Examples:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example."""
-        return self.table.lengths[self.indices]
+        return self.table.starts[self.indices + 1] - self.table.starts[self.indices]
 
     def row(self, position: int) -> tuple[NDArray[np.int32], int]:
         """Return (token ids, number of leading unsupervised tokens) of one example."""
