@@ -1,4 +1,4 @@
-"""A tiny random LLaMA with a tokenizer, small files of rows, and runs of the trainer on them."""
+"""Tiny random models with tokenizers, small files of rows, and runs of the trainer on them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from sfed.cli import validate
 from sfed.config import Config
 
 
-def save_model(folder: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
+def save_model(
+    folder: Path, *, hidden: int = 32, layers: int = 2, context: int = 128, seed: int = 0
+) -> Path:
     """Write a LLaMA with random weights (GQA, non-square layers) and a byte tokenizer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
@@ -36,7 +44,7 @@ def save_model(folder: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=context,
         initializer_range=0.2,  # large enough that adapters have something to change
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -44,6 +52,51 @@ def save_model(folder: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0
         pad_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def save_roberta(folder: Path, *, seed: int = 0) -> Path:
+    """Write a RoBERTa encoder with random weights, without a classifier, and a byte tokenizer.
+
+    Special tokens, their ids and the form of pairs are those of FacebookAI/roberta-large, and so is
+    the checkpoint: a masked language model.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *alphabet, "<mask>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        cls_token="<s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        mask_token="<mask>",
+    ).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = RobertaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=72,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        initializer_range=0.2,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+    RobertaForMaskedLM(config).save_pretrained(folder)
     return folder
 
 
