@@ -1,7 +1,8 @@
 """The only file that knows PEFT: attach adapters, lay them out in flat buffers, write PEFT folders.
 
 A client's adapter is one row of fp32 numbers: the A factors of all layers, then the B factors, both
-in the sorted order of the layers' names. A row's A part is the message of the round.
+in the sorted order of the layers' names, then the weights of its classification head where the task
+has one. A row's A part is the message of the round.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sfed.cli import UserError
-from sfed.layers import PassContext, StackedLoraLinear
+from sfed.layers import Head, PassContext, StackedLoraLinear
 from sfed.scaling import peft_alpha
 
 _SUPPORTED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
@@ -30,11 +31,13 @@ _SUPPORTED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
 @dataclass(frozen=True)
 class Piece:
-    """One factor of one layer within a row."""
+    """One factor of one layer, or one weight of the head, within a row."""
 
     layer: str
+    """Name of the layer; of the weight, for the head."""
     factor: str
-    shape: tuple[int, int]
+    """A, B or head."""
+    shape: tuple[int, ...]
     start: int
 
     @property
@@ -48,25 +51,43 @@ class Layout:
     """Where each factor stands in a client's row."""
 
     pieces: tuple[Piece, ...]
-    num_a: int
     size: int
 
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """A, B, and head where there is one."""
+        return tuple(dict.fromkeys(piece.factor for piece in self.pieces))
+
     def columns(self, factor: str) -> slice:
-        """The columns of a row that hold all A or all B."""
-        return slice(0, self.num_a) if factor == "A" else slice(self.num_a, self.size)
+        """The columns of a row that hold all A, all B or the head; none where there is no head."""
+        own = [piece for piece in self.pieces if piece.factor == factor]
+        return slice(own[0].start, own[-1].end) if own else slice(self.size, self.size)
 
     @staticmethod
-    def of(shapes: Sequence[tuple[str, int, int]], lora_rank: int) -> Layout:
-        """Lay out layers given as (name, in, out), in sorted order of their names."""
+    def of(
+        shapes: Sequence[tuple[str, int, int]],
+        lora_rank: int,
+        head: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Layout:
+        """Lay out layers given as (name, in, out), in sorted order of their names, then the head.
+
+        Args:
+            shapes: of the adapted layers.
+            lora_rank: r.
+            head: shape of each weight of the classification head.
+        """
+        layers = sorted(shapes)
+        planned: list[tuple[str, str, tuple[int, ...]]] = [
+            *((name, "A", (lora_rank, in_features)) for name, in_features, _ in layers),
+            *((name, "B", (out_features, lora_rank)) for name, _, out_features in layers),
+            *((name, "head", shape) for name, shape in sorted((head or {}).items())),
+        ]
         pieces: list[Piece] = []
         position = 0
-        for factor in ("A", "B"):
-            for name, in_features, out_features in sorted(shapes):
-                shape = (lora_rank, in_features) if factor == "A" else (out_features, lora_rank)
-                pieces.append(Piece(name, factor, shape, position))
-                position = pieces[-1].end
-        num_a = pieces[len(shapes)].start
-        return Layout(tuple(pieces), num_a, position)
+        for name, factor, shape in planned:
+            pieces.append(Piece(name, factor, shape, position))
+            position = pieces[-1].end
+        return Layout(tuple(pieces), position)
 
 
 class Adapters:
@@ -78,11 +99,13 @@ class Adapters:
         layout: Layout,
         peft_config: LoraConfig,
         context: PassContext,
+        head: Head | None,
     ) -> None:
         self.layers = layers
         self.layout = layout
         self.peft_config = peft_config
         self.context = context
+        self.head = head
 
     def bind(
         self,
@@ -106,19 +129,28 @@ class Adapters:
             bound[piece.layer, piece.factor] = view
         for name, layer in self.layers.items():
             layer.bind(bound[name, "A"], bound[name, "B"])
+        if self.head is not None:
+            self.head.layer.bind({name: bound[name, "head"] for name in self.head.initial})
 
     def initial_a(self, generator: torch.Generator) -> torch.Tensor:
         """Draw all A factors of one client as PEFT does: kaiming_uniform(a = sqrt 5).
 
         Returns:
-            (layout.num_a,) fp32 on CPU; each A is uniform in +-1/sqrt(in).
+            (numbers of A,) fp32 on CPU; each A is uniform in +-1/sqrt(in).
         """
-        row = torch.empty(self.layout.num_a)
+        row = torch.empty(self.layout.columns("A").stop)
         for piece in self.layout.pieces:
             if piece.factor == "A":
                 bound = 1.0 / math.sqrt(piece.shape[1])
                 row[piece.start : piece.end].uniform_(-bound, bound, generator=generator)
         return row
+
+    def initial_head(self) -> torch.Tensor:
+        """The weights with which every client's head starts: (numbers of the head,) fp32."""
+        if self.head is None:
+            return torch.empty(0)
+        names = [piece.layer for piece in self.layout.pieces if piece.factor == "head"]
+        return torch.cat([self.head.initial[name].flatten() for name in names])
 
     def write_peft_folder(self, folder: Path, row: torch.Tensor) -> None:
         """Write one client's row as a stock PEFT adapter, whole or not at all.
@@ -132,9 +164,7 @@ class Adapters:
         """
         row = row.detach().cpu()
         tensors = {
-            f"base_model.model.{piece.layer}.lora_{piece.factor}.weight": row[
-                piece.start : piece.end
-            ]
+            f"base_model.model.{self._peft_name(piece)}": row[piece.start : piece.end]
             .view(piece.shape)
             .clone()
             for piece in self.layout.pieces
@@ -145,12 +175,23 @@ class Adapters:
         os.replace(temporary, folder / "adapter_model.safetensors")
         settings = {**self.peft_config.to_dict(), "inference_mode": True}
         settings["target_modules"] = _plain(settings["target_modules"])
+        if self.head is not None:
+            settings["task_type"] = "SEQ_CLS"
+            settings["modules_to_save"] = [self.head.name]
+            # Otherwise a target such as "dense" would match a layer of the head too.
+            settings["exclude_modules"] = rf"(.*\.)?{re.escape(self.head.name)}(\..*)?"
         text = json.dumps(settings, indent=2, sort_keys=True, default=str)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def _peft_name(self, piece: Piece) -> str:
+        if piece.factor == "head" and self.head is not None:
+            return f"{self.head.name}.{piece.layer}"
+        return f"{piece.layer}.lora_{piece.factor}.weight"
 
 
 def attach(
     model: PreTrainedModel,
+    head: Head | None = None,
     *,
     lora_rank: int,
     lora_scaling: float,
@@ -164,6 +205,7 @@ def attach(
 
     Args:
         model: the frozen backbone; changed in place.
+        head: its classification head, where each client trains one.
         lora_rank: r.
         lora_scaling: gamma.
         dropout: probability on the adapters' input.
@@ -179,7 +221,8 @@ def attach(
         use_rslora=True,
         lora_dropout=dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        task_type="CAUSAL_LM",
+        # A classifier's type would make PEFT copy the head, which is not its business here.
+        task_type="CAUSAL_LM" if head is None else None,
         base_model_name_or_path=base_name,
     )
     found, peft_config = _choose_layers(model, request)
@@ -191,7 +234,8 @@ def attach(
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layers[name])
     shapes = [(name, found[name].in_features, found[name].out_features) for name in layers]
-    return Adapters(layers, Layout.of(shapes, lora_rank), peft_config, context)
+    weights = None if head is None else {n: tuple(w.shape) for n, w in head.initial.items()}
+    return Adapters(layers, Layout.of(shapes, lora_rank, weights), peft_config, context, head)
 
 
 def _choose_layers(

@@ -12,34 +12,58 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sfed.cli import UserError
 from sfed.config import Config
 from sfed.distributed import World
-from sfed.shape import DTYPES, Sharding, cannot_load, choose_sharding, dtype_name, read_model_config
+from sfed.layers import Head, StackedHead
+from sfed.seeds import Stream, derive
+from sfed.shape import (
+    DTYPES,
+    Sharding,
+    auto_class,
+    cannot_load,
+    choose_sharding,
+    dtype_name,
+    read_model_config,
+)
+from sfed.tasks import task_of
 
 IGNORED_LABEL = -100
+# Names under which transformers keeps the head of a sequence classifier.
+_HEADS = ("classifier", "score")
+_HEAD_STD = 0.02
 
 
 class Backbone:
-    """A frozen causal language model and how it is stored."""
+    """A frozen language model or encoder and how it is stored."""
 
-    def __init__(self, model: PreTrainedModel, sharding: Sharding, keep_alive: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, head: Head | None, sharding: Sharding, keep_alive: Any
+    ) -> None:
         self.model = model
+        self.head = head
         self.sharding = sharding
         self._keep_alive = keep_alive
 
     @property
     def context_tokens(self) -> int:
         """The longest sequence that the model was made for."""
-        return int(getattr(self.model.config, "max_position_embeddings", 2**31))
+        positions = int(getattr(self.model.config, "max_position_embeddings", 2**31))
+        for name, module in self.model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                # RoBERTa counts positions from behind the one of the padding.
+                return positions - (0 if module.padding_idx is None else module.padding_idx + 1)
+        return positions
 
     @property
     def vocabulary_size(self) -> int:
@@ -65,6 +89,31 @@ class Backbone:
             reduction="none",
         )
         return losses.view(len(labels), -1).sum(dim=1)
+
+    def outputs(
+        self, input_ids: torch.Tensor, is_token: torch.Tensor, is_second: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the classification head's outputs.
+
+        Args:
+            input_ids: (rows, tokens) int64, padded at the right with anything.
+            is_token: same shape, False on padding.
+            is_second: same shape, True on the second of two texts.
+
+        Returns:
+            (rows, outputs) fp32.
+        """
+        settings = self.model.config
+        marks = {}
+        if getattr(settings, "type_vocab_size", 0) > 1:
+            marks["token_type_ids"] = is_second.long()
+        logits: torch.Tensor = self.model(
+            # LLaMA and RoBERTa look for the padding in the tokens themselves.
+            input_ids=input_ids.masked_fill(~is_token, settings.pad_token_id),
+            attention_mask=is_token.long(),
+            **marks,
+        ).logits
+        return logits.float()
 
     def training(self) -> None:
         """Prepare for passes with gradients."""
@@ -117,28 +166,28 @@ def load(config: Config, name: str, world: World) -> Backbone:
     """
     model_config = read_model_config(config, name)
     dtype = DTYPES[dtype_name(config, world)]
-    sharding = choose_sharding(config.backbone, model_config, dtype, world)
+    sharding = choose_sharding(config, model_config, dtype, world)
     keep_alive: Any = None
     if sharding.is_sharded:
         keep_alive = _prepare_deepspeed(config, model_config, dtype)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = auto_class(config).from_pretrained(
             name,
             config=model_config,
             dtype=dtype,
             attn_implementation=config.model.attention,
             trust_remote_code=config.backbone.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # of a head with other classes; see _refuse_random
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(cannot_load(name, error)) from None
-    if loading["missing_keys"]:  # transformers would train on random numbers in their place
-        missing = sorted(loading["missing_keys"])
-        raise UserError(
-            f"model.name = {name!r}: its files lack {len(missing)} weights that its config.json "
-            f"asks for, such as {missing[0]}"
-        )
+    head_name = _head_name(config, model)
+    is_new_head = _refuse_random(loading, head_name, name)
     model.requires_grad_(False)
+    head = None
+    if head_name is not None:
+        head = _take_head_off(model, head_name, config.seed if is_new_head else None)
     if sharding.is_sharded:
         hf_deepspeed, settings = keep_alive
         keep_alive = (hf_deepspeed, _shard(model, settings))
@@ -146,7 +195,68 @@ def load(config: Config, name: str, world: World) -> Backbone:
         model.to(world.device)
     if config.backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Backbone(model, sharding, keep_alive)
+    return Backbone(model, head, sharding, keep_alive)
+
+
+def _head_name(config: Config, model: PreTrainedModel) -> str | None:
+    """The module that is the classification head; None for tasks without one."""
+    if not task_of(config).is_classification:
+        return None
+    for name in _HEADS:
+        if hasattr(model, name):
+            return name
+    raise UserError(
+        f"model.name: {type(model).__name__} keeps its head in none of {', '.join(_HEADS)}; use a "
+        "BERT, RoBERTa or LLaMA model"
+    )
+
+
+def _refuse_random(loading: Mapping[str, Any], head_name: str | None, name: str) -> bool:
+    """Refuse a model whose files lack weights; returns whether the head is new.
+
+    Raises:
+        UserError: transformers would train on random numbers in their place.
+    """
+    absent = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    of_head = {key for key in absent if head_name and key.startswith(f"{head_name}.")}
+    if missing := sorted(absent - of_head):
+        raise UserError(
+            f"model.name = {name!r}: its files lack {len(missing)} weights that its config.json "
+            f"asks for, such as {missing[0]}"
+        )
+    return bool(of_head)
+
+
+def _take_head_off(model: PreTrainedModel, name: str, seed: int | None) -> Head:
+    """Put a head with the clients' own weights in the place of the model's, before it is sharded.
+
+    Args:
+        model: changed in place.
+        name: of the head.
+        seed: of new weights, the same on every client; None = those that the model came with.
+    """
+    template = model.get_submodule(name)
+    named = dict(template.named_parameters())
+    with _whole(list(named.values())):
+        initial = {key: weight.detach().float().cpu().clone() for key, weight in named.items()}
+    if seed is not None:
+        std = float(getattr(model.config, "initializer_range", _HEAD_STD))
+        generator = torch.Generator().manual_seed(derive(Stream.INIT_HEAD, seed))
+        for _, weight in sorted(initial.items()):  # as transformers does: biases begin at 0
+            weight.normal_(0.0, std, generator=generator) if weight.dim() > 1 else weight.zero_()
+    layer = StackedHead(template)
+    model.set_submodule(name, layer)
+    return Head(name, layer, initial)
+
+
+def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Gather parameters that ``from_pretrained`` has loaded into shards. Collective where so."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(parameters)
+    return gathered
 
 
 def _prepare_deepspeed(
@@ -188,7 +298,7 @@ def deepspeed_settings(
     the bounds follow the model's size: at most about three layers are gathered at a time.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = auto_class(config).from_config(model_config)
     total = sum(parameter.numel() for parameter in model.parameters())
     layer = total // max(1, getattr(model_config, "num_hidden_layers", 1))
     zero: dict[str, Any] = {

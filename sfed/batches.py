@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from sfed.backbone import IGNORED_LABEL
 from sfed.seeds import Stream, generator
-from sfed.tokens import Examples
+from sfed.tokens import Examples, Row
 
-Row = tuple[NDArray[np.int32], int]
 _PAD_TO_MULTIPLE = 8
 
 
@@ -22,16 +21,30 @@ class Batch:
     """The rows of C clients in order, equally many for each; what is missing is empty rows.
 
     Args:
-        input_ids: (C * rows, tokens) int64.
+        input_ids: (C * rows, tokens) int64, padded at the right.
         labels: same shape, ``IGNORED_LABEL`` where nothing is supervised.
+        targets: (C * rows,) fp32 classes or values to predict, NaN for missing rows; None where the
+            labels are what is learned.
+        is_token: (C * rows, tokens) bool, False on padding; one token of an empty row counts as
+            such, since nothing can be attended to otherwise.
+        is_second: same shape, True on the second of two texts.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    targets: torch.Tensor | None
+    is_token: torch.Tensor
+    is_second: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
         """Move to a device."""
-        return Batch(self.input_ids.to(device), self.labels.to(device))
+        return Batch(
+            self.input_ids.to(device),
+            self.labels.to(device),
+            None if self.targets is None else self.targets.to(device),
+            self.is_token.to(device),
+            self.is_second.to(device),
+        )
 
 
 class Order:
@@ -63,26 +76,46 @@ def draw(examples: Examples, order: Order, start: int, count: int) -> list[Row]:
     return [examples.row(order.at(position)) for position in range(start, start + count)]
 
 
-def supervised_tokens(rows: Sequence[Row]) -> float:
-    """Tokens that have a loss: the completions, without a row's first token."""
-    return float(sum(len(ids) - max(prompt_length, 1) for ids, prompt_length in rows))
+def supervised_count(rows: Sequence[Row]) -> float:
+    """What a mean loss is taken over: rows with a target, or tokens of the completions.
+
+    A row's first token is never predicted.
+    """
+    return float(
+        sum(len(row.ids) - max(row.prompt_length, 1) if row.target is None else 1 for row in rows)
+    )
 
 
-def collate(rows_by_client: Sequence[Sequence[Row]], rows_per_client: int) -> Batch:
+def collate(
+    rows_by_client: Sequence[Sequence[Row]], rows_per_client: int, *, with_targets: bool = False
+) -> Batch:
     """Pad the rows of C clients at the right, to the longest of them and to a multiple of 8."""
-    longest = max((len(ids) for rows in rows_by_client for ids, _ in rows), default=2)
+    longest = max((len(row.ids) for rows in rows_by_client for row in rows), default=2)
     width = -(-longest // _PAD_TO_MULTIPLE) * _PAD_TO_MULTIPLE
     shape = (len(rows_by_client) * rows_per_client, width)
     input_ids = np.zeros(shape, dtype=np.int64)
     labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
+    targets = np.full(shape[0], np.nan, dtype=np.float32)
+    lengths, seconds = np.ones(shape[0], dtype=np.int64), np.full(shape[0], width)
     for client, rows in enumerate(rows_by_client):
-        for number, (ids, prompt_length) in enumerate(rows):
-            row = client * rows_per_client + number
-            input_ids[row, : len(ids)] = ids
-            labels[row, prompt_length : len(ids)] = ids[prompt_length:]
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels))
+        for number, row in enumerate(rows):
+            place, length = client * rows_per_client + number, len(row.ids)
+            input_ids[place, :length] = row.ids
+            lengths[place], seconds[place] = length, row.prompt_length
+            if row.target is None:
+                labels[place, row.prompt_length : length] = row.ids[row.prompt_length :]
+            else:
+                targets[place] = row.target
+    is_token = np.arange(width) < lengths[:, None]
+    return Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(labels),
+        torch.from_numpy(targets) if with_targets else None,
+        torch.from_numpy(is_token),
+        torch.from_numpy(is_token & (np.arange(width) >= seconds[:, None])),
+    )
 
 
-def empty(num_clients: int) -> Batch:
+def empty(num_clients: int, *, with_targets: bool = False) -> Batch:
     """The smallest batch there is: for a pass that only keeps other processes company."""
-    return collate([[] for _ in range(num_clients)], 1)
+    return collate([[] for _ in range(num_clients)], 1, with_targets=with_targets)

@@ -1,9 +1,9 @@
 """The clients of this process: one row of numbers each, and the rows that are in a pass right now.
 
-A client's state is its adapter (A, then B), the optimizer's moments for it, how many optimizer
-steps it has made and how many examples it has drawn. Where all clients of a process share one
-pass, the rows are used where they lie; where fewer do, all rows rest in host memory and those of a
-pass are brought to the device and back.
+A client's state is its adapter (A, B, and its classification head if any), the optimizer's moments
+for it, how many optimizer steps it has made and how many examples it has drawn. Where all clients
+of a process share one pass, the rows are used where they lie; where fewer do, all rows rest in host
+memory and those of a pass are brought to the device and back.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sfed.adapters import Adapters, Layout
 from sfed.seeds import Stream, derive
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FACTORS = ("A", "B", "head")
 
 
 @dataclass
@@ -25,13 +26,13 @@ class Rows:
 
     clients: tuple[int, ...]
     values: torch.Tensor
-    """(C, layout.size) fp32: A, then B."""
+    """(C, layout.size) fp32: A, B, head."""
     grads: torch.Tensor
     """(C, layout.size) fp32."""
     moments: dict[str, torch.Tensor]
     """Each (C, layout.size) fp32; empty for SGD."""
     optimizer_steps: torch.Tensor
-    """(C, 2) fp32, whole numbers: steps that A and that B have made."""
+    """(C, 3) fp32, whole numbers: steps that A, that B and that the head have made."""
 
     def put_back(self, bad_C: torch.Tensor, start: torch.Tensor) -> None:
         """Give the clients of a (C,) bool mask their values of the start, and fresh moments."""
@@ -70,7 +71,7 @@ class ClientRows:
         shape = (len(own), layout.size)
         self.values = torch.zeros(shape, device=resting_place)
         self.moments = {name: torch.zeros(shape, device=resting_place) for name in moments}
-        self.optimizer_steps = torch.zeros(len(own), 2, device=resting_place)
+        self.optimizer_steps = torch.zeros(len(own), len(FACTORS), device=resting_place)
         self.examples_drawn = dict.fromkeys(own, 0)
         self._grads = torch.zeros(self.clients_per_pass, layout.size, device=device)
 
@@ -118,10 +119,12 @@ class ClientRows:
     def tensors(self, client: int) -> dict[str, torch.Tensor]:
         """One client's state under the names of a checkpoint; views, so loading writes in place."""
         position = client - self.own.start
-        a, b = self.layout.columns("A"), self.layout.columns("B")
-        named = {"a": self.values[position, a], "b": self.values[position, b]}
-        for name, moment in self.moments.items():
-            named[f"a_{name}"], named[f"b_{name}"] = moment[position, a], moment[position, b]
+        named: dict[str, torch.Tensor] = {}
+        for factor in self.layout.factors:
+            columns, short = self.layout.columns(factor), factor.lower()
+            named[short] = self.values[position, columns]
+            for name, moment in self.moments.items():
+                named[f"{short}_{name}"] = moment[position, columns]
         named["optimizer_steps"] = self.optimizer_steps[position]
         return named
 
@@ -139,12 +142,14 @@ def groups(clients: Sequence[int], clients_per_pass: int) -> Iterator[tuple[int,
         yield tuple(clients[start : start + clients_per_pass])
 
 
-def draw_initial_a(
-    clients: ClientRows, adapters: Adapters, *, seed: int, independent: bool
-) -> None:
-    """Give each client its first A, from (seed, client) or from one draw for all; B stays 0."""
-    columns = adapters.layout.columns("A")
+def draw_initial(clients: ClientRows, adapters: Adapters, *, seed: int, independent: bool) -> None:
+    """Give each client its first A, from (seed, client) or from one draw for all; B stays 0.
+
+    Heads start the same on all clients.
+    """
+    columns, head = adapters.layout.columns("A"), adapters.layout.columns("head")
     for client in clients.own:
         words = (seed, client) if independent else (seed,)
         generator = torch.Generator().manual_seed(derive(Stream.INIT_A, *words))
         clients.row(client)[columns] = adapters.initial_a(generator).to(clients.values.device)
+        clients.row(client)[head] = adapters.initial_head().to(clients.values.device)

@@ -66,7 +66,7 @@ class ModelSection(Section):
     """The frozen backbone."""
 
     name: str = "demo"
-    """Hub id or folder of a causal language model; demo = a small one made on the spot."""
+    """Hub id or folder of the language model or encoder; demo = a small one made on the spot."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of the backbone; auto = bf16 on GPUs, fp32 on CPUs. Adapters stay in fp32."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
@@ -76,8 +76,10 @@ class ModelSection(Section):
 class DataSection(Section):
     """What is learned."""
 
-    task: Literal["demo", "gsm8k", "alpaca", "jsonl"] = "demo"
+    task: Literal["demo", "gsm8k", "alpaca", "glue", "jsonl"] = "demo"
     """Form of the examples; jsonl takes prompt/completion, instruction/input/output or text."""
+    name: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"] | None = None
+    """Which task of GLUE: each client then trains a classification head beside its adapter."""
     train_files: tuple[str, ...] | str | None = None
     """Local .jsonl or .json files instead of the hub; {client} in a name = one file per client."""
     eval_files: tuple[str, ...] | str | None = None
@@ -100,7 +102,8 @@ class PartitionSection(Section):
     concentration: PositiveFloat = 0.5
     """Dirichlet concentration: small = skewed, large = even."""
     key: str | None = None
-    """Column for by_key and for dirichlet; dirichlet without one splits by length quantile."""
+    """Column for by_key and for dirichlet; dirichlet without one splits by the class of an
+    example where it has one, else by length quantile."""
 
 
 class LoraSection(Section):
@@ -133,6 +136,8 @@ class FederatedSection(Section):
     """N; null = one client per process."""
     num_rounds: PositiveInt = 10
     """Rounds of the whole run."""
+    share_head: bool = False
+    """Average the classification heads too; false = each stays with its client."""
     clients_per_round: PositiveInt | None = None
     """Clients that train in a round, drawn from (seed, round); null = all."""
     clients_per_pass: PositiveInt | None = None
@@ -218,8 +223,12 @@ class EvaluationSection(Section):
     """Evaluate before the first round, after every this many rounds, and at the end."""
     adapters: tuple[Literal["personal", "global"], ...] = ("personal", "global")
     """personal = each client's adapter on its own data; global = (A, mean B) on all data."""
+    generate: bool = False
+    """Let the adapters write answers, greedily: exact match for gsm8k, samples for the report."""
+    max_new_tokens: PositiveInt = 256
+    """Longest answer in tokens."""
     max_examples: PositiveInt | None = None
-    """At most this many held-out examples of each client."""
+    """At most this many held-out examples of each client (drawn once from the seed)."""
     batch_size: PositiveInt = 16
     """Sequences per client and pass."""
 
@@ -230,7 +239,7 @@ class OutputSection(Section):
     dir: str = Field(default="runs", min_length=1)
     """Folder of the run folders."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run folder; null = TASK-METHOD."""
+    """Name of the run folder; null = TASK-METHOD, e.g. gsm8k-sfed."""
     checkpoint_every_rounds: PositiveInt = 1
     """Write a checkpoint after every this many rounds (and at the end)."""
     keep_checkpoints: PositiveInt = 2
@@ -275,6 +284,21 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_task(self) -> Config:
+        if (self.data.task == "glue") != (self.data.name is not None):
+            raise ValueError(
+                f"data.task={self.data.task} with data.name={self.data.name}: data.task=glue needs "
+                "data.name, such as sst2, and no other task has one"
+            )
+        if self.federated.share_head and self.data.task != "glue":
+            raise ValueError("federated.share_head=true needs data.task=glue: others have no head")
+        if self.evaluation.generate and self.data.task == "glue":
+            raise ValueError(
+                "evaluation.generate=true: a classifier (data.task=glue) writes no text"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_files(self) -> Config:
         kind, files = self.partition.kind, self.files("train")
         per_client = [name for name in files if "{client}" in name]
@@ -307,4 +331,4 @@ class Config(Section):
     @property
     def run_name(self) -> str:
         """Name of the run folder below ``output.dir``."""
-        return self.output.name or f"{self.data.task}-{self.federated.method}"
+        return self.output.name or f"{self.data.name or self.data.task}-{self.federated.method}"

@@ -31,6 +31,7 @@ class Console:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._rounds = (0, 0)
+        self._scores: tuple[str, ...] = ()
         self._started = self._drawn = time.monotonic()
         self._round_started = self._started
         self._tokens = 0
@@ -45,9 +46,9 @@ class Console:
         """Print a line that a person should not overlook."""
         self.say(f"warning: {text}")
 
-    def begin_rounds(self, finished: int, total: int) -> None:
-        """Show that rounds are under way."""
-        self._rounds = (finished, total)
+    def begin_rounds(self, finished: int, total: int, scores: Sequence[str] = ()) -> None:
+        """Show that rounds are under way; ``scores`` are shown too, the main one first."""
+        self._rounds, self._scores = (finished, total), tuple(scores)
         if self.speaks and self._rich.is_terminal and finished < total:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -103,6 +104,12 @@ class Console:
             )
             if event.get(key) is not None
         ]
+        parts += [
+            f"{kind} {name} {event[key]:.4f}"
+            for name in self._scores[:1]
+            for kind in ("personal", "global")
+            if event.get(key := f"eval/{kind}_{name}_unweighted") is not None
+        ]
         if finished:
             parts.append(f"{event[metrics.ROUND_SECONDS]:.1f} s")
             if event[metrics.TOKENS_PER_SECOND]:
@@ -139,12 +146,14 @@ class Console:
         """
         if not self.speaks:
             return
-        title = f"held-out loss after round {after['round']} (nats per token)"
-        table = Table(title=title, title_justify="left")
+        what = "held-out loss and scores" if self._scores else "held-out loss"
+        table = Table(title=f"{what} after round {after['round']}", title_justify="left")
         table.add_column("client")
-        table.add_column("examples", justify="right")
-        for name in ("before", "after", "change", "global adapter"):
-            table.add_column(name, justify="right")
+        scores = [(kind, name) for name in self._scores[:2] for kind in ("personal", "global")]
+        scores = [(k, n) for k, n in scores if f"eval/{k}_{n}" in after]
+        columns = ["examples", "before", "after", "change", "global adapter"]
+        for column in (*columns, *(f"{kind} {name}" for kind, name in scores)):
+            table.add_column(column, justify="right")
         first = {} if before is None else {entry["client"]: entry for entry in before["clients"]}
         shown: Sequence[Mapping[str, Any]] = after["clients"]
         for entry in shown[:_MOST_CLIENTS_IN_TABLE]:
@@ -157,6 +166,7 @@ class Console:
                 _number(new),
                 change,
                 _number(entry.get("global_loss")),
+                *(_number(entry.get(f"{kind}_{name}")) for kind, name in scores),
             )
         self._rich.print(table)
         if len(shown) > _MOST_CLIENTS_IN_TABLE:

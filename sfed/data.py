@@ -6,6 +6,7 @@ With one common pool every process computes the same split of everything. Under
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from sfed.cli import UserError
 from sfed.config import Config
 from sfed.distributed import World, first_of_node_first, gather_json, together
 from sfed.partition import Indices
+from sfed.seeds import Stream, generator
 from sfed.tokens import Examples, Split, Tokens, has_split, tokenise
 
 _LEAST_TRAIN_EXAMPLES = 2
@@ -36,6 +38,8 @@ class Data:
     """What ``partition.json`` records."""
     notes: tuple[str, ...]
     """What a person should know, such as rows that were left out."""
+    parts: tuple[str, ...]
+    """Names of the parts of the held-out set; one empty name where there are none."""
 
 
 def load(
@@ -56,7 +60,7 @@ def load(
         else:
             held = _split_one_pool(config, tokenizer, world, num_clients)
         _require_examples(held.train, config)
-    return _assemble(held, world, num_clients, own_clients)
+    return _assemble(held, config, world, num_clients, own_clients)
 
 
 @dataclass
@@ -160,8 +164,9 @@ def _labels(
 ) -> tuple[list[str], Indices, Indices]:
     """Return (names of the labels, label of each training row, label of each held-out row).
 
-    With ``partition.key`` a label is a value of that column; without one, a quantile of the length
-    in tokens, which stands for the kind of instruction (short answers, long texts).
+    With ``partition.key`` a label is a value of that column; without one, the class of an example
+    where it has one, else a quantile of the length in tokens, which stands for the kind of
+    instruction (short answers, long texts).
     """
     if pool.keys is not None:
         train_keys = [pool.keys[row] for row in train_rows]
@@ -231,7 +236,19 @@ def _note(what: str, table: Tokens | None) -> str:
     )
 
 
-def _assemble(held: _Held, world: World, num_clients: int, own_clients: range) -> Data:
+def _evaluated(examples: Examples, config: Config, client: int) -> Examples:
+    """The held-out examples that are evaluated, by length, so that a batch has little padding."""
+    limit, indices = config.evaluation.max_examples, examples.indices
+    if limit is not None and limit < len(indices):
+        drawn = generator(Stream.SUBSET, config.seed, client).permutation(len(indices))[:limit]
+        indices = indices[np.sort(drawn)]
+    chosen = Examples(examples.table, indices)
+    return Examples(examples.table, indices[np.argsort(chosen.lengths, kind="stable")])
+
+
+def _assemble(
+    held: _Held, config: Config, world: World, num_clients: int, own_clients: range
+) -> Data:
     """Let everybody know everybody's counts, and keep what belongs to this process."""
     entries = {
         client: {
@@ -246,14 +263,16 @@ def _assemble(held: _Held, world: World, num_clients: int, own_clients: range) -
     if len(entries) < num_clients:  # by file: a process has read its own clients only
         shared = gather_json(world, "sharing the partition", list(entries.values()))
         tables = {entry["client"]: entry for other in shared for entry in other}
+    limit = config.evaluation.max_examples or sys.maxsize
     notes = gather_json(world, "sharing notes", [note for note in held.notes if note])
     return Data(
         train={client: held.train[client] for client in own_clients},
-        held_out={client: held.held_out[client] for client in own_clients},
+        held_out={c: _evaluated(held.held_out[c], config, c) for c in own_clients},
         train_counts=tuple(len(tables[client]["train"]) for client in range(num_clients)),
-        eval_counts=tuple(len(tables[client]["eval"]) for client in range(num_clients)),
+        eval_counts=tuple(min(len(tables[c]["eval"]), limit) for c in range(num_clients)),
         summary={"clients": [tables[client] for client in range(num_clients)]},
         notes=tuple(sorted({note for some in notes for note in some})),
+        parts=held.held_out[own_clients.start].table.parts,
     )
 
 

@@ -1,4 +1,4 @@
-"""Held-out loss, of each client's own adapter on its own data and of the global adapter on all."""
+"""Held-out losses and scores: each client's own adapter on its own data, and the global one."""
 
 from __future__ import annotations
 
@@ -8,33 +8,71 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfed import aggregation, batches
+from sfed import aggregation, batches, generate, objective, scores
 from sfed.clients import groups
 from sfed.distributed import all_gather_rows
+from sfed.generate import Sample
+from sfed.layers import Probe
 from sfed.run import Run
 
-_LOSS_SUM, _SUPERVISED = 0, 1
-Sums = NDArray[np.float64]
-"""(N, 2): each client's summed held-out loss in nats and its supervised tokens."""
+Numbers = NDArray[np.float64]
+_LOSS_SUM, _SUPERVISED, _SQUARES, _COUNTED = range(4)
+_PREDICTION, _TARGET, _PART = range(3)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one kind of adapter does on the held-out data of all clients."""
+
+    sums: Numbers
+    """(N, 4): each client's summed loss and what it is a sum over; then the summed squares of its
+    adapter's outputs on one batch, and how many they are."""
+    outcomes: Numbers
+    """(N, most examples, 3): prediction, target and part of each example, NaN where there is none.
+    No examples for tasks without scores."""
+    parts: tuple[str, ...]
+    samples: dict[int, list[Sample]]
+    """Answers that some clients' adapters wrote."""
+
+    def loss(self, client: int | None = None) -> float | None:
+        """Mean loss over one client's held-out data, or over everybody's; None of no data."""
+        sums = self.sums.sum(axis=0) if client is None else self.sums[client]
+        return float(sums[_LOSS_SUM] / sums[_SUPERVISED]) if sums[_SUPERVISED] else None
+
+    def output_rms(self) -> float | None:
+        """Root mean square of gamma * B A x over tokens and layers, in one batch of each client."""
+        sums = self.sums.sum(axis=0)
+        return float(np.sqrt(sums[_SQUARES] / sums[_COUNTED])) if sums[_COUNTED] else None
+
+    def score(self, name: str, client: int | None = None) -> float | None:
+        """A score over one client's held-out examples, or over everybody's in one.
+
+        None where it is undefined, as of no examples.
+        """
+        rows = (self.outcomes if client is None else self.outcomes[client]).reshape(-1, 3)
+        rows = rows[~np.isnan(rows[:, _TARGET])]
+        for number, part in enumerate(self.parts):
+            if part and name.endswith(f"_{part}"):
+                name, rows = name.removesuffix(f"_{part}"), rows[rows[:, _PART] == number]
+                break
+        return scores.score(name, rows[:, _PREDICTION], rows[:, _TARGET])
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out losses by kind of adapter, ``personal`` and ``global``."""
+    """What was measured, by kind of adapter: ``personal`` and ``global``."""
 
-    sums: dict[str, Sums]
+    kinds: dict[str, Measured]
     communicated_bytes: int
     """Bytes that the global adapter took to put together; training never sends them."""
 
-    def client_loss(self, kind: str, client: int) -> float | None:
-        """Mean nats per token on one client's held-out data; None where it has none."""
-        loss, tokens = self.sums[kind][client]
-        return float(loss / tokens) if tokens else None
 
-    def loss(self, kind: str) -> float | None:
-        """Mean nats per token over all held-out tokens of all clients."""
-        loss, tokens = self.sums[kind].sum(axis=0)
-        return float(loss / tokens) if tokens else None
+def score_names(run: Run) -> tuple[str, ...]:
+    """The scores of a run, the main one first; those of each part of the held-out set last."""
+    if not (run.task.is_classification or run.config.evaluation.generate):
+        return ()
+    parts = [part for part in run.data.parts if part]
+    return run.task.scores + tuple(f"{s}_{part}" for part in parts for s in run.task.scores)
 
 
 def evaluate(run: Run, *, untrained: bool = False) -> Evaluation:
@@ -49,79 +87,103 @@ def evaluate(run: Run, *, untrained: bool = False) -> Evaluation:
     """
     run.backbone.evaluating()
     run.adapters.context.dropout_seeds = None
-    sums: dict[str, Sums] = {}
+    kinds: dict[str, Measured] = {}
     communicated = 0
     with torch.no_grad():
         if "personal" in run.config.evaluation.adapters:
-            sums["personal"] = _over_clients(run, None)
+            kinds["personal"] = _measure(run, None)
         wants_global = "global" in run.config.evaluation.adapters and run.method.has_global_adapter
-        if wants_global and untrained and sums:
-            sums["global"] = sums["personal"]
+        if wants_global and untrained and kinds:
+            kinds["global"] = kinds["personal"]
         elif wants_global:
             everyone = tuple(range(run.num_clients))
             row = aggregation.global_row(run.world, run.clients, run.weights(everyone))
-            columns = run.clients.layout.columns("B")
-            communicated = 4 * (columns.stop - columns.start)
-            sums["global"] = _over_clients(run, row[None])
+            layout = run.clients.layout
+            communicated = aggregation.message_bytes(layout, aggregation.personal_factors(layout))
+            kinds["global"] = _measure(run, row[None])
     run.backbone.release()
-    return Evaluation(sums, communicated)
+    return Evaluation(kinds, communicated)
 
 
-def _over_clients(run: Run, shared_row: torch.Tensor | None) -> Sums:
-    """Sum the held-out losses of all clients, each with its own adapter or all with one."""
-    own = run.clients.own
-    mine = torch.zeros(max(map(len, run.placement())), 2, dtype=torch.float64)
+def _measure(run: Run, shared_row: torch.Tensor | None) -> Measured:
+    """Measure all clients, each with its own adapter, or all with one."""
+    own, device = run.clients.own, run.world.device
+    widest = max(map(len, run.placement()))
+    sums = torch.zeros(widest, 4, dtype=torch.float64)
+    most = max(run.data.eval_counts) if score_names(run) else 0
+    outcomes = torch.full((widest, most, 3), torch.nan, dtype=torch.float64)
+    samples: dict[int, list[Sample]] = {}
     done = 0
     for group in groups(own, run.clients_per_pass(own)):
-        row = run.clients.load_values(group) if shared_row is None else shared_row
-        run.adapters.bind(row)
+        place = slice(group[0] - own.start, group[-1] - own.start + 1)
+        rows = run.clients.load_values(group) if shared_row is None else shared_row
         for number in range(_passes(run, group)):
-            index = [client - own.start for client in group]
-            mine[index] += _one_pass(run, group, number)
+            _one_pass(run, group, rows, number, sums[place], outcomes[place])
             done += 1
     for _ in range(done, _planned_passes(run) if run.backbone.sharding.is_sharded else done):
-        run.adapters.bind(run.clients.values[:1].to(run.world.device))
-        batch = batches.empty(1).to(run.world.device)
-        run.backbone.token_losses(batch.input_ids, batch.labels)
-    sums = np.zeros((run.num_clients, 2))
-    for clients, rows in zip(run.placement(), all_gather_rows(run.world, mine), strict=True):
-        sums[clients.start : clients.stop] = rows[: len(clients)].numpy()
-    return sums
+        run.adapters.bind(run.clients.values[:1].to(device))
+        objective.row_losses(
+            run.backbone, batches.empty(1, with_targets=run.task.is_classification).to(device)
+        )
+    if run.config.evaluation.generate:
+        samples = generate.write_answers(run, shared_row, outcomes)
+    return Measured(_from_all(run, sums), _from_all(run, outcomes), run.data.parts, samples)
 
 
-def _one_pass(run: Run, group: tuple[int, ...], number: int) -> torch.Tensor:
-    """Return (C, 2) sums of the group's batch of this number."""
+def _from_all(run: Run, mine: torch.Tensor) -> Numbers:
+    """Put the clients of all processes together, in order. Collective."""
+    gathered = zip(run.placement(), all_gather_rows(run.world, mine), strict=True)
+    return np.concatenate([rows[: len(clients)].numpy() for clients, rows in gathered])
+
+
+def _one_pass(
+    run: Run,
+    group: tuple[int, ...],
+    rows: torch.Tensor,
+    number: int,
+    sums_C4: torch.Tensor,
+    outcomes_CE3: torch.Tensor,
+) -> None:
+    """Evaluate the group's batch of this number, with one row of numbers each or one for all."""
     size = run.config.evaluation.batch_size
-    rows_by_client = []
-    for client in group:
-        examples = run.data.held_out[client]
-        # In the order of lengths, so that a batch holds little padding.
-        order = np.argsort(examples.lengths[: _count(run, client)], kind="stable")
-        positions = order[number * size : (number + 1) * size]
-        rows_by_client.append([examples.row(int(position)) for position in positions])
-    batch = batches.collate(rows_by_client, max(1, *map(len, rows_by_client))).to(run.world.device)
-    losses = run.backbone.token_losses(batch.input_ids, batch.labels)
-    sums = torch.zeros(len(group), 2, dtype=torch.float64)
-    sums[:, _LOSS_SUM] = losses.double().view(len(group), -1).sum(dim=1).cpu()
-    supervised = [batches.supervised_tokens(rows) for rows in rows_by_client]
-    sums[:, _SUPERVISED] = torch.tensor(supervised)
-    return sums
-
-
-def _count(run: Run, client: int) -> int:
-    """Held-out examples that are used of a client; known to every process for all clients."""
-    limit = run.config.evaluation.max_examples
-    count = run.data.eval_counts[client]
-    return count if limit is None else min(count, limit)
+    # Who has no examples left is left out, so that it costs nothing.
+    left = [i for i, client in enumerate(group) if run.data.eval_counts[client] > number * size]
+    run.adapters.bind(rows if len(rows) == 1 or len(left) == len(group) else rows[left])
+    held = [run.data.held_out[group[i]] for i in left]
+    places = [list(range(len(e)))[number * size : (number + 1) * size] for e in held]
+    examples = [[e.row(place) for place in own] for e, own in zip(held, places, strict=True)]
+    most = max(map(len, examples))
+    batch = batches.collate(examples, most, with_targets=run.task.is_classification).to(
+        run.world.device
+    )
+    probe = Probe.of(objective.counted_tokens(batch)) if number == 0 else None
+    run.adapters.context.probe = probe
+    if batch.targets is None:
+        losses = objective.row_losses(run.backbone, batch)
+    else:
+        outputs = objective.outputs(run.backbone, batch)
+        losses = objective.target_losses(outputs, batch.targets)
+        predicted = objective.predictions(outputs).view(len(left), most).double().cpu()
+        for i, e, own, values in zip(left, held, places, predicted, strict=True):
+            outcomes_CE3[i, own, _PREDICTION] = values[: len(own)]
+            outcomes_CE3[i, own, _TARGET] = torch.from_numpy(e.targets[own])
+            outcomes_CE3[i, own, _PART] = torch.from_numpy(e.parts[own]).double()
+    run.adapters.context.probe = None
+    supervised = [batches.supervised_count(some) for some in examples]
+    sums_C4[left, _LOSS_SUM] += losses.double().view(len(left), -1).sum(dim=1).cpu()
+    sums_C4[left, _SUPERVISED] += torch.tensor(supervised, dtype=torch.float64)
+    if probe is not None:
+        sums_C4[left, _SQUARES] += probe.sum_squares.view(len(left), -1).sum(dim=1).double().cpu()
+        sums_C4[left, _COUNTED] += probe.count.view(len(left), -1).sum(dim=1).double().cpu()
 
 
 def _passes(run: Run, group: tuple[int, ...]) -> int:
     size = run.config.evaluation.batch_size
-    return max(-(-_count(run, client) // size) for client in group)
+    return max(-(-run.data.eval_counts[client] // size) for client in group)
 
 
 def _planned_passes(run: Run) -> int:
-    """The most passes that any process makes."""
+    """The most passes that any process makes: known to all without a word."""
     return max(
         sum(_passes(run, group) for group in groups(own, run.clients_per_pass(own)))
         for own in run.placement()

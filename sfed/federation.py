@@ -12,12 +12,12 @@ from pathlib import Path
 
 from sfed import aggregation, checkpoint, evaluate, local, records
 from sfed.checkpoint import State
-from sfed.clients import draw_initial_a
+from sfed.clients import draw_initial
 from sfed.console import Console
 from sfed.distributed import StopRequest, meet
 from sfed.local import IS_BAD, Ledger
 from sfed.metrics import MetricsFile
-from sfed.records import Timing
+from sfed.records import Facts
 from sfed.run import Run
 
 
@@ -32,7 +32,7 @@ def prepare(run: Run) -> int:
         Bytes of the message. Collective.
     """
     independent = run.method.independent_init
-    draw_initial_a(run.clients, run.adapters, seed=run.config.seed, independent=independent)
+    draw_initial(run.clients, run.adapters, seed=run.config.seed, independent=independent)
     if not run.method.averages_a_at_start:
         return 0
     # The 1/N in the variance of this mean is what the factor sqrt(N) makes up for.
@@ -61,25 +61,25 @@ def train(
         Whether all rounds are done; False after a request to stop, with everything on disk.
     """
     if state is None:
-        uploaded_bytes = prepare(run)
-        state = State(0, None, 0)
-        _evaluate_and_report(run, 0, None, uploaded_bytes, Timing(), metrics, console)
+        state, facts = State(0, None, 0), Facts(uploaded_bytes=prepare(run))
+        _evaluate_and_report(run, 0, None, facts, metrics, console)
     ledger, bad_rounds = state.ledger, state.bad_rounds
     for round_index in range(state.finished_rounds, run.config.federated.num_rounds):
         console.begin_round(round_index)
-        timing, started = Timing(), time.monotonic()
+        facts, started = Facts(), time.monotonic()
         ledger = local.new_ledger(run.num_clients) if ledger is None else ledger
         local.train_round(run, round_index, ledger, stop, console.step)
-        timing.local_seconds = time.monotonic() - started
+        facts.local_seconds = time.monotonic() - started
         meet(run.world, f"end of local training in round {round_index + 1}")
         local.exchange(run, ledger)
         if not local.is_complete(run, round_index, ledger):
             checkpoint.save(run, folder, State(round_index, ledger, bad_rounds))
             return False
         bad_rounds += _exclude_bad_clients(run, round_index, ledger, bad_rounds, console)
-        uploaded_bytes = _average(run, round_index, ledger, timing)
-        timing.round_seconds = time.monotonic() - started
-        _evaluate_and_report(run, round_index + 1, ledger, uploaded_bytes, timing, metrics, console)
+        _compare_clients(run, round_index + 1, facts)
+        _average(run, round_index, ledger, facts)
+        facts.round_seconds = time.monotonic() - started
+        _evaluate_and_report(run, round_index + 1, ledger, facts, metrics, console)
         ledger = None
         if _is_due(run, round_index + 1, run.config.output.checkpoint_every_rounds):
             checkpoint.save(run, folder, State(round_index + 1, None, bad_rounds))
@@ -94,16 +94,28 @@ def _is_due(run: Run, finished_rounds: int, every: int) -> bool:
     return finished_rounds % every == 0 or finished_rounds == run.config.federated.num_rounds
 
 
-def _average(run: Run, round_index: int, ledger: Ledger, timing: Timing) -> int:
-    """The federated mean of the round; returns the bytes of its message."""
+def _compare_clients(run: Run, finished_rounds: int, facts: Facts) -> None:
+    """How alike the clients have become, before the mean makes their A the same.
+
+    It sends B in a sum over clients, as the global adapter does, and is left out with that.
+    """
+    is_due = _is_due(run, finished_rounds, run.config.evaluation.every_rounds)
+    if is_due and "global" in run.config.evaluation.adapters:
+        started = time.monotonic()
+        facts.similarity = aggregation.similarity(run.world, run.clients)
+        facts.similarity_bytes = aggregation.message_bytes(run.clients.layout, ("A", "B"))
+        facts.evaluate_seconds = time.monotonic() - started
+
+
+def _average(run: Run, round_index: int, ledger: Ledger, facts: Facts) -> None:
+    """The federated mean of the round."""
     started = time.monotonic()
     good = tuple(c for c in run.cohort(round_index) if not ledger[c, IS_BAD])
-    factors = run.method.averaged_in(round_index)
-    uploaded_bytes = aggregation.share(run.world, run.clients, factors, run.weights(good))
+    factors, weights = run.averaged_in(round_index), run.weights(good)
+    facts.uploaded_bytes = aggregation.share(run.world, run.clients, factors, weights)
     if run.config.federated.optimizer_state == "reset":
         run.clients.reset_optimizer()
-    timing.aggregate_seconds = time.monotonic() - started
-    return uploaded_bytes
+    facts.aggregate_seconds = time.monotonic() - started
 
 
 def _exclude_bad_clients(
@@ -137,8 +149,7 @@ def _evaluate_and_report(
     run: Run,
     finished_rounds: int,
     ledger: Ledger | None,
-    uploaded_bytes: int,
-    timing: Timing,
+    facts: Facts,
     metrics: MetricsFile | None,
     console: Console,
 ) -> None:
@@ -147,9 +158,10 @@ def _evaluate_and_report(
     started = time.monotonic()
     if _is_due(run, finished_rounds, run.config.evaluation.every_rounds):
         evaluation = evaluate.evaluate(run, untrained=finished_rounds == 0)
-        timing.evaluate_seconds = time.monotonic() - started
-        timing.round_seconds += timing.evaluate_seconds
-    event = records.round_event(run, finished_rounds, ledger, evaluation, uploaded_bytes, timing)
+        seconds = time.monotonic() - started
+        facts.evaluate_seconds += seconds
+        facts.round_seconds += seconds
+    event = records.round_event(run, finished_rounds, ledger, evaluation, facts)
     if metrics is not None:
         metrics.write_event(event)
     console.end_round(event)

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfed import batches, optimizer
+from sfed import batches, objective, optimizer
 from sfed.batches import Order
 from sfed.clients import Rows, groups
 from sfed.distributed import StopRequest, all_gather_rows
 from sfed.run import Run
 from sfed.seeds import Stream, derive
+from sfed.tokens import Row
 
 # What a round notes of each client, one column each. They add up over steps, so that a round which
 # was interrupted goes on from its sums.
@@ -55,7 +56,7 @@ def train_round(
     Returns:
         Whether the round is complete for this process's clients, that is, nobody asked to stop.
     """
-    trained = run.method.trained_in(round_index)
+    trained = run.trained_in(round_index)
     cohort = run.cohort(round_index)
     planned = _planned_steps(run, cohort, ledger)
     run.backbone.training()
@@ -130,9 +131,9 @@ def _keep_company(run: Run, trained: tuple[str, ...]) -> None:
     device = run.world.device
     values, grads = (torch.zeros(1, run.clients.layout.size, device=device) for _ in range(2))
     run.adapters.bind(values, grads, trained)
-    batch = batches.empty(1).to(device)
+    batch = batches.empty(1, with_targets=run.task.is_classification).to(device)
     run.adapters.context.dropout_seeds = None
-    torch.autograd.backward(run.backbone.token_losses(batch.input_ids, batch.labels).sum())
+    torch.autograd.backward(objective.row_losses(run.backbone, batch).sum())
 
 
 @dataclass
@@ -191,7 +192,7 @@ class _GroupWork:
         active = [self._first[c] <= step < self._last[c] for c in clients]
         drawn = [self._draw(c, step) if on else [] for c, on in zip(clients, active, strict=True)]
         supervised_C = torch.tensor(
-            [batches.supervised_tokens(rows) for rows in drawn], device=run.world.device
+            [batches.supervised_count(rows) for rows in drawn], device=run.world.device
         )
         losses_C = self._backward(drawn, supervised_C, step)
         norms_C = optimizer.gradient_norms(self._rows, run.clients.layout, self._trained)
@@ -217,17 +218,17 @@ class _GroupWork:
         self._sums.supervised += supervised_C.where(taken_C, 0.0)
         self._count(drawn, active)
 
-    def _count(self, drawn: list[list[batches.Row]], active: list[bool]) -> None:
+    def _count(self, drawn: list[list[Row]], active: list[bool]) -> None:
         """Note what every client has read; on the host, without waiting for the device."""
         self.latest_tokens = 0
         for client, rows, on in zip(self._rows.clients, drawn, active, strict=True):
-            tokens = sum(len(ids) for ids, _ in rows)
+            tokens = sum(len(row.ids) for row in rows)
             self._run.clients.examples_drawn[client] += len(rows)
             self._ledger[client, STEPS] += on
             self._ledger[client, TOKENS] += tokens
             self.latest_tokens += tokens
 
-    def _draw(self, client: int, step: int) -> list[batches.Row]:
+    def _draw(self, client: int, step: int) -> list[Row]:
         """A client's rows of a step; the last step of an epoch may have fewer."""
         run = self._run
         size, examples = run.config.train.batch_size, run.data.train[client]
@@ -239,7 +240,7 @@ class _GroupWork:
         )
 
     def _backward(
-        self, drawn: list[list[batches.Row]], supervised_C: torch.Tensor, step: int
+        self, drawn: list[list[Row]], supervised_C: torch.Tensor, step: int
     ) -> torch.Tensor:
         """Add each client's gradient of its mean loss to its row; returns the (C,) mean losses.
 
@@ -253,9 +254,12 @@ class _GroupWork:
         self._rows.grads.zero_()
         for number in range(run.passes_per_step):
             some = [rows[number * micro : (number + 1) * micro] for rows in drawn]
-            batch = batches.collate(some, max(1, *map(len, some))).to(run.world.device)
+            batch = batches.collate(
+                some, max(1, *map(len, some)), with_targets=run.task.is_classification
+            )
+            batch = batch.to(run.world.device)
             run.adapters.context.dropout_seeds = self._dropout_seeds(step, number)
-            row_losses = run.backbone.token_losses(batch.input_ids, batch.labels)
+            row_losses = objective.row_losses(run.backbone, batch)
             mean_C = row_losses.view(len(some), -1).sum(dim=1) / total_C
             torch.autograd.backward(mean_C.sum())
             losses_C += mean_C.detach()

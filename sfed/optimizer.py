@@ -13,11 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from sfed.adapters import Layout
-from sfed.clients import Rows
+from sfed.clients import FACTORS, Rows
 from sfed.config import TrainSection
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-FACTORS = ("A", "B")
 
 
 def learning_rate(section: TrainSection, num_rounds: int, progress_rounds: float) -> float:

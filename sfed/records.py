@@ -6,13 +6,16 @@ import importlib.metadata
 import json
 import resource
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from sfed import __version__, metrics
-from sfed.evaluate import Evaluation
+from sfed.aggregation import message_bytes
+from sfed.evaluate import Evaluation, Measured, score_names
 from sfed.local import FIRST_NORM, IS_BAD, LOSS_SUM, NORM_SUM, STEPS, SUPERVISED, TOKENS, Ledger
 from sfed.run import Run
 from sfed.shape import dtype_name
@@ -24,9 +27,7 @@ def header(run: Run) -> list[str]:
     """What this run is, in plain words, a line each."""
     method, layout, world = run.method, run.clients.layout, run.world
     of_clients, of_rank = method.exponents
-    sent = sum(
-        (columns := layout.columns(factor)).stop - columns.start for factor in method.averaged_in(0)
-    )
+    averaged = run.averaged_in(0)
     start = "independent, averaged before the first step" if method.independent_init else "shared"
     return [
         f"{method.name}: {run.num_clients} clients on {world.size} "
@@ -36,11 +37,16 @@ def header(run: Run) -> list[str]:
         f"gamma = {method.alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gamma:.4g} with "
         f"N = {run.num_clients}, r = {run.config.lora.rank}; A starts {start}",
         f"adapter: {layout.size:,} numbers per client; a round sends "
-        f"{' and '.join(method.averaged_in(0)) or 'nothing'} ({4 * sent:,} bytes)",
+        f"{' and '.join(averaged) or 'nothing'} ({message_bytes(layout, averaged):,} bytes)",
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
-        "losses: nats per token; personal = each client's adapter on its own held-out data, "
+        f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data, "
         "global = A with the mean of B on everybody's",
     ]
+
+
+def _loss_unit(run: Run) -> str:
+    regresses = run.task.is_classification and not run.task.classes
+    return "squared error" if regresses else f"nats per {run.task.loss_unit}"
 
 
 def describe_run(run: Run) -> dict[str, Any]:
@@ -53,6 +59,8 @@ def describe_run(run: Run) -> dict[str, Any]:
             "alpha": run.method.alpha,
             "scaling_exponents": list(run.method.exponents),
             "independent_init": run.method.independent_init,
+            "scores": list(score_names(run)),
+            "loss_unit": run.task.loss_unit,
             "dtype": dtype_name(run.config, run.world),
             "sharding": run.backbone.sharding.kind,
             "sharding_reason": run.backbone.sharding.reason,
@@ -69,9 +77,13 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 
 @dataclass
-class Timing:
-    """Seconds of the parts of a round, on this process."""
+class Facts:
+    """What was measured of a round on this process, beside losses: seconds, bytes, similarity."""
 
+    uploaded_bytes: int = 0
+    similarity: dict[str, float | None] = field(default_factory=dict)
+    """Mean cosine between two clients before the mean, of "a" and of "b"."""
+    similarity_bytes: int = 0
     local_seconds: float = 0.0
     aggregate_seconds: float = 0.0
     evaluate_seconds: float = 0.0
@@ -83,24 +95,28 @@ def round_event(
     finished_rounds: int,
     ledger: Ledger | None,
     evaluation: Evaluation | None,
-    uploaded_bytes: int,
-    timing: Timing,
+    facts: Facts,
 ) -> dict[str, Any]:
     """Build the event of a round; ``finished_rounds`` 0 is the state before any training.
 
-    Values that were not measured in this round are None. Losses are nats per supervised token.
+    Values that were not measured in this round are None. Losses are means over supervised
+    tokens, or over examples for classification.
     """
     event: dict[str, Any] = {"event": "round", "round": finished_rounds}
     event.update(_training(run, ledger))
     event.update(_held_out(run, evaluation))
-    event[metrics.UPLOADED_BYTES] = uploaded_bytes
-    event[metrics.EVALUATION_BYTES] = evaluation.communicated_bytes if evaluation else 0
-    event[metrics.ROUND_SECONDS] = timing.round_seconds
-    event[metrics.LOCAL_SECONDS] = timing.local_seconds
-    event[metrics.AGGREGATE_SECONDS] = timing.aggregate_seconds
-    event[metrics.EVALUATE_SECONDS] = timing.evaluate_seconds
+    for name in ("a", "b"):
+        event[f"adapter/{name}_similarity"] = facts.similarity.get(name)
+    event[metrics.UPLOADED_BYTES] = facts.uploaded_bytes
+    event[metrics.EVALUATION_BYTES] = facts.similarity_bytes + (
+        evaluation.communicated_bytes if evaluation else 0
+    )
+    event[metrics.ROUND_SECONDS] = facts.round_seconds
+    event[metrics.LOCAL_SECONDS] = facts.local_seconds
+    event[metrics.AGGREGATE_SECONDS] = facts.aggregate_seconds
+    event[metrics.EVALUATE_SECONDS] = facts.evaluate_seconds
     tokens = 0.0 if ledger is None else float(ledger[:, TOKENS].sum())
-    speed = tokens / timing.local_seconds if timing.local_seconds else None
+    speed = tokens / facts.local_seconds if facts.local_seconds else None
     event[metrics.TOKENS_PER_SECOND] = speed
     event[metrics.PEAK_BYTES] = peak_bytes(run.world.device)
     event["clients"] = [
@@ -124,25 +140,41 @@ def _training(run: Run, ledger: Ledger | None) -> dict[str, Any]:
 
 
 def _held_out(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
-    """Means over clients by tokens, unweighted and by training examples, for each adapter kind."""
+    """Losses and scores of each adapter kind over everything, and their means over clients."""
     event: dict[str, Any] = {metrics.EVAL_LOSS: None, metrics.EVAL_PERPLEXITY: None}
-    if evaluation is None:
-        return event
-    for kind in evaluation.sums:
-        pairs = [
-            (loss, float(run.data.train_counts[client]))
-            for client in range(run.num_clients)
-            if (loss := evaluation.client_loss(kind, client)) is not None
-        ]
-        losses, examples = [loss for loss, _ in pairs], [count for _, count in pairs]
-        event[f"eval/{kind}_loss"] = evaluation.loss(kind)
-        event[f"eval/{kind}_loss_unweighted"] = metrics.mean(losses)
-        event[f"eval/{kind}_loss_by_examples"] = metrics.mean(losses, examples)
-    main = next(iter(evaluation.sums), None)
-    if main is not None:
-        event[metrics.EVAL_LOSS] = evaluation.loss(main)
-        event[metrics.EVAL_PERPLEXITY] = metrics.perplexity(event[metrics.EVAL_LOSS])
+    names = score_names(run)
+    event.update({f"eval/{name}": None for name in names})
+    for number, (kind, measured) in enumerate(evaluation.kinds.items() if evaluation else ()):
+        values = _over_clients(run, measured.loss)
+        if number == 0:
+            event["adapter/output_rms"] = measured.output_rms()
+            event[metrics.EVAL_LOSS] = values[""]
+            if run.task.loss_unit == "token":
+                event[metrics.EVAL_PERPLEXITY] = metrics.perplexity(values[""])
+        event.update({f"eval/{kind}_loss{mean}": value for mean, value in values.items()})
+        for name in names:
+            values = _over_clients(run, partial(measured.score, name))
+            event.update({f"eval/{kind}_{name}{mean}": value for mean, value in values.items()})
+            if number == 0:
+                event[f"eval/{name}"] = values[""]
     return event
+
+
+def _over_clients(
+    run: Run, measure: Callable[[int | None], float | None]
+) -> dict[str, float | None]:
+    """A number over everything that is held out, and its means over the clients that have it."""
+    pairs = [
+        (value, float(run.data.train_counts[client]))
+        for client in range(run.num_clients)
+        if (value := measure(client)) is not None
+    ]
+    values, examples = [value for value, _ in pairs], [count for _, count in pairs]
+    return {
+        "": measure(None),
+        "_unweighted": metrics.mean(values),
+        "_by_examples": metrics.mean(values, examples),
+    }
 
 
 def _client(
@@ -162,9 +194,19 @@ def _client(
             entry["train_loss"] = float(sums[LOSS_SUM] / sums[SUPERVISED])
             entry["grad_norm"] = float(sums[NORM_SUM] / sums[STEPS])
     if evaluation is not None:
-        for kind in evaluation.sums:
-            entry[f"{kind}_loss"] = evaluation.client_loss(kind, client)
-        entry["eval_loss"] = entry.get("personal_loss", entry.get("global_loss"))
+        for kind, measured in evaluation.kinds.items():
+            entry.update(_client_held_out(run, client, kind, measured))
+        main = next(iter(evaluation.kinds), None)
+        entry["eval_loss"] = entry.get(f"{main}_loss")
+    return entry
+
+
+def _client_held_out(run: Run, client: int, kind: str, measured: Measured) -> dict[str, Any]:
+    entry: dict[str, Any] = {f"{kind}_loss": measured.loss(client)}
+    for name in score_names(run):
+        entry[f"{kind}_{name}"] = measured.score(name, client)
+    if measured.samples.get(client) and kind == run.config.evaluation.adapters[0]:
+        entry["samples"] = [asdict(sample) for sample in measured.samples[client]]
     return entry
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerFast
+
 from sfed import partition
 from sfed.adapters import Adapters
 from sfed.aggregation import normalised_weights
@@ -13,6 +15,7 @@ from sfed.config import Config
 from sfed.data import Data
 from sfed.distributed import World
 from sfed.methods import Method
+from sfed.tasks import Task
 
 DEFAULT_LOCAL_STEPS = 10
 
@@ -23,6 +26,8 @@ class Run:
 
     config: Config
     world: World
+    task: Task
+    tokenizer: PreTrainedTokenizerFast
     method: Method
     num_clients: int
     gamma: float
@@ -39,6 +44,19 @@ class Run:
             self.num_clients,
             self.config.federated.clients_per_round,
         )
+
+    def trained_in(self, round_index: int) -> tuple[str, ...]:
+        """What trains in this 0-based round; a head always does."""
+        return self.method.trained_in(round_index) + self._head
+
+    def averaged_in(self, round_index: int) -> tuple[str, ...]:
+        """What is averaged at the end of this 0-based round."""
+        shared_head = self._head if self.config.federated.share_head else ()
+        return self.method.averaged_in(round_index) + shared_head
+
+    @property
+    def _head(self) -> tuple[str, ...]:
+        return () if self.adapters.head is None else ("head",)
 
     def weights(self, participants: tuple[int, ...]) -> list[float]:
         """(N,) weights of the mean over these clients, as ``federated.weighting`` says."""

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     ORDER = 5
     INIT_A = 6
     DROPOUT = 7
+    INIT_HEAD = 8
 
 
 def generator(stream: Stream, *words: int) -> np.random.Generator:

@@ -39,9 +39,11 @@ from sfed.cli import UserError, leave
 from sfed.config import Config
 from sfed.console import Console
 from sfed.distributed import MissingProcessError, StopRequest, World
+from sfed.evaluate import score_names
 from sfed.federation import TrainingFailedError
 from sfed.metrics import MetricsFile
 from sfed.run import Run
+from sfed.tasks import task_of
 
 _HARMLESS_WARNINGS = (
     # Gradients are strided views of one flat buffer by design.
@@ -113,6 +115,7 @@ def build(config: Config, world: World, console: Console) -> Run:
     with distributed.together(world, "attaching the adapters"):
         attached = adapters.attach(
             frozen.model,
+            frozen.head,
             lora_rank=config.lora.rank,
             lora_scaling=gamma,
             dropout=config.lora.dropout,
@@ -126,7 +129,19 @@ def build(config: Config, world: World, console: Console) -> Run:
         clients_per_pass=run.clients_per_pass(config, own),
         moments=clients.MOMENTS if config.train.optimizer == "adamw" else (),
     )
-    parts = Run(config, world, method, num_clients, gamma, frozen, attached, held, rows)
+    parts = Run(
+        config,
+        world,
+        task_of(config),
+        tokenizer,
+        method,
+        num_clients,
+        gamma,
+        frozen,
+        attached,
+        held,
+        rows,
+    )
     for line in records.header(parts):
         console.say(line)
     return parts
@@ -201,7 +216,7 @@ def _train_and_export(
         console.say(f"going on after round {state.finished_rounds}{within} ({found.folder})")
     with distributed.together(world, "making the run folder"):
         log = _make_run_folder(parts, state, folder) if world.is_main else None
-    console.begin_rounds(0 if state is None else state.finished_rounds, total)
+    console.begin_rounds(0 if state is None else state.finished_rounds, total, score_names(parts))
     finished = federation.train(parts, state, folder, log, console, stop)
     console.end_rounds()
     if finished:
@@ -287,6 +302,10 @@ def _quieten(world: World) -> None:
     # DeepSpeed, which other libraries import too, otherwise announces its own guess.
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     transformers.utils.logging.disable_progress_bar()
+    # A table of weights that are new: a new head is expected, anything else is refused by name.
+    logging.getLogger("transformers.modeling_utils").addFilter(
+        lambda record: "LOAD REPORT" not in record.getMessage()
+    )
     datasets.disable_progress_bars()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Prefixed(world))

@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
 
 from sfed.cli import UserError
-from sfed.config import BackboneSection, Config
+from sfed.config import Config
 from sfed.distributed import World, gather_json
+from sfed.tasks import task_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # A replica may take this share of the memory that is free when the run starts; the rest is for
@@ -40,8 +47,14 @@ def dtype_name(config: Config, world: World) -> str:
     return "bf16" if world.device.type == "cuda" else "fp32"
 
 
+def auto_class(config: Config) -> Any:
+    """The kind of model that the task needs."""
+    is_classification = task_of(config).is_classification
+    return AutoModelForSequenceClassification if is_classification else AutoModelForCausalLM
+
+
 def read_model_config(config: Config, name: str) -> PreTrainedConfig:
-    """Read the model's own configuration, with its dropouts set to 0.
+    """Read the model's own configuration, with its dropouts set to 0 and as many outputs as needed.
 
     A frozen backbone is used as it is: its own dropout would make a client's numbers depend on who
     shares its pass. ``lora.dropout`` regularises the adapters.
@@ -64,22 +77,29 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
     for key, value in model_config.to_dict().items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(model_config, key, 0.0)
+    task = task_of(config)
+    if task.is_classification:
+        model_config.num_labels = task.num_outputs
+        if model_config.pad_token_id is None:  # LLaMA finds the end of a row by it
+            eos = model_config.eos_token_id
+            model_config.pad_token_id = eos[0] if isinstance(eos, list) else eos or 0
     return model_config
 
 
 def cannot_load(name: str, error: Exception) -> str:
     """The message of a model that transformers refuses, with its reason in one line."""
     reason = " ".join(str(error).split())[:300]
-    return f"model.name = {name!r} cannot be loaded as a causal language model: {reason}"
+    return f"model.name = {name!r} cannot be loaded for this task: {reason}"
 
 
 def choose_sharding(
-    section: BackboneSection, model_config: PreTrainedConfig, dtype: torch.dtype, world: World
+    config: Config, model_config: PreTrainedConfig, dtype: torch.dtype, world: World
 ) -> Sharding:
     """Resolve ``backbone.sharding`` and say why. Every process decides the same.
 
     A replica makes local steps free of communication, so ``auto`` picks it wherever it fits.
     """
+    section = config.backbone
     if section.sharding != "auto":
         return Sharding(section.sharding, "as configured")
     if section.offload == "cpu":
@@ -87,7 +107,7 @@ def choose_sharding(
     if world.size == 1:
         return Sharding("none", "one process has nobody to share with")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = auto_class(config).from_config(model_config)
     needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     share = _free_bytes(world.device) // world.processes_per_device
     allowed = int(_REPLICA_SHARE * min(gather_json(world, "free memory", share)))

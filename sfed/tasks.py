@@ -1,27 +1,33 @@
-"""The tasks as data: where the rows come from and how a row becomes a prompt and a completion.
+"""The tasks as data: where the rows come from and how a row becomes something to learn.
 
-A row of any task becomes a ``Pair``; only the completion is supervised. Needs no torch.
+A row of a text task becomes a ``Pair`` whose completion is supervised; a row of a classification
+task becomes a ``Pair`` of one or two texts with a target. Needs no torch.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sfed.cli import UserError
+from sfed.config import Config
+from sfed.scores import final_number
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, which is only read, and its completion, which is learned."""
+    """A prompt, which is only read, and its completion, which is learned; or two texts."""
 
     prompt: str
     completion: str
+    target: float | None = None
+    """The class or value to predict, or the number that a worked answer ends in."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,32 @@ class Task:
     """One kind of example."""
 
     to_pair: Callable[[Row], Pair]
-    """Raises KeyError or TypeError where the row is not of this form."""
+    """Raises KeyError, TypeError or ValueError where the row is not of this form."""
     form: str
     """The form of a row, for messages."""
     hub: str | None = None
     hub_config: str | None = None
-    eval_split: str | None = None
+    eval_splits: tuple[str, ...] = ()
+    """Held-out splits of the hub's data set; the scores of each are kept apart too."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes; () = a value to regress on; None = the completion is learned."""
+    scores: tuple[str, ...] = ()
+    """Names in ``sfed.scores``, the main one first."""
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether a head on the model is trained to predict the target."""
+        return self.classes is not None
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of the classification head; 1 for a value."""
+        return len(self.classes or ()) or 1
+
+    @property
+    def loss_unit(self) -> str:
+        """What a loss is a mean over: a supervised token, or an example."""
+        return "example" if self.is_classification else "token"
 
 
 def _text(row: Row, key: str) -> str:
@@ -75,12 +101,83 @@ def _any_form(row: Row) -> Pair:
     return Pair(_text(row, "prompt"), _text(row, "completion"))
 
 
+def _worked_answer(row: Row) -> Pair:
+    pair = _question(row)
+    number = final_number(pair.completion)
+    return Pair(pair.prompt, pair.completion, None if number is None else float(number))
+
+
+def _sentences(keys: tuple[str, ...], num_classes: int) -> Callable[[Row], Pair]:
+    """Read one or two texts and their class, or their value where there are no classes."""
+
+    def to_pair(row: Row) -> Pair:
+        texts = [_text(row, key) for key in keys]
+        label = row["label"]
+        if isinstance(label, bool) or not isinstance(label, int | float) or math.isnan(label):
+            raise TypeError(f"'label' holds {label!r}, not a number")
+        if num_classes and label not in range(num_classes):
+            raise ValueError(
+                f"'label' is {label}, not one of 0 to {num_classes - 1} (the test files of GLUE "
+                "hold no labels)"
+            )
+        return Pair(texts[0], "".join(texts[1:]), float(label))
+
+    return to_pair
+
+
+def _glue(
+    name: str,
+    keys: str,
+    classes: str,
+    scores: str = "accuracy",
+    eval_splits: tuple[str, ...] = ("validation",),
+) -> Task:
+    """One task of GLUE (arXiv 1804.07461) with its standard scores."""
+    columns, names = tuple(keys.split()), tuple(classes.split())
+    meaning = ", ".join(f"{i} {word}" for i, word in enumerate(names)) or "a value"
+    return Task(
+        _sentences(columns, len(names)),
+        f"{', '.join(columns)}, label ({meaning})",
+        "nyu-mll/glue",
+        name,
+        eval_splits,
+        names,
+        tuple(scores.split()),
+    )
+
+
+_MNLI_SPLITS = ("validation_matched", "validation_mismatched")
+GLUE: dict[str, Task] = {
+    "cola": _glue("cola", "sentence", "unacceptable acceptable", "matthews accuracy"),
+    "sst2": _glue("sst2", "sentence", "negative positive"),
+    "mrpc": _glue("mrpc", "sentence1 sentence2", "not_equivalent equivalent", "accuracy f1"),
+    "qqp": _glue("qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1"),
+    "stsb": _glue("stsb", "sentence1 sentence2", "", "pearson spearman"),
+    "mnli": _glue(
+        "mnli", "premise hypothesis", "entailment neutral contradiction", eval_splits=_MNLI_SPLITS
+    ),
+    "qnli": _glue("qnli", "question sentence", "entailment not_entailment"),
+    "rte": _glue("rte", "sentence1 sentence2", "entailment not_entailment"),
+}
+
 TASKS: dict[str, Task] = {
     "demo": Task(_question, "question, answer"),
-    "gsm8k": Task(_question, "question, answer", "openai/gsm8k", "main", "test"),
+    "gsm8k": Task(
+        _worked_answer,
+        "question, answer",
+        "openai/gsm8k",
+        "main",
+        ("test",),
+        scores=("exact_match",),
+    ),
     "alpaca": Task(_instruction, "instruction, input (may be empty), output", "tatsu-lab/alpaca"),
     "jsonl": Task(_any_form, "prompt, completion; or instruction, input, output; or text"),
 }
+
+
+def task_of(config: Config) -> Task:
+    """The configured task."""
+    return TASKS[config.data.task] if config.data.name is None else GLUE[config.data.name]
 
 
 def checked_pair(task: Task, row: Any, where: str) -> Pair:
@@ -95,7 +192,7 @@ def checked_pair(task: Task, row: Any, where: str) -> Pair:
         pair = task.to_pair(row)
     except KeyError as missing:
         raise UserError(f"{where}: no key {missing}; expected {task.form}") from None
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}; expected {task.form}") from None
     try:
         (pair.prompt + pair.completion).encode()

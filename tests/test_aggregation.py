@@ -96,7 +96,7 @@ def test_a_client_of_weight_zero_cannot_spread_nan() -> None:
     world = distributed.start(30.0)
     try:
         rows = torch.tensor([[1.0, 2], [float("nan"), float("inf")], [3, 6]])
-        mean = aggregation.mean_over_clients(world, rows, [0.5, 0.0, 0.5])
+        [mean] = aggregation.mean_over_clients(world, [rows], [0.5, 0.0, 0.5])
     finally:
         distributed.stop()
     assert torch.equal(mean, torch.tensor([2.0, 4.0]))
@@ -124,8 +124,8 @@ def test_the_mean_does_not_depend_on_the_order_of_the_clients(order: list[int], 
     weights /= weights.sum()
     world = distributed.start(30.0)
     try:
-        straight = aggregation.mean_over_clients(world, rows, weights.tolist())
-        mixed = aggregation.mean_over_clients(world, rows[order], weights[order].tolist())
+        [straight] = aggregation.mean_over_clients(world, [rows], weights.tolist())
+        [mixed] = aggregation.mean_over_clients(world, [rows[order]], weights[order].tolist())
     finally:
         distributed.stop()
     torch.testing.assert_close(straight, mixed, rtol=1e-5, atol=1e-6)

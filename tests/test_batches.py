@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from sfed import batches
 from sfed.backbone import IGNORED_LABEL
-from sfed.batches import Order, collate, draw, empty, supervised_tokens
-from sfed.tokens import Examples, Tokens
+from sfed.batches import Order, collate, draw, empty, supervised_count
+from sfed.tokens import Examples, Row, Tokens
 
 seeds = st.integers(min_value=0, max_value=2**40)
 clients = st.integers(min_value=0, max_value=500)
@@ -21,7 +21,7 @@ def rows(draw):
     """A row of tokens as ``sfed.tokens`` makes them: at least one token is supervised."""
     length = draw(st.integers(2, 40))
     ids = np.arange(1, length + 1, dtype=np.int32) + draw(st.integers(0, 10))
-    return ids, draw(st.integers(0, length - 1))
+    return Row(ids, draw(st.integers(0, length - 1)))
 
 
 batch_of_clients = st.lists(st.lists(rows(), max_size=5), min_size=1, max_size=4)
@@ -31,7 +31,9 @@ def make_examples(count):
     lengths = 2 + np.arange(count) % 5
     starts = np.concatenate([[0], np.cumsum(lengths)])
     flat = np.arange(starts[-1], dtype=np.int32)
-    table = Tokens(flat, starts, np.ones(count, dtype=np.int32), None, left_out=0)
+    nothing = np.full(count, np.nan)
+    ones, whole = np.ones(count, dtype=np.int32), np.zeros(count, dtype=np.int64)
+    table = Tokens(flat, starts, ones, None, nothing, False, ("",), whole, left_out=0)
     return Examples(table, np.arange(count)[::-1].copy())
 
 
@@ -65,8 +67,8 @@ def test_rows_are_drawn_from_the_clients_own_examples_across_the_end_of_an_epoch
     examples, order = make_examples(7), Order(0, 3, 7)
     drawn = draw(examples, order, start=5, count=6)
     assert len(drawn) == 6
-    for position, (ids, prompt_length) in enumerate(drawn, start=5):
-        expected, expected_length = examples.row(Order(0, 3, 7).at(position))
+    for position, (ids, prompt_length, _) in enumerate(drawn, start=5):
+        expected, expected_length, _ = examples.row(Order(0, 3, 7).at(position))
         assert np.array_equal(ids, expected) and prompt_length == expected_length
 
 
@@ -84,7 +86,7 @@ def test_a_batch_holds_the_rows_of_the_clients_in_order_and_ignores_the_rest(by_
     for client, own in enumerate(by_client):
         for number in range(per_client):
             at = client * per_client + number
-            ids, prompt_length = own[number] if number < len(own) else (np.arange(0), 0)
+            ids, prompt_length, _ = own[number] if number < len(own) else (np.arange(0), 0, None)
             labels = batch.labels[at].tolist()
             assert batch.input_ids[at, : len(ids)].tolist() == ids.tolist()
             assert labels[:prompt_length] == [IGNORED_LABEL] * prompt_length
@@ -95,16 +97,16 @@ def test_a_batch_holds_the_rows_of_the_clients_in_order_and_ignores_the_rest(by_
 @given(batch_of_clients)
 def test_padding_goes_no_further_than_the_next_multiple_of_eight(by_client):
     width = collate(by_client, 5).input_ids.shape[1]
-    longest = max((len(ids) for own in by_client for ids, _ in own), default=0)
+    longest = max((len(ids) for own in by_client for ids, _, _ in own), default=0)
     assert longest <= width < longest + 8 or (longest == 0 and width == 8)
 
 
 @given(batch_of_clients)
-def test_supervised_tokens_are_those_that_a_shifted_loss_sees(by_client):
+def test_supervised_count_are_those_that_a_shifted_loss_sees(by_client):
     per_client = max(map(len, by_client)) or 1
     labels = collate(by_client, per_client).labels.view(len(by_client), per_client, -1)
     seen = (labels[:, :, 1:] != IGNORED_LABEL).sum(dim=(1, 2)).tolist()
-    assert [supervised_tokens(own) for own in by_client] == seen
+    assert [supervised_count(own) for own in by_client] == seen
 
 
 def test_ignored_tokens_are_those_that_torch_ignores():

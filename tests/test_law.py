@@ -84,7 +84,7 @@ def trained(
         torch.zeros(shape, dtype=torch.float64),
         torch.zeros(shape, dtype=torch.float64),
         moments,
-        torch.zeros(num_clients, 2, dtype=torch.float64),
+        torch.zeros(num_clients, 3, dtype=torch.float64),
     )
     a_columns, b_columns = layout.columns("A"), layout.columns("B")
     rows.values[:, a_columns] = a_start.double().flatten()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sfed.cli import UserError
-from sfed.tasks import TASKS, Pair, checked_pair, read_rows
+from sfed.tasks import TASKS, checked_pair, read_rows
 
 ALPACA = "Below is an instruction that describes a task"
 ALPACA_REQUEST = ". Write a response that appropriately completes the request.\n\n"
@@ -66,7 +66,8 @@ def mistake_in(path):
     ],
 )
 def test_a_row_becomes_a_prompt_and_a_completion(task, row, prompt, completion):
-    assert checked_pair(TASKS[task], row, "here") == Pair(prompt, completion)
+    pair = checked_pair(TASKS[task], row, "here")
+    assert (pair.prompt, pair.completion) == (prompt, completion)
 
 
 @pytest.mark.parametrize("missing", [{"input": None}, {}])
