@@ -149,11 +149,16 @@ class Console:
         what = "held-out loss and scores" if self._scores else "held-out loss"
         table = Table(title=f"{what} after round {after['round']}", title_justify="left")
         table.add_column("client")
-        scores = [(kind, name) for name in self._scores[:2] for kind in ("personal", "global")]
-        scores = [(k, n) for k, n in scores if f"eval/{k}_{n}" in after]
-        columns = ["examples", "before", "after", "change", "global adapter"]
-        for column in (*columns, *(f"{kind} {name}" for kind, name in scores)):
+        scores = [
+            (kind, name)
+            for name in self._scores[:2]
+            for kind in ("personal", "global")
+            if f"eval/{kind}_{name}" in after
+        ]
+        for column in ("examples", "before", "after", "change", "global adapter"):
             table.add_column(column, justify="right")
+        for kind, name in scores:  # on words of their own, so that a narrow terminal breaks lines
+            table.add_column(f"{kind} {name.replace('_', ' ')}", justify="right")
         first = {} if before is None else {entry["client"]: entry for entry in before["clients"]}
         shown: Sequence[Mapping[str, Any]] = after["clients"]
         for entry in shown[:_MOST_CLIENTS_IN_TABLE]:
