@@ -1,0 +1,326 @@
+"""One run of a sweep in processes of its own, and how the sweep's processes agree about it.
+
+Every process of the launcher starts a child for each run. A child comes from a fork server that
+has imported the trainer already, so a start takes a fraction of a second; and whatever becomes of
+it, an exception, an end by the system for want of memory, leftovers of a library, ends with it.
+The sweep's own processes never wait without looking: for the life of their child, and for a sign
+of life of each other.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing as mp
+import multiprocessing.forkserver
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from types import FrameType
+from typing import Any, Protocol
+
+from sfed.cli import EXIT_MISTAKE, UserError, leave
+from sfed.config import Config
+
+_SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_BETWEEN_BEATS = 1.0
+_SECONDS_TO_START = 600.0
+_SECONDS_OF_SILENCE = 60.0
+"""A process of the sweep that gave no sign of life for so long is gone."""
+_SECONDS_OF_GRACE = 5.0
+"""After a failure elsewhere: for the own child to notice, and again after SIGTERM."""
+_SECONDS_OF_LAG = 120.0
+"""Longest time between the ends of the children of one run, where none of them failed."""
+_LONGEST_MESSAGE = 2000
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the sweep is gone, so the sweep cannot go on."""
+
+
+class _Store(Protocol):
+    """What is used of a key-value store; none of it waits for a key."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def check(self, keys: list[str]) -> bool: ...
+    def add(self, key: str, amount: int) -> int: ...
+
+
+class _OwnStore:
+    """The store of a sweep of one process, which needs no torch."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self._values[key] = value
+
+    def get(self, key: str) -> bytes:
+        return self._values[key].encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self._values for key in keys)
+
+    def add(self, key: str, amount: int) -> int:
+        self._values[key] = str(int(self._values.get(key, "0")) + amount)
+        return int(self._values[key])
+
+
+@dataclass(frozen=True)
+class End:
+    """How a child ended."""
+
+    rank: int
+    code: int
+    """Exit code; negative = the signal that ended it."""
+    message: str = ""
+    is_consequence: bool = False
+    """Whether it ended because another process had."""
+
+    @property
+    def reason(self) -> str:
+        """In plain words."""
+        if self.code >= 0:
+            return f"exit code {self.code}{': ' if self.message else ''}{self.message}"
+        name = signal.Signals(-self.code).name
+        hint = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+        return f"process {self.rank} was ended by {name}{hint}"
+
+
+class Party:
+    """The sweep's own processes, one for each of the launcher's."""
+
+    def __init__(self) -> None:
+        environment = os.environ
+        self.rank = int(environment.get("RANK", "0"))
+        self.size = int(environment.get("WORLD_SIZE", "1"))
+        self.local_rank = int(environment.get("LOCAL_RANK", "0"))
+        # torchrun says LOCAL_WORLD_SIZE, deepspeed says LOCAL_SIZE.
+        local = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")
+        self.local_size = int(local or self.size)
+        self._is_stopping = False
+        self._store: _Store = _OwnStore()
+        self._left = threading.Event()
+        self._beats: dict[int, tuple[int, float]] = {}
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is process 0, which decides and speaks."""
+        return self.rank == 0
+
+    @contextmanager
+    def met(self) -> Iterator[None]:
+        """Start the fork server, meet the others, and take note of requests to stop."""
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        # The fork server lives on when a launcher sends SIGTERM to all: it has to tell how its
+        # children ended. It inherits this from here.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        mp.set_forkserver_preload(["sfed.session"])
+        multiprocessing.forkserver.ensure_running()
+        for number in handlers:
+            signal.signal(number, self._on_signal)
+        beating = threading.Thread(target=self._beat, daemon=True)
+        if self.size > 1:
+            self._store = self._meet()
+            beating.start()
+        try:
+            yield
+        finally:
+            self._left.set()
+            if beating.is_alive():
+                beating.join(2 * _SECONDS_BETWEEN_BEATS)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _meet(self) -> _Store:
+        import torch.distributed as dist
+
+        from sfed import distributed
+
+        wait = datetime.timedelta(seconds=_SECONDS_TO_START)
+        store = distributed.open_store(self.rank, self.size, wait)
+        return dist.PrefixStore("sweep", store)
+
+    def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
+        self._is_stopping = True  # nothing else: the handler may interrupt any line
+
+    def _beat(self) -> None:
+        # Where whoever serves the store is gone, the main thread says so.
+        with suppress(RuntimeError):
+            while not self._left.wait(_SECONDS_BETWEEN_BEATS):
+                self._store.add(f"beats/{self.rank}", 1)
+
+    def tell(self, key: str, value: Any = None) -> None:
+        """Let the others know."""
+        self._store.set(key, json.dumps(value))
+
+    def is_told(self, key: str) -> bool:
+        """Whether somebody has told."""
+        return self._store.check([key])
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether this or another process was asked to stop; lets the others know."""
+        if self._is_stopping:
+            self.tell("stop")
+        return self.is_told("stop")
+
+    def count(self, key: str) -> int:
+        """One more than anybody was told before, over all processes."""
+        return self._store.add(key, 1)
+
+    def hear(self, key: str, speaker: int = 0) -> Any:
+        """Wait until it is told, for as long as its speaker lives."""
+        while not self.is_told(key):
+            self.is_asked_to_stop()
+            self._must_live(speaker)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        return json.loads(self._store.get(key))
+
+    def _must_live(self, rank: int) -> None:
+        count, now = self._store.add(f"beats/{rank}", 0), time.monotonic()
+        known, since = self._beats.get(rank, (-1, now))
+        if rank != self.rank and count == known and now - since > _SECONDS_OF_SILENCE:
+            raise LostProcessError(
+                f"process {rank} of the sweep gave no sign of life for {_SECONDS_OF_SILENCE:g} s"
+            )
+        if count != known:
+            self._beats[rank] = (count, now)
+
+    def run(self, index: int, config: Config) -> list[End]:
+        """Run one configuration to its end. Collective.
+
+        Returns:
+            On process 0 how each child ended, the cause of a failure first; elsewhere nothing.
+        """
+        taking_part = min(self.size, config.federated.num_clients or self.size)
+        cell = f"cell-{index}"
+        if self.rank < taking_part:
+            end = self._watch(cell, _Child(config, self._environment(cell, taking_part)))
+            self.tell(
+                f"{cell}/end/{self.rank}", asdict(end) | {"order": self.count(f"{cell}/ends")}
+            )
+        if not self.is_main:
+            return []
+        ends = [self.hear(f"{cell}/end/{rank}", speaker=rank) for rank in range(taking_part)]
+        ends.sort(key=lambda end: (end["code"] >= 0, end["is_consequence"], end.pop("order")))
+        return [End(**end) for end in ends]
+
+    def _environment(self, cell: str, taking_part: int) -> dict[str, str]:
+        """Where a child stands: as its parent, among those that take part."""
+        first_of_node = self.rank - self.local_rank
+        found = {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.local_rank),
+            "WORLD_SIZE": str(taking_part),
+            "LOCAL_WORLD_SIZE": str(min(self.local_size, taking_part - first_of_node)),
+            "SFED_GROUP": cell,
+        }
+        # The store is there already: the launcher's, or that of the sweep's process 0.
+        return found | ({"TORCHELASTIC_USE_AGENT_STORE": "True"} if self.size > 1 else {})
+
+    def _watch(self, cell: str, child: _Child) -> End:
+        """Wait for the end of the child, and end it where another's end makes it pointless."""
+        try:
+            noticed: float | None = None
+            while child.is_alive():
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                if self.is_asked_to_stop():
+                    child.ask_to_end()
+                if noticed is None and self.is_told(f"{cell}/first-end"):
+                    noticed = time.monotonic()
+                failed = noticed is not None and self.is_told(f"{cell}/failed")
+                patience = _SECONDS_OF_GRACE if failed else _SECONDS_OF_LAG
+                if noticed is not None and time.monotonic() > noticed + patience:
+                    child.end(_SECONDS_OF_GRACE)
+            end = child.tell_end(self.rank)
+            self.tell(f"{cell}/first-end")
+            if end.code:
+                self.tell(f"{cell}/failed")
+            return end
+        finally:
+            child.end(0.0)
+
+
+class _Child:
+    """A process that runs one configuration."""
+
+    def __init__(self, config: Config, environment: dict[str, str]) -> None:
+        context = mp.get_context("forkserver")
+        self._receiver, sender = context.Pipe(duplex=False)
+        self._process = context.Process(target=_enter, args=(config, environment, sender))
+        self._process.start()
+        sender.close()
+        self._is_asked = self._is_ended = False
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    def ask_to_end(self) -> None:
+        """Send SIGTERM, once: training stops before the next step with everything on disk."""
+        if not self._is_asked:
+            self._is_asked = True
+            self._process.terminate()
+
+    def end(self, seconds: float) -> None:
+        """End the child if it lives, by SIGTERM and, if that does not help, SIGKILL."""
+        if self.is_alive():
+            self._is_ended = True
+            self._process.terminate()
+            self._process.join(seconds)
+            self._process.kill()
+            self._process.join()
+
+    def tell_end(self, rank: int) -> End:
+        code = self._process.exitcode
+        try:
+            message, is_consequence = (
+                self._receiver.recv() if self._receiver.poll() else ("", False)
+            )
+        except EOFError:
+            message, is_consequence = "", False
+        return End(rank, 1 if code is None else code, message, is_consequence or self._is_ended)
+
+
+def _enter(config: Config, environment: dict[str, str], sender: Connection) -> None:
+    """What a child does."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal's Ctrl-C comes as the parent's SIGTERM
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    os.environ.update(environment)
+    from sfed.session import run_session  # imported in the fork server
+
+    try:
+        run_session(config)
+    except UserError as mistake:
+        sender.send((str(mistake)[:_LONGEST_MESSAGE], False))
+        leave(str(mistake), EXIT_MISTAKE)
+    except SystemExit as end:
+        # A session that has lost another process ends with a text, any other failure with a code.
+        text = end.code if isinstance(end.code, str) else str(end.__context__ or "")
+        sender.send((text[:_LONGEST_MESSAGE], isinstance(end.code, str)))
+        raise
+    except Exception as error:
+        sender.send((f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE], False))
+        raise
+
+
+def _follow_parent() -> None:
+    """Stop, as after SIGTERM, when the sweep's process is gone."""
+    parent = mp.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main_reason(ends: Sequence[End]) -> str | None:
+    """Why a run failed; None where no child did."""
+    failed = [end for end in ends if end.code]
+    return failed[0].reason if failed else None
