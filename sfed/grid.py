@@ -7,12 +7,10 @@ one runs.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +19,12 @@ from typing import Any
 from sfed import cli
 from sfed.cli import UserError
 from sfed.config import Config
+from sfed.naming import Choice, name_cells
 from sfed.sameness import flatten
 
 _KEYS = ("name", "base", "set", "grid", "variants")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_UNSAFE = r"[^A-Za-z0-9._-]+"
 _MOST_CELLS = 10_000
-_LONGEST_VALUE = 24
-_LONGEST_NAME = 120
-_SHORT = {"lora.rank": "r", "federated.num_clients": "N", "federated.method": ""}
 # The sweep says where its runs are: a folder each, below a folder of its own.
 _OWN_KEYS = ("output.dir", "output.name", "output.resume")
 
@@ -70,8 +65,6 @@ class Grid:
 
 
 Check = Callable[[Config], None]
-_Choice = Mapping[str, Any]
-"""Values of some varied keys."""
 
 
 def read(path: Path, overrides: Sequence[str], num_processes: int, check: Check) -> Grid:
@@ -229,7 +222,7 @@ def _common(
     return common
 
 
-def _choices(axes: Mapping[str, list[Any]], variants: Sequence[_Choice]) -> list[_Choice]:
+def _choices(axes: Mapping[str, list[Any]], variants: Sequence[Choice]) -> list[Choice]:
     """The product of all lists, once for each variant."""
     products = [
         dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
@@ -238,7 +231,7 @@ def _choices(axes: Mapping[str, list[Any]], variants: Sequence[_Choice]) -> list
 
 
 def _try_cell(
-    common: dict[str, Any], choice: _Choice, name: str, sweep_name: str, check: Check
+    common: dict[str, Any], choice: Choice, name: str, sweep_name: str, check: Check
 ) -> tuple[Cell | None, list[str]]:
     """Make a cell, or say what is wrong with it."""
     try:
@@ -249,9 +242,7 @@ def _try_cell(
         return None, rest or head.split("\n")
 
 
-def _cell(
-    common: dict[str, Any], choice: _Choice, name: str, sweep_name: str, check: Check
-) -> Cell:
+def _cell(common: dict[str, Any], choice: Choice, name: str, sweep_name: str, check: Check) -> Cell:
     data = common
     for key, value in choice.items():
         data = cli.put(data, key, value, origin=key)
@@ -295,59 +286,3 @@ def _where(cells: Sequence[str], num_cells: int) -> str:
         return f" (in all {num_cells} cells)"
     more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
     return f" (cell {', '.join(cells[:3])}{more})"
-
-
-def name_cells(choices: Sequence[_Choice], keys: Sequence[str]) -> list[str]:
-    """Name each cell by the values of its varied keys: readable, unique, safe as a folder.
-
-    A name depends on the cell's own values and on which keys vary, not on the other values: a
-    grid that grows keeps the folders it has.
-    """
-    names = [_name(choice, keys) for choice in choices]
-    folded = Counter(name.lower() for name in names)  # some file systems do not tell r from R
-    return [
-        f"{name}-{_digest(choice)}" if folded[name.lower()] > 1 else name
-        for name, choice in zip(names, choices, strict=True)
-    ]
-
-
-def _name(choice: _Choice, keys: Sequence[str]) -> str:
-    parts = [_part(key, choice[key], keys) for key in keys if key in choice]
-    name = "-".join(parts).lstrip("._-") or "cell"
-    if len(name) <= _LONGEST_NAME:
-        return name
-    return f"{name[:_LONGEST_NAME]}-{_digest(choice)}"
-
-
-def _part(key: str, value: Any, keys: Sequence[str]) -> str:
-    word, number = _slug(value), isinstance(value, int | float) and not isinstance(value, bool)
-    label = label_of(key, keys)
-    label = re.sub(_UNSAFE, "_", label_of(key, keys))
-    return f"{label}{'' if number or not label else '-'}{word}"
-
-
-def label_of(key: str, keys: Sequence[str]) -> str:
-    """A short word for a varied key: r, N, seed, or its last part where that is unambiguous."""
-    leaf = key.rpartition(".")[2]
-    alone = sum(other.rpartition(".")[2] == leaf for other in keys) == 1
-    return _SHORT.get(key, leaf if alone else key)
-
-
-def _slug(value: Any) -> str:
-    """A value as letters, digits, dot, dash and underscore; with a digest where that loses some."""
-    text = _text(value)
-    slug = re.sub(_UNSAFE, "_", text)[:_LONGEST_VALUE]
-    return slug if slug == text else f"{slug}-{_digest(value)}"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return "_".join(map(_text, value)) or "none"
-    if isinstance(value, float) and float(f"{value:g}") == value:
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, default=str, sort_keys=True)
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, default=str, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:6]

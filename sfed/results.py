@@ -19,7 +19,8 @@ from rich.table import Table
 from sfed import cli, methods, metrics
 from sfed.cli import UserError
 from sfed.config import Config
-from sfed.grid import Cell, Grid, label_of
+from sfed.grid import Cell, Grid
+from sfed.naming import label_of
 from sfed.sameness import comparable, differences, flatten
 from sfed.stories import deviation, look, number
 

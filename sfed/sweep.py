@@ -19,11 +19,11 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from sfed import cells, cli, grid, results, train
-from sfed.cells import LostProcessError, Party
+from sfed import child, cli, grid, results, train
 from sfed.cli import UserError
 from sfed.console import Console, duration
 from sfed.grid import Cell, Grid
+from sfed.party import LostProcessError, Party
 from sfed.results import Row, Standing, Status
 
 USAGE = """usage: python -m sfed.sweep GRID.yaml [key=value ...]
@@ -116,10 +116,8 @@ class _Leader:
     def lead(self) -> int:
         """Run what is not complete; returns the exit code."""
         self._look_at_all()
-        self._say(
-            f"{len(self._grid.cells)} runs, {self._count('complete')} of them complete; "
-            f"{self._grid.folder}"
-        )
+        count = f"{self._count('complete')} of {len(self._grid.cells)} complete"
+        self._say(f"sweep {self._grid.folder}: {count}")
         for index in range(len(self._grid.cells)):
             if self._party.is_asked_to_stop():
                 break
@@ -177,7 +175,7 @@ class _Leader:
             shutil.rmtree(cell.folder / "adapters", ignore_errors=True)
         self.order(run=index)
         ends = self._party.run(self._orders, cell.config)
-        standing, reason = results.stand(cell, self._party.size), cells.main_reason(ends)
+        standing, reason = results.stand(cell, self._party.size), child.main_reason(ends)
         if standing.complete and reason is None:
             self._seconds.append(time.monotonic() - started)
             self._note(cell, "complete", standing)
@@ -214,7 +212,7 @@ class _Leader:
         for table in (results.table(self._grid, rows), results.seeds_table(self._grid, rows)):
             if table is not None:
                 _print(table)
-        counts = [f"{self._count('complete')} of {len(rows)} runs complete"]
+        counts = [f"{self._count('complete')} of {len(rows)} complete"]
         counts += [f"{n} {s}" for s in ("failed", "not run") if (n := self._count(s))]
         self._say(", ".join(counts))
         for name, reason in self._reasons.items():

@@ -1,30 +1,24 @@
-"""One run of a sweep in processes of its own, and how the sweep's processes agree about it.
+"""The sweep's own processes, one for each of the launcher's: they agree on what to run, and run it.
 
-Every process of the launcher starts a child for each run. A child comes from a fork server that
-has imported the trainer already, so a start takes a fraction of a second; and whatever becomes of
-it, an exception, an end by the system for want of memory, leftovers of a library, ends with it.
-The sweep's own processes never wait without looking: for the life of their child, and for a sign
-of life of each other.
+Every process starts a child for each run. None of them ever waits without looking: for the life
+of its child, and for a sign of life of the others.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-import multiprocessing as mp
-import multiprocessing.forkserver
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from dataclasses import asdict
 from types import FrameType
 from typing import Any, Protocol
 
-from sfed.cli import EXIT_MISTAKE, UserError, leave
+from sfed.child import Child, End, prepare
 from sfed.config import Config
 
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -36,7 +30,6 @@ _SECONDS_OF_GRACE = 5.0
 """After a failure elsewhere: for the own child to notice, and again after SIGTERM."""
 _SECONDS_OF_LAG = 120.0
 """Longest time between the ends of the children of one run, where none of them failed."""
-_LONGEST_MESSAGE = 2000
 
 
 class LostProcessError(RuntimeError):
@@ -72,27 +65,6 @@ class _OwnStore:
         return int(self._values[key])
 
 
-@dataclass(frozen=True)
-class End:
-    """How a child ended."""
-
-    rank: int
-    code: int
-    """Exit code; negative = the signal that ended it."""
-    message: str = ""
-    is_consequence: bool = False
-    """Whether it ended because another process had."""
-
-    @property
-    def reason(self) -> str:
-        """In plain words."""
-        if self.code >= 0:
-            return f"exit code {self.code}{': ' if self.message else ''}{self.message}"
-        name = signal.Signals(-self.code).name
-        hint = ", as the system does where memory runs out" if name == "SIGKILL" else ""
-        return f"process {self.rank} was ended by {name}{hint}"
-
-
 class Party:
     """The sweep's own processes, one for each of the launcher's."""
 
@@ -118,11 +90,7 @@ class Party:
     def met(self) -> Iterator[None]:
         """Start the fork server, meet the others, and take note of requests to stop."""
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        # The fork server lives on when a launcher sends SIGTERM to all: it has to tell how its
-        # children ended. It inherits this from here.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        mp.set_forkserver_preload(["sfed.session"])
-        multiprocessing.forkserver.ensure_running()
+        prepare()
         for number in handlers:
             signal.signal(number, self._on_signal)
         beating = threading.Thread(target=self._beat, daemon=True)
@@ -201,7 +169,7 @@ class Party:
         taking_part = min(self.size, config.federated.num_clients or self.size)
         cell = f"cell-{index}"
         if self.rank < taking_part:
-            end = self._watch(cell, _Child(config, self._environment(cell, taking_part)))
+            end = self._watch(cell, Child(config, self._environment(cell, taking_part)))
             self.tell(
                 f"{cell}/end/{self.rank}", asdict(end) | {"order": self.count(f"{cell}/ends")}
             )
@@ -224,7 +192,7 @@ class Party:
         # The store is there already: the launcher's, or that of the sweep's process 0.
         return found | ({"TORCHELASTIC_USE_AGENT_STORE": "True"} if self.size > 1 else {})
 
-    def _watch(self, cell: str, child: _Child) -> End:
+    def _watch(self, cell: str, child: Child) -> End:
         """Wait for the end of the child, and end it where another's end makes it pointless."""
         try:
             noticed: float | None = None
@@ -245,82 +213,3 @@ class Party:
             return end
         finally:
             child.end(0.0)
-
-
-class _Child:
-    """A process that runs one configuration."""
-
-    def __init__(self, config: Config, environment: dict[str, str]) -> None:
-        context = mp.get_context("forkserver")
-        self._receiver, sender = context.Pipe(duplex=False)
-        self._process = context.Process(target=_enter, args=(config, environment, sender))
-        self._process.start()
-        sender.close()
-        self._is_asked = self._is_ended = False
-
-    def is_alive(self) -> bool:
-        return self._process.is_alive()
-
-    def ask_to_end(self) -> None:
-        """Send SIGTERM, once: training stops before the next step with everything on disk."""
-        if not self._is_asked:
-            self._is_asked = True
-            self._process.terminate()
-
-    def end(self, seconds: float) -> None:
-        """End the child if it lives, by SIGTERM and, if that does not help, SIGKILL."""
-        if self.is_alive():
-            self._is_ended = True
-            self._process.terminate()
-            self._process.join(seconds)
-            self._process.kill()
-            self._process.join()
-
-    def tell_end(self, rank: int) -> End:
-        code = self._process.exitcode
-        try:
-            message, is_consequence = (
-                self._receiver.recv() if self._receiver.poll() else ("", False)
-            )
-        except EOFError:
-            message, is_consequence = "", False
-        return End(rank, 1 if code is None else code, message, is_consequence or self._is_ended)
-
-
-def _enter(config: Config, environment: dict[str, str], sender: Connection) -> None:
-    """What a child does."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal's Ctrl-C comes as the parent's SIGTERM
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    os.environ.update(environment)
-    from sfed.session import run_session  # imported in the fork server
-
-    try:
-        run_session(config)
-    except UserError as mistake:
-        sender.send((str(mistake)[:_LONGEST_MESSAGE], False))
-        leave(str(mistake), EXIT_MISTAKE)
-    except SystemExit as end:
-        # A session that has lost another process ends with a text, any other failure with a code.
-        text = end.code if isinstance(end.code, str) else str(end.__context__ or "")
-        sender.send((text[:_LONGEST_MESSAGE], isinstance(end.code, str)))
-        raise
-    except Exception as error:
-        sender.send((f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE], False))
-        raise
-
-
-def _follow_parent() -> None:
-    """Stop, as after SIGTERM, when the sweep's process is gone."""
-    parent = mp.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def main_reason(ends: Sequence[End]) -> str | None:
-    """Why a run failed; None where no child did."""
-    failed = [end for end in ends if end.code]
-    return failed[0].reason if failed else None
