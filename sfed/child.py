@@ -7,10 +7,12 @@ memory, leftovers of a library, ends with it.
 
 from __future__ import annotations
 
+import math
 import multiprocessing as mp
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from sfed.cli import EXIT_MISTAKE, UserError, leave
 from sfed.config import Config
 
 _LONGEST_MESSAGE = 2000
+_SECONDS_BETWEEN_REQUESTS = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,16 +74,21 @@ class Child:
         self._process = context.Process(target=_enter, args=(config, environment, sender))
         self._process.start()
         sender.close()
-        self._is_asked = self._is_ended = False
+        self._asked = -math.inf
+        self._is_ended = False
 
     def is_alive(self) -> bool:
         """Whether it has not ended."""
         return self._process.is_alive()
 
     def ask_to_end(self) -> None:
-        """Send SIGTERM, once: training stops before the next step with everything on disk."""
-        if not self._is_asked:
-            self._is_asked = True
+        """Send SIGTERM: training stops before the next step with everything on disk.
+
+        Call it until the child has ended: at its very start a child does not listen yet.
+        """
+        now = time.monotonic()
+        if now > self._asked + _SECONDS_BETWEEN_REQUESTS:
+            self._asked = now
             self._process.terminate()
 
     def end(self, seconds: float) -> None:

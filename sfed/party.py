@@ -150,6 +150,14 @@ class Party:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         return json.loads(self._store.get(key))
 
+    def is_lost(self, error: RuntimeError) -> bool:
+        """Whether an error says that another process of the sweep, or their store, is gone."""
+        if isinstance(error, LostProcessError) or self.size == 1:
+            return isinstance(error, LostProcessError)
+        from sfed import distributed
+
+        return distributed.is_lost_contact(error)
+
     def _must_live(self, rank: int) -> None:
         count, now = self._store.add(f"beats/{rank}", 0), time.monotonic()
         known, since = self._beats.get(rank, (-1, now))
@@ -169,7 +177,8 @@ class Party:
         taking_part = min(self.size, config.federated.num_clients or self.size)
         cell = f"cell-{index}"
         if self.rank < taking_part:
-            end = self._watch(cell, Child(config, self._environment(cell, taking_part)))
+            child = Child(config, self._environment(cell, taking_part))
+            end = self._watch(cell, taking_part, child)
             self.tell(
                 f"{cell}/end/{self.rank}", asdict(end) | {"order": self.count(f"{cell}/ends")}
             )
@@ -192,12 +201,15 @@ class Party:
         # The store is there already: the launcher's, or that of the sweep's process 0.
         return found | ({"TORCHELASTIC_USE_AGENT_STORE": "True"} if self.size > 1 else {})
 
-    def _watch(self, cell: str, child: Child) -> End:
+    def _watch(self, cell: str, taking_part: int, child: Child) -> End:
         """Wait for the end of the child, and end it where another's end makes it pointless."""
         try:
             noticed: float | None = None
             while child.is_alive():
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
+                # Process 0 looks at those that take part, they look at process 0.
+                for rank in range(taking_part if self.is_main else 1):
+                    self._must_live(rank)
                 if self.is_asked_to_stop():
                     child.ask_to_end()
                 if noticed is None and self.is_told(f"{cell}/first-end"):

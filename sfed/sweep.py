@@ -23,7 +23,7 @@ from sfed import child, cli, grid, results, train
 from sfed.cli import UserError
 from sfed.console import Console, duration
 from sfed.grid import Cell, Grid
-from sfed.party import LostProcessError, Party
+from sfed.party import Party
 from sfed.results import Row, Standing, Status
 
 USAGE = """usage: python -m sfed.sweep GRID.yaml [key=value ...]
@@ -62,17 +62,17 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("no grid file given, such as python -m sfed.sweep GRID.yaml; see --help")
     check = partial(train.check_before_torch, num_processes=1)
     found = grid.read(Path(path), overrides, party.size, check)
-    with party.met():
-        try:
+    try:
+        with party.met():
             code = _lead(party, found) if party.is_main else _follow(party, found)
-        except (LostProcessError, RuntimeError) as error:
-            if not isinstance(error, LostProcessError) and party.size == 1:
-                raise
-            reason = str(error).strip().splitlines()[0][:_LONGEST_REASON]
-            sys.exit(
-                f"sfed: process {party.rank} of the sweep stops: {reason}. Start the same command "
-                "again: it goes on from what is complete"
-            )
+    except RuntimeError as error:
+        if not party.is_lost(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:_LONGEST_REASON]
+        sys.exit(
+            f"sfed: process {party.rank} of the sweep stops: {reason}. Start the same command "
+            "again: it goes on from what is complete"
+        )
     sys.exit(code)
 
 

@@ -18,10 +18,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed import cli, grid, results, sweep, train
+from sfed import cli, grid, party, results, sweep, train
 from sfed.cli import UserError
 from sfed.grid import Grid
 from sfed.naming import name_cells
+from sfed.party import LostProcessError, Party
 from tests import runs, tiny
 from tests.processes import free_port
 
@@ -230,6 +231,29 @@ def test_what_the_fork_server_imports_leaves_cuda_alone() -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_those_that_take_part_stand_as_their_nodes_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, local_size in ((3, "8"), (9, "2")):
+        for key, value in (("RANK", rank), ("LOCAL_RANK", rank % 8), ("WORLD_SIZE", 16)):
+            monkeypatch.setenv(key, str(value))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+        place = Party()._environment("cell-1", taking_part=10)
+        assert place["RANK"] == str(rank)
+        assert place["LOCAL_RANK"] == str(rank % 8)
+        assert place["WORLD_SIZE"] == "10"
+        assert place["LOCAL_WORLD_SIZE"] == local_size
+
+
+def test_a_process_without_a_sign_of_life_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = Party()
+    some.count("beats/1")
+    some._must_live(1)
+    some.count("beats/1")
+    monkeypatch.setattr(party, "_SECONDS_OF_SILENCE", 0.0)
+    some._must_live(1)
+    with pytest.raises(LostProcessError, match="process 1 of the sweep gave no sign"):
+        some.hear("what it never says", speaker=1)
 
 
 def tiny_grid(tiny_folder: Path, folder: Path, **keys: Any) -> Path:
