@@ -33,16 +33,10 @@ from sfed.config import Config
 from sfed.distributed import World, together
 from sfed.local import Ledger
 from sfed.run import Run
+from sfed.sameness import comparable, differences
 
 _FACTS = {"finished_rounds", "bad_rounds", "ledger", "layout_size", "config", "files"}
 _NAME = re.compile(r"round-(\d{6})(-partial)?")
-# Keys that a resumed run may change: they do not change its numbers (beyond round-off).
-_FREE_SECTIONS = ("output", "evaluation", "backbone")
-_FREE_KEYS = (
-    "federated.clients_per_pass",
-    "federated.deadline_seconds",
-    "federated.max_bad_rounds",
-)
 
 
 @dataclass(frozen=True)
@@ -235,32 +229,14 @@ def refuse_other_run(found: Found, config: Config, num_clients: int) -> None:
     Raises:
         UserError: naming each key with both values.
     """
-    before, now = found.facts["config"], comparable(config, num_clients)
-    keys = sorted({*before, *now})
-    changed = [key for key in keys if before.get(key) != now.get(key)]
+    changed = differences(found.facts["config"], comparable(config, num_clients))
     if changed:
-        rows = "\n  ".join(
-            f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in changed
-        )
         raise UserError(
-            f"the run in {found.folder.parent.parent} was made with other settings:\n  {rows}\n"
-            "set them back, or choose another output.name, or set output.resume=never to begin anew"
+            f"the run in {found.folder.parent.parent} was made with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nset them back, or choose another output.name, or set output.resume=never to begin "
+            "anew"
         )
-
-
-def comparable(config: Config, num_clients: int) -> dict[str, Any]:
-    """The settings that a run's numbers depend on, flat, with N filled in."""
-    flat: dict[str, Any] = {}
-    for section, values in json.loads(config.model_dump_json()).items():
-        if section not in _FREE_SECTIONS:
-            inner = values.items() if isinstance(values, dict) else [(None, values)]
-            flat.update({f"{section}.{key}" if key else section: value for key, value in inner})
-    flat["federated.num_clients"] = num_clients
-    for key in _FREE_KEYS:
-        del flat[key]
-    if config.train.schedule == "constant":
-        del flat["federated.num_rounds"]  # a longer run begins with the same rounds
-    return flat
 
 
 def load(found: Found, world: World, clients: ClientRows) -> State:

@@ -92,6 +92,12 @@ def parse(arguments: Sequence[str]) -> Config | None:
     Raises:
         UserError: with all mistakes of the configuration at once.
     """
+    words = split(arguments)
+    return None if words is None else load(*words)
+
+
+def split(arguments: Sequence[str]) -> tuple[str | None, list[str]] | None:
+    """Tell the file from the ``key=value`` overrides; None where ``--help`` was asked for."""
     path: str | None = None
     overrides: list[str] = []
     rest = list(arguments)
@@ -113,7 +119,7 @@ def parse(arguments: Sequence[str]) -> Config | None:
             )
         else:
             path = word
-    return load(path, overrides)
+    return path, overrides
 
 
 def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
@@ -124,7 +130,7 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
     """
     data = DEMO if path is None else read_mapping(Path(path))
     for override in overrides:
-        data = _overridden(data, override)
+        data = overridden(data, override)
     return validate(data)
 
 
@@ -148,20 +154,25 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return data
 
 
-def _overridden(data: dict[str, Any], override: str) -> dict[str, Any]:
+def overridden(data: dict[str, Any], override: str) -> dict[str, Any]:
     """Return a copy of ``data`` with one ``section.key=value`` applied."""
     dotted, _, text = override.partition("=")
     try:
         value = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError:
         raise UserError(f"{override!r}: the value is not readable as YAML") from None
+    return put(data, dotted, value, origin=override)
+
+
+def put(data: dict[str, Any], dotted: str, value: Any, origin: str) -> dict[str, Any]:
+    """Return a copy of ``data`` with the value under a dotted key; ``origin`` asked for it."""
     *parents, leaf = dotted.split(".")
     result = node = dict(data)
     for depth, parent in enumerate(parents):
         child = node.get(parent) or {}
         if not isinstance(child, dict):
             name = ".".join(parents[: depth + 1])
-            raise UserError(f"{override!r}: {name} is {child!r}, not a section with keys")
+            raise UserError(f"{origin!r}: {name} is {child!r}, not a section with keys")
         node[parent] = dict(child)
         node = node[parent]
     node[leaf] = value
@@ -203,7 +214,7 @@ def _key(detail: ErrorDetails) -> str:
 def _explain(detail: ErrorDetails) -> str:
     key, value = _key(detail), detail["input"]
     if detail["type"] == "extra_forbidden":
-        return f"{key} = {value!r}: unknown key{_suggestion(key)}"
+        return f"{key} = {value!r}: unknown key{suggestion(key)}"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if not key or (isinstance(value, dict) and detail["type"] == "value_error"):
@@ -217,7 +228,8 @@ def _allowed(key: str) -> str:
     return f" ({meaning})" if meaning else ""
 
 
-def _suggestion(key: str) -> str:
+def suggestion(key: str) -> str:
+    """Say which known key is meant by an unknown one, or where all keys are listed."""
     known = [name for name, _, _ in list_keys()]
     leaf = key.rpartition(".")[2]
     near = [name for name in known if name.rpartition(".")[2] == leaf]

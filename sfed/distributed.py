@@ -70,13 +70,16 @@ def start(deadline_seconds: float) -> World:
         torch.cuda.set_device(device)
     # NCCL refuses two processes on one device; gloo carries CUDA tensors through host memory.
     backend = "nccl" if device.type == "cuda" and per_device == 1 else "gloo"
-    store = _open_store(process, size, timeout)
+    store = open_store(process, size, timeout)
     dist.init_process_group(backend, store=store, rank=process, world_size=size, timeout=timeout)
     return World(process, local_rank, size, per_device, device, deadline_seconds, store)
 
 
-def _open_store(process: int, size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Open the key-value store of the launcher, with keys of its own for each restart."""
+def open_store(process: int, size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Open the key-value store of the launcher, with keys of its own for each restart.
+
+    Runs that share a store, one after another, each have a name of their own in SFED_GROUP.
+    """
     environment = os.environ
     if size == 1:
         return dist.HashStore()
@@ -90,7 +93,8 @@ def _open_store(process: int, size: int, timeout: datetime.timedelta) -> dist.St
     )
     # torchrun keeps its store over a restart, with the addresses of the processes that died.
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"sfed/attempt-{attempt}", store)
+    group = environment.get("SFED_GROUP", "run")
+    return dist.PrefixStore(f"sfed/{group}/attempt-{attempt}", store)
 
 
 def stop() -> None:

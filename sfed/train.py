@@ -37,8 +37,12 @@ def main(arguments: Sequence[str]) -> None:
     run_session(config)
 
 
-def check_before_torch(config: Config) -> None:
+def check_before_torch(config: Config, num_processes: int | None = None) -> None:
     """Refuse early what needs no model: missing files, too many processes, unstable methods.
+
+    Args:
+        config: the configuration.
+        num_processes: that hold its clients; None = all of the launcher.
 
     Raises:
         UserError: with all mistakes at once.
@@ -48,10 +52,8 @@ def check_before_torch(config: Config) -> None:
         methods.resolve(config)
     except UserError as mistake:
         mistakes.append(str(mistake))
-    num_processes, num_clients = (
-        int(os.environ.get("WORLD_SIZE", "1")),
-        config.federated.num_clients,
-    )
+    num_processes = num_processes or int(os.environ.get("WORLD_SIZE", "1"))
+    num_clients = config.federated.num_clients
     if num_clients is not None and num_clients < num_processes:
         mistakes.append(
             f"federated.num_clients = {num_clients} is less than the {num_processes} processes; "

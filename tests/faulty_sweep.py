@@ -1,0 +1,40 @@
+"""``python -m tests.faulty_sweep``: the sweep, whose children meet with what SFED_FAULT says.
+
+``CELL:RANK=FAULT,...`` with the faults kill (the system ends the process), hang (it waits for ever
+and ignores SIGTERM) and raise. Children import this file anew, under another name.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from sfed import cli, sweep
+
+
+def _meet_with(fault: str | None) -> None:
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "hang":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(1000)
+    if fault == "raise":
+        raise RuntimeError("a fault in the middle")
+
+
+if __name__ == "__mp_main__":
+    from sfed import federation, session
+
+    _FAULTS = dict(pair.split("=") for pair in os.environ["SFED_FAULT"].split(","))
+    _train = federation.train
+
+    def _train_with_fault(run: Any, *arguments: Any) -> bool:
+        _meet_with(_FAULTS.get(f"{run.config.run_name}:{run.world.rank}"))
+        return _train(run, *arguments)
+
+    session.federation.train = _train_with_fault
+
+if __name__ == "__main__":
+    cli.run_command(sweep.main)
