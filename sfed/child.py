@@ -112,16 +112,14 @@ class Child:
 
 def _enter(config: Config, environment: dict[str, str], sender: Connection) -> None:
     """What a child does."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal's Ctrl-C comes as the parent's SIGTERM
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C comes as the parent's SIGTERM
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_follow_parent, daemon=True).start()
     os.environ.update(environment)
     from sfed.session import run_session  # imported in the fork server
 
     try:
-        run_session(config)
+        run_session(config, one_of_many=True)
     except UserError as mistake:
         sender.send((str(mistake)[:_LONGEST_MESSAGE], False))
         leave(str(mistake), EXIT_MISTAKE)

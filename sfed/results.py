@@ -137,7 +137,7 @@ def _figures(standing: Standing) -> dict[str, Any]:
         "perplexity": number(end, metrics.EVAL_PERPLEXITY),
         "grad_norm": number(last, metrics.GRAD_NORM),
         "first_grad_norm": number(first, "adapter/first_grad_norm"),
-        "output_rms": number(first, "adapter/output_rms"),
+        "output_rms": number(end, "adapter/output_rms"),
         "seconds": sum(number(event, metrics.ROUND_SECONDS) or 0 for event in events),
         "uploaded_bytes": sum(event.get(metrics.UPLOADED_BYTES) or 0 for event in events),
     }

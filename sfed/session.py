@@ -53,8 +53,13 @@ _HARMLESS_WARNINGS = (
 )
 
 
-def run_session(config: Config) -> None:
-    """Run a configuration to its end. Collective: every process of the launcher calls it."""
+def run_session(config: Config, *, one_of_many: bool = False) -> None:
+    """Run a configuration to its end. Collective: every process of the launcher calls it.
+
+    Args:
+        config: the run.
+        one_of_many: leave out the closing table, because another one holds all runs.
+    """
     world = distributed.start(config.federated.deadline_seconds)
     _quieten(world)
     console = Console(speaks=world.is_main)
@@ -63,7 +68,9 @@ def run_session(config: Config) -> None:
         with distributed.together(world, "checking"):
             folder, found = _open_run_folder(config, world, console)
         parts = build(config, world, console)
-        _train_and_export(parts, found, folder, console, stop)
+        finished = _train_and_export(parts, found, folder, console, stop)
+        if finished and not one_of_many:
+            _close(parts, folder, console)
     except TrainingFailedError as failure:
         leave(str(failure), 1)
     except MissingProcessError as failure:
@@ -206,8 +213,8 @@ def _open_run_folder(config: Config, world: World, console: Console) -> tuple[Pa
 
 def _train_and_export(
     parts: Run, found: Found | None, folder: Path, console: Console, stop: StopRequest
-) -> None:
-    """Resume or begin, train, write the adapters."""
+) -> bool:
+    """Resume or begin, train, write the adapters; returns whether all rounds are done."""
     world, total = parts.world, parts.config.federated.num_rounds
     state: State | None = None
     if found is not None:
@@ -222,11 +229,11 @@ def _train_and_export(
     if finished:
         with distributed.together(world, "writing the adapters"):
             _export(parts, folder)
-        _close(parts, folder, console)
     else:
         console.say(f"stopped as asked; the same command goes on from {folder / 'checkpoints'}")
     if log is not None:
         log.close()
+    return finished
 
 
 def _make_run_folder(parts: Run, state: State | None, folder: Path) -> MetricsFile:

@@ -394,7 +394,7 @@ class TestOneProcess:
             "eval/personal_accuracy_unweighted": 0.75,
             "eval/global_accuracy_unweighted": 0.5,
         }
-        events[1]["adapter/output_rms"] = 0.25
+        events[-1]["adapter/output_rms"] = 0.25
         lines = [json.dumps(event) + "\n" for event in events]
         (run / "metrics.jsonl").write_text("".join(lines))
         found = read(tmp_path / "methods.yaml")
