@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from sfed import metrics
 from sfed.figures import Curve, Panel
 from sfed.groups import BY_CLIENTS, BY_RANK, Axis, Group, Sweep, deviation, group, sweeps
+from sfed.law import FIRST_GRADIENT, OUTPUT, Law, fullest
 from sfed.pictures import PERPLEXITY, SIMILARITIES, Picture, curves, file_name
 from sfed.stories import (
     KINDS,
@@ -221,6 +222,53 @@ def _end_panel(
         if points:
             lines.append(Curve(sweep.label, points, spread if several else []))
     return Panel(title, one.y_label, lines, log=one.log, x_label=axis.words, x_ticks=sorted(ticks))
+
+
+def law_pictures(laws: Sequence[Law]) -> list[Picture]:
+    """The quantities of the law against N and against r, with the slopes of theory."""
+    made = []
+    for quantity, name in ((FIRST_GRADIENT, "law-first-gradient"), (OUTPUT, "law-output")):
+        members = [law for law in laws if law.quantity == quantity]
+        panels = [_law_panel(members, axis) for axis in (BY_CLIENTS, BY_RANK)]
+        caption = (
+            f"{_capital(quantity)}, both axes logarithmic. Dotted: the slope that theory predicts, "
+            "through the middle of the points; it predicts no height."
+        )
+        made.append(curves(name, caption, panels))
+    return [picture for picture in made if picture is not None]
+
+
+def _law_panel(laws: Sequence[Law], axis: Axis) -> Panel:
+    fixed = fullest(laws, axis)
+    measured, predicted, ticks = [], [], set()
+    for law in laws:
+        points = law.along(axis, fixed) if fixed is not None else []
+        if len(points) < 2:
+            continue
+        ticks |= {x for x, _ in points}
+        measured.append(Curve(law.label, points))
+        slope = law.predicted(axis)
+        if slope is not None:
+            predicted.append(
+                Curve("slope of theory", _through_middle(points, slope), role="theory")
+            )
+    title = f"against {axis.letter} at {axis.other.letter} = {fixed or 0:g}"
+    label = laws[0].quantity if laws else ""
+    return Panel(
+        title, label, [*measured, *predicted], always_log=True, x_label=axis.words,
+        x_ticks=sorted(ticks),
+    )  # fmt: skip
+
+
+def _through_middle(
+    points: Sequence[tuple[float, float]], slope: float
+) -> list[tuple[float, float]]:
+    """The ends of a line of this log-log slope through the points' geometric mean."""
+    middle_x, middle_y = (statistics.fmean(math.log(point[i]) for point in points) for i in (0, 1))
+    return [
+        (x, math.exp(middle_y + slope * (math.log(x) - middle_x)))
+        for x in (points[0][0], points[-1][0])
+    ]
 
 
 def _capital(text: str) -> str:

@@ -8,7 +8,8 @@ from html import escape
 
 from sfed import metrics
 from sfed.console import duration
-from sfed.groups import RANK, Group, deviation, group
+from sfed.groups import BY_CLIENTS, BY_RANK, RANK, Axis, Group, deviation, group
+from sfed.law import Law
 from sfed.stories import (
     KINDS,
     LOSS,
@@ -22,6 +23,7 @@ from sfed.stories import (
 from sfed.tables import NONE, mebibytes, show, table, total
 
 _MOST_SCORES = 2
+_STARTS = {"mean": "mean of N", "shared": "shared", "apart": "apart"}
 
 
 def runs_table(stories: Sequence[Story]) -> str:
@@ -108,3 +110,47 @@ def _mean_and_deviation(one: Group, kind: str, what: str) -> str:
         return NONE
     text = f"{show(statistics.fmean(values))} ± {show(deviation(values))}"
     return text if what else f"{text} {escape(words_of(name))}"
+
+
+def law_table(laws: Sequence[Law]) -> str:
+    """Slopes in N and r, measured and predicted."""
+    rows = []
+    for i, law in enumerate(laws):
+        same = i > 0 and laws[i - 1].label == law.label
+        facts = [
+            escape(law.label),
+            _gamma(law),
+            _STARTS[law.theory.start],
+            escape(law.theory.optimizer),
+        ]
+        slopes = [cell for axis in (BY_CLIENTS, BY_RANK) for cell in _slopes(law, axis)]
+        rows.append([*([""] * 4 if same else facts), law.quantity, str(law.after_round), *slopes])
+    head = ["runs", "gamma", "A starts", "optimizer", "quantity", "round"]
+    columns = ["slope", "from, to", "theory"] * 2
+    over = [("", len(head)), ("over N", 3), ("over r", 3)]
+    return table([*head, *columns], rows, words=5, over=over, name="law")
+
+
+def _gamma(law: Law) -> str:
+    if law.theory.exponents is None:
+        return NONE
+    of_clients, of_rank = (f"{x:g}" for x in law.theory.exponents)
+    parts = ["alpha"]
+    parts += [f"N<sup>{of_clients}</sup>"] if law.theory.exponents[0] else []
+    parts += [f"r<sup>{of_rank}</sup>"] if law.theory.exponents[1] else []
+    return " ".join(parts)
+
+
+def _slopes(law: Law, axis: Axis) -> list[str]:
+    fit, theory = law.fit(axis), law.predicted(axis)
+    if fit is None:
+        return [NONE, NONE, _signed(theory)]
+    span = f"{_signed(fit.lowest)}, {_signed(fit.highest)}" if fit.fits > 1 else NONE
+    return [f"<b>{_signed(fit.slope)}</b>", span, _signed(theory)]
+
+
+def _signed(value: float | None) -> str:
+    if value is None:
+        return NONE
+    rounded = round(value, 2) + 0.0  # no -0.00
+    return f"{rounded:+.2f}" if rounded else "0.00"
