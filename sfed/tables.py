@@ -142,10 +142,16 @@ def means_table(story: Story) -> str:
     return (
         f"<h3>Means over clients after round {last['round']}</h3>{table(head, rows, words=2)}"
         "<p class=note>Unweighted: each client counts the same. Pooled: over all held-out "
-        f"{'tokens (loss) or examples (scores)' if story.by_token else 'examples'} together. The "
+        f"{_pooled_over(story)} together. The "
         "result is that of the last round; the best round is chosen with the held-out data itself, "
         "and so looks too good.</p>"
     )
+
+
+def _pooled_over(story: Story) -> str:
+    if not story.by_token:
+        return "examples"
+    return "tokens (loss) or examples (scores)" if story.scores else "tokens"
 
 
 def _best(story: Story, kind: str, what: str) -> str:
