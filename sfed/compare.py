@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from sfed import metrics
 from sfed.figures import Curve, Panel
-from sfed.groups import BY_CLIENTS, BY_RANK, Axis, Group, Sweep, deviation, group, sweeps
+from sfed.groups import BY_CLIENTS, BY_RANK, Axis, Group, Sweep, group, sweeps
 from sfed.law import FIRST_GRADIENT, OUTPUT, Law, fullest
 from sfed.pictures import PERPLEXITY, SIMILARITIES, Picture, curves, file_name
 from sfed.stories import (
@@ -22,6 +22,7 @@ from sfed.stories import (
     LOSS,
     Reader,
     Story,
+    deviation,
     held_out_reader,
     main_scores,
     perplexity_reader,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfed.figures import Curve
-from sfed.stories import Reader, Story, number
+from sfed.stories import Reader, Story, deviation, number
 
 CLIENTS, RANK = "federated.num_clients", "lora.rank"
 # What moves work around and leaves the numbers as they are.
@@ -46,11 +46,6 @@ class Group:
         """A number of the last evaluated round of each run."""
         ends = [read(story, story.evaluated[-1]) for story in self.stories if story.evaluated]
         return [value for value in ends if value is not None]
-
-
-def deviation(values: Sequence[float]) -> float:
-    """The sample standard deviation (over n - 1), 0 of a single value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def settings(story: Story) -> dict[str, Any]:

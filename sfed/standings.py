@@ -8,12 +8,13 @@ from html import escape
 
 from sfed import metrics
 from sfed.console import duration
-from sfed.groups import BY_CLIENTS, BY_RANK, RANK, Axis, Group, deviation, group
+from sfed.groups import BY_CLIENTS, BY_RANK, RANK, Axis, Group, group
 from sfed.law import Law
 from sfed.stories import (
     KINDS,
     LOSS,
     Story,
+    deviation,
     held_out_reader,
     main_scores,
     number,

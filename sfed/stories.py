@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,3 +259,8 @@ def unit_of(stories: Sequence[Story]) -> str:
     """The unit of the losses in brackets; nothing where runs have different ones."""
     units = {story.unit for story in stories}
     return f" ({units.pop()})" if len(units) == 1 else ""
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation (over n - 1), 0 of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
