@@ -160,9 +160,9 @@ def _costs(story: Story) -> Picture | None:
     ]
     shown = [panel for panel in panels if any(map(any, panel.parts.values()))]
     caption = (
-        "What a round costs: the federated message and, apart from it, what putting the global "
-        "adapter together for evaluation sends; seconds of the parts of a round. Round 0 is the "
-        "state before training."
+        "What a round costs: the federated message and, apart from it, what evaluation sends to "
+        "put the global adapter together and to compare the clients; seconds of its parts. "
+        "Round 0 is the state before training."
     )
     return Picture("cost", caption, figures.stacked(shown)) if shown else None
 
