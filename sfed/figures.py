@@ -7,6 +7,7 @@ readable for colour-blind readers and on a grey print.
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
 
 # Okabe-Ito without its yellow, which is hard to see as a line on white; black is for means.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -53,7 +56,8 @@ class Curve:
     """Points of one line, with one standard deviation to either side where there is one.
 
     Curves with the same label look the same in all panels. ``role`` is mean (thick and black),
-    client (thin), crowd (thin and grey, one legend entry for all) or compared.
+    client (thin), crowd (thin and grey, one legend entry for all), compared, ordered (as compared,
+    in shades from dark to light) or theory (dotted and grey).
     """
 
     label: str
@@ -64,12 +68,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes with curves; ``log`` where the heights differ by more than a factor of 5."""
+    """One pair of axes with curves.
+
+    ``log`` where the heights differ by more than a factor of 5, ``always_log`` in any case.
+    ``x_ticks`` are values on a logarithmic x axis; empty = whole numbers on a linear one.
+    """
 
     title: str
     y_label: str
     curves: Sequence[Curve]
     log: bool = False
+    always_log: bool = False
+    x_label: str = "round"
+    x_ticks: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -83,38 +94,38 @@ class Bars:
     parts: Mapping[str, Sequence[float]]
 
 
-def curves(
-    panels: Sequence[Panel], x_label: str, x_ticks: Sequence[float] = (), *, share_y: bool = False
-) -> bytes:
-    """Draw panels of curves side by side, with one legend at the right.
+def curves(panels: Sequence[Panel], *, share_y: bool = False) -> bytes:
+    """Draw panels of curves in rows, with one legend at the right.
 
     Args:
         panels: what is drawn.
-        x_label: text under each panel.
-        x_ticks: values on a logarithmic x axis; empty = whole numbers on a linear one.
         share_y: give all panels the same y axis, so that they can be compared.
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        grid = figure.subplots(1, len(panels), squeeze=False, sharey=share_y)[0]
+        columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
+        rows = math.ceil(len(panels) / columns)
+        height = 3.6 if rows == 1 else 0.3 + 2.7 * rows
+        figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=share_y).flatten()
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
         looks = _looks(panels)
-        heights = [y for panel in panels for curve in panel.curves for _, y in curve.points]
-        wide = min(heights) > 0 and max(heights) > 5 * min(heights)
         handles: dict[str, Any] = {}
-        for axes, panel in zip(grid, panels, strict=True):
+        for axes, panel in zip(grid, panels, strict=False):
             for curve in panel.curves:
                 handles.setdefault(_plain(curve.label), _draw(axes, curve, looks[curve.label]))
-                _draw_spread(axes, curve, looks[curve.label]["color"], band=not x_ticks)
-            axes.set(title=panel.title, ylabel=panel.y_label, xlabel=x_label)
+                band = not panel.x_ticks
+                _draw_spread(axes, curve, looks[curve.label]["color"], band=band)
+            axes.set(title=panel.title, ylabel=panel.y_label, xlabel=panel.x_label)
             axes.tick_params(labelleft=True)
-            _set_scales(axes, panel, x_ticks, log=panel.log and wide)
+            _set_scales(axes, panel, panels if share_y else [panel])
         return _png(figure, handles)
 
 
 def stacked(panels: Sequence[Bars]) -> bytes:
     """Draw panels of stacked bars side by side; a part looks the same in all panels."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
         names = list(dict.fromkeys(name for panel in panels for name in panel.parts))
         handles: dict[str, Any] = {}
         for axes, panel in zip(
@@ -136,40 +147,48 @@ def stacked(panels: Sequence[Bars]) -> bytes:
 
 def _looks(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
     """Colour, dashes and marker of each label."""
-    labels = dict.fromkeys(
-        curve.label
-        for panel in panels
-        for curve in panel.curves
-        if curve.role in ("client", "compared")
-    )
+    roles = {curve.label: curve.role for panel in panels for curve in panel.curves}
+    named = [label for label, role in roles.items() if role in ("client", "compared", "ordered")]
+    ordered = [label for label, role in roles.items() if role == "ordered"]
     looks: dict[str, dict[str, Any]] = {
         label: {
             "color": LINES[i % len(LINES)],
             "linestyle": DASHES[i % len(DASHES)],
             "marker": MARKERS[i % len(MARKERS)],
+            "first_marker": i,
         }
-        for i, label in enumerate(labels)
+        for i, label in enumerate(named)
     }
-    for panel in panels:
-        for curve in panel.curves:
-            color = _BLACK if curve.role == "mean" else _GREY
-            looks.setdefault(curve.label, {"color": color, "linestyle": "-", "marker": "o"})
+    for i, label in enumerate(ordered):
+        shade = 0.75 * i / max(1, len(ordered) - 1)
+        looks[label]["color"] = to_hex(mpl.colormaps["viridis"](shade))
+    for label, role in roles.items():
+        style = {
+            "color": _BLACK if role == "mean" else _GREY,
+            "linestyle": (0, (1, 2)) if role == "theory" else "-",
+            "marker": "" if role == "theory" else "o",
+            "first_marker": 0,
+        }
+        looks.setdefault(label, style)
     return looks
 
 
 def _draw(axes: Axes, curve: Curve, look: Mapping[str, Any]) -> Any:
-    thick = {"mean": 2.4, "client": 1.0, "crowd": 0.6, "compared": 1.8}[curve.role]
-    size = {"mean": 5.0, "client": 3.0, "crowd": 2.0, "compared": 5.0}[curve.role]
+    thick, size = {"mean": (2.4, 5.0), "client": (1.0, 3.0), "crowd": (0.6, 2.0)}.get(
+        curve.role, (1.3, 0.0) if curve.role == "theory" else (1.8, 5.0)
+    )
     xs, ys = [x for x, _ in curve.points], [y for _, y in curve.points]
     many = len(xs) > MOST_WITH_MARKERS
+    every = max(1, math.ceil(len(xs) / 8)) if curve.role == "ordered" else 1
     (line,) = axes.plot(
         xs,
         ys,
         color=look["color"],
         linestyle=look["linestyle"],
-        marker="" if many else look["marker"],
+        marker="" if many and every == 1 else look["marker"],
         linewidth=thick,
         markersize=size,
+        markevery=(look["first_marker"] % every, every),
         zorder=3 if curve.role == "mean" else 2,
     )
     return line
@@ -208,15 +227,22 @@ def _bars(
     )
 
 
-def _set_scales(axes: Axes, panel: Panel, x_ticks: Sequence[float], *, log: bool) -> None:
-    if log:
+def _set_scales(axes: Axes, panel: Panel, compared: Sequence[Panel]) -> None:
+    """Scales and ticks; ``compared`` are the panels that share the y axis."""
+    heights = [y for one in compared for curve in one.curves for _, y in curve.points]
+    low, high = min(heights), max(heights)
+    if low > 0 and (panel.always_log or (panel.log and high > 5 * low)):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        if high < 10 * low:  # else a flat line looks steep, and there is no tick to read
+            middle = math.sqrt(low * high)
+            axes.set_ylim(middle / 4, middle * 4)
+        subs = (1, 2, 5) if high < 1000 * low else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if x_ticks:
+    if panel.x_ticks:
         axes.set_xscale("log")
-        axes.set_xticks(x_ticks, [f"{tick:g}" for tick in x_ticks])
+        axes.set_xticks(panel.x_ticks, [f"{tick:g}" for tick in panel.x_ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.minorticks_off()
     else:
@@ -224,8 +250,8 @@ def _set_scales(axes: Axes, panel: Panel, x_ticks: Sequence[float], *, log: bool
             MaxNLocator(8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
         )
     if len({x for curve in panel.curves for x, _ in curve.points}) == 1:
-        only = panel.curves[0].points[0][0]
-        axes.set_xlim((only / 2, only * 2) if x_ticks else (only - 1, only + 1))
+        only = next(x for curve in panel.curves for x, _ in curve.points)
+        axes.set_xlim((only / 2, only * 2) if panel.x_ticks else (only - 1, only + 1))
 
 
 def _plain(label: str) -> str:
@@ -245,5 +271,9 @@ def _png(figure: Figure, handles: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in another script
-        FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+        draw: Any = FigureCanvasAgg(figure).print_png  # half the time of savefig, which draws twice
+        draw(buffer)
+    # A palette makes the file a third of its size, and a page holds hundreds of figures.
+    picture, small = Image.open(buffer).convert("RGB"), io.BytesIO()
+    picture.quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(small, "PNG")
+    return small.getvalue()

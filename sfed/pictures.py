@@ -1,37 +1,29 @@
-"""What of a run, and of several runs, is worth a picture. Needs no torch."""
+"""What of a run is worth a picture. Needs no torch."""
 
 from __future__ import annotations
 
-import math
 import re
-import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sfed import figures, metrics
 from sfed.figures import Bars, Curve, Panel
-from sfed.stories import (
-    KINDS,
-    Group,
-    Story,
-    clients_of,
-    deviation,
-    group,
-    number,
-    settings,
-)
+from sfed.stories import KINDS, LOSS, Story, clients_of, natural, number, words_of
 
-LOSS, PERPLEXITY, ROUND = "held-out loss (nats/token)", "perplexity per token", "round"
+PERPLEXITY, ROUND = "perplexity per token", "round"
 BYTES = {"federated message": metrics.UPLOADED_BYTES, "for evaluation": metrics.EVALUATION_BYTES}
 SECONDS = {
     "local training": metrics.LOCAL_SECONDS,
     "aggregate": metrics.AGGREGATE_SECONDS,
     "evaluate": metrics.EVALUATE_SECONDS,
 }
+SIMILARITIES = {"A": "adapter/a_similarity", "B": "adapter/b_similarity"}
+OUTPUT_RMS = "adapter/output_rms"
 _MOST_CLIENT_LINES = 12
 _MOST_LABELS = 16
-_LARGEST_EXPONENT = 700
+
+Change = Callable[[float | None], float | None]
 
 
 @dataclass(frozen=True)
@@ -41,46 +33,74 @@ class Picture:
     name: str
     caption: str
     png: bytes
+    folded: str = ""
+    """Where it stays folded away on the page until it is asked for: under this heading."""
 
 
 def pictures_of(story: Story) -> list[Picture]:
     """All figures of one run for which there are numbers."""
     thin = "each client thin" if len(story.sizes) <= _MOST_CLIENT_LINES else "clients in grey"
-    losses = [_held_out_panel(story, kind, LOSS) for kind in KINDS]
-    perplexities = [_held_out_panel(story, kind, PERPLEXITY, math.exp) for kind in KINDS]
-    training = [
-        _panel(story, "training loss of the round", "nats/token", metrics.TRAIN_LOSS, "train_loss"),
-        _panel(story, "gradient before clipping", "L2 norm", metrics.GRAD_NORM, "grad_norm"),
-    ]
     made = [
-        curves("held-out-loss", f"Held-out loss: mean over clients thick, {thin}.", losses),
+        *(
+            curves(
+                f"score-{file_name(score)}",
+                f"Held-out {words_of(score)}: mean over clients thick, {thin}. Higher is better.",
+                [_held_out_panel(story, kind, score, words_of(score)) for kind in KINDS],
+            )
+            for score in story.scores
+        ),
+        curves(
+            "held-out-loss",
+            f"Held-out loss: mean over clients thick, {thin}.",
+            [_held_out_panel(story, kind, LOSS, f"held-out loss ({story.unit})") for kind in KINDS],
+        ),
         curves(
             "perplexity",
             f"Held-out perplexity, exp(loss): exp of the mean loss thick, {thin}.",
-            perplexities,
-        ),
+            [_held_out_panel(story, kind, LOSS, PERPLEXITY, metrics.perplexity) for kind in KINDS],
+        )
+        if story.by_token
+        else None,
         curves(
             "training",
-            f"Training: mean (loss over tokens, norm over steps) thick, {thin}.",
-            training,
+            f"Training: mean (loss over all, norm over steps) thick, {thin}.",
+            [
+                _panel(
+                    story,
+                    "training loss of the round",
+                    story.unit,
+                    metrics.TRAIN_LOSS,
+                    "train_loss",
+                ),
+                _panel(
+                    story, "gradient before clipping", "L2 norm", metrics.GRAD_NORM, "grad_norm"
+                ),
+            ],
         ),
+        _adapters(story),
         _costs(story),
         _partition(story),
     ]
     return [picture for picture in made if picture is not None]
 
 
-def curves(name: str, caption: str, panels: Sequence[Panel]) -> Picture | None:
+def curves(name: str, caption: str, panels: Sequence[Panel], folded: str = "") -> Picture | None:
     """A picture of the panels that have curves; None where none has."""
     shown = [panel for panel in panels if panel.curves]
     share_y = len({panel.y_label for panel in shown}) == 1
-    return Picture(name, caption, figures.curves(shown, ROUND, share_y=share_y)) if shown else None
+    png = figures.curves(shown, share_y=share_y) if shown else b""
+    return Picture(name, caption, png, folded) if shown else None
+
+
+def file_name(text: str) -> str:
+    """Text as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)
 
 
 def _held_out_panel(
-    story: Story, kind: str, y_label: str, change: Callable[[float], float] | None = None
+    story: Story, kind: str, what: str, y_label: str, change: Change | None = None
 ) -> Panel:
-    keys = f"eval/{kind}_loss_unweighted", f"{kind}_loss"
+    keys = f"eval/{kind}_{what}_unweighted", f"{kind}_{what}"
     return _panel(story, KINDS[kind], y_label, *keys, change)
 
 
@@ -90,7 +110,7 @@ def _panel(
     y_label: str,
     mean_key: str,
     client_key: str,
-    change: Callable[[float], float] | None = None,
+    change: Change | None = None,
 ) -> Panel:
     """The mean thick and each client thin; clients in grey and without names where many."""
     lines: dict[int, list[tuple[float, float]]] = {}
@@ -98,9 +118,9 @@ def _panel(
         entries = [(-1, number(event, mean_key))]
         entries += [(entry["client"], number(entry, client_key)) for entry in clients_of(event)]
         for client, value in entries:
-            if value is not None and (change is None or value < _LARGEST_EXPONENT):
-                point = float(event["round"]), change(value) if change else value
-                lines.setdefault(client, []).append(point)
+            value = change(value) if change else value
+            if value is not None:
+                lines.setdefault(client, []).append((float(event["round"]), value))
     role = "client" if len(story.sizes) <= _MOST_CLIENT_LINES else "crowd"
     curves = [
         Curve("mean over clients", line, role="mean")
@@ -111,6 +131,28 @@ def _panel(
     return Panel(title, y_label, curves, log=change is not None)
 
 
+def _adapters(story: Story) -> Picture | None:
+    """How alike the clients' factors are, and how large the adapters' output is."""
+    similar = [_line(story, f"clients' {factor}", key) for factor, key in SIMILARITIES.items()]
+    size = [_line(story, "output of the adapters", OUTPUT_RMS)]
+    panels = [
+        Panel(
+            "how alike the clients are", "mean pairwise cosine", [c for c in similar if c.points]
+        ),
+        Panel("size of the output", "root mean square", [c for c in size if c.points]),
+    ]
+    caption = (
+        "Adapters: mean cosine over all pairs of clients, of A and of B, after local training and "
+        "before the mean; root mean square of gamma B A x over tokens and layers."
+    )
+    return curves("adapters", caption, panels)
+
+
+def _line(story: Story, label: str, key: str) -> Curve:
+    pairs = [(float(event["round"]), number(event, key)) for event in story.rounds]
+    return Curve(label, [(x, y) for x, y in pairs if y is not None])
+
+
 def _costs(story: Story) -> Picture | None:
     panels = [
         _bars(story, "bytes sent", "MiB", BYTES, 2.0**20),
@@ -118,9 +160,9 @@ def _costs(story: Story) -> Picture | None:
     ]
     shown = [panel for panel in panels if any(map(any, panel.parts.values()))]
     caption = (
-        "What a round costs: the federated message and, apart from it, what putting the global "
-        "adapter together for evaluation sends; seconds of the parts of a round. Round 0 is the "
-        "state before training."
+        "What a round costs: the federated message and, apart from it, what evaluation sends to "
+        "put the global adapter together and to compare the clients; seconds of its parts. "
+        "Round 0 is the state before training."
     )
     return Picture("cost", caption, figures.stacked(shown)) if shown else None
 
@@ -145,7 +187,7 @@ def _partition(story: Story) -> Picture | None:
         common = common[: _MOST_LABELS - 1]
     parts = {
         label: [float(story.labels.get(c, {}).get(label, 0)) for c in clients]
-        for label in sorted(common, key=_natural)
+        for label in sorted(common, key=natural)
     }
     rest = [
         max(0.0, float(story.sizes[c]) - sum(heights[i] for heights in parts.values()))
@@ -156,62 +198,3 @@ def _partition(story: Story) -> Picture | None:
     title = "training examples of each client" + (" by label" if common else "")
     bars = Bars(title, "client", "examples", [float(c) for c in clients], parts)
     return Picture("partition", "Which client holds what.", figures.stacked([bars]))
-
-
-def _natural(label: str) -> list[tuple[int, str]]:
-    """Sort key that puts label 7 before label 28."""
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", label)
-    ]
-
-
-def comparisons(stories: Sequence[Story]) -> list[Picture]:
-    """The figures that hold several runs against each other."""
-    groups = group(stories)
-    caption = "Held-out loss of all runs, unweighted mean over clients." + (
-        " Line: mean over the seeds; band: one standard deviation to either side."
-        if any(len(one.stories) > 1 for one in groups)
-        else ""
-    )
-    panels = [
-        Panel(KINDS[kind], LOSS, [c for one in groups if (c := one.curve(kind)).points])
-        for kind in KINDS
-    ]
-    made = [
-        curves("compare-held-out-loss", caption, panels),
-        _final(stories, "lora.rank", "LoRA rank r"),
-        _final(stories, "federated.num_clients", "number of clients N"),
-    ]
-    return [picture for picture in made if picture is not None]
-
-
-def _final(stories: Sequence[Story], name: str, x_label: str) -> Picture | None:
-    """Final loss against a setting, a line per method; None where the setting does not vary."""
-    placed = [s for s in stories if number({"x": settings(s).get(name)}, "x")]
-    ticks = sorted({float(settings(story)[name]) for story in placed})
-    if len(ticks) < 2:
-        return None
-    panels = []
-    for kind, meaning in KINDS.items():
-        lines = [_final_curve(one, name, kind) for one in group(placed, ignored=[name])]
-        panels.append(Panel(meaning, LOSS, [line for line in lines if line.points]))
-    shown = [panel for panel in panels if panel.curves]
-    if not shown:
-        return None
-    caption = (
-        f"Loss of the last evaluated round against the {x_label}; where there are several seeds, "
-        "their mean and one standard deviation."
-    )
-    png = figures.curves(shown, x_label, ticks, share_y=True)
-    return Picture(f"compare-{name.rpartition('.')[2].replace('_', '-')}", caption, png)
-
-
-def _final_curve(line: Group, name: str, kind: str) -> Curve:
-    by_x: dict[float, list[float]] = {}
-    for story in line.stories:
-        for loss in Group("", [story]).last(kind):
-            by_x.setdefault(float(settings(story)[name]), []).append(loss)
-    points = [(x, statistics.fmean(ys)) for x, ys in sorted(by_x.items())]
-    several = any(len(ys) > 1 for ys in by_x.values())
-    spread = [deviation(by_x[x]) if len(by_x[x]) > 1 else math.nan for x, _ in points]
-    return Curve(line.label, points, spread if several else [])

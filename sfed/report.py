@@ -1,41 +1,41 @@
 """Report: ``python -m sfed.report RUN [RUN ...]`` turns run folders into one ``report.html``.
 
-The page holds its figures and loads nothing. It works on a run that is still going on. Needs no
-torch.
+A folder of runs stands for all runs in it. The page holds its figures and loads nothing. It works
+on a run that is still going on. Needs no torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import math
 import re
-import statistics
 import sys
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import NoReturn
 
-from sfed import cli, metrics
+from sfed import cli, standings, tables
 from sfed.cli import UserError
-from sfed.console import duration
-from sfed.pictures import Picture, comparisons, pictures_of
-from sfed.stories import (
-    KINDS,
-    Group,
-    Story,
-    clients_of,
-    deviation,
-    group,
-    held_out,
-    look,
-    number,
-    read_story,
-)
+from sfed.compare import comparisons, law_pictures
+from sfed.law import Law, laws
+from sfed.pictures import Picture, pictures_of
+from sfed.stories import Story, find_runs, number, read_story
+from sfed.tables import show
 
-MEANS = {"unweighted": "_unweighted", "by training examples": "_by_examples", "by tokens": ""}
-_NONE = "\N{EN DASH}"
+_ABOUT_THE_LAW = (
+    "A starts as the mean of N independent draws (mean of N), as one draw for all (shared), or as "
+    "independent draws that are not averaged (apart). Slopes are log-log, by least squares over N "
+    "at each fixed r and over r at each fixed N: the mean of these fits and, where there are "
+    "several, the lowest and the highest; of seeds the logarithms are averaged. First gradient "
+    "norm: of the first step of round 1, before clipping, mean over clients. Output squared: mean "
+    "square of gamma B A x over tokens and layers. Theory holds for B = 0 at the start, small "
+    "steps, r well above N and wide layers, under SGD only where no step was clipped. Under Adam "
+    "the slope of the output over r comes out lower in layers of finite width: by about 0.3 in "
+    "linear layers of width 256."
+)
+_SEVERAL = 8
 _CSS = """
 body { font: 15px/1.45 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #111;
   background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -43,134 +43,25 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { fon
 table { border-collapse: collapse; margin: .5rem 0; font-size: .9rem; }
 th, td { text-align: left; padding: .15rem .8rem .15rem 0; border-bottom: 1px solid #ddd;
   vertical-align: top; }
-th:empty { padding: 0; } th { font-weight: 600; border-bottom: 1.5px solid #111; }
+th:empty { padding: 0; } .over { text-align: center; } .over:empty { border-bottom: 0; }
+.law { font-size: .8rem; } .law td, .law th { white-space: nowrap; padding-right: .6rem; }
+sup { line-height: 0; } .wide { overflow-x: auto; } details { margin: 1rem 0; }
+summary { cursor: pointer; }
+.samples { width: 100%; } .samples td { width: 30%; padding-right: 1rem; }
+.samples td:first-child { width: 10%; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+th { font-weight: 600; border-bottom: 1.5px solid #111; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; }
 figcaption, .note { color: #444; font-size: .85rem; }
 @media print {
   @page { margin: 15mm; } body { max-width: none; margin: 0; padding: 0; font-size: 10pt; }
   section + section { break-before: page; } h2, h3 { break-after: avoid; }
-  figure, tr { break-inside: avoid; } a { color: inherit; text-decoration: none; } }
+  table, .law { font-size: 7pt; } th, td { padding-right: .4rem; } .wide { overflow: visible; }
+  details::details-content { content-visibility: visible; }
+  details > summary { list-style: none; } figure, tr { break-inside: avoid; }
+  a { color: inherit; text-decoration: none; } }
 """
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A table of cells that are HTML already; all columns but the first ``words`` are numbers."""
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        inner = "".join(
-            f"<{tag}{'' if i < words else ' class=n'}>{cell}</{tag}>"
-            for i, cell in enumerate(cells)
-        )
-        return f"<tr>{inner}</tr>"
-
-    body = "\n".join(line("td", row) for row in rows)
-    return f"<table><thead>{line('th', head)}</thead>\n<tbody>{body}</tbody></table>"
-
-
-def show(value: float | None, form: str = ".4f") -> str:
-    """A number as text, a dash for None."""
-    if value is None:
-        return _NONE
-    return f"{value:.4g}" if form == ".4f" and abs(value) >= 1e4 else f"{value:{form}}"
-
-
-def clients_table(story: Story) -> str:
-    """Each client before training and after the last evaluated round."""
-    if not story.evaluated:
-        return "<p>No round has been evaluated yet.</p>"
-    last, first = story.evaluated[-1], story.evaluated[0]
-    before = clients_of(first) if first["round"] == 0 else []
-    old = {entry["client"]: number(entry, "eval_loss") for entry in before}
-    rows = []
-    for entry in clients_of(last):
-        was, now = old.get(entry["client"]), number(entry, "eval_loss")
-        change = f"{100 * (now / was - 1):+.1f} %" if was and now is not None else _NONE
-        rows.append(
-            [
-                str(entry["client"]),
-                escape(story.holds(entry["client"])) or _NONE,
-                show(number(entry, "examples"), ",.0f"),
-                show(was),
-                show(now),
-                change,
-                show(number(entry, "global_loss")),
-            ]
-        )
-    head = ["client", "holds", "examples", "before", "after", "change", "global adapter"]
-    return (
-        f"<h3>Each client after round {last['round']}</h3>{table(head, rows, words=2)}"
-        "<p class=note>Held-out loss in nats per token; before = before any training, global "
-        "adapter = its loss on this client's data.</p>"
-    )
-
-
-def means_table(story: Story) -> str:
-    """Means over clients after the last evaluated round, and the best round beside them."""
-    if not story.evaluated:
-        return ""
-    last = story.evaluated[-1]
-    rows = []
-    for kind, meaning in KINDS.items():
-        if held_out(last, kind) is None:
-            continue
-        all_rounds = [(x, e["round"]) for e in story.evaluated if (x := held_out(e, kind))]
-        best, at = min(all_rounds)
-        means = [show(held_out(last, kind, mean)) for mean in MEANS.values()]
-        rows.append([meaning, *means, f"{show(best)} (round {at})"])
-    head = ["adapter and data", *MEANS, "best round, unweighted"]
-    return (
-        f"<h3>Means over clients after round {last['round']}</h3>{table(head, rows)}"
-        "<p class=note>Held-out loss in nats per token. The result is that of the last round; the "
-        "best round is chosen with the held-out data itself, and so looks too good.</p>"
-    )
-
-
-def facts_table(story: Story) -> str:
-    """What was run, in two columns."""
-    config, last = story.config, story.rounds[-1] if story.rounds else {}
-    speeds = [v for e in story.rounds if (v := number(e, metrics.TOKENS_PER_SECOND))]
-    peaks = [v for e in story.rounds if (v := number(e, metrics.PEAK_BYTES))]
-    model, task, kind = (
-        str(look(config, name) or _NONE) for name in ("model.name", "data.task", "partition.kind")
-    )
-    facts = {
-        "rounds": story.progress,
-        "model, data, partition": f"{model}, {task}, {kind}",
-        "seed": show(number(config, "seed"), ".0f"),
-        "training examples": show(float(sum(story.sizes.values())) or None, ",.0f"),
-        "numbers in an adapter": show(number(config, "resolved.adapter_parameters"), ",.0f"),
-        "processes": f"{show(number(config, 'resolved.world_size'), '.0f')} "
-        f"({look(config, 'resolved.device') or _NONE}, {look(config, 'resolved.dtype') or _NONE})",
-        "training loss of the last round": show(number(last, metrics.TRAIN_LOSS)),
-        "time of all rounds": duration(total(story, metrics.ROUND_SECONDS)),
-        "sent by the federation": mebibytes(total(story, metrics.UPLOADED_BYTES)),
-        "median speed": f"{statistics.median(speeds):,.0f} tokens/s" if speeds else _NONE,
-        "most memory of a process": mebibytes(max(peaks)) if peaks else _NONE,
-    }
-    return table(["", ""], [[escape(name), escape(text)] for name, text in facts.items()], words=2)
-
-
-def total(story: Story, key: str) -> float:
-    """The sum of a number over all rounds."""
-    return math.fsum(number(event, key) or 0.0 for event in story.rounds)
-
-
-def mebibytes(size: float) -> str:
-    """Bytes as MiB with three digits."""
-    return f"{size / 2**20:.3g} MiB" if size < 1000 * 2**20 else f"{size / 2**20:,.0f} MiB"
-
-
-def excluded_note(story: Story) -> str:
-    """Who was left out of a mean because its numbers were not finite."""
-    left_out = [
-        f"client {entry['client']} in round {event['round']}"
-        for event in story.rounds
-        for entry in clients_of(event)
-        if entry.get("excluded") is True
-    ]
-    text = ", ".join(left_out[:20]) + (", ..." if len(left_out) > 20 else "")
-    return f"<p><b>Left out of the mean, not finite:</b> {text}.</p>" if left_out else ""
 
 
 def heading(story: Story) -> str:
@@ -183,66 +74,46 @@ def heading(story: Story) -> str:
 
 
 def images(pictures: Sequence[Picture]) -> str:
-    """Figures with their captions; the numbers are in the page itself."""
-    return "\n".join(
-        f'<figure><img alt="{escape(p.caption)}" src="data:image/png;base64,'
-        f'{base64.b64encode(p.png).decode()}"><figcaption>{escape(p.caption)}</figcaption></figure>'
-        for p in pictures
+    """Figures with their captions, some folded; the numbers are in the page itself."""
+    parts = []
+    for folded, members in groupby(pictures, key=lambda picture: picture.folded):
+        html = "\n".join(map(_image, members))
+        heading = f"<summary>{escape(folded)}</summary>"
+        parts.append(f"<details>{heading}{html}</details>" if folded else html)
+    return "\n".join(parts)
+
+
+def _image(picture: Picture) -> str:
+    caption, data = escape(picture.caption), base64.b64encode(picture.png).decode()
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
 def run_section(story: Story, anchor: str, pictures: Sequence[Picture]) -> str:
     """All about one run."""
     return (
-        f'<section id="{anchor}"><h2>{escape(heading(story))}</h2>\n{facts_table(story)}'
-        f"{excluded_note(story)}{means_table(story)}{clients_table(story)}"
-        f"<h3>Figures</h3>{images(pictures)}</section>"
+        f'<section id="{anchor}"><h2>{escape(heading(story))}</h2>\n{tables.facts_table(story)}'
+        f"{tables.excluded_note(story)}{tables.means_table(story)}{tables.clients_tables(story)}"
+        f"<h3>Figures</h3>{images(pictures)}{tables.samples_table(story)}</section>"
     )
 
 
 def comparison_section(stories: Sequence[Story], pictures: Sequence[Picture]) -> str:
     """Several runs against each other."""
-    rows = [
-        [
-            f'<a href="#run-{i}">{escape(story.name)}</a>',
-            escape(story.method),
-            show(number(story.config, "seed"), ".0f"),
-            show(story.num_clients, "g"),
-            show(number(story.config, "lora.rank"), "g"),
-            show(number(story.config, "resolved.gamma"), ".4g"),
-            str(story.evaluated[-1]["round"]) if story.evaluated else _NONE,
-            *(show(next(iter(Group("", [story]).last(kind)), None)) for kind in KINDS),
-            mebibytes(total(story, metrics.UPLOADED_BYTES)),
-            duration(total(story, metrics.ROUND_SECONDS)),
-        ]
-        for i, story in enumerate(stories, start=1)
-    ]
-    head = ["run", "method", "seed", "N", "r", "gamma", "round", *KINDS, "sent", "time"]
-    seeds = [
-        [escape(one.label), str(len(one.stories)), *(_mean_and_deviation(one, k) for k in KINDS)]
-        for one in group(stories)
-        if len(one.stories) > 1
-    ]
-    over = ["settings", "seeds", *KINDS]
     return (
-        "<section><h2>Comparison</h2>"
-        f"{table(head, rows, words=2)}<p class=note>personal and global: held-out loss of the last "
-        "evaluated round in nats per token, unweighted mean over clients.</p>"
-        + (
-            f"<h3>Runs that differ only in the seed</h3>{table(over, seeds)}"
-            "<p class=note>Mean over the runs and one standard deviation (n - 1).</p>"
-            if seeds
-            else ""
-        )
-        + f"{images(pictures)}</section>"
+        f"<section><h2>Comparison</h2>{standings.runs_table(stories)}{standings.seeds_table(stories)}"
+        f"{images(pictures)}</section>"
     )
 
 
-def _mean_and_deviation(one: Group, kind: str) -> str:
-    losses = one.last(kind)
-    if not losses:
-        return _NONE
-    return f"{show(statistics.fmean(losses))} ± {show(deviation(losses))}"
+def law_section(found: Sequence[Law], pictures: Sequence[Picture]) -> str:
+    """Growth with N and r beside what theory says."""
+    return (
+        f"<section><h2>The law: growth with N and r</h2>{standings.law_table(found)}"
+        f"<p class=note>{_ABOUT_THE_LAW}</p>{images(pictures)}</section>"
+    )
 
 
 def page(title: str, sections: Sequence[str]) -> str:
@@ -267,7 +138,10 @@ def write_report(stories: Sequence[Story], out: Path) -> Path:
     if several:
         compared = comparisons(stories)
         sections.append(comparison_section(stories, compared))
-        written += [(picture.name, picture.png) for picture in compared]
+        found = laws(stories)
+        drawn = law_pictures(found)
+        sections += [law_section(found, drawn)] if found else []
+        written += [(picture.name, picture.png) for picture in (*compared, *drawn)]
     for i, story in enumerate(stories, start=1):
         pictures = pictures_of(story)
         prefix = f"{i:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', story.name)}-" if several else ""
@@ -297,18 +171,25 @@ def main(arguments: Sequence[str]) -> None:
         description="Make one self-contained report.html, and figures/*.png, of run folders.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="*", metavar="RUN", type=Path, help="a run folder")
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", type=Path, help="a run folder, or a folder of run folders"
+    )
     parser.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
-        help="where to write; default: the run's own folder, or ./report for several runs",
+        help="where to write; default: the one folder that is given, or ./report for several",
     )
     options = parser.parse_args(list(arguments))
-    stories = [read_story(run) for run in {run.resolve(): run for run in options.runs}.values()]
-    if not stories:
+    given = {folder.resolve(): folder for folder in options.runs}
+    if not given:
         raise UserError("no runs given; name run folders, such as runs/demo, or see --help")
-    out = options.out or (Path("report") if len(stories) > 1 else stories[0].folder)
+    runs = {run.resolve(): run for folder in given.values() for run in find_runs(folder)}
+    stories = [read_story(run) for run in runs.values()]
+    if len(stories) > _SEVERAL:
+        sys.stdout.write(f"drawing  {len(stories)} runs, about two seconds each\n")
+        sys.stdout.flush()
+    out = options.out or (Path("report") if len(given) > 1 else next(iter(given)))
     path = write_report(stories, out)
     sys.stdout.write(f"report   {path}\nfigures  {path.parent / 'figures'}\n")
 

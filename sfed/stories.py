@@ -1,27 +1,26 @@
-"""Run folders as they are on disk, finished or still going on, and runs that belong together.
-
-Needs no torch.
-"""
+"""Run folders as they are on disk, finished or still going on. Needs no torch."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sfed import metrics
 from sfed.cli import UserError
-from sfed.figures import Curve
 
 Event = Mapping[str, Any]
 KINDS = {
     "personal": "each client's own adapter, its own data",
     "global": "global adapter, everybody's data",
 }
+LOSS = "loss"
+_SQUARED_ERROR_SCORES = ("pearson", "spearman")
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,36 @@ class Story:
 
     @property
     def evaluated(self) -> list[Event]:
-        """The rounds with a held-out loss."""
+        """The rounds with a held-out loss or score."""
         return [
             event
             for event in self.rounds
-            if any(held_out(event, kind) is not None for kind in KINDS)
+            if any(held_out(event, kind, what) is not None for kind in KINDS for what in self.held)
         ]
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of the task's scores, the main one first; none where losses are all there is."""
+        names = look(self.config, "resolved.scores")
+        return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+    @property
+    def held(self) -> list[str]:
+        """All that is measured on held-out data: scores, then the loss."""
+        return [*self.scores, LOSS]
+
+    @property
+    def by_token(self) -> bool:
+        """Whether losses are nats per token, so that exp(loss) is a perplexity."""
+        return look(self.config, "resolved.loss_unit") in (None, "token")
+
+    @property
+    def unit(self) -> str:
+        """Unit of the losses."""
+        if self.by_token:
+            return "nats/token"
+        main = self.scores[:1]
+        return "squared error" if main and main[0] in _SQUARED_ERROR_SCORES else "nats/example"
 
     @property
     def method(self) -> str:
@@ -101,9 +124,35 @@ def number(data: Any, dotted: str) -> float | None:
     return float(value) if usable and math.isfinite(value) else None
 
 
-def held_out(event: Event, kind: str, mean: str = "_unweighted") -> float | None:
-    """The held-out loss of a round: mean over clients, unweighted unless told otherwise."""
-    return number(event, f"eval/{kind}_loss{mean}")
+def held_out(event: Event, kind: str, what: str = LOSS, mean: str = "_unweighted") -> float | None:
+    """A held-out loss or score of a round: mean over clients, unweighted unless told otherwise."""
+    return number(event, f"eval/{kind}_{what}{mean}")
+
+
+def words_of(score: str) -> str:
+    """The name of a score as words."""
+    return " ".join(score.replace("_", " ").split())
+
+
+Reader = Callable[[Story, Event], float | None]
+"""Takes one number out of a round of a run."""
+
+
+def reader(key: str) -> Reader:
+    """Read the number under a key of the round."""
+    return lambda _, event: number(event, key)
+
+
+def held_out_reader(kind: str, what: str = LOSS) -> Reader:
+    """Read a held-out loss or score, the unweighted mean over clients."""
+    return lambda _, event: held_out(event, kind, what)
+
+
+def perplexity_reader(kind: str) -> Reader:
+    """Read exp(loss) where losses are nats per token."""
+    return lambda story, event: (
+        metrics.perplexity(held_out(event, kind)) if story.by_token else None
+    )
 
 
 def clients_of(event: Event) -> list[Event]:
@@ -125,9 +174,10 @@ def read_story(folder: Path) -> Story:
     if not folder.is_dir():
         raise UserError(f"the run folder {str(folder)!r} does not exist")
     if not (folder / "metrics.jsonl").is_file():
-        inside = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
-        hint = f"; there are runs in it: {', '.join(inside)}" if inside else ""
-        raise UserError(f"{str(folder)!r} holds no metrics.jsonl, so it is no run folder{hint}")
+        raise UserError(
+            f"{str(folder)!r} holds no metrics.jsonl and no folder in it does, so it is no run "
+            "folder and no folder of runs"
+        )
     try:
         found = list(metrics.read_events(folder / "metrics.jsonl"))
     except (OSError, UnicodeDecodeError) as error:
@@ -169,89 +219,48 @@ def _counts(part: Event) -> dict[str, int]:
     return {str(label): count for label, count in pairs if isinstance(count, int) and count > 0}
 
 
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in nothing but the seed."""
+def last_samples(story: Story) -> tuple[int, list[tuple[int, Event]]]:
+    """The last round with generated text, and (client, sample) pairs; round 0 and none without."""
+    for event in reversed(story.rounds):
+        found: list[tuple[int, Event]] = [
+            (entry["client"], sample)
+            for entry in clients_of(event)
+            if isinstance(entry.get("samples"), list)
+            for sample in entry["samples"]
+            if isinstance(sample, dict)
+        ]
+        if found:
+            return int(event["round"]), found
+    return 0, []
 
-    label: str
-    stories: Sequence[Story]
 
-    def curve(self, kind: str) -> Curve:
-        """Mean over the seeds of the held-out loss, for the rounds that all of them have."""
-        by_round: dict[float, list[float]] = {}
-        for story in self.stories:
-            for event in story.rounds:
-                if (loss := held_out(event, kind)) is not None:
-                    by_round.setdefault(float(event["round"]), []).append(loss)
-        whole = {x: ys for x, ys in sorted(by_round.items()) if len(ys) == len(self.stories)}
-        spread = [deviation(ys) for ys in whole.values()] if len(self.stories) > 1 else []
-        return Curve(self.label, [(x, statistics.fmean(ys)) for x, ys in whole.items()], spread)
+def find_runs(folder: Path) -> list[Path]:
+    """The folder itself, or the run folders in it; what a newer run put aside is left out."""
+    if (folder / "metrics.jsonl").is_file():
+        return [folder]
+    inside = (path.parent for path in folder.glob("*/metrics.jsonl"))
+    kept = [run for run in inside if not re.search(r"\.old-\d+$", run.name)]
+    return sorted(kept, key=lambda run: natural(run.name)) or [folder]
 
-    def last(self, kind: str) -> list[float]:
-        """Losses of the last evaluated round of each run."""
-        ends = [held_out(story.evaluated[-1], kind) for story in self.stories if story.evaluated]
-        return [loss for loss in ends if loss is not None]
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """Sort key that puts label 7 before label 28."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)
+    ]
+
+
+def main_scores(stories: Sequence[Story]) -> list[str]:
+    """The main score of each run; a single name as a rule."""
+    return list(dict.fromkeys(story.scores[0] for story in stories if story.scores))
+
+
+def unit_of(stories: Sequence[Story]) -> str:
+    """The unit of the losses in brackets; nothing where runs have different ones."""
+    units = {story.unit for story in stories}
+    return f" ({units.pop()})" if len(units) == 1 else ""
 
 
 def deviation(values: Sequence[float]) -> float:
     """The sample standard deviation (over n - 1), 0 of a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def settings(story: Story) -> dict[str, Any]:
-    """What may set a run apart from another, as dotted names; N as it was in fact."""
-    flat: dict[str, Any] = {"federated.num_clients": story.num_clients}
-    for section, values in story.config.items():
-        if section not in ("resolved", "versions", "output", "seed"):
-            pairs = values.items() if isinstance(values, dict) else ()
-            flat |= {f"{section}.{name}": value for name, value in pairs}
-    flat["federated.num_clients"] = story.num_clients
-    return flat
-
-
-def group(stories: Sequence[Story], ignored: Sequence[str] = ()) -> list[Group]:
-    """Put runs together that differ only in the seed (and in ``ignored`` settings).
-
-    Two runs with equal settings and an equal seed are no repetition: each is a group of its own.
-    """
-    found: list[tuple[str, list[Story]]] = []
-    for story in stories:
-        kept = {key: value for key, value in settings(story).items() if key not in ignored}
-        key = json.dumps(kept, sort_keys=True)
-        for known, members in found:
-            seeds = [member.config.get("seed") for member in members]
-            if known == key and (ignored or story.config.get("seed") not in seeds):
-                members.append(story)
-                break
-        else:
-            found.append((key, [story]))
-    differing = _differing([json.loads(key) for key, _ in found])
-    labels = [_label(members[0], differing) for _, members in found]
-    return [
-        Group(label if labels.count(label) == 1 else f"{label}, {members[0].name}", members)
-        for label, (_, members) in zip(labels, found, strict=True)
-    ]
-
-
-def _differing(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = dict.fromkeys(name for one in all_settings for name in one)
-    return [
-        name
-        for name in names
-        if name != "federated.method"
-        and len({json.dumps(one.get(name), sort_keys=True) for one in all_settings}) > 1
-    ]
-
-
-def _label(story: Story, differing: Sequence[str]) -> str:
-    values = settings(story)
-    short = {"federated.num_clients": "N", "lora.rank": "r"}
-    words = [
-        f"{short.get(name, name.rpartition('.')[2])} = {_short(values.get(name))}"
-        for name in sorted(differing, key=lambda name: name not in short)[:3]
-    ]
-    return ", ".join([story.method, *words])
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)

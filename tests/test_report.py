@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from sfed import report, stories
+from sfed import figures as figures_module
+from sfed import groups, report, stories, tables
 from sfed.cli import UserError
+from sfed.compare import comparisons
+from tests.run_folders import write_events, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
+PERSONAL = stories.held_out_reader("personal")
 SINGLE = {"held-out-loss", "perplexity", "training", "cost", "partition"}
 
 
@@ -91,11 +95,6 @@ def make_run(
     return folder
 
 
-def write_events(folder: Path, events: list[dict]) -> None:
-    text = "".join(json.dumps(event) + "\n" for event in events)
-    (folder / "metrics.jsonl").write_text(text)
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     losses = [[2.0, 3.0], [1.0, 1.5], [1.2, 1.7]]
@@ -137,6 +136,12 @@ def test_the_last_round_counts_and_the_best_is_named_so(run: Path) -> None:
     assert "Means over clients after round 2" in words
     assert "its own data 1.4500 1.4520 1.4510 1.2500 (round 1)" in words
     assert "best round, unweighted" in words
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Figures are made but not drawn, which is most of the time; for tests that read words."""
+    monkeypatch.setattr(figures_module, "_png", lambda *_: b"\x89PNG")
 
 
 class Loads(HTMLParser):
@@ -221,6 +226,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in figures(tmp_path / "out"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_seeds_are_compared_by_mean_and_standard_deviation(tmp_path: Path) -> None:
     ends = [1.0, 1.1, 1.3]
     seeds = [
@@ -231,27 +237,28 @@ def test_seeds_are_compared_by_mean_and_standard_deviation(tmp_path: Path) -> No
     # mean 3.4 / 3; squares of deviations add up to 0.046667, over n - 1 = 2: 0.023333
     assert "sfed 3 1.1333 ± 0.1528 1.6333 ± 0.1528" in words
     assert "compare-held-out-loss" in figures(tmp_path / "out")
-    groups = stories.group([stories.read_story(folder) for folder in (*seeds, other)])
-    assert [len(one.stories) for one in groups] == [3, 1]
-    curve = groups[0].curve("personal")
+    found = groups.group([stories.read_story(folder) for folder in (*seeds, other)])
+    assert [len(one.stories) for one in found] == [3, 1]
+    curve = found[0].curve(PERSONAL)
     assert curve.points == [(0.0, 2.0), (1.0, pytest.approx(1.1333333))]
     assert list(curve.spread) == [0.0, pytest.approx(0.1527525)]
-    assert not groups[1].curve("personal").spread, "one run has no standard deviation"
+    assert not found[1].curve(PERSONAL).spread, "one run has no standard deviation"
 
 
 def test_a_repetition_with_the_same_seed_is_no_second_seed(tmp_path: Path) -> None:
     twins = [make_run(tmp_path / name, [[2.0, 2.0]]) for name in ("a", "b")]
-    groups = stories.group([stories.read_story(folder) for folder in twins])
-    assert [one.label for one in groups] == ["sfed, a", "sfed, b"]
+    found = groups.group([stories.read_story(folder) for folder in twins])
+    assert [one.label for one in found] == ["sfed, a", "sfed, b"]
 
 
 def test_the_mean_of_seeds_stops_where_one_of_them_stops(tmp_path: Path) -> None:
     long = make_run(tmp_path / "long", [[2.0], [1.0], [0.5]], seed=0)
     short = make_run(tmp_path / "short", [[2.0], [1.0]], seed=1)
-    (one,) = stories.group([stories.read_story(long), stories.read_story(short)])
-    assert [x for x, _ in one.curve("global").points] == [0.0, 1.0]
+    (one,) = groups.group([stories.read_story(long), stories.read_story(short)])
+    assert [x for x, _ in one.curve(stories.held_out_reader("global")).points] == [0.0, 1.0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_final_loss_against_rank_and_clients_where_they_vary(tmp_path: Path) -> None:
     folders = [
         make_run(tmp_path / f"{method}-{rank}", [[2.0, 2.0], [1.0, 1.0]], method=method, rank=rank)
@@ -259,11 +266,16 @@ def test_final_loss_against_rank_and_clients_where_they_vary(tmp_path: Path) -> 
         for rank in (4, 64)
     ]
     make_report(*folders, "--out", tmp_path / "a")
-    assert "compare-rank" in figures(tmp_path / "a")
-    assert "compare-num-clients" not in figures(tmp_path / "a")
-    more = make_run(tmp_path / "more", [[2.0] * 5, [1.0] * 5])
-    make_report(*folders, more, "--out", tmp_path / "b")
-    assert "compare-num-clients" in figures(tmp_path / "b")
+    assert "final-loss-by-rank" in figures(tmp_path / "a")
+    assert "final-perplexity-by-rank" in figures(tmp_path / "a")
+    assert "compare-grad-norm-by-rank" in figures(tmp_path / "a")
+    assert not any("by-num-clients" in name for name in figures(tmp_path / "a"))
+    other = make_run(tmp_path / "other", [[2.0] * 5, [1.0] * 5])
+    make_report(*folders, other, "--out", tmp_path / "b")
+    assert not any("by-num-clients" in name for name in figures(tmp_path / "b")), "no equal r"
+    more = make_run(tmp_path / "more", [[2.0] * 5, [1.0] * 5], rank=64)
+    make_report(*folders, more, "--out", tmp_path / "c")
+    assert "final-loss-by-num-clients" in figures(tmp_path / "c")
 
 
 def test_several_runs_go_to_a_folder_of_their_own(run: Path, tmp_path: Path, monkeypatch) -> None:
@@ -273,6 +285,167 @@ def test_several_runs_go_to_a_folder_of_their_own(run: Path, tmp_path: Path, mon
     assert (tmp_path / "report" / "report.html").is_file()
     assert {"01-one-cost", "02-one-cost"} <= figures(tmp_path / "report"), "equal names"
     assert not (run / "report.html").exists()
+
+
+GLUE = {"scores": ("accuracy", "f1"), "loss_unit": "example"}
+
+
+def test_scores_stand_in_the_tables_and_figures(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "mrpc", num_clients=2, **GLUE)
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for event, ends in zip(events, ([0.5, 0.6], [0.9, 0.7], [0.7, 0.8], [0.8, 0.6]), strict=True):
+        for entry, value in zip(event["clients"], ends, strict=True):
+            entry["personal_accuracy"] = value
+        event["eval/personal_accuracy_unweighted"] = statistics.fmean(ends)
+        event["eval/personal_accuracy_by_examples"] = 0.71
+        event["eval/personal_accuracy"] = 0.72
+    write_events(run, events)
+    words = text_of(make_report(run))
+    # unweighted, by training examples, pooled, and the first of the best rounds only beside them
+    assert "accuracy each client's own adapter, its own data 0.7000 0.7100 0.7200 0.8000" in words
+    assert "0.8000 (round 1)" in words
+    assert "0 yes 60 %, no 40 % 100 0.5000 0.8000 +0.3000" in words
+    assert "1 yes 62 %, no 38 % 105 0.6000 0.6000 +0.0000" in words
+    assert "loss (nats/example)" in words
+    assert "over all held-out examples together" in words
+    found = figures(run)
+    assert {"score-accuracy", "score-f1", "held-out-loss", "adapters"} <= found
+    assert "perplexity" not in found, "losses are not by token"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_scores_may_be_undefined(tmp_path: Path) -> None:
+    names = ("pearson", "spearman")
+    run = write_run(tmp_path / "stsb", scores=names, loss_unit="example", num_clients=2)
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for event in events:
+        for mean in ("", "_unweighted", "_by_examples"):
+            event[f"eval/personal_pearson{mean}"] = None
+        for entry in event["clients"]:
+            entry["personal_pearson"] = None
+    write_events(run, events)
+    words = text_of(make_report(run))
+    assert "loss (squared error)" in words
+    assert "pearson global adapter, everybody's data" in words, "the other adapter has it"
+    other = write_run(tmp_path / "other", scores=names, loss_unit="example", num_clients=2, seed=1)
+    words = text_of(make_report(run, other, "--out", tmp_path / "out"))
+    assert "0 2 8 1 3 \N{EN DASH} 0." in words
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_seeds_have_means_of_scores(tmp_path: Path) -> None:
+    seeds = [
+        write_run(tmp_path / f"s{i}", seed=i, num_clients=2, rounds=1, **GLUE) for i in range(2)
+    ]
+    for i, seed in enumerate(seeds):
+        events = [json.loads(line) for line in (seed / "metrics.jsonl").read_text().splitlines()]
+        events[-1]["eval/personal_accuracy_unweighted"] = 0.7 + 0.1 * i
+        write_events(seed, events)
+    words = text_of(make_report(*seeds, "--out", tmp_path / "out"))
+    assert "sfed 2 0.7500 ± 0.0707" in words
+    assert "compare-accuracy" in figures(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_of_different_tasks_are_compared_by_their_own_main_score(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "sst2", scores=("accuracy",), task="sst2", loss_unit="example")
+    b = write_run(tmp_path / "cola", scores=("matthews", "accuracy"), task="cola")
+    old = make_run(tmp_path / "old", [[2.0, 3.0], [1.0, 1.0]])
+    words = text_of(make_report(a, b, old, "--out", tmp_path / "out"))
+    assert "main score loss run method" in words, "losses have different units"
+    assert re.search(r"cola sfed 0 4 8 1\.414 3 0\.\d+ matthews", words)
+    assert re.search(r"sst2 sfed 0 4 8 1\.414 3 0\.\d+ accuracy", words)
+    assert {"compare-accuracy", "compare-matthews"} <= figures(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_many_runs_become_small_multiples(tmp_path: Path) -> None:
+    for method in ("sfed", "fedsa", "fedsa-rslora"):
+        for rank in (4, 64):
+            for clients in (2, 3):
+                write_run(
+                    tmp_path / "sweep" / f"{method}-{rank}-{clients}",
+                    method=method, rank=rank, num_clients=clients, rounds=2, **GLUE,
+                )  # fmt: skip
+    html = make_report(tmp_path / "sweep")
+    found = {name for name in figures(tmp_path / "sweep") if not name[0].isdigit()}
+    for other, letter, value in (("rank", "N", 2), ("num-clients", "r", 4)):
+        for name in ("grad-norm", "accuracy", "loss"):
+            assert f"compare-{name}-by-{other}" in found, "the largest other value"
+            assert f"compare-{name}-by-{other}-{letter}-{value}" in found
+        assert {f"final-accuracy-by-{other}", f"final-accuracy-by-{other}-global"} <= found
+    assert not {"compare-held-out-loss", "compare-accuracy"} & found, "12 lines are too many"
+    assert "compare-f1-by-rank" not in found, "the main score only"
+    assert "<summary>Accuracy by r: other values of N</summary>" in html
+    assert html.count("<details>") == html.count("</details>") > 3
+
+
+def test_small_multiples_are_drawn(tmp_path: Path) -> None:
+    """Four panels in two rows, a rank that a method lacks, seeds, a gradient of zero."""
+    for method, rank in (("sfed", 4), ("sfed", 64), ("fedsa", 64), ("fedsa-rslora", 8)):
+        for seed in (0, 1):
+            write_run(
+                tmp_path / "sweep" / f"{method}-{rank}-{seed}",
+                method=method, rank=rank, seed=seed, rounds=1, num_clients=1,
+            )  # fmt: skip
+    write_run(tmp_path / "sweep" / "local", method="local", rank=64, num_clients=1, rounds=1)
+    found = comparisons([stories.read_story(run) for run in stories.find_runs(tmp_path / "sweep")])
+    sizes = {p.name: struct.unpack(">II", p.png[16:24]) for p in found}
+    assert sizes["compare-grad-norm-by-rank"][1] > 700, "two rows"
+    assert sizes["final-loss-by-rank"][1] < 600, "one row"
+
+
+def test_settings_that_only_move_work_do_not_break_a_sweep(tmp_path: Path) -> None:
+    for rank in (4, 64):
+        settings = {"federated.clients_per_pass": rank, "train.micro_batch_size": rank}
+        write_run(tmp_path / f"r{rank}", rank=rank, settings=settings)
+    found = [stories.read_story(tmp_path / f"r{rank}") for rank in (4, 64)]
+    assert [list(one.cells) for one in groups.sweeps(found)] == [[(4.0, 4.0), (4.0, 64.0)]]
+    write_run(tmp_path / "lr", rank=128, settings={"train.lr": 0.5})
+    found.append(stories.read_story(tmp_path / "lr"))
+    assert [one.label for one in groups.sweeps(found)] == ["sfed, lr = 0.001", "sfed, lr = 0.5"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_generated_text_is_shown_as_it_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "gsm8k", num_clients=10, rounds=2, samples=True)
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    events[1]["clients"][0]["samples"] = [{"prompt": "an older round"}]
+    events[-1]["clients"][0]["samples"] = [
+        {"prompt": "a <b> & c\n  indented", "answer": "x" * 700, "expected": None},
+        "no sample",
+        {"answer": 7},
+        {"prompt": "a third"},
+    ]
+    events.append(events[-1] | {"round": 3, "clients": [{"client": 0, "samples": []}]})
+    write_events(run, events)
+    html = make_report(run)
+    assert "Generated after round 2" in html
+    assert "a &lt;b&gt; &amp; c\n  indented</div>" in html
+    assert f"{'x' * tables.MOST_CHARACTERS}...</div>" in html
+    assert "x" * (tables.MOST_CHARACTERS + 1) not in html
+    assert "white-space: pre-wrap" in html
+    assert "Question 1 of &lt;7&gt;?" in html
+    assert "an older round" not in html
+    assert "Question 0 of &lt;8&gt;" not in html, "eight clients"
+    assert "a third" not in html, "two of each"
+    assert "Question 2" not in html
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_folder_of_runs_stands_for_all_of_them(tmp_path: Path, capsys) -> None:
+    sweep = tmp_path / "sweep"
+    for name in ("r-16", "r-4", "r-4.old-1"):
+        write_run(sweep / name)
+    (sweep / "not-started").mkdir()
+    report.main([str(sweep)])
+    assert str(sweep / "report.html") in capsys.readouterr().out
+    words = text_of((sweep / "report.html").read_text())
+    assert "2 federated runs" in words
+    assert words.index("r-4 sfed") < words.index("r-16 sfed")
+    assert "old-1" not in words, "what a newer run put aside"
+    report.main([str(sweep), str(sweep / "r-4"), "--out", str(tmp_path / "out")])
+    assert "2 federated runs" in text_of((tmp_path / "out" / "report.html").read_text())
 
 
 def damage(name: str, text: str):
@@ -305,11 +478,12 @@ def test_a_spoilt_run_folder_is_a_plain_mistake(run: Path, spoil, words: str) ->
         (["nowhere"], "'nowhere' does not exist"),
         (["one", "--colour", "red"], "--colour"),
         (["one", "--out"], "--out"),
-        (["."], "there are runs in it: one"),
+        (["one/figures"], "no run folder and no folder of runs"),
     ],
 )
 def test_mistakes_in_the_arguments(run: Path, monkeypatch, arguments, words: str) -> None:
     monkeypatch.chdir(run.parent)
+    (run / "figures").mkdir()
     with pytest.raises(UserError, match=re.escape(words)):
         report.main(arguments)
 
