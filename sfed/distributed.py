@@ -12,7 +12,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from sfed.cli import UserError
+
+_SECONDS_TO_PART = 30.0
 
 
 class MissingProcessError(RuntimeError):
@@ -149,6 +151,19 @@ def meet(world: World, name: str) -> None:
         MissingProcessError: naming the processes that did not come before the deadline.
     """
     gather_json(world, name, None)
+
+
+def part(world: World) -> None:
+    """Let process 0, which may serve the store, be the last to go. Collective, at a good end.
+
+    Otherwise a process that still reads what was said last would lose the store.
+    """
+    world.store.set(f"parted/{world.rank}", "")
+    if world.is_main:
+        keys = [f"parted/{peer}" for peer in range(world.size)]
+        # Who ended badly meanwhile has nothing to read any more.
+        with suppress(dist.DistStoreError):
+            world.store.wait(keys, datetime.timedelta(seconds=_SECONDS_TO_PART))
 
 
 @contextmanager

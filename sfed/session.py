@@ -71,6 +71,7 @@ def run_session(config: Config, *, one_of_many: bool = False) -> None:
         finished = _train_and_export(parts, found, folder, console, stop)
         if finished and not one_of_many:
             _close(parts, folder, console)
+        distributed.part(world)
     except TrainingFailedError as failure:
         leave(str(failure), 1)
     except MissingProcessError as failure:
