@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -13,45 +12,24 @@ import torch
 import yaml
 from transformers import AutoModel, LlamaConfig, RobertaConfig
 
-from sfed import cli, methods, metrics, scaling, session
+from sfed import cli, grid, methods, metrics, scaling, session
 from sfed.config import Config
 from tests import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs"
 PAPER = CONFIGS / "paper"
-GRIDS = sorted(CONFIGS.rglob("*-grid.yaml"))
+GRIDS = sorted(path for path in CONFIGS.rglob("*.yaml") if "grid" in cli.read_mapping(path))
 BASES = sorted(set(CONFIGS.rglob("*.yaml")) - set(GRIDS))
 PAPER_BASES = [path for path in BASES if path.parent == PAPER]
 
 Settings = dict[str, Any]
 
 
-# --- grids: to be replaced by `from sfed import grid` -------------------------------------------
-
-
 def cells(path: Path) -> dict[str, Settings]:
-    """The cells of a grid file by name, each as whole settings: base, set, variant, grid."""
-    grid = cli.read_mapping(path)
-    assert grid.keys() <= {"name", "base", "set", "grid", "variants"}, path
-    base = over(cli.read_mapping(path.parent / grid["base"]), grid.get("set", {}))
-    keys = list(grid["grid"])
-    found = {}
-    for variant in grid.get("variants", [{}]):
-        assert not variant.keys() & set(keys), path
-        for values in itertools.product(*grid["grid"].values()):
-            changes = {**variant, **dict(zip(keys, values, strict=True))}
-            settings = base
-            for key, value in changes.items():
-                settings = over(settings, nested(key, value))
-            found[" ".join(f"{key}={value}" for key, value in changes.items())] = settings
-    return found
-
-
-def nested(key: str, value: Any) -> Settings:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+    """The cells of a grid file by name, each as whole settings."""
+    found = grid.read(path, (), 1, methods.resolve).cells
+    return {cell.name: json.loads(cell.config.model_dump_json()) for cell in found}
 
 
 def over(settings: Settings, changes: Settings) -> Settings:
@@ -104,12 +82,11 @@ def test_no_key_is_unknown(path):
 
 
 @every_grid
-def test_the_cells_of_a_grid_differ_from_each_other_and_its_name_from_its_base(path):
-    found = [json.dumps(settings, sort_keys=True) for settings in cells(path).values()]
-    assert len(set(found)) == len(found)
-    grid = cli.read_mapping(path)
-    base = cli.read_mapping(path.parent / grid["base"])
-    assert base["output"]["name"] != grid["name"]  # a run folder does not hold other runs
+def test_a_grid_has_a_name_of_its_own(path):
+    found = cli.read_mapping(path)
+    if "base" in found:  # a run folder does not hold other runs
+        base = cli.read_mapping(path.parent / found["base"])
+        assert base["output"]["name"] != found["name"]
 
 
 def test_no_two_run_folders_are_one():
@@ -171,24 +148,24 @@ def test_sfed_on_llama_is_what_its_paper_states(task):
     assert ranks["grid"] == {"lora.rank": RANKS}
     assert clients["grid"] == {"federated.num_clients": CLIENTS}
     assert clients["set"]["lora"] == {"rank": 512}
-    for grid in (ranks, clients):
-        assert {variant["federated.method"] for variant in grid["variants"]} == BASELINES
+    for found in (ranks, clients):
+        assert {variant["federated.method"] for variant in found["variants"]} == BASELINES
 
 
 def test_sfed_on_mnli_is_what_its_paper_states():
-    base, grid = paper("roberta-large-mnli"), paper("roberta-large-mnli-grid")
+    base, found = paper("roberta-large-mnli"), paper("roberta-large-mnli-grid")
     assert base["model"]["name"] == "FacebookAI/roberta-large"
     assert (base["data"]["task"], base["data"]["name"]) == ("glue", "mnli")
     assert base["partition"] == {"kind": "dirichlet", "concentration": 0.5}
     assert base["federated"]["num_rounds"] == 100
     assert base["train"]["local_steps"] == 10
-    assert grid["grid"]["federated.num_clients"] == CLIENTS
-    assert set(grid["grid"]["lora.rank"]) <= set(RANKS)
-    assert {v["federated.method"] for v in grid["variants"]} == BASELINES | {"rolora"}
+    assert found["grid"]["federated.num_clients"] == CLIENTS
+    assert set(found["grid"]["lora.rank"]) <= set(RANKS)
+    assert {v["federated.method"] for v in found["variants"]} == BASELINES | {"rolora"}
 
 
 def test_fedsa_on_glue_is_what_its_paper_and_its_code_state():
-    base, grid = paper("fedsa-roberta-large-glue"), paper("fedsa-roberta-large-glue-grid")
+    base, found = paper("fedsa-roberta-large-glue"), paper("fedsa-roberta-large-glue-grid")
     assert base["model"]["name"] == "FacebookAI/roberta-large"
     assert base["partition"] == {"kind": "dirichlet", "concentration": 0.5}
     lora, federated, train = base["lora"], base["federated"], base["train"]
@@ -197,8 +174,8 @@ def test_fedsa_on_glue_is_what_its_paper_and_its_code_state():
     assert (train["local_steps"], train["batch_size"]) == (10, 128)
     assert (train["optimizer"], train["lr"], train["max_grad_norm"]) == ("sgd", 0.02, None)
     assert base["data"]["max_tokens"] == 128
-    assert grid["grid"] == {"data.name": ["mnli", "sst2", "qnli", "qqp", "rte"]}
-    assert {v["federated.method"] for v in grid["variants"]} >= {"fedsa", "fedit", "ffa"}
+    assert found["grid"] == {"data.name": ["mnli", "sst2", "qnli", "qqp", "rte"]}
+    assert {v["federated.method"] for v in found["variants"]} >= {"fedsa", "fedit", "ffa"}
 
 
 def test_fedsa_on_gsm8k_is_what_its_paper_and_its_code_state():
@@ -323,19 +300,19 @@ def started(settings: Settings, folder: Path, out: Path) -> Settings:
     elif form == "mnli":
         kinds = ("matched", "mismatched")
         files["eval_files"] = [str(folder / f"validation_{kind}.jsonl") for kind in kinds]
+    elif form == "demo":
+        files = {}
     elif form != "alpaca":
         files["eval_files"] = str(folder / f"{form}-eval.jsonl")
-    family = "roberta" if "roberta" in settings["model"]["name"] else "llama"
+    family = "roberta" if data["task"] == "glue" else "llama"
     changes: Settings = {
         "model": {"name": str(folder / family)},
         "data": files,
         "federated": {"num_rounds": 1},
         "train": {"local_steps": 1, "local_epochs": None, "batch_size": 2, "micro_batch_size": 1},
-        "evaluation": {"max_examples": 2},
+        "evaluation": {"max_examples": 2, "max_new_tokens": 4},
         "output": {"dir": str(out), "name": "run"},
     }
-    if "max_new_tokens" in settings.get("evaluation", {}):
-        changes["evaluation"]["max_new_tokens"] = 4
     return over(settings, changes)
 
 
@@ -361,9 +338,9 @@ def test_a_configuration_starts_on_a_tiny_model_of_its_family(path, folder, tmp_
 
 def arms(path: Path) -> dict[str, Settings]:
     """Some cells of a grid, with every variant: all words of a list, the largest of its numbers."""
-    grid = cli.read_mapping(path)["grid"]
+    axes = cli.read_mapping(path)["grid"]
     wanted = {
-        key: values if isinstance(values[0], str) else [max(values)] for key, values in grid.items()
+        key: values if isinstance(values[0], str) else [max(values)] for key, values in axes.items()
     }
     return {
         name: settings
