@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from sfed import metrics
 from sfed.figures import Curve, Panel
@@ -34,6 +35,9 @@ from sfed.stories import (
 MOST_ON_ONE_PANEL = 8
 _ERRORS = "; mean over the seeds and one standard deviation"
 _SEEDS = " Line: mean over the seeds; band: one standard deviation to either side."
+
+
+_LAW_FIGURES = {FIRST_GRADIENT: "law-first-gradient", OUTPUT: "law-output"}
 
 
 @dataclass(frozen=True)
@@ -228,14 +232,18 @@ def _end_panel(
 def law_pictures(laws: Sequence[Law]) -> list[Picture]:
     """The quantities of the law against N and against r, with the slopes of theory."""
     made = []
-    for quantity, name in ((FIRST_GRADIENT, "law-first-gradient"), (OUTPUT, "law-output")):
-        members = [law for law in laws if law.quantity == quantity]
+    optimizers = sorted({law.theory.optimizer for law in laws})
+    for (quantity, name), optimizer in product(_LAW_FIGURES.items(), optimizers):
+        members = [
+            law for law in laws if (law.quantity, law.theory.optimizer) == (quantity, optimizer)
+        ]
         panels = [_law_panel(members, axis) for axis in (BY_CLIENTS, BY_RANK)]
         caption = (
-            f"{_capital(quantity)}, both axes logarithmic. Dotted: the slope that theory predicts, "
-            "through the middle of the points; it predicts no height."
+            f"{_capital(quantity)} ({optimizer}), both axes logarithmic. Dotted: the slope that "
+            "theory predicts, through the middle of the points; it predicts no height."
         )
-        made.append(curves(name, caption, panels))
+        suffix = f"-{optimizer}" if len(optimizers) > 1 else ""
+        made.append(curves(f"{name}{suffix}", caption, panels))
     return [picture for picture in made if picture is not None]
 
 

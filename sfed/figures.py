@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (5, 1.5, 1, 1.5)
 MARKERS = "osD^vPX*"
 HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++", "oo")
 MOST_WITH_MARKERS = 30
+# Letters of a title's line, by how many panels stand beside each other.
+_TITLE_WIDTHS = {1: 90, 2: 46, 3: 30}
 _BLACK, _GREY = "#000000", "#8A8A8A"
 _STYLE: Any = {
     "font.size": 9,
@@ -116,7 +119,8 @@ def curves(panels: Sequence[Panel], *, share_y: bool = False) -> bytes:
                 handles.setdefault(_plain(curve.label), _draw(axes, curve, looks[curve.label]))
                 band = not panel.x_ticks
                 _draw_spread(axes, curve, looks[curve.label]["color"], band=band)
-            axes.set(title=panel.title, ylabel=panel.y_label, xlabel=panel.x_label)
+            title = _plain(panel.title, _TITLE_WIDTHS[columns])
+            axes.set(title=title, ylabel=panel.y_label, xlabel=panel.x_label)
             axes.tick_params(labelleft=True)
             _set_scales(axes, panel, panels if share_y else [panel])
         return _png(figure, handles)
@@ -254,10 +258,9 @@ def _set_scales(axes: Axes, panel: Panel, compared: Sequence[Panel]) -> None:
         axes.set_xlim((only / 2, only * 2) if panel.x_ticks else (only - 1, only + 1))
 
 
-def _plain(label: str) -> str:
-    """A label that fits: one line, not too long, and shown even if it begins with _."""
-    text = " ".join(label.split())
-    text = text if len(text) <= 32 else text[:31] + "…"
+def _plain(label: str, width: int = 30) -> str:
+    """A label that fits: short lines, not too many, and shown even if it begins with _."""
+    text = "\n".join(textwrap.wrap(label, width, max_lines=3, placeholder=" …"))
     return f" {text}" if text.startswith("_") else text
 
 

@@ -97,7 +97,9 @@ def _label(story: Story, differing: Sequence[str]) -> str:
     values = settings(story)
     short = {CLIENTS: "N", RANK: "r"}
     words = [
-        f"{short.get(name, name.rpartition('.')[2])} = {_short(values.get(name))}"
+        value
+        if isinstance(value := values.get(name), str)  # a word says what it is, as in "shared"
+        else f"{short.get(name, name.rpartition('.')[2])} = {_short(value)}"
         for name in sorted(differing, key=lambda name: name not in short)[:3]
     ]
     return ", ".join([story.method, *words])

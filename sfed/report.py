@@ -36,6 +36,8 @@ _ABOUT_THE_LAW = (
     "linear layers of width 256."
 )
 _SEVERAL = 8
+# With more runs than these the page compares them and leaves each to a report of its own.
+_MOST_SECTIONS = 16
 _CSS = """
 body { font: 15px/1.45 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #111;
   background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -102,10 +104,9 @@ def run_section(story: Story, anchor: str, pictures: Sequence[Picture]) -> str:
 
 def comparison_section(stories: Sequence[Story], pictures: Sequence[Picture]) -> str:
     """Several runs against each other."""
-    return (
-        f"<section><h2>Comparison</h2>{standings.runs_table(stories)}{standings.seeds_table(stories)}"
-        f"{images(pictures)}</section>"
-    )
+    runs = standings.runs_table(stories, linked=len(stories) <= _MOST_SECTIONS)
+    seeds = standings.seeds_table(stories)
+    return f"<section><h2>Comparison</h2>{runs}{seeds}{images(pictures)}</section>"
 
 
 def law_section(found: Sequence[Law], pictures: Sequence[Picture]) -> str:
@@ -142,7 +143,7 @@ def write_report(stories: Sequence[Story], out: Path) -> Path:
         drawn = law_pictures(found)
         sections += [law_section(found, drawn)] if found else []
         written += [(picture.name, picture.png) for picture in (*compared, *drawn)]
-    for i, story in enumerate(stories, start=1):
+    for i, story in enumerate(stories if len(stories) <= _MOST_SECTIONS else (), start=1):
         pictures = pictures_of(story)
         prefix = f"{i:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', story.name)}-" if several else ""
         sections.append(run_section(story, f"run-{i}", pictures))
@@ -187,7 +188,10 @@ def main(arguments: Sequence[str]) -> None:
     runs = {run.resolve(): run for folder in given.values() for run in find_runs(folder)}
     stories = [read_story(run) for run in runs.values()]
     if len(stories) > _SEVERAL:
-        sys.stdout.write(f"drawing  {len(stories)} runs, about two seconds each\n")
+        each = (
+            "" if len(stories) <= _MOST_SECTIONS else ": compared; for one of them, name it alone"
+        )
+        sys.stdout.write(f"drawing  {len(stories)} runs{each}\n")
         sys.stdout.flush()
     out = options.out or (Path("report") if len(given) > 1 else next(iter(given)))
     path = write_report(stories, out)

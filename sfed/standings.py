@@ -27,12 +27,12 @@ _MOST_SCORES = 2
 _STARTS = {"mean": "mean of N", "shared": "shared", "apart": "apart"}
 
 
-def runs_table(stories: Sequence[Story]) -> str:
-    """A line per run: what it was, and how it ended."""
+def runs_table(stories: Sequence[Story], *, linked: bool) -> str:
+    """A line per run: what it was, and how it ended; linked to its section where it has one."""
     shown = _compared(stories)
     rows = [
         [
-            f'<a href="#run-{i}">{escape(story.name)}</a>',
+            f'<a href="#run-{i}">{escape(story.name)}</a>' if linked else escape(story.name),
             escape(story.method),
             show(number(story.config, "seed"), ".0f"),
             show(story.num_clients, "g"),
