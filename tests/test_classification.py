@@ -43,10 +43,9 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 whose_head = pytest.mark.parametrize("share_head", [False, True], ids=["own head", "shared head"])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models of all families and rows of every form: only read it."""
-    return glue.save_all(tmp_path_factory.mktemp("glue"))
+@pytest.fixture
+def folder(glue_folder: Path) -> Path:
+    return glue_folder
 
 
 def heads(tensors: runs.Tensors) -> runs.Tensors:

@@ -110,6 +110,15 @@ def test_a_division_by_zero_is_no_error(text: str) -> None:
     final_number(text)
 
 
+@pytest.mark.parametrize(
+    "number", ["1" * 400, "1" * 5000, "1/" + "9" * 5000, "0." + "1" * 5000, "-1" + ",111" * 200]
+)
+def test_digits_without_end_are_no_number(number: str) -> None:
+    """A model that does not stop may write more of them than a float, or int(), can take."""
+    assert final_number(f"#### {number}") is None
+    assert not matches(f"#### {number}", 1.0)
+
+
 def test_a_third_written_as_a_fraction_matches_the_nearest_float() -> None:
     assert matches("#### 1/3", 1 / 3)
     assert not matches("#### 0.33", 1 / 3)
