@@ -33,6 +33,7 @@ from sfed.shape import (
     auto_class,
     cannot_load,
     choose_sharding,
+    classes_of_checkpoint,
     dtype_name,
     read_model_config,
 )
@@ -179,6 +180,7 @@ def load(config: Config, name: str, world: World) -> Backbone:
             trust_remote_code=config.backbone.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # of a head with other classes; see _refuse_random
+            key_mapping=_passing_over_head(config, name) if sharding.is_sharded else None,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(cannot_load(name, error)) from None
@@ -196,6 +198,17 @@ def load(config: Config, name: str, world: World) -> Backbone:
     if config.backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Backbone(model, head, sharding, keep_alive)
+
+
+def _passing_over_head(config: Config, name: str) -> dict[str, str] | None:
+    """Renames that hide a checkpoint's head of other classes.
+
+    Loading into shards refuses what is of another size, whatever ``ignore_mismatched_sizes`` says.
+    """
+    task = task_of(config)
+    if not task.is_classification or classes_of_checkpoint(config, name) == task.num_outputs:
+        return None
+    return {rf"^({'|'.join(_HEADS)})\.": r"of_other_classes.\1."}
 
 
 def _head_name(config: Config, model: PreTrainedModel) -> str | None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 Numbers = NDArray[np.float64]
 
 ANSWER_MARK = "####"
+_MOST_DIGITS = 100
 # A sign (also the typographic minus), a currency, digits with or without groups of three, decimals.
 _NUMBER = re.compile(
     r"(?P<sign>[-+\u2212]?)\s?[$€£¥]?\s?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d*)(?P<part>\.\d+)?"
@@ -34,7 +35,8 @@ def final_number(text: str) -> Fraction | None:
     a model goes on to write in later lines does not count.
 
     Returns:
-        The number, exactly; None where there is no ``####`` or no number after it.
+        The number, exactly; None where there is no ``####`` or no number after it, or one that
+        goes on without end, as a model's may.
     """
     _, mark, rest = text.partition(ANSWER_MARK)
     if not mark:
@@ -44,6 +46,8 @@ def final_number(text: str) -> Fraction | None:
     if not found:
         return None
     last = found[-1]
+    if len(last[0]) > _MOST_DIGITS:
+        return None
     value = Fraction((last["whole"].replace(",", "") or "0") + (last["part"] or ""))
     if int(last["below"] or 1):
         value /= int(last["below"] or 1)

@@ -86,6 +86,12 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
     return model_config
 
 
+def classes_of_checkpoint(config: Config, name: str) -> int:
+    """Outputs of the head that a checkpoint may have come with, by its config.json."""
+    remote = config.backbone.trust_remote_code
+    return int(AutoConfig.from_pretrained(name, trust_remote_code=remote).num_labels)
+
+
 def cannot_load(name: str, error: Exception) -> str:
     """The message of a model that transformers refuses, with its reason in one line."""
     reason = " ".join(str(error).split())[:300]

@@ -7,7 +7,7 @@ task becomes a ``Pair`` of one or two texts with a target. Needs no torch.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +113,8 @@ def _sentences(keys: tuple[str, ...], num_classes: int) -> Callable[[Row], Pair]
     def to_pair(row: Row) -> Pair:
         texts = [_text(row, key) for key in keys]
         label = row["label"]
-        if isinstance(label, bool) or not isinstance(label, int | float) or math.isnan(label):
+        is_number = isinstance(label, int | float) and not isinstance(label, bool)
+        if not is_number or not abs(label) <= sys.float_info.max:
             raise TypeError(f"'label' holds {label!r}, not a number")
         if num_classes and label not in range(num_classes):
             raise ValueError(

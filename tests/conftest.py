@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import tiny
+from tests import glue, tiny
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("ci")
@@ -38,6 +38,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_model(folder / "model")
     tiny.save_rows(folder / "rows.jsonl", 80, kinds=4)
     return folder
+
+
+@pytest.fixture(scope="session")
+def glue_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``roberta``, ``bert``, ``llama`` and rows of GLUE's forms: only read it."""
+    return glue.save_all(tmp_path_factory.mktemp("glue"))
 
 
 @pytest.fixture
