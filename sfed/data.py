@@ -20,7 +20,8 @@ from sfed.config import Config
 from sfed.distributed import World, first_of_node_first, gather_json, together
 from sfed.partition import Indices
 from sfed.seeds import Stream, generator
-from sfed.tokens import Examples, Split, Tokens, has_split, tokenise
+from sfed.sources import Split, has_split
+from sfed.tokens import Examples, Tokens, tokenise
 
 _LEAST_TRAIN_EXAMPLES = 2
 _DIRICHLET_TRIES = 100

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-import datasets
-import transformers
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -42,15 +38,9 @@ from sfed.distributed import MissingProcessError, StopRequest, World
 from sfed.evaluate import score_names
 from sfed.federation import TrainingFailedError
 from sfed.metrics import MetricsFile
+from sfed.quiet import quieten
 from sfed.run import Run
 from sfed.tasks import task_of
-
-_HARMLESS_WARNINGS = (
-    # Gradients are strided views of one flat buffer by design.
-    "grad and param do not obey the gradient layout contract",
-    # Each process writes and reads its own clients of a checkpoint, without a word to others.
-    "torch.distributed is disabled, unavailable or uninitialized",
-)
 
 
 def run_session(config: Config, *, one_of_many: bool = False) -> None:
@@ -61,7 +51,7 @@ def run_session(config: Config, *, one_of_many: bool = False) -> None:
         one_of_many: leave out the closing table, because another one holds all runs.
     """
     world = distributed.start(config.federated.deadline_seconds)
-    _quieten(world)
+    quieten(world)
     console = Console(speaks=world.is_main)
     try:
         stop = StopRequest(world)
@@ -296,31 +286,3 @@ def _close(parts: Run, folder: Path, console: Console) -> None:
         console.closing_table(before, evaluated[-1], names)
     console.say(f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)")
     console.say(f"metrics    {folder / 'metrics.jsonl'}")
-
-
-class _Prefixed(logging.Formatter):
-    """Says which process a warning comes from."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(f"[process {world.rank}] %(levelname)s %(name)s: %(message)s")
-
-
-def _quieten(world: World) -> None:
-    """Only process 0 chats; a warning of any process is kept, with its number."""
-    # DeepSpeed, which other libraries import too, otherwise announces its own guess.
-    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
-    transformers.utils.logging.disable_progress_bar()
-    # A table of weights that are new: a new head is expected, anything else is refused by name.
-    logging.getLogger("transformers.modeling_utils").addFilter(
-        lambda record: "LOAD REPORT" not in record.getMessage()
-    )
-    datasets.disable_progress_bars()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Prefixed(world))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.captureWarnings(True)
-    # Announcements of other libraries' futures are no business of a person who trains.
-    warnings.simplefilter("ignore", FutureWarning)
-    warnings.simplefilter("ignore", DeprecationWarning)
-    for known in _HARMLESS_WARNINGS:
-        warnings.filterwarnings("ignore", message=known)

@@ -6,8 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -16,21 +15,17 @@ from datasets.exceptions import DatasetGenerationError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from sfed import demo
 from sfed.cli import UserError
 from sfed.config import Config
+from sfed.encoding import encode
 from sfed.partition import Indices
-from sfed.tasks import Pair, Task, checked_pair, read_rows, task_of
+from sfed.sources import Place, Split, source_of
+from sfed.tasks import checked_pair, task_of
 
 # Part of every cache key: raise it when the tokens of a row would come out differently.
 _FORM_OF_TOKENS = "2"
 _CALL_SETTINGS = {"truncation": None, "padding": None}
 _ROWS_AT_ONCE = 1000
-DEMO_TRAIN_PER_KIND, DEMO_EVAL_PER_KIND, DEMO_SEED = 400, 64, 0
-
-Split = Literal["train", "eval"]
-Place = tuple[str, str]
-"""Where a row stands, for messages, and the part of a held-out set that it belongs to."""
 
 
 class Row(NamedTuple):
@@ -106,14 +101,6 @@ class Examples:
         return Row(table.flat[start:end], int(table.prompt_lengths[index]), target)
 
 
-def has_split(config: Config, split: Split) -> bool:
-    """Whether the task or the configured files have this split of their own."""
-    if split == "train" or config.files(split) or config.data.task == "demo":
-        return True
-    # Local training files come with local held-out files or with none.
-    return not config.files("train") and bool(task_of(config).eval_splits)
-
-
 def tokenise(
     config: Config, tokenizer: PreTrainedTokenizerFast, split: Split, files: tuple[str, ...]
 ) -> Tokens:
@@ -128,16 +115,7 @@ def tokenise(
     Raises:
         UserError: where a file or a row is wrong, with its place.
     """
-    if files:
-        source = _file_rows(files, f"data.{split}_files")
-        identity = repr([_file_digest(name, f"data.{split}_files") for name in files])
-    elif config.data.task == "demo":
-        count = DEMO_TRAIN_PER_KIND if split == "train" else DEMO_EVAL_PER_KIND
-        demo_rows = demo.rows(split, count, DEMO_SEED)
-        source = (((f"demo row {i}", ""), row) for i, row in enumerate(demo_rows))
-        identity = repr(demo_rows)
-    else:
-        source, identity = _hub_rows(config, split)
+    source, identity = source_of(config, split, files)
     try:
         dataset = datasets.Dataset.from_generator(
             lambda: _tokenised(config, tokenizer, source),
@@ -177,53 +155,6 @@ def _digest(config: Config, tokenizer: PreTrainedTokenizerFast, split: Split, id
     return sha.hexdigest()[:32]
 
 
-def _file_digest(name: str, key: str) -> str:
-    sha = hashlib.sha256()
-    try:
-        with Path(name).open("rb") as file:
-            while chunk := file.read(1 << 20):
-                sha.update(chunk)
-        return sha.hexdigest()
-    except OSError as error:
-        raise UserError(f"{key}: {name!r} cannot be read ({error.strerror})") from None
-
-
-def _file_rows(files: tuple[str, ...], key: str) -> Iterator[tuple[Place, Any]]:
-    num_rows = 0
-    for name in files:
-        part = _part(Path(name).stem) if len(files) > 1 else ""
-        for where, row in read_rows(Path(name)):
-            num_rows += 1
-            yield (where, part), row
-    if not num_rows:
-        raise UserError(f"{key}: {', '.join(files)} hold no rows")
-
-
-def _part(name: str) -> str:
-    """The name of a part as scores carry it: mismatched, of validation_mismatched."""
-    return name.removeprefix("validation_")
-
-
-def _hub_rows(config: Config, split: Split) -> tuple[Iterator[tuple[Place, Any]], str]:
-    """Return the rows of a split of the task's data set on the hub, and what identifies them."""
-    task = task_of(config)
-    names = task.eval_splits if split == "eval" else ("train",)
-    try:
-        tables = [datasets.load_dataset(task.hub, task.hub_config, split=name) for name in names]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"data.task={config.data.task}: {task.hub} cannot be loaded from the hub "
-            f"({' '.join(str(error).split())[:200]}); give data.train_files for local files"
-        ) from None
-    parts = [_part(name) if len(names) > 1 else "" for name in names]
-    source = (
-        ((f"{name} row {i}", part), row)
-        for name, part, table in zip(names, parts, tables, strict=True)
-        for i, row in enumerate(table)
-    )
-    return source, repr([table._fingerprint for table in tables])
-
-
 def _tokenised(
     config: Config, tokenizer: PreTrainedTokenizerFast, rows: Iterable[tuple[Place, Any]]
 ) -> Iterator[dict[str, Any]]:
@@ -231,7 +162,7 @@ def _tokenised(
     task, key = task_of(config), config.partition.key
     for some in _batched(rows, _ROWS_AT_ONCE):
         pairs = [checked_pair(task, row, where) for (where, _), row in some]
-        encoded = _encode_for(task, config.data.max_tokens, pairs, tokenizer)
+        encoded = encode(task, config.data.max_tokens, pairs, tokenizer)
         for ((where, part), row), pair, (ids, prompt_length) in zip(
             some, pairs, encoded, strict=True
         ):
@@ -242,19 +173,6 @@ def _tokenised(
                 "target": pair.target,
                 "part": part,
             }
-
-
-def _encode_for(
-    task: Task, max_tokens: int, pairs: list[Pair], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[list[int], int]]:
-    """Yield (token ids, leading tokens that are only read); no ids where nothing is to learn."""
-    if task.is_classification:
-        yield from _encode_texts(pairs, tokenizer, max_tokens)
-        return
-    for pair, (ids, prompt_length) in zip(pairs, _encode(pairs, tokenizer), strict=True):
-        ids = ids[:max_tokens] if pair.completion.strip() else []
-        # The first token of a row is never predicted, so it does not count as supervised.
-        yield ids if len(ids) > max(prompt_length, 1) else [], prompt_length
 
 
 def _batched(rows: Iterable[tuple[Place, Any]], size: int) -> Iterator[list[tuple[Place, Any]]]:
@@ -273,53 +191,6 @@ def _key_of(row: Any, key: str, where: str) -> str:
         known = ", ".join(sorted(row))
         raise UserError(f"{where}: no column {key!r} (partition.key); the columns are {known}")
     return str(row[key])
-
-
-def _encode(
-    pairs: list[Pair], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[list[int], int]]:
-    """Yield (token ids with a closing eos, number of tokens that belong to the prompt alone).
-
-    Prompt and completion are tokenised as one text, as they will be read later; a token that
-    reaches into the completion belongs to it.
-    """
-    texts = [pair.prompt + pair.completion for pair in pairs]
-    # verbose=False: rows that are too long are cut below, which is no news.
-    encoded = tokenizer(
-        texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-    )
-    for pair, ids, offsets in zip(
-        pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
-        end_of_prompt = len(pair.prompt)
-        # Up to the first token of the completion; a closing special token has no span of its own.
-        beyond = (i for i, (_, end) in enumerate(offsets) if end > end_of_prompt)
-        prompt_length = next(beyond, len(offsets))
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids = [*ids, tokenizer.eos_token_id]
-        yield ids, prompt_length
-
-
-def _encode_texts(
-    pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, max_tokens: int
-) -> Iterator[tuple[list[int], int]]:
-    """Yield (token ids with the tokenizer's own marks, tokens before the second text).
-
-    Tokenizers without a separator, such as LLaMA's, read both texts as one, a line each. The
-    longer of two texts is cut first.
-    """
-    firsts = [pair.prompt for pair in pairs]
-    seconds: list[str] | None = [pair.completion for pair in pairs]
-    if not any(pair.completion for pair in pairs):
-        seconds = None
-    elif tokenizer.sep_token_id is None:
-        firsts, seconds = [f"{pair.prompt}\n{pair.completion}" for pair in pairs], None
-    encoded = tokenizer(
-        firsts, seconds, truncation=True, max_length=max_tokens, return_attention_mask=False
-    )
-    for number, ids in enumerate(encoded["input_ids"]):
-        of_text = encoded.sequence_ids(number)
-        yield ids, of_text.index(1) if 1 in of_text else len(ids)
 
 
 def _as_tokens(config: Config, dataset: datasets.Dataset, split: Split) -> Tokens:

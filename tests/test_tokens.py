@@ -8,9 +8,10 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from sfed import cli, demo, tokens
+from sfed import cli, demo, sources, tokens
 from sfed.cli import UserError
-from sfed.tokens import Examples, has_split, tokenise
+from sfed.sources import has_split
+from sfed.tokens import Examples, tokenise
 
 ROWS = [
     {"prompt": "x" * 30, "completion": "yz", "kind": "b"},
@@ -201,7 +202,7 @@ def test_without_a_key_a_table_has_none(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("split", "per_kind"),
-    [("train", tokens.DEMO_TRAIN_PER_KIND), ("eval", tokens.DEMO_EVAL_PER_KIND)],
+    [("train", sources.DEMO_TRAIN_PER_KIND), ("eval", sources.DEMO_EVAL_PER_KIND)],
 )
 def test_the_demo_gives_each_kind_its_rows(tokenizer, split, per_kind):
     table = tokenise(cli.parse(["data.max_tokens=1000"]), tokenizer, split, ())
