@@ -55,6 +55,10 @@ class Backbone:
         self.head = head
         self.sharding = sharding
         self._keep_alive = keep_alive
+        self._positions: torch.Tensor | None = None
+        vocabulary_head = model.get_output_embeddings()
+        if vocabulary_head is not None:
+            vocabulary_head.register_forward_pre_hook(self._only_positions)
 
     @property
     def context_tokens(self) -> int:
@@ -71,25 +75,46 @@ class Backbone:
         """Rows of the embedding."""
         return int(self.model.config.vocab_size)
 
-    def token_losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def token_losses(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
         """Return each row's summed cross-entropy in nats over its supervised tokens.
+
+        Logits, of which a token has as many as there are words, are made for the supervised tokens
+        alone.
 
         Args:
             input_ids: (rows, tokens) int64, padded at the right. A causal model cannot see what
                 comes later, so padding needs no mask.
             labels: (rows, tokens) int64, ``IGNORED_LABEL`` where nothing is supervised.
+            positions: (supervised,) int64 places in the flattened rows from which a supervised
+                token is predicted, one before it; at least one, which may be ignored.
 
         Returns:
             (rows,) fp32 sums; divide by the number of supervised tokens.
         """
-        logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+        self._positions = positions
+        try:
+            logits = self.model(input_ids=input_ids, use_cache=False).logits
+        finally:
+            self._positions = None
         losses = functional.cross_entropy(
             logits.float().flatten(0, 1),
-            labels[:, 1:].flatten(),
+            labels.flatten()[positions + 1],
             ignore_index=IGNORED_LABEL,
             reduction="none",
         )
-        return losses.view(len(labels), -1).sum(dim=1)
+        by_token = losses.new_zeros(labels.numel())
+        by_token[positions] = losses
+        return by_token.view(labels.shape).sum(dim=1)
+
+    def _only_positions(
+        self, _head: nn.Module, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Let the vocabulary's head see the hidden states of some tokens: (1, supervised, dim)."""
+        if self._positions is None:
+            return None
+        return (inputs[0].flatten(0, 1)[self._positions][None], *inputs[1:])
 
     def outputs(
         self, input_ids: torch.Tensor, is_token: torch.Tensor, is_second: torch.Tensor

@@ -23,6 +23,8 @@ class Batch:
     Args:
         input_ids: (C * rows, tokens) int64, padded at the right.
         labels: same shape, ``IGNORED_LABEL`` where nothing is supervised.
+        positions: (supervised,) int64 places in the flattened rows from which a supervised token is
+            predicted; one that is ignored where there is none.
         targets: (C * rows,) fp32 classes or values to predict, NaN for missing rows; None where the
             labels are what is learned.
         is_token: (C * rows, tokens) bool, False on padding; one token of an empty row counts as
@@ -32,6 +34,7 @@ class Batch:
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    positions: torch.Tensor
     targets: torch.Tensor | None
     is_token: torch.Tensor
     is_second: torch.Tensor
@@ -41,6 +44,7 @@ class Batch:
         return Batch(
             self.input_ids.to(device),
             self.labels.to(device),
+            self.positions.to(device),
             None if self.targets is None else self.targets.to(device),
             self.is_token.to(device),
             self.is_second.to(device),
@@ -110,10 +114,20 @@ def collate(
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
+        torch.from_numpy(_positions(labels)),
         torch.from_numpy(targets) if with_targets else None,
         torch.from_numpy(is_token),
         torch.from_numpy(is_token & (np.arange(width) >= seconds[:, None])),
     )
+
+
+def _positions(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where supervised tokens are predicted from; found on the host, so that no device waits."""
+    found = np.flatnonzero(labels[:, 1:] != IGNORED_LABEL)
+    width = labels.shape[1]
+    found = found // (width - 1) * width + found % (width - 1)
+    # A pass without any still goes through the head, as under ZeRO-3 all processes must.
+    return found if len(found) else np.zeros(1, dtype=np.int64)
 
 
 def empty(num_clients: int, *, with_targets: bool = False) -> Batch:

@@ -16,7 +16,7 @@ def row_losses(backbone: Backbone, batch: Batch) -> torch.Tensor:
     squared error.
     """
     if batch.targets is None:
-        return backbone.token_losses(batch.input_ids, batch.labels)
+        return backbone.token_losses(batch.input_ids, batch.labels, batch.positions)
     return target_losses(outputs(backbone, batch), batch.targets)
 
 

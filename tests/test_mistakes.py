@@ -748,8 +748,8 @@ def make_sick(
     """Make the loss or the gradient of these of 4 clients NaN in these training passes."""
     healthy, count = Backbone.token_losses, itertools.count()
 
-    def token_losses(self: Backbone, input_ids: torch.Tensor, labels: torch.Tensor):
-        losses = healthy(self, input_ids, labels)
+    def token_losses(self: Backbone, *batch: torch.Tensor):
+        losses = healthy(self, *batch)
         if not self.model.training or next(count) not in passes:
             return losses
         factor = torch.ones(4, len(losses) // 4)
