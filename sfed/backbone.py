@@ -26,6 +26,7 @@ from sfed.cli import UserError
 from sfed.config import Config
 from sfed.distributed import World
 from sfed.layers import Head, StackedHead
+from sfed.lean import make_lean
 from sfed.seeds import Stream, derive
 from sfed.shape import (
     DTYPES,
@@ -212,6 +213,7 @@ def load(config: Config, name: str, world: World) -> Backbone:
     head_name = _head_name(config, model)
     is_new_head = _refuse_random(loading, head_name, name)
     model.requires_grad_(False)
+    make_lean(model)
     head = None
     if head_name is not None:
         head = _take_head_off(model, head_name, config.seed if is_new_head else None)

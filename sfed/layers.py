@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
+from sfed import lean
+
 
 @dataclass
 class PassContext:
@@ -88,17 +90,17 @@ class StackedLoraLinear(nn.Module):
         if self.a_CRI is None or self.b_COR is None:
             return y
         num_clients, _, in_features = self.a_CRI.shape
-        x_CMI = x.reshape(num_clients, -1, in_features)
+        recipe, x_CMI = lean.recipe_of(x), x.reshape(num_clients, -1, in_features)
         if self._context.dropout_seeds is not None:
-            x_CMI = self._drop(x_CMI, self._context.dropout_seeds)
-        xa_CMR = torch.bmm(x_CMI, self.a_CRI.to(x.dtype).transpose(1, 2))
+            recipe, x_CMI = None, self._drop(x_CMI, self._context.dropout_seeds)
         y_CMO = y.reshape(num_clients, -1, self.b_COR.shape[1])
-        b_CRO = self.b_COR.to(x.dtype).transpose(1, 2)
+        a_CRI, b_COR = self.a_CRI.to(x.dtype), self.b_COR.to(x.dtype)
+        factors = (x_CMI, a_CRI, b_COR, self.lora_scaling)
+        added_CMO = lean.add_lora(y_CMO, *factors, recipe)
         if self._context.probe is not None:
-            output_CMO = self.lora_scaling * torch.bmm(xa_CMR, b_CRO)
+            output_CMO = lean.add_lora(torch.zeros_like(y_CMO), *factors, None)
             self._context.probe.measure(output_CMO.reshape(y.shape))
-        # One kernel adds the adapters' part to the frozen part.
-        return torch.baddbmm(y_CMO, xa_CMR, b_CRO, alpha=self.lora_scaling).reshape(y.shape)
+        return added_CMO.reshape(y.shape)
 
     def _drop(self, x_CMI: torch.Tensor, seeds: tuple[int, ...]) -> torch.Tensor:
         """Inverted dropout whose masks are a function of each client's seed and this layer only.
