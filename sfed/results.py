@@ -173,7 +173,7 @@ def table(grid: Grid, rows: Sequence[Row]) -> Table:
     """Every cell: what varies, and its main figures."""
     figures = _shown(rows)
     made = _table(
-        "held-out loss (nats per token) after the last round, not the best one",
+        "held-out data after the last round, not the best one",
         [*(_heading(key, grid.keys) for key in grid.keys), "status"],
         ["gamma", *map(_words, figures), "seconds"],
     )

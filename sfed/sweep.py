@@ -220,8 +220,7 @@ class _Leader:
         if self._count("not run"):
             self._say("stopped as asked; the same command goes on")
         self._say(f"figures    {self._grid.folder / 'sweep.csv'}")
-        # With the slash at the end a shell names folders only, not sweep.csv.
-        self._say(f"report     python -m sfed.report {self._grid.folder}/*/")
+        self._say(f"report     python -m sfed.report {self._grid.folder}")
 
 
 def _print(table: Table) -> None:

@@ -337,7 +337,7 @@ class TestOneProcess:
         said = capfd.readouterr().out
         assert said.count("complete already") == 4
         assert "± " in said
-        assert f"python -m sfed.report {copied}/*/" in said
+        assert f"python -m sfed.report {copied}" in said
 
     def test_other_settings_are_not_written_over(
         self, copied: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
