@@ -6,20 +6,14 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed import cli, config, methods
+from sfed import cli, config
 from sfed.cli import UserError
 from sfed.config import DEAD_DEEPSPEED_KEYS, Config
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
-# What a shipped file leaves to its user.
-PLACEHOLDERS: dict[str, list[str]] = {}
 
 positive = st.floats(min_value=1e-12, max_value=1e6)
 whole = st.integers(min_value=1, max_value=10**6)
@@ -171,17 +165,6 @@ def test_a_file_with_an_equals_sign_in_its_name_is_read(tmp_path):
 def test_the_rank_that_the_deepspeed_launcher_adds_is_ignored(words):
     assert cli.parse([*words, "lora.rank=4"]) == cli.parse(["lora.rank=4"])
     assert cli.parse(["lora.rank=4", *words]) == cli.parse(["lora.rank=4"])
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_every_shipped_configuration_loads_and_names_a_stable_method(path):
-    settings = cli.parse([str(path), *PLACEHOLDERS.get(path.name, [])])
-    methods.resolve(settings)
-    assert settings.federated.num_clients is not None
-
-
-def test_there_are_shipped_configurations():
-    assert SHIPPED
 
 
 @pytest.mark.parametrize("name", ["lora", "model", "seed"])
