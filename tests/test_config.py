@@ -15,6 +15,8 @@ from sfed import cli, config
 from sfed.cli import UserError
 from sfed.config import DEAD_DEEPSPEED_KEYS, Config
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
 positive = st.floats(min_value=1e-12, max_value=1e6)
 whole = st.integers(min_value=1, max_value=10**6)
 names = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FFF, categories=["L", "N", "Z"]))
