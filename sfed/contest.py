@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sfed import aggregation, distributed, roundparts
+from sfed.adapters import Layout
 from sfed.cli import UserError
 from sfed.contestants import Contestant, attach
 from sfed.distributed import World
@@ -115,8 +116,11 @@ def _measure(options: Options, config: PreTrainedConfig, world: World) -> dict[s
         },
         "notes": [],
     }
+    layout = _layout(config, workload)
     if options.collectives:
-        return results | _collectives(options, config, workload, world)
+        a_bytes = aggregation.message_bytes(layout, ("A",))
+        found = roundparts.measure_collectives(world, a_bytes, options.repeat)
+        return results | {"collectives": found}
     model = build(config, workload, world.device)
     results["configuration"] |= {
         "weights": sum(weight.numel() for weight in model.parameters()),
@@ -252,14 +256,17 @@ def _slopes(points: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def _collectives(
-    options: Options, config: PreTrainedConfig, workload: Workload, world: World
-) -> dict[str, Any]:
-    """Rates of the job's own processes, at a few sizes and at that of a round's message."""
+def _layout(config: PreTrainedConfig, workload: Workload) -> Layout:
+    """A client's row for this shape, without any weight.
+
+    Raises:
+        UserError: where a target is no layer of this shape.
+    """
     model = build(config, workload, torch.device("meta"), blank=True)
-    layout = attach(model, workload).layout
-    a_bytes = aggregation.message_bytes(layout, ("A",))
-    return {"collectives": roundparts.measure_collectives(world, a_bytes, options.repeat)}
+    try:
+        return attach(model, workload).layout
+    except UserError as mistake:
+        raise UserError(str(mistake).replace("lora.target_modules", "--targets")) from None
 
 
 def _shape_of(config: PreTrainedConfig) -> Mapping[str, Any]:

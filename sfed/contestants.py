@@ -215,6 +215,7 @@ class Sfed(Contestant):
         self._groups = list(self.clients.groups(own))
         self.num_turns = len(self._groups)
         self.backbone.training()
+        self.enter(0)
 
     def enter(self, turn: int) -> None:
         """Bring the rows of the turn's clients to the device and point the layers at them."""

@@ -286,7 +286,7 @@ def test_mistakes_are_answered_with_exit_code_2(
 
 
 def test_too_little_memory_is_a_mistake_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(contest, "build", full)
