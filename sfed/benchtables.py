@@ -37,16 +37,18 @@ def _heading(results: Json) -> list[str]:
     shape = asked["shape"]
     name = asked["model_folder"] or asked["model"]
     targets = asked["target_modules"]
+    adapters = f"r = {asked['lora_rank']}, "
+    adapters += targets if isinstance(targets, str) else ", ".join(targets)
+    clients = f"{asked['rows']} rows x {asked['tokens']} tokens of each of "
+    clients += f"{asked['num_clients']} clients"
     return [
         f"machine  {machine['device']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{_size(machine['memory_bytes'])} of memory, {machine['processes']} processes; load "
         f"{machine['load_average']:.1f} at the start",
         f"versions {versions}",
-        f"model    {name}, {shape['num_hidden_layers']} layers of {shape['hidden_size']}, "
-        f"{asked['dtype']}",
-        f"step     {asked['num_clients']} clients x {asked['rows']} rows x {asked['tokens']} "
-        f"tokens, r = {asked['lora_rank']}, "
-        f"{targets if isinstance(targets, str) else ', '.join(targets)}",
+        f"model    {name}, {shape['num_hidden_layers']} x {shape['hidden_size']}, "
+        f"{asked['dtype']}; {adapters}: A has {asked['a_bytes']:,} bytes",
+        *([] if "collectives" in results else [f"step     {clients}"]),
     ]
 
 
@@ -54,7 +56,7 @@ def _speed(results: Json) -> Table:
     table = _table("a step of every client: forward, backward, optimizer")
     table.add_column("")
     table.add_column("variant")
-    for column in ("passes", "ms a step", "min .. max", "tokens/s", "MFU"):
+    for column in ("passes", "ms/step", "min..max", "tokens/s", "MFU"):
         table.add_column(column, justify="right")
     has_datasheet = results["matmul"]["datasheet_flops_per_second"] is not None
     if has_datasheet:
@@ -65,8 +67,8 @@ def _speed(results: Json) -> Table:
             key,
             one["name"],
             str(one["passes_per_step"]),
-            f"{1e3 * seconds['median']:,.1f}",
-            f"{1e3 * seconds['min']:,.1f} .. {1e3 * seconds['max']:,.1f}",
+            _ms(seconds["median"]),
+            _range(seconds),
             f"{one['tokens_per_second']:,.0f}",
             f"{100 * one['mfu_of_measured_matmul']:.0f} %",
         ]
@@ -101,30 +103,35 @@ def _memory(results: Json) -> Table:
 def _ratios(results: Json) -> Table:
     table = _table("how many times as fast")
     table.add_column("")
-    for column in ("median", "min .. max"):
+    for column in ("median", "min..max"):
         table.add_column(column, justify="right")
     for pair, ratio in results["ratios"].items():
         slow, fast = pair.split("/")
         table.add_row(
             f"{fast} as {slow}",
             f"{ratio['median']:.2f}",
-            f"{ratio['min']:.2f} .. {ratio['max']:.2f}",
+            f"{ratio['min']:.2f}..{ratio['max']:.2f}",
         )
     return table
 
 
 def _parts(results: Json) -> Table:
-    table = _table("the rest of a round, all clients of this process")
+    steps = _STEPS_OF_A_ROUND
+    table = _table(f"parts of a round of {steps} steps, all clients of this process")
+    table.add_column("")
     table.add_column("part")
-    whole = _STEPS_OF_A_ROUND * results["variants"]["d"]["seconds_per_step"]["median"]
-    for column in ("ms", "min .. max", f"of {_STEPS_OF_A_ROUND} steps of d"):
+    for column in ("times", "ms each", "min..max", "of the steps"):
         table.add_column(column, justify="right")
-    for name, spread in results["parts"].items():
+    for part in results["parts"]:
+        whole = steps * results["variants"][part["variant"]]["seconds_per_step"]["median"]
+        times, seconds = steps if part["in_every_step"] else 1, part["seconds"]
         table.add_row(
-            name,
-            f"{1e3 * spread['median']:,.2f}",
-            f"{1e3 * spread['min']:,.2f} .. {1e3 * spread['max']:,.2f}",
-            f"{100 * spread['median'] / whole:.1f} %",
+            part["variant"],
+            part["name"],
+            str(times),
+            _ms(seconds["median"]),
+            _range(seconds),
+            f"{100 * times * seconds['median'] / whole:.1f} %",
         )
     return table
 
@@ -133,19 +140,19 @@ def _comparison(compared: Json) -> Table:
     what = "clients" if compared["varied"] == "clients" else "LoRA rank"
     table = _table(f"cost of a step against {what}")
     table.add_column(what, justify="right")
-    names = {"a": "a: PEFT", "c": "c: one by one", "d": "d: one pass"}
+    names = {"a": "a PEFT", "c": "c one by one", "d": "d one pass"}
     for name in names.values():
-        table.add_column(f"{name}, ms", justify="right")
-    table.add_column("d as fast as a", justify="right")
-    table.add_column("min .. max", justify="right")
+        table.add_column(f"{name} ms", justify="right")
+    table.add_column("d as a", justify="right")
+    table.add_column("min..max", justify="right")
     for point in compared["points"]:
         ratio = point["ratios"]["a/d"]
         medians = [point["variants"][key]["seconds_per_step"]["median"] for key in names]
         table.add_row(
             str(point["value"]),
-            *(f"{1e3 * seconds:,.1f}" for seconds in medians),
+            *map(_ms, medians),
             f"{ratio['median']:.2f}",
-            f"{ratio['min']:.2f} .. {ratio['max']:.2f}",
+            f"{ratio['min']:.2f}..{ratio['max']:.2f}",
         )
     if compared["slopes"]:
         slopes = (f"{compared['slopes'][key]:.2f}" for key in names)
@@ -157,15 +164,15 @@ def _comparison(compared: Json) -> Table:
 def _collectives(found: list[dict[str, Any]]) -> Table:
     table = _table("collectives of this job's processes")
     table.add_column("kind")
-    for column in ("bytes", "ms", "min .. max", "MB/s on the bus"):
+    for column in ("bytes", "ms", "min..max", "MB/s on the bus"):
         table.add_column(column, justify="right")
     for one in found:
         seconds = one["seconds"]
         table.add_row(
-            one["kind"] + (", A of a round" if one["is_a_of_a_round"] else ""),
+            one["kind"] + (" of A" if one["is_a_of_a_round"] else ""),
             f"{one['bytes']:,}",
-            f"{1e3 * seconds['median']:,.3f}",
-            f"{1e3 * seconds['min']:,.3f} .. {1e3 * seconds['max']:,.3f}",
+            _ms(seconds["median"]),
+            _range(seconds),
             f"{one['bus_bytes_per_second'] / 1e6:,.0f}",
         )
     return table
@@ -184,9 +191,14 @@ def _explanations(results: Json) -> list[str]:
             "bytes kept: unique storages that autograd saves, frozen weights excluded; "
             "operations: dispatched to the device, forward and backward, views excluded. Both are "
             "counted, not timed.",
+            "of the steps: beside the variant's own steps, which hold the optimizer and nothing "
+            "else of these parts.",
         ]
     if "compare" in results:
-        return ["slope: log-log, over all values; 1 = in proportion, 0 = free."]
+        return [
+            "medians; d as a: how many times as fast, turn by turn.",
+            "slope: log-log, over all values; 1 = in proportion, 0 = free.",
+        ]
     return [
         "bus: what each link must carry a second, 2 (W - 1) / W of the bytes for all_reduce and "
         "(W - 1) / W for all_gather."
@@ -195,6 +207,18 @@ def _explanations(results: Json) -> list[str]:
 
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left")
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds with three digits that matter."""
+    ms = 1e3 * seconds
+    decimals = 0 if ms >= 100 else 1 if ms >= 10 else 2
+    return f"{ms:,.{decimals}f}"
+
+
+def _range(spread: Json) -> str:
+    """Lowest and highest, on one line."""
+    return f"{_ms(spread['min'])}..{_ms(spread['max'])}"
 
 
 def _size(num_bytes: float) -> str:

@@ -117,8 +117,9 @@ def _measure(options: Options, config: PreTrainedConfig, world: World) -> dict[s
         "notes": [],
     }
     layout = _layout(config, workload)
+    a_bytes = aggregation.message_bytes(layout, ("A",))
+    results["configuration"]["a_bytes"] = a_bytes
     if options.collectives:
-        a_bytes = aggregation.message_bytes(layout, ("A",))
         found = roundparts.measure_collectives(world, a_bytes, options.repeat)
         return results | {"collectives": found}
     model = build(config, workload, world.device)
@@ -138,10 +139,9 @@ def _measure(options: Options, config: PreTrainedConfig, world: World) -> dict[s
             "saved_bytes_per_client_and_layer": counts[variant.key].saved_bytes_fixed,
             "operations_per_layer": counts[variant.key].operations,
         }
-    parts = roundparts.measure_parts(
+    results["parts"] = roundparts.measure_parts(
         world, contest.contestants, workload, int(config.vocab_size), options.repeat
     )
-    results["parts"] = {name: spread.as_json() for name, spread in parts.items()}
     results["notes"] = _notes(world, workload)
     return results
 

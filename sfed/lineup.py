@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("a", "HF + PEFT", StockPeft),
     Variant(
         "b",
-        "PEFT, dtype as base",
+        "PEFT, base's dtype",
         lambda model, load, ids: StockPeft(model, load, ids, autocast_adapter_dtype=False),
     ),
     Variant(
@@ -42,7 +43,7 @@ VARIANTS: tuple[Variant, ...] = (
         "sfed, one pass",
         lambda model, load, ids: Sfed(model, load, ids, clients_per_pass=load.num_clients),
     ),
-    Variant("e", "frozen model alone", FrozenOnly),
+    Variant("e", "frozen model", FrozenOnly),
 )
 
 
@@ -107,7 +108,10 @@ def count(
     """
     shapes = [with_layers(config, num_layers) for num_layers in (1, 2)]
     models = [build(shape, workload, device, blank=True) for shape in shapes]
-    return {variant.key: _count(variant, models, workload, device) for variant in variants}
+    found = {variant.key: _count(variant, models, workload, device) for variant in variants}
+    del models
+    gc.collect()  # models refer to themselves in circles
+    return found
 
 
 def _count(

@@ -20,7 +20,6 @@ _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "numpy")
 # Dense bf16 FLOP/s of the datasheet, by a part of the device's name; the first that fits.
 _DATASHEET_BF16 = {
     "H200": 989e12,
-    "GH200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,

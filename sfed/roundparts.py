@@ -27,7 +27,12 @@ class Part:
     """One part of a round for all clients of this process."""
 
     name: str
-    work: Callable[[], object]
+    variant: str
+    """Letter of the contestant whose round it belongs to."""
+    in_every_step: bool
+    """Otherwise once in a round."""
+    seconds: Callable[[], float]
+    """Does it and returns how long it took."""
 
 
 def measure_parts(
@@ -36,28 +41,35 @@ def measure_parts(
     workload: Workload,
     vocabulary_size: int,
     repeat: int,
-) -> dict[str, Spread]:
+) -> list[dict[str, Any]]:
     """Time the parts of a round in turns. Collective: all processes make equally many turns."""
     clock = Clock(world.device)
-    parts: dict[str, Callable[[], float]] = {}
-    stock, ours, paged = (contestants.get(key) for key in "adc")
-    if isinstance(ours, Sfed):
-        _prepare_update(ours)
-        parts |= {
-            part.name: lambda part=part: clock.seconds_of(part.work)  # type: ignore[misc]
-            for part in (
-                Part("aggregation of A", lambda: _aggregate(world, ours, workload)),
-                Part("optimizer, sfed", ours.update),
-                Part("batch assembly", _assembly(world, workload, vocabulary_size)),
-                Part("evaluation, the same tokens", ours.evaluate),
-            )
+    stock, ours, paged = (contestants[key] for key in "adc")
+    assert isinstance(stock, StockPeft)
+    assert isinstance(ours, Sfed)
+    _prepare_update(ours)
+    assemble = _assembly(world, workload, vocabulary_size)
+    parts = [
+        Part("optimizer, PEFT", "a", True, lambda: _seconds_of_updates(stock, clock)),
+        Part("optimizer, sfed", "d", True, lambda: clock.seconds_of(ours.update)),
+        Part("batch assembly", "d", True, lambda: clock.seconds_of(assemble)),
+        Part("clients in and out, PEFT", "a", False, lambda: _seconds_of_changes(stock, clock)),
+        Part("clients in and out, sfed", "c", False, lambda: _seconds_of_changes(paged, clock)),
+        Part(
+            "aggregation of A", "d", False, lambda: _seconds_of_mean(world, ours, workload, clock)
+        ),
+        Part("evaluation, same tokens", "d", False, lambda: clock.seconds_of(ours.evaluate)),
+    ]
+    samples = interleaved({part.name: part.seconds for part in parts}, repeat, None)
+    return [
+        {
+            "name": part.name,
+            "variant": part.variant,
+            "in_every_step": part.in_every_step,
+            "seconds": Spread.of(samples[part.name]).as_json(),
         }
-    if isinstance(stock, StockPeft):
-        parts["optimizer, HF + PEFT"] = lambda: _seconds_of_updates(stock, clock)
-        parts["changing clients, HF + PEFT"] = lambda: _seconds_of_changes(stock, clock)
-    if isinstance(paged, Sfed):
-        parts["changing clients, sfed one by one"] = lambda: _seconds_of_changes(paged, clock)
-    return {name: Spread.of(s) for name, s in interleaved(parts, repeat, None).items()}
+        for part in parts
+    ]
 
 
 def _prepare_update(contestant: Contestant, turn: int = 0) -> None:
@@ -66,9 +78,12 @@ def _prepare_update(contestant: Contestant, turn: int = 0) -> None:
     torch.autograd.backward(contestant.losses().sum())
 
 
-def _aggregate(world: World, ours: Sfed, workload: Workload) -> None:
+def _seconds_of_mean(world: World, ours: Sfed, workload: Workload, clock: Clock) -> float:
+    """Seconds of the mean over all clients of all processes, who start together."""
     share = 1.0 / (world.size * workload.num_clients)
-    aggregation.share(world, ours.clients, ("A",), [share] * workload.num_clients)
+    weights = [share] * workload.num_clients
+    distributed.all_reduce_sum(torch.zeros(1, device=world.device))
+    return clock.seconds_of(lambda: aggregation.share(world, ours.clients, ("A",), weights))
 
 
 def _seconds_of_updates(stock: StockPeft, clock: Clock) -> float:

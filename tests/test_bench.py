@@ -225,7 +225,10 @@ def test_json_and_table_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
             assert one["peak_bytes"] is None
             assert one["mfu_of_datasheet"] is None
     assert set(results["ratios"]) == {"a/c", "a/d", "b/c", "b/d", "c/d", "d/e"}
-    assert {"aggregation of A", "optimizer, sfed", "batch assembly"} <= set(results["parts"])
+    parts = {part["name"]: part for part in results["parts"]}
+    assert {"aggregation of A", "optimizer, sfed", "batch assembly"} <= set(parts)
+    assert all(part["seconds"]["count"] == 2 for part in parts.values())
+    assert results["configuration"]["a_bytes"] == 4 * 2 * 2 * 2 * 32  # r, layers, q and v, in
     assert any("ZeRO-3" in note for note in results["notes"])
     shown = capsys.readouterr().out
     for words in ("HF + PEFT", "sfed, one pass", "tokens/s", "d as a", "aggregation of A"):
