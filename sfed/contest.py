@@ -201,21 +201,24 @@ class Contest:
         return interleaved(tasks, repeat, budget_seconds), matmul.flops
 
     def _memory(self, contestant: Contestant) -> dict[str, Any]:
-        """Peak device memory as if it were alone, and what a pass leaves for its backward."""
-        clock = Clock(self._device)
+        """What a pass leaves for its backward, and the device's peak as if it were alone."""
         contestant.enter(0)
         with SavedBytes((*contestant.frozen(), *contestant.state())) as saved:
             contestant.losses()
         contestant.leave()
-        peak = None
-        if self._device.type == "cuda":
-            others = [one for one in self.contestants.values() if one is not contestant]
-            elsewhere = _bytes_of(t for one in others for t in one.state() if t.is_cuda)
-            clock.read()
-            torch.cuda.reset_peak_memory_stats(self._device)
-            seconds_of_step(contestant, clock, 1)
-            peak = torch.cuda.max_memory_allocated(self._device) - elsewhere
-        return {"saved_bytes_of_pass": saved.total, "peak_bytes": peak}
+        return {"saved_bytes_of_pass": saved.total, "peak_bytes": self._peak_bytes(contestant)}
+
+    def _peak_bytes(self, contestant: Contestant) -> int | None:
+        """Peak of a step without what the others store; None on a CPU, where nobody counts."""
+        if self._device.type != "cuda":
+            return None
+        clock = Clock(self._device)
+        others = [one for one in self.contestants.values() if one is not contestant]
+        elsewhere = _bytes_of(t for one in others for t in one.state() if t.is_cuda)
+        clock.read()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        seconds_of_step(contestant, clock, 1)
+        return torch.cuda.max_memory_allocated(self._device) - elsewhere
 
 
 def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:

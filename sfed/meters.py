@@ -105,7 +105,7 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread
 class SavedBytes:
     """Counts what autograd keeps of a forward pass for the backward pass.
 
-    A context for the forward pass. Every storage counts once and whole, however many tensors look
+    A context for one forward pass. Every storage counts once and whole, however many tensors look
     at it; storages of the excluded tensors, such as frozen weights, count nothing.
     """
 
@@ -135,6 +135,7 @@ class SavedBytes:
         trace: TracebackType | None,
     ) -> None:
         self._hooks.__exit__(kind, error, trace)
+        self._kept.clear()  # or a peak that is measured next would hold them
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
