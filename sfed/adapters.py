@@ -1,4 +1,4 @@
-"""The only file that knows PEFT: attach adapters, lay them out in flat buffers, write PEFT folders.
+"""The trainer's only file that knows PEFT: attach adapters, flat buffers, writing PEFT folders.
 
 A client's adapter is one row of fp32 numbers: the A factors of all layers, then the B factors, both
 in the sorted order of the layers' names, then the weights of its classification head where the task

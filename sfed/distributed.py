@@ -114,13 +114,24 @@ def all_reduce_sum(flat: torch.Tensor) -> torch.Tensor:
     return flat
 
 
+def is_on_host() -> bool:
+    """Whether the processes gather in host memory, as gloo does."""
+    return bool(dist.get_backend() == "gloo")
+
+
 def all_gather_rows(world: World, rows: torch.Tensor) -> list[torch.Tensor]:
     """Return the equally shaped tensors of all processes, in the order of processes. Collective."""
-    on_host = dist.get_backend() == "gloo"  # which gathers on the host anyway
-    rows = rows.to("cpu" if on_host else world.device).contiguous()
+    rows = rows.to("cpu" if is_on_host() else world.device).contiguous()
     gathered = [torch.empty_like(rows) for _ in range(world.size)]
     dist.all_gather(gathered, rows)
     return [one.cpu() for one in gathered]
+
+
+def all_gather_flat(world: World, share: torch.Tensor) -> torch.Tensor:
+    """Return the equally long flat tensors of all processes as one, as ZeRO-3 does. Collective."""
+    whole = torch.empty(world.size * share.numel(), dtype=share.dtype, device=share.device)
+    dist.all_gather_into_tensor(whole, share)
+    return whole
 
 
 def gather_json(world: World, name: str, value: Any) -> list[Any]:

@@ -1,0 +1,314 @@
+"""What the bench lets run side by side: stock PEFT and the trainer, on the same frozen weights.
+
+All make the same step: forward, backward and AdamW on the same tokens of every client, from the
+same adapters, with the same gamma; two of them end with the same adapters (a test). What a round
+does once and not in each step (bringing a client's adapter in and out) is left out for all alike.
+
+One of the two files that know PEFT: here it is what the trainer is measured against.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from sfed import adapters, clients, optimizer
+from sfed.adapters import Adapters, Layout
+from sfed.backbone import Backbone
+from sfed.clients import MOMENTS, ClientRows
+from sfed.config import TrainSection
+from sfed.lean import make_lean
+from sfed.mockups import Workload
+from sfed.shape import Sharding
+
+_GAMMA = 2.0
+_TRAINED = ("A", "B")
+# As PyTorch's AdamW but for its weight decay; no clipping, since a plain loop has none.
+TRAIN = TrainSection(lr=1e-3, weight_decay=0.0, max_grad_norm=None)
+
+
+class Contestant(ABC):
+    """One way to make a step of every client, in turns of one client or of all."""
+
+    num_turns: int
+
+    def __init__(self, workload: Workload, input_ids: torch.Tensor) -> None:
+        self.workload = workload
+        self._input_ids = input_ids
+
+    @abstractmethod
+    def enter(self, turn: int) -> None:
+        """Bring in the clients of a turn; not timed, since a round does it once."""
+
+    @abstractmethod
+    def losses(self) -> torch.Tensor:
+        """Forward: the mean loss of each client of the turn, (clients of the turn,)."""
+
+    @abstractmethod
+    def update(self) -> None:
+        """The optimizer's step for the clients of the turn."""
+
+    def step(self) -> torch.Tensor:
+        """Forward, backward, optimizer; returns the (clients of the turn,) losses before it."""
+        losses = self.losses()
+        torch.autograd.backward(losses.sum())
+        self.update()
+        return losses.detach()
+
+    def leave(self) -> None:  # noqa: B027  (not all have something to put away)
+        """Put the clients of the turn away; not timed."""
+
+    @abstractmethod
+    def frozen(self) -> Iterable[torch.Tensor]:
+        """Weights and buffers that autograd may keep at no cost, because they are there anyway."""
+
+    @abstractmethod
+    def state(self) -> Iterable[torch.Tensor]:
+        """What exists for the clients: factors, gradients, moments."""
+
+    def adapter(self, client: int) -> torch.Tensor:
+        """A client's factors as a row of our layout; nothing where nothing is trained."""
+        del client
+        return torch.empty(0)
+
+    def _rows_of(self, turn: int) -> torch.Tensor:
+        """The tokens of a turn."""
+        count = len(self._input_ids) // self.num_turns
+        return self._input_ids[turn * count : (turn + 1) * count]
+
+
+class StockPeft(Contestant):
+    """HF + PEFT as users write it: one model, an adapter per client, ``set_adapter`` between them.
+
+    The loss comes from ``labels=``, the optimizer is torch.optim.AdamW as it is, one per client.
+    ``use_cache`` is off and no attention mask is given, both in PEFT's favour.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        workload: Workload,
+        input_ids: torch.Tensor,
+        *,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        super().__init__(workload, input_ids)
+        self.num_turns = workload.num_clients
+        targets = workload.target_modules
+        settings = LoraConfig(
+            r=workload.lora_rank,
+            lora_alpha=_GAMMA * workload.lora_rank,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+        )
+        names = [f"client-{client}" for client in range(workload.num_clients)]
+        self._names = names
+        self.model: PeftModel = get_peft_model(
+            model, settings, names[0], autocast_adapter_dtype=autocast_adapter_dtype
+        )
+        for name in names[1:]:
+            self.model.add_adapter(name, settings, autocast_adapter_dtype=autocast_adapter_dtype)
+        self._parameters = dict(self.model.named_parameters())
+        self._optimizers = [self._make_optimizer(name) for name in names]
+        self._turn = 0
+
+    def _make_optimizer(self, name: str) -> torch.optim.AdamW:
+        own = [weight for key, weight in self._parameters.items() if f".{name}." in key]
+        for weight in own:  # set_adapter turns off all but its own
+            weight.requires_grad_()
+        return torch.optim.AdamW(own, lr=TRAIN.lr, weight_decay=TRAIN.weight_decay)
+
+    def start_from(self, layout: Layout, rows: torch.Tensor) -> None:
+        """Take over the (clients, layout.size) factors that another contestant starts from."""
+        self._layout = layout
+        with torch.no_grad():
+            for client, row in enumerate(rows):
+                for weight, values in self._pieces(client, row):
+                    weight.copy_(values)
+
+    def _pieces(
+        self, client: int, row: torch.Tensor
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        for piece in self._layout.pieces:
+            name = f"base_model.model.{piece.layer}.lora_{piece.factor}.client-{client}.weight"
+            yield self._parameters[name], row[piece.start : piece.end].view(piece.shape)
+
+    def enter(self, turn: int) -> None:
+        """Let this client's adapter be the one that computes and trains."""
+        self._turn = turn
+        self.model.set_adapter(self._names[turn])
+
+    def losses(self) -> torch.Tensor:
+        """The loss that HF computes, one."""
+        self._optimizers[self._turn].zero_grad()
+        ids = self._rows_of(self._turn)
+        loss: torch.Tensor = self.model(input_ids=ids, labels=ids).loss
+        return loss[None]
+
+    def update(self) -> None:
+        """torch.optim.AdamW."""
+        self._optimizers[self._turn].step()
+
+    def leave(self) -> None:
+        """Let go of the gradients: no other client needs them."""
+        self._optimizers[self._turn].zero_grad()
+
+    def frozen(self) -> Iterable[torch.Tensor]:
+        """All parameters: factors are state."""
+        return (*self.model.parameters(), *self.model.buffers())
+
+    def state(self) -> Iterable[torch.Tensor]:
+        """Factors, gradients while they are kept, moments."""
+        for one in self._optimizers:
+            for weight in one.param_groups[0]["params"]:
+                yield weight
+                if weight.grad is not None:
+                    yield weight.grad
+                yield from (v for v in one.state[weight].values() if isinstance(v, torch.Tensor))
+
+    def adapter(self, client: int) -> torch.Tensor:
+        """The factors that PEFT holds, in fp32."""
+        row = torch.empty(self._layout.size)
+        for weight, place in self._pieces(client, row):
+            place.copy_(weight.detach())
+        return row
+
+
+def attach(model: PreTrainedModel, workload: Workload) -> Adapters:
+    """Put the trainer's layers into a model, as a run would."""
+    return adapters.attach(
+        model,
+        lora_rank=workload.lora_rank,
+        lora_scaling=_GAMMA,
+        dropout=0.0,
+        target_modules=workload.target_modules,
+        base_name="bench",
+    )
+
+
+def every_position(input_ids: torch.Tensor) -> torch.Tensor:
+    """Places from which a token is predicted where all tokens are supervised: (rows * (T - 1),)."""
+    places = torch.arange(input_ids.numel(), device=input_ids.device).view(input_ids.shape)
+    return places[:, :-1].flatten()
+
+
+class Sfed(Contestant):
+    """The trainer's own path: rows of clients, bound layers, its losses and its optimizer."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        workload: Workload,
+        input_ids: torch.Tensor,
+        *,
+        clients_per_pass: int,
+    ) -> None:
+        super().__init__(workload, input_ids)
+        make_lean(model)
+        self.backbone = Backbone(model, None, Sharding("none", "one process"), None)
+        self.adapters = attach(model, workload)
+        own = range(workload.num_clients)
+        self.clients = ClientRows(
+            own,
+            self.adapters.layout,
+            input_ids.device,
+            clients_per_pass=clients_per_pass,
+            moments=MOMENTS,
+        )
+        clients.draw_initial(self.clients, self.adapters, seed=workload.seed, independent=True)
+        self._groups = list(self.clients.groups(own))
+        self.num_turns = len(self._groups)
+        self.backbone.training()
+        self.enter(0)
+
+    def enter(self, turn: int) -> None:
+        """Bring the rows of the turn's clients to the device and point the layers at them."""
+        self.rows = self.clients.load(self._groups[turn])
+        self.adapters.bind(self.rows.values, self.rows.grads, _TRAINED)
+        self._ids = self._rows_of(turn)
+        self._everyone = torch.ones(len(self.rows.clients), device=self._ids.device)
+        supervised = self.workload.rows * (self.workload.tokens - 1)
+        self._supervised_C = self._everyone * supervised
+
+    def losses(self) -> torch.Tensor:
+        """Each client's mean over its own tokens, as in a local step."""
+        self.rows.grads.zero_()
+        return self._means()
+
+    def evaluate(self) -> torch.Tensor:
+        """The same losses, forward only."""
+        with torch.no_grad():
+            return self._means()
+
+    def _means(self) -> torch.Tensor:
+        row_losses = self.backbone.token_losses(self._ids, self._ids, every_position(self._ids))
+        return row_losses.view(len(self._supervised_C), -1).sum(dim=1) / self._supervised_C
+
+    def update(self) -> None:
+        """The per-client optimizer over flat rows, with the norms that a round notes."""
+        layout = self.clients.layout
+        norms_C = optimizer.gradient_norms(self.rows, layout, _TRAINED)
+        taken_C = self._everyone.bool() & torch.isfinite(norms_C)
+        lr_C = self._everyone * TRAIN.lr
+        optimizer.step(self.rows, layout, _TRAINED, TRAIN, lr_C, norms_C, taken_C)
+
+    def leave(self) -> None:
+        """Put the rows back."""
+        self.clients.store(self.rows)
+
+    def frozen(self) -> Iterable[torch.Tensor]:
+        """The backbone and the clients' rows."""
+        model = self.backbone.model
+        return (*model.parameters(), *model.buffers(), self.rows.values, self.rows.grads)
+
+    def state(self) -> Iterable[torch.Tensor]:
+        """The rows, where they rest and where they are in a pass."""
+        yield from (self.clients.values, *self.clients.moments.values())
+        yield from (self.rows.values, self.rows.grads, *self.rows.moments.values())
+
+    def adapter(self, client: int) -> torch.Tensor:
+        """A client's row."""
+        return self.clients.row(client).cpu()
+
+
+class FrozenOnly(Contestant):
+    """The floor: the frozen model forward and backward, all clients in one pass, no adapters.
+
+    The embeddings require gradients, so that those of all inputs are computed. Attention, norms,
+    head and loss are in it too.
+    """
+
+    num_turns = 1
+
+    def __init__(self, model: PreTrainedModel, workload: Workload, input_ids: torch.Tensor) -> None:
+        super().__init__(workload, input_ids)
+        self.backbone = Backbone(model, None, Sharding("none", "one process"), None)
+        model.get_input_embeddings().register_forward_hook(
+            lambda _module, _inputs, output: output.requires_grad_()
+        )
+        self._supervised = workload.rows * (workload.tokens - 1)
+
+    def enter(self, turn: int) -> None:
+        """Nothing to bring."""
+
+    def losses(self) -> torch.Tensor:
+        """The same losses without adapters."""
+        row_losses = self.backbone.token_losses(
+            self._input_ids, self._input_ids, every_position(self._input_ids)
+        )
+        return row_losses.view(self.workload.num_clients, -1).sum(dim=1) / self._supervised
+
+    def update(self) -> None:
+        """Nothing to train."""
+
+    def frozen(self) -> Iterable[torch.Tensor]:
+        """The model."""
+        return (*self.backbone.model.parameters(), *self.backbone.model.buffers())
+
+    def state(self) -> Iterable[torch.Tensor]:
+        """Nothing."""
+        return ()

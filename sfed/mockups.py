@@ -1,0 +1,204 @@
+"""Models of a given shape with random weights, and random tokens: enough to measure speed with.
+
+P_mm = weights of all matrix products of a pass. A step on a frozen model costs 4 P_mm FLOPs a token
+(forward 2, gradients of inputs 2, none of weights).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from sfed.cli import UserError, validate
+from sfed.shape import read_model_config
+
+_STD = 0.02
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama2-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+    },
+    "tinyllama": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    },
+    "llama-30m": {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+    "stories": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "vocab_size": 258,
+        "hidden_size": 32,
+        "intermediate_size": 72,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one step of every client is made of."""
+
+    num_clients: int
+    rows: int
+    """Of one client."""
+    tokens: int
+    """Of one row."""
+    lora_rank: int
+    target_modules: tuple[str, ...] | str
+    dtype: torch.dtype
+    seed: int = 0
+
+    @property
+    def tokens_per_client(self) -> int:
+        """That one client reads in a step."""
+        return self.rows * self.tokens
+
+    @property
+    def tokens_per_step(self) -> int:
+        """That all clients read in a step."""
+        return self.num_clients * self.tokens_per_client
+
+
+def model_config(name: str, folder: Path | None, num_layers: int | None) -> PreTrainedConfig:
+    """The shape of the model.
+
+    Args:
+        name: of a shape of ours.
+        folder: of a config.json that is used instead.
+        num_layers: so many of its layers; None = all.
+
+    Raises:
+        UserError: where the folder holds no configuration of a language model.
+    """
+    if folder is None:
+        config: PreTrainedConfig = LlamaConfig(**SHAPES[name])
+    else:
+        place = str(folder.resolve())
+        config = read_model_config(validate({"model": {"name": place}}), place)
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise UserError(
+                f"--model-config {folder}: {type(config).__name__} has no causal language model"
+            )
+    if num_layers is not None:
+        config = with_layers(config, num_layers)
+    return config
+
+
+def with_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
+    """The same shape with another number of layers."""
+    changed = copy.deepcopy(config)
+    changed.num_hidden_layers = num_layers
+    if getattr(changed, "layer_types", None):  # named one by one in newer architectures
+        changed.layer_types = [
+            changed.layer_types[i % len(changed.layer_types)] for i in range(num_layers)
+        ]
+    return changed
+
+
+def build(
+    config: PreTrainedConfig, workload: Workload, device: torch.device, *, blank: bool = False
+) -> PreTrainedModel:
+    """Make a frozen model where it will be used, without a copy in fp32 or on the host.
+
+    Args:
+        config: its shape.
+        workload: for the dtype and the seed.
+        device: of the weights.
+        blank: leave all weights 0: enough for counting, and nearly free on a CPU.
+    """
+    with torch.device(device), no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=workload.dtype, attn_implementation="sdpa"
+        )
+    model.tie_weights()
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    model.name_or_path = "bench"  # PEFT asks the model for it, and warns where they differ
+    if blank:
+        _blank(model)
+    else:
+        _randomise(model, workload.seed)
+    return model.train()
+
+
+def _blank(model: nn.Module) -> None:
+    """Put zeros in the place of all weights, which a CPU only stores when something is written."""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            # zeros_like would write.
+            zeros = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+            setattr(module, name, nn.Parameter(zeros, requires_grad=False))
+
+
+def _randomise(model: nn.Module, seed: int) -> None:
+    """Fill matrices from a normal distribution of 0.02, as transformers does; vectors with 1."""
+    for number, weight in enumerate(model.parameters()):
+        generator = torch.Generator(weight.device).manual_seed(seed * 10_007 + number)
+        if weight.dim() > 1:
+            weight.normal_(0.0, _STD, generator=generator)
+        else:
+            weight.fill_(1.0)
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model of the very same weights, which may be changed into something else."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def matmul_weights(model: PreTrainedModel) -> int:
+    """P_mm: weights of all linear layers, the head's included."""
+    linear = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return sum(layer.in_features * layer.out_features for layer in linear)
+
+
+def random_tokens(config: PreTrainedConfig, workload: Workload) -> torch.Tensor:
+    """(clients * rows, tokens) int64 on the host: what each client reads, over and over."""
+    generator = torch.Generator().manual_seed(workload.seed)
+    shape = (workload.num_clients * workload.rows, workload.tokens)
+    return torch.randint(config.vocab_size, shape, generator=generator)
+
+
+def smaller(workload: Workload, num_clients: int, rows: int, tokens: int) -> Workload:
+    """The same kind of step with other numbers."""
+    return dataclasses.replace(workload, num_clients=num_clients, rows=rows, tokens=tokens)
