@@ -23,7 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sfed.cli import UserError
-from sfed.layers import Head, PassContext, StackedLoraLinear
+from sfed.heads import Head
+from sfed.layers import PassContext, StackedLoraLinear
 from sfed.scaling import peft_alpha
 
 _SUPPORTED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")

@@ -22,28 +22,23 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from sfed import heads
 from sfed.cli import UserError
 from sfed.config import Config
 from sfed.distributed import World
-from sfed.layers import Head, StackedHead
+from sfed.heads import Head
 from sfed.lean import make_lean
-from sfed.seeds import Stream, derive
 from sfed.shape import (
     DTYPES,
     Sharding,
     auto_class,
     cannot_load,
     choose_sharding,
-    classes_of_checkpoint,
     dtype_name,
     read_model_config,
 )
-from sfed.tasks import task_of
 
 IGNORED_LABEL = -100
-# Names under which transformers keeps the head of a sequence classifier.
-_HEADS = ("classifier", "score")
-_HEAD_STD = 0.02
 
 
 class Backbone:
@@ -194,9 +189,7 @@ def load(config: Config, name: str, world: World) -> Backbone:
     model_config = read_model_config(config, name)
     dtype = DTYPES[dtype_name(config, world)]
     sharding = choose_sharding(config, model_config, dtype, world)
-    keep_alive: Any = None
-    if sharding.is_sharded:
-        keep_alive = _prepare_deepspeed(config, model_config, dtype)
+    prepared = _prepare_deepspeed(config, model_config, dtype) if sharding.is_sharded else None
     try:
         model, loading = auto_class(config).from_pretrained(
             name,
@@ -205,88 +198,27 @@ def load(config: Config, name: str, world: World) -> Backbone:
             attn_implementation=config.model.attention,
             trust_remote_code=config.backbone.trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # of a head with other classes; see _refuse_random
-            key_mapping=_passing_over_head(config, name) if sharding.is_sharded else None,
+            ignore_mismatched_sizes=True,  # of a head with other classes; see heads.refuse_random
+            key_mapping=heads.passing_over(config, name) if sharding.is_sharded else None,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(cannot_load(name, error)) from None
-    head_name = _head_name(config, model)
-    is_new_head = _refuse_random(loading, head_name, name)
+    head_name = heads.head_name_of(config, model)
+    is_new_head = heads.refuse_random(loading, head_name, name)
     model.requires_grad_(False)
     make_lean(model)
     head = None
     if head_name is not None:
-        head = _take_head_off(model, head_name, config.seed if is_new_head else None)
-    if sharding.is_sharded:
-        hf_deepspeed, settings = keep_alive
-        keep_alive = (hf_deepspeed, _shard(model, settings))
-    else:
+        head = heads.take_off(model, head_name, _whole, config.seed if is_new_head else None)
+    keep_alive = None
+    if prepared is None:
         model.to(world.device)
+    else:
+        hf_deepspeed, settings = prepared
+        keep_alive = (hf_deepspeed, _shard(model, settings))
     if config.backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Backbone(model, head, sharding, keep_alive)
-
-
-def _passing_over_head(config: Config, name: str) -> dict[str, str] | None:
-    """Renames that hide a checkpoint's head of other classes.
-
-    Loading into shards refuses what is of another size, whatever ``ignore_mismatched_sizes`` says.
-    """
-    task = task_of(config)
-    if not task.is_classification or classes_of_checkpoint(config, name) == task.num_outputs:
-        return None
-    return {rf"^({'|'.join(_HEADS)})\.": r"of_other_classes.\1."}
-
-
-def _head_name(config: Config, model: PreTrainedModel) -> str | None:
-    """The module that is the classification head; None for tasks without one."""
-    if not task_of(config).is_classification:
-        return None
-    for name in _HEADS:
-        if hasattr(model, name):
-            return name
-    raise UserError(
-        f"model.name: {type(model).__name__} keeps its head in none of {', '.join(_HEADS)}; use a "
-        "BERT, RoBERTa or LLaMA model"
-    )
-
-
-def _refuse_random(loading: Mapping[str, Any], head_name: str | None, name: str) -> bool:
-    """Refuse a model whose files lack weights; returns whether the head is new.
-
-    Raises:
-        UserError: transformers would train on random numbers in their place.
-    """
-    absent = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    of_head = {key for key in absent if head_name and key.startswith(f"{head_name}.")}
-    if missing := sorted(absent - of_head):
-        raise UserError(
-            f"model.name = {name!r}: its files lack {len(missing)} weights that its config.json "
-            f"asks for, such as {missing[0]}"
-        )
-    return bool(of_head)
-
-
-def _take_head_off(model: PreTrainedModel, name: str, seed: int | None) -> Head:
-    """Put a head with the clients' own weights in the place of the model's, before it is sharded.
-
-    Args:
-        model: changed in place.
-        name: of the head.
-        seed: of new weights, the same on every client; None = those that the model came with.
-    """
-    template = model.get_submodule(name)
-    named = dict(template.named_parameters())
-    with _whole(list(named.values())):
-        initial = {key: weight.detach().float().cpu().clone() for key, weight in named.items()}
-    if seed is not None:
-        std = float(getattr(model.config, "initializer_range", _HEAD_STD))
-        generator = torch.Generator().manual_seed(derive(Stream.INIT_HEAD, seed))
-        for _, weight in sorted(initial.items()):  # as transformers does: biases begin at 0
-            weight.normal_(0.0, std, generator=generator) if weight.dim() > 1 else weight.zero_()
-    layer = StackedHead(template)
-    model.set_submodule(name, layer)
-    return Head(name, layer, initial)
 
 
 def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
@@ -359,11 +291,8 @@ def deepspeed_settings(
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = _merged(result[key], value) if both else value
-    return result
+    both = [key for key in over if isinstance(over[key], dict) and isinstance(base.get(key), dict)]
+    return {**base, **over, **{key: _merged(base[key], over[key]) for key in both}}
 
 
 def _shard(model: PreTrainedModel, settings: dict[str, Any]) -> Any:

@@ -20,9 +20,9 @@ from sfed import adapters, clients, optimizer
 from sfed.adapters import Adapters, Layout
 from sfed.backbone import Backbone
 from sfed.clients import MOMENTS, ClientRows
-from sfed.config import TrainSection
 from sfed.lean import make_lean
 from sfed.mockups import Workload
+from sfed.sections import TrainSection
 from sfed.shape import Sharding
 
 _GAMMA = 2.0

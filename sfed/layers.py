@@ -1,4 +1,4 @@
-"""Layers of C clients stacked, adapted linear layers and heads: one pass for all of them.
+"""The adapted linear layer: the factors of C clients stacked, one pass for all of them.
 
 Shape suffixes: C clients, B rows of one client, T tokens, R LoRA rank, I in, O out.
 
@@ -7,12 +7,10 @@ Shape suffixes: C clients, B rows of one client, T tokens, R LoRA rank, I in, O 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.func import functional_call, vmap
 
 from sfed import lean
 
@@ -114,43 +112,3 @@ class StackedLoraLinear(nn.Module):
             generator.manual_seed((seed + 0x9E3779B97F4A7C15 * (self._layer_index + 1)) % 2**63)
             keep[client].bernoulli_(1.0 - self.dropout, generator=generator)
         return x_CMI * keep / (1.0 - self.dropout)
-
-
-@dataclass(frozen=True)
-class Head:
-    """A classification head that was taken off the backbone."""
-
-    name: str
-    """Of the module within the model."""
-    layer: StackedHead
-    initial: Mapping[str, torch.Tensor]
-    """fp32 weights that every client's head starts from, by their names within the module."""
-
-
-class StackedHead(nn.Module):
-    """A model's classification head with the weights of C clients: each client's own for its rows.
-
-    Any module of linear layers and activations will do. It does not own its weights either.
-    """
-
-    def __init__(self, template: nn.Module) -> None:
-        super().__init__()
-        # In a tuple, so that it is no submodule: neither PEFT nor DeepSpeed shall see it.
-        self._template = (template.eval(),)
-        self.weights: Mapping[str, torch.Tensor] = {}
-
-    def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Use these weights from now on: (C, *shape) fp32 by the template's own names."""
-        self.weights = weights
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the head's outputs for x of shape (C * B, ...): (C * B, ...)."""
-        weights = {name: stacked.to(x.dtype) for name, stacked in self.weights.items()}
-        num_clients = next(iter(weights.values())).shape[0]
-
-        def of_one_client(one: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-            output: torch.Tensor = functional_call(self._template[0], one, (x,))
-            return output
-
-        y: torch.Tensor = vmap(of_one_client)(weights, x.reshape(num_clients, -1, *x.shape[1:]))
-        return y.flatten(0, 1)

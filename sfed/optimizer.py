@@ -14,7 +14,7 @@ import torch
 
 from sfed.adapters import Layout
 from sfed.clients import FACTORS, Rows
-from sfed.config import TrainSection
+from sfed.sections import TrainSection
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 

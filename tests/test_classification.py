@@ -29,7 +29,7 @@ from transformers.models.roberta.modeling_roberta import RobertaClassificationHe
 from sfed import backbone, cli, distributed, local, session, tasks
 from sfed.batches import Order, collate
 from sfed.cli import UserError
-from sfed.layers import StackedHead
+from sfed.heads import StackedHead
 from sfed.seeds import Stream, derive
 from tests import glue, runs
 from tests.glue import ALPHA, BATCH, CLIP, HEADS, NAMES, RANK, ROUNDS, SGD, STEPS, N

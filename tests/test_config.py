@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from sfed import cli, config
 from sfed.cli import UserError
-from sfed.config import DEAD_DEEPSPEED_KEYS, Config
+from sfed.config import Config
+from sfed.sections import DEAD_DEEPSPEED_KEYS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -14,7 +14,7 @@ import torch
 from sfed import optimizer, scaling
 from sfed.adapters import Layout
 from sfed.clients import Rows
-from sfed.config import TrainSection
+from sfed.sections import TrainSection
 
 WIDTH = 128
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sfed import optimizer
 from sfed.adapters import Layout
 from sfed.clients import MOMENTS, ClientRows
-from sfed.config import TrainSection
+from sfed.sections import TrainSection
 
 LAYOUT = Layout.of([("q", 5, 7), ("v", 3, 4)], lora_rank=2)
 CLIENTS, STEPS = 3, 40

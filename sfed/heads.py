@@ -1,0 +1,127 @@
+"""Classification heads: found on the model, taken off it, stacked with the clients' own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+from transformers import PreTrainedModel
+
+from sfed.cli import UserError
+from sfed.config import Config
+from sfed.seeds import Stream, derive
+from sfed.shape import classes_of_checkpoint
+from sfed.tasks import task_of
+
+# Names under which transformers keeps the head of a sequence classifier.
+_NAMES = ("classifier", "score")
+_STD = 0.02
+Whole = Callable[[list[nn.Parameter]], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classification head that was taken off the backbone."""
+
+    name: str
+    """Of the module within the model."""
+    layer: StackedHead
+    initial: Mapping[str, torch.Tensor]
+    """fp32 weights that every client's head starts from, by their names within the module."""
+
+
+class StackedHead(nn.Module):
+    """A model's classification head with the weights of C clients: each client's own for its rows.
+
+    Any module of linear layers and activations will do. It does not own its weights either.
+    """
+
+    def __init__(self, template: nn.Module) -> None:
+        super().__init__()
+        # In a tuple, so that it is no submodule: neither PEFT nor DeepSpeed shall see it.
+        self._template = (template.eval(),)
+        self.weights: Mapping[str, torch.Tensor] = {}
+
+    def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Use these weights from now on: (C, *shape) fp32 by the template's own names."""
+        self.weights = weights
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the head's outputs for x of shape (C * B, ...): (C * B, ...)."""
+        weights = {name: stacked.to(x.dtype) for name, stacked in self.weights.items()}
+        num_clients = next(iter(weights.values())).shape[0]
+
+        def of_one_client(one: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = functional_call(self._template[0], one, (x,))
+            return output
+
+        y: torch.Tensor = vmap(of_one_client)(weights, x.reshape(num_clients, -1, *x.shape[1:]))
+        return y.flatten(0, 1)
+
+
+def passing_over(config: Config, name: str) -> dict[str, str] | None:
+    """Renames that hide a checkpoint's head of other classes.
+
+    Loading into shards refuses what is of another size, whatever ``ignore_mismatched_sizes`` says.
+    """
+    task = task_of(config)
+    if not task.is_classification or classes_of_checkpoint(config, name) == task.num_outputs:
+        return None
+    return {rf"^({'|'.join(_NAMES)})\.": r"of_other_classes.\1."}
+
+
+def head_name_of(config: Config, model: PreTrainedModel) -> str | None:
+    """The module that is the classification head; None for tasks without one."""
+    if not task_of(config).is_classification:
+        return None
+    for name in _NAMES:
+        if hasattr(model, name):
+            return name
+    raise UserError(
+        f"model.name: {type(model).__name__} keeps its head in none of {', '.join(_NAMES)}; use a "
+        "BERT, RoBERTa or LLaMA model"
+    )
+
+
+def refuse_random(loading: Mapping[str, Any], head_name: str | None, name: str) -> bool:
+    """Refuse a model whose files lack weights; returns whether the head is new.
+
+    Raises:
+        UserError: transformers would train on random numbers in their place.
+    """
+    absent = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    of_head = {key for key in absent if head_name and key.startswith(f"{head_name}.")}
+    if missing := sorted(absent - of_head):
+        raise UserError(
+            f"model.name = {name!r}: its files lack {len(missing)} weights that its config.json "
+            f"asks for, such as {missing[0]}"
+        )
+    return bool(of_head)
+
+
+def take_off(model: PreTrainedModel, name: str, whole: Whole, seed: int | None) -> Head:
+    """Put a head with the clients' own weights in the place of the model's, before it is sharded.
+
+    Args:
+        model: changed in place.
+        name: of the head.
+        whole: gathers parameters that were loaded into shards. Collective where so.
+        seed: of new weights, the same on every client; None = those that the model came with.
+    """
+    template = model.get_submodule(name)
+    named = dict(template.named_parameters())
+    with whole(list(named.values())):
+        initial = {key: weight.detach().float().cpu().clone() for key, weight in named.items()}
+    if seed is not None:
+        std = float(getattr(model.config, "initializer_range", _STD))
+        generator = torch.Generator().manual_seed(derive(Stream.INIT_HEAD, seed))
+        for _, weight in sorted(initial.items()):  # as transformers does: biases begin at 0
+            weight.normal_(0.0, std, generator=generator) if weight.dim() > 1 else weight.zero_()
+    layer = StackedHead(template)
+    model.set_submodule(name, layer)
+    return Head(name, layer, initial)
