@@ -91,7 +91,7 @@ def evaluate(run: Run, *, untrained: bool = False) -> Evaluation:
     communicated = 0
     with torch.no_grad():
         if "personal" in run.config.evaluation.adapters:
-            kinds["personal"] = _measure(run, None)
+            kinds["personal"] = _measure(run, None, writes=True)
         wants_global = "global" in run.config.evaluation.adapters and run.method.has_global_adapter
         if wants_global and untrained and kinds:
             kinds["global"] = kinds["personal"]
@@ -100,13 +100,20 @@ def evaluate(run: Run, *, untrained: bool = False) -> Evaluation:
             row = aggregation.global_row(run.world, run.clients, run.weights(everyone))
             layout = run.clients.layout
             communicated = aggregation.message_bytes(layout, aggregation.personal_factors(layout))
-            kinds["global"] = _measure(run, row[None])
+            # Samples are shown of the first kind only; answers that are scored, of both.
+            kinds["global"] = _measure(run, row[None], writes=bool(run.task.scores or not kinds))
     run.backbone.release()
     return Evaluation(kinds, communicated)
 
 
-def _measure(run: Run, shared_row: torch.Tensor | None) -> Measured:
-    """Measure all clients, each with its own adapter, or all with one."""
+def _measure(run: Run, shared_row: torch.Tensor | None, *, writes: bool) -> Measured:
+    """Measure all clients, each with its own adapter, or all with one.
+
+    Args:
+        run: the run.
+        shared_row: (1, layout.size) of one adapter for all; None = each client's own.
+        writes: whether answers are written, where ``evaluation.generate`` is on.
+    """
     own, device = run.clients.own, run.world.device
     widest = max(map(len, run.placement()))
     sums = torch.zeros(widest, 4, dtype=torch.float64)
@@ -125,7 +132,7 @@ def _measure(run: Run, shared_row: torch.Tensor | None) -> Measured:
         objective.row_losses(
             run.backbone, batches.empty(1, with_targets=run.task.is_classification).to(device)
         )
-    if run.config.evaluation.generate:
+    if run.config.evaluation.generate and writes:
         samples = generate.write_answers(run, shared_row, outcomes)
     return Measured(_from_all(run, sums), _from_all(run, outcomes), run.data.parts, samples)
 
@@ -150,7 +157,7 @@ def _one_pass(
     left = [i for i, client in enumerate(group) if run.data.eval_counts[client] > number * size]
     run.adapters.bind(rows if len(rows) == 1 or len(left) == len(group) else rows[left])
     held = [run.data.held_out[group[i]] for i in left]
-    places = [list(range(len(e)))[number * size : (number + 1) * size] for e in held]
+    places = [list(range(len(e))[number * size : (number + 1) * size]) for e in held]
     examples = [[e.row(place) for place in own] for e, own in zip(held, places, strict=True)]
     most = max(map(len, examples))
     batch = batches.collate(examples, most, with_targets=run.task.is_classification).to(

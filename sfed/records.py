@@ -194,10 +194,12 @@ def _client(
             entry["train_loss"] = float(sums[LOSS_SUM] / sums[SUPERVISED])
             entry["grad_norm"] = float(sums[NORM_SUM] / sums[STEPS])
     if evaluation is not None:
-        for kind, measured in evaluation.kinds.items():
+        for number, (kind, measured) in enumerate(evaluation.kinds.items()):
             entry.update(_client_held_out(run, client, kind, measured))
-        main = next(iter(evaluation.kinds), None)
-        entry["eval_loss"] = entry.get(f"{main}_loss")
+            if number == 0:  # the main kind
+                entry["eval_loss"] = measured.loss(client)
+                if samples := measured.samples.get(client):
+                    entry["samples"] = [asdict(sample) for sample in samples]
     return entry
 
 
@@ -205,8 +207,6 @@ def _client_held_out(run: Run, client: int, kind: str, measured: Measured) -> di
     entry: dict[str, Any] = {f"{kind}_loss": measured.loss(client)}
     for name in score_names(run):
         entry[f"{kind}_{name}"] = measured.score(name, client)
-    if measured.samples.get(client) and kind == run.config.evaluation.adapters[0]:
-        entry["samples"] = [asdict(sample) for sample in measured.samples[client]]
     return entry
 
 
