@@ -166,13 +166,18 @@ class _AddLora(Function):
         xa_CMR = torch.bmm(x_CMI, a_CRI.transpose(1, 2))
         ctx.make = None if recipe is None else recipe.make
         ctx.lora_scaling = lora_scaling
-        ctx.save_for_backward(xa_CMR, a_CRI, b_COR, *((x,) if recipe is None else recipe.inputs))
+        _, _, a_trains, b_trains, *_ = ctx.needs_input_grad
+        kept = (x,) if recipe is None else recipe.inputs
+        # A's gradient needs x again, B's needs A x.
+        ctx.save_for_backward(
+            a_CRI, b_COR, xa_CMR if b_trains else None, *(kept if a_trains else ())
+        )
         return torch.baddbmm(y_CMO, xa_CMR, b_COR.transpose(1, 2), alpha=lora_scaling)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of y, x, A and B; gamma stands on the side that is r wide."""
-        (grad_CMO,), (xa_CMR, a_CRI, b_COR, *kept) = grads, ctx.saved_tensors
+        (grad_CMO,), (a_CRI, b_COR, xa_CMR, *kept) = grads, ctx.saved_tensors
         _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
         grad_xa_CMR = torch.bmm(grad_CMO, b_COR).mul_(ctx.lora_scaling)
         grad_x = grad_a_CRI = grad_b_COR = None

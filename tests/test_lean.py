@@ -99,6 +99,32 @@ def test_an_activation_that_is_no_silu_stays_as_it_is():
     torch.testing.assert_close(fast[1], slow[1], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("trained", ["A", "B", "AB"])
+def test_an_adapter_saves_its_input_for_a_and_a_x_for_b(trained):
+    x, y = torch.randn(2, 7, 5), torch.randn(2, 7, 6, requires_grad=True)
+    a = torch.randn(2, 3, 5, requires_grad="A" in trained)
+    b = torch.randn(2, 6, 3, requires_grad="B" in trained)
+    shapes = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = lean.add_lora(y, x, a, b, 0.5, None)
+    assert ((2, 7, 5) in shapes) == ("A" in trained)
+    assert ((2, 7, 3) in shapes) == ("B" in trained)
+    torch.autograd.backward(output.square().sum())
+    plain = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in (y, a, b)]
+    twin = plain[0] + 0.5 * x @ plain[1].transpose(1, 2) @ plain[2].transpose(1, 2)
+    torch.autograd.backward(twin.square().sum())
+    for ours, its in zip((y, a, b), plain, strict=True):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, its.grad, rtol=1e-5, atol=1e-5)
+        else:
+            assert ours.grad is None
+
+
 # --- what is saved -------------------------------------------------------------------------------
 
 
