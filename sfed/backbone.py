@@ -76,8 +76,7 @@ class Backbone:
     ) -> torch.Tensor:
         """Return each row's summed cross-entropy in nats over its supervised tokens.
 
-        Logits, of which a token has as many as there are words, are made for the supervised tokens
-        alone.
+        Logits are made for the supervised tokens alone: a token has as many as there are words.
 
         Args:
             input_ids: (rows, tokens) int64, padded at the right. A causal model cannot see what
@@ -184,7 +183,7 @@ def load(config: Config, name: str, world: World) -> Backbone:
         world: the processes.
 
     Raises:
-        UserError: where the model cannot be found or is not a causal language model.
+        UserError: where the model cannot be found or is not one for the task.
     """
     model_config = read_model_config(config, name)
     dtype = DTYPES[dtype_name(config, world)]
@@ -198,18 +197,14 @@ def load(config: Config, name: str, world: World) -> Backbone:
             attn_implementation=config.model.attention,
             trust_remote_code=config.backbone.trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # of a head with other classes; see heads.refuse_random
+            ignore_mismatched_sizes=True,  # of a head with other classes; see heads.take_off
             key_mapping=heads.passing_over(config, name) if sharding.is_sharded else None,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(cannot_load(name, error)) from None
-    head_name = heads.head_name_of(config, model)
-    is_new_head = heads.refuse_random(loading, head_name, name)
     model.requires_grad_(False)
     make_lean(model)
-    head = None
-    if head_name is not None:
-        head = heads.take_off(model, head_name, _whole, config.seed if is_new_head else None)
+    head = heads.take_off(config, model, loading, _whole)
     keep_alive = None
     if prepared is None:
         model.to(world.device)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -18,6 +17,7 @@ from sfed.adapters import Layout
 from sfed.cli import UserError
 from sfed.contestants import Contestant, attach
 from sfed.distributed import World
+from sfed.law import slope
 from sfed.lineup import VARIANTS, count, line_up, seconds_of_step
 from sfed.meters import (
     Clock,
@@ -63,7 +63,7 @@ class Options:
     budget_seconds: float | None
     collectives: bool
     compared: str | None
-    """clients or rank: what a sweep varies."""
+    """What a comparison varies: the clients, or the LoRA rank."""
     compared_values: tuple[int, ...]
 
 
@@ -251,12 +251,10 @@ def _compare(
 
 def _slopes(points: list[dict[str, Any]]) -> dict[str, float]:
     """Log-log slopes of the seconds of a step: 1 = in proportion, 0 = free."""
-    values = np.log([point["value"] for point in points])
-    found = {}
-    for key in _COMPARED:
-        medians = [point["variants"][key]["seconds_per_step"]["median"] for point in points]
-        found[key] = float(np.polyfit(values, np.log(medians), 1)[0])
-    return found
+    return {
+        key: slope([(p["value"], p["variants"][key]["seconds_per_step"]["median"]) for p in points])
+        for key in _COMPARED
+    }
 
 
 def _layout(config: PreTrainedConfig, workload: Workload) -> Layout:
@@ -274,16 +272,10 @@ def _layout(config: PreTrainedConfig, workload: Workload) -> Layout:
 
 def _shape_of(config: PreTrainedConfig) -> Mapping[str, Any]:
     keys = (
-        "model_type",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-        "tie_word_embeddings",
+        "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads vocab_size tie_word_embeddings"
     )
-    return {key: getattr(config, key, None) for key in keys}
+    return {key: getattr(config, key, None) for key in keys.split()}
 
 
 def _notes(world: World, workload: Workload) -> list[str]:

@@ -1,10 +1,8 @@
-"""What the bench lets run side by side: stock PEFT and the trainer, on the same frozen weights.
+"""What the bench lets run side by side on the same frozen weights; stock PEFT has its own file.
 
 All make the same step: forward, backward and AdamW on the same tokens of every client, from the
 same adapters, with the same gamma; two of them end with the same adapters (a test). What a round
 does once and not in each step (bringing a client's adapter in and out) is left out for all alike.
-
-One of the two files that know PEFT: here it is what the trainer is measured against.
 """
 
 from __future__ import annotations
@@ -13,11 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from sfed import adapters, clients, optimizer
-from sfed.adapters import Adapters, Layout
+from sfed.adapters import Adapters
 from sfed.backbone import Backbone
 from sfed.clients import MOMENTS, ClientRows
 from sfed.lean import make_lean
@@ -25,7 +22,7 @@ from sfed.mockups import Workload
 from sfed.sections import TrainSection
 from sfed.shape import Sharding
 
-_GAMMA = 2.0
+GAMMA = 2.0
 _TRAINED = ("A", "B")
 # As PyTorch's AdamW but for its weight decay; no clipping, since a plain loop has none.
 TRAIN = TrainSection(lr=1e-3, weight_decay=0.0, max_grad_norm=None)
@@ -81,109 +78,12 @@ class Contestant(ABC):
         return self._input_ids[turn * count : (turn + 1) * count]
 
 
-class StockPeft(Contestant):
-    """HF + PEFT as users write it: one model, an adapter per client, ``set_adapter`` between them.
-
-    The loss comes from ``labels=``, the optimizer is torch.optim.AdamW as it is, one per client.
-    ``use_cache`` is off and no attention mask is given, both in PEFT's favour.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        workload: Workload,
-        input_ids: torch.Tensor,
-        *,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        super().__init__(workload, input_ids)
-        self.num_turns = workload.num_clients
-        targets = workload.target_modules
-        settings = LoraConfig(
-            r=workload.lora_rank,
-            lora_alpha=_GAMMA * workload.lora_rank,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            task_type="CAUSAL_LM",
-        )
-        names = [f"client-{client}" for client in range(workload.num_clients)]
-        self._names = names
-        self.model: PeftModel = get_peft_model(
-            model, settings, names[0], autocast_adapter_dtype=autocast_adapter_dtype
-        )
-        for name in names[1:]:
-            self.model.add_adapter(name, settings, autocast_adapter_dtype=autocast_adapter_dtype)
-        self._parameters = dict(self.model.named_parameters())
-        self._optimizers = [self._make_optimizer(name) for name in names]
-        self._turn = 0
-
-    def _make_optimizer(self, name: str) -> torch.optim.AdamW:
-        own = [weight for key, weight in self._parameters.items() if f".{name}." in key]
-        for weight in own:  # set_adapter turns off all but its own
-            weight.requires_grad_()
-        return torch.optim.AdamW(own, lr=TRAIN.lr, weight_decay=TRAIN.weight_decay)
-
-    def start_from(self, layout: Layout, rows: torch.Tensor) -> None:
-        """Take over the (clients, layout.size) factors that another contestant starts from."""
-        self._layout = layout
-        with torch.no_grad():
-            for client, row in enumerate(rows):
-                for weight, values in self._pieces(client, row):
-                    weight.copy_(values)
-
-    def _pieces(
-        self, client: int, row: torch.Tensor
-    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        for piece in self._layout.pieces:
-            name = f"base_model.model.{piece.layer}.lora_{piece.factor}.client-{client}.weight"
-            yield self._parameters[name], row[piece.start : piece.end].view(piece.shape)
-
-    def enter(self, turn: int) -> None:
-        """Let this client's adapter be the one that computes and trains."""
-        self._turn = turn
-        self.model.set_adapter(self._names[turn])
-
-    def losses(self) -> torch.Tensor:
-        """The loss that HF computes, one."""
-        self._optimizers[self._turn].zero_grad()
-        ids = self._rows_of(self._turn)
-        loss: torch.Tensor = self.model(input_ids=ids, labels=ids).loss
-        return loss[None]
-
-    def update(self) -> None:
-        """torch.optim.AdamW."""
-        self._optimizers[self._turn].step()
-
-    def leave(self) -> None:
-        """Let go of the gradients: no other client needs them."""
-        self._optimizers[self._turn].zero_grad()
-
-    def frozen(self) -> Iterable[torch.Tensor]:
-        """All parameters: factors are state."""
-        return (*self.model.parameters(), *self.model.buffers())
-
-    def state(self) -> Iterable[torch.Tensor]:
-        """Factors, gradients while they are kept, moments."""
-        for one in self._optimizers:
-            for weight in one.param_groups[0]["params"]:
-                yield weight
-                if weight.grad is not None:
-                    yield weight.grad
-                yield from (v for v in one.state[weight].values() if isinstance(v, torch.Tensor))
-
-    def adapter(self, client: int) -> torch.Tensor:
-        """The factors that PEFT holds, in fp32."""
-        row = torch.empty(self._layout.size)
-        for weight, place in self._pieces(client, row):
-            place.copy_(weight.detach())
-        return row
-
-
 def attach(model: PreTrainedModel, workload: Workload) -> Adapters:
     """Put the trainer's layers into a model, as a run would."""
     return adapters.attach(
         model,
         lora_rank=workload.lora_rank,
-        lora_scaling=_GAMMA,
+        lora_scaling=GAMMA,
         dropout=0.0,
         target_modules=workload.target_modules,
         base_name="bench",

@@ -75,7 +75,7 @@ def passing_over(config: Config, name: str) -> dict[str, str] | None:
     return {rf"^({'|'.join(_NAMES)})\.": r"of_other_classes.\1."}
 
 
-def head_name_of(config: Config, model: PreTrainedModel) -> str | None:
+def _name_of(config: Config, model: PreTrainedModel) -> str | None:
     """The module that is the classification head; None for tasks without one."""
     if not task_of(config).is_classification:
         return None
@@ -88,7 +88,7 @@ def head_name_of(config: Config, model: PreTrainedModel) -> str | None:
     )
 
 
-def refuse_random(loading: Mapping[str, Any], head_name: str | None, name: str) -> bool:
+def _refuse_random(loading: Mapping[str, Any], head_name: str | None, name: str) -> bool:
     """Refuse a model whose files lack weights; returns whether the head is new.
 
     Raises:
@@ -104,22 +104,37 @@ def refuse_random(loading: Mapping[str, Any], head_name: str | None, name: str) 
     return bool(of_head)
 
 
-def take_off(model: PreTrainedModel, name: str, whole: Whole, seed: int | None) -> Head:
+def take_off(
+    config: Config, model: PreTrainedModel, loading: Mapping[str, Any], whole: Whole
+) -> Head | None:
     """Put a head with the clients' own weights in the place of the model's, before it is sharded.
 
+    A head that the model's files hold is where every client starts; a new one is drawn from the
+    seed, the same for all.
+
     Args:
+        config: of the run.
         model: changed in place.
-        name: of the head.
+        loading: what transformers says of the weights that it did not find, or of another size.
         whole: gathers parameters that were loaded into shards. Collective where so.
-        seed: of new weights, the same on every client; None = those that the model came with.
+
+    Returns:
+        The head; None for tasks without one.
+
+    Raises:
+        UserError: where other weights than the head's are missing, or the head is not found.
     """
+    name = _name_of(config, model)
+    is_new = _refuse_random(loading, name, config.model.name)
+    if name is None:
+        return None
     template = model.get_submodule(name)
     named = dict(template.named_parameters())
     with whole(list(named.values())):
         initial = {key: weight.detach().float().cpu().clone() for key, weight in named.items()}
-    if seed is not None:
+    if is_new:
         std = float(getattr(model.config, "initializer_range", _STD))
-        generator = torch.Generator().manual_seed(derive(Stream.INIT_HEAD, seed))
+        generator = torch.Generator().manual_seed(derive(Stream.INIT_HEAD, config.seed))
         for _, weight in sorted(initial.items()):  # as transformers does: biases begin at 0
             weight.normal_(0.0, std, generator=generator) if weight.dim() > 1 else weight.zero_()
     layer = StackedHead(template)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sfed.contestants import Contestant, FrozenOnly, Sfed, StockPeft
+from sfed.contestants import Contestant, FrozenOnly, Sfed
 from sfed.meters import Clock, Operations, SavedBytes
 from sfed.mockups import Workload, build, smaller, twin, with_layers
+from sfed.stockpeft import StockPeft
 
 # Tokens of a row where only counting matters; attention kernels of GPUs fill up blocks.
 _TOKENS_TO_COUNT = {"cuda": 128, "cpu": 4}

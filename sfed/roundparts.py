@@ -11,10 +11,11 @@ import torch
 
 from sfed import aggregation, batches, distributed
 from sfed.batches import Order
-from sfed.contestants import Contestant, Sfed, StockPeft
+from sfed.contestants import Contestant, Sfed
 from sfed.distributed import World
 from sfed.meters import Clock, Spread, interleaved
 from sfed.mockups import Workload
+from sfed.stockpeft import StockPeft
 from sfed.tokens import Examples, Tokens
 
 _EXAMPLES_PER_CLIENT = 64

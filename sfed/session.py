@@ -19,7 +19,6 @@ from sfed import (
     checkpoint,
     clients,
     data,
-    demo,
     distributed,
     federation,
     methods,
@@ -28,6 +27,7 @@ from sfed import (
     records,
     run,
     scaling,
+    school,
     shape,
 )
 from sfed.checkpoint import Found, State
@@ -171,7 +171,7 @@ def _model_folder(config: Config, world: World, console: Console) -> str:
         return config.model.name
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sfed"
     with distributed.first_of_node_first(world, "making the demo's backbone"):
-        return str(demo.ensure_backbone(cache, say=console.say))
+        return str(school.ensure_backbone(cache, say=console.say))
 
 
 def _load_tokenizer(config: Config, name: str) -> PreTrainedTokenizerFast:

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from sfed import demo
+from sfed import demo, school
 
 ANNOTATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-TINY = demo.Recipe(width=16, layers=1, heads=2, intermediate=32, steps=3, warmup=1, batch=4)
+TINY = school.Recipe(width=16, layers=1, heads=2, intermediate=32, steps=3, warmup=1, batch=4)
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "RECIPE", TINY)
-        return demo.ensure_backbone(tmp_path_factory.mktemp("cache"))
+        patch.setattr(school, "RECIPE", TINY)
+        return school.ensure_backbone(tmp_path_factory.mktemp("cache"))
 
 
 def load_tokenizer(folder: Path):
@@ -125,7 +125,7 @@ def test_every_client_has_shared_situations_too():
 
 
 def test_pretraining_shows_no_held_out_question_and_no_house_style():
-    texts = demo._pretraining_texts(TINY)
+    texts = demo.pretraining_texts(TINY.problems_per_kind, TINY.remarks, TINY.seed)
     asked = [text for text in texts if text.startswith("Question: ")]
     held_out = {row["question"] for row in demo.rows("eval", 500, 0)}
     assert not held_out & {re.split("Question: |\n", text)[1] for text in asked}
@@ -175,10 +175,10 @@ def test_prompt_and_completion_are_short_and_tokenize_apart_as_together(backbone
 
 
 def test_backbone_is_cached_under_the_digest_of_its_recipe(backbone, monkeypatch):
-    monkeypatch.setattr(demo, "RECIPE", TINY)
+    monkeypatch.setattr(school, "RECIPE", TINY)
     said: list[str] = []
     before = (backbone / "model.safetensors").stat().st_mtime_ns
-    assert demo.ensure_backbone(backbone.parent, say=said.append) == backbone
+    assert school.ensure_backbone(backbone.parent, say=said.append) == backbone
     assert (backbone / "model.safetensors").stat().st_mtime_ns == before and not said
     assert [entry.name for entry in backbone.parent.iterdir()] == [backbone.name]
 
@@ -186,9 +186,9 @@ def test_backbone_is_cached_under_the_digest_of_its_recipe(backbone, monkeypatch
 def test_backbone_is_deterministic_and_leaves_torch_as_it_was(backbone, monkeypatch, tmp_path):
     import torch
 
-    monkeypatch.setattr(demo, "RECIPE", TINY)
+    monkeypatch.setattr(school, "RECIPE", TINY)
     threads, state, said = torch.get_num_threads(), torch.random.get_rng_state(), []
-    again = demo.ensure_backbone(tmp_path / "new" / "cache", say=said.append)
+    again = school.ensure_backbone(tmp_path / "new" / "cache", say=said.append)
     assert again.name == backbone.name and said
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (again / name).read_bytes() == (backbone / name).read_bytes()
@@ -204,7 +204,7 @@ def test_an_interrupted_pretraining_leaves_nothing_behind(monkeypatch, tmp_path)
 
     monkeypatch.setattr(demo, "_build", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        demo.ensure_backbone(tmp_path)
+        school.ensure_backbone(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -218,9 +218,9 @@ def test_the_slower_of_two_racing_processes_keeps_the_faster_ones_backbone(monke
     def overtaken(recipe, target, texts, say):
         write_marked(target, "slower")
         monkeypatch.setattr(demo, "_build", lambda recipe, made, *_: write_marked(made, "faster"))
-        demo.ensure_backbone(tmp_path, say=lambda line: None)
+        school.ensure_backbone(tmp_path, say=lambda line: None)
 
     monkeypatch.setattr(demo, "_build", overtaken)
-    target = demo.ensure_backbone(tmp_path)
+    target = school.ensure_backbone(tmp_path)
     assert (target / "model.safetensors").read_text() == "faster"
     assert list(tmp_path.iterdir()) == [target]
