@@ -30,7 +30,7 @@ _SECONDS_BETWEEN_REQUESTS = 1.0
 class End:
     """How a child ended."""
 
-    rank: int
+    process: int
     code: int
     """Exit code; negative = the signal that ended it."""
     message: str = ""
@@ -44,7 +44,7 @@ class End:
             return f"exit code {self.code}{': ' if self.message else ''}{self.message}"
         name = signal.Signals(-self.code).name
         hint = ", as the system does where memory runs out" if name == "SIGKILL" else ""
-        return f"process {self.rank} was ended by {name}{hint}"
+        return f"process {self.process} was ended by {name}{hint}"
 
 
 def main_reason(ends: Sequence[End]) -> str | None:
@@ -100,14 +100,14 @@ class Child:
             self._process.kill()
             self._process.join()
 
-    def tell_end(self, rank: int) -> End:
-        """How it ended; ``rank`` is its process."""
+    def tell_end(self, process: int) -> End:
+        """How it ended; ``process`` is its number."""
         message, is_consequence = "", False
         with suppress(EOFError):  # it ended without a word
             if self._receiver.poll():
                 message, is_consequence = self._receiver.recv()
         code = self._process.exitcode
-        return End(rank, 1 if code is None else code, message, is_consequence or self._is_ended)
+        return End(process, 1 if code is None else code, message, is_consequence or self._is_ended)
 
 
 def _enter(config: Config, environment: dict[str, str], sender: Connection) -> None:

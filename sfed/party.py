@@ -158,15 +158,15 @@ class Party:
 
         return distributed.is_lost_contact(error)
 
-    def _must_live(self, rank: int) -> None:
-        count, now = self._store.add(f"beats/{rank}", 0), time.monotonic()
-        known, since = self._beats.get(rank, (-1, now))
-        if rank != self.rank and count == known and now - since > _SECONDS_OF_SILENCE:
+    def _must_live(self, process: int) -> None:
+        count, now = self._store.add(f"beats/{process}", 0), time.monotonic()
+        known, since = self._beats.get(process, (-1, now))
+        if process != self.rank and count == known and now - since > _SECONDS_OF_SILENCE:
             raise LostProcessError(
-                f"process {rank} of the sweep gave no sign of life for {_SECONDS_OF_SILENCE:g} s"
+                f"process {process} of the sweep gave no sign of life for {_SECONDS_OF_SILENCE:g} s"
             )
         if count != known:
-            self._beats[rank] = (count, now)
+            self._beats[process] = (count, now)
 
     def run(self, index: int, config: Config) -> list[End]:
         """Run one configuration to its end. Collective.
@@ -184,7 +184,7 @@ class Party:
             )
         if not self.is_main:
             return []
-        ends = [self.hear(f"{cell}/end/{rank}", speaker=rank) for rank in range(taking_part)]
+        ends = [self.hear(f"{cell}/end/{peer}", speaker=peer) for peer in range(taking_part)]
         ends.sort(key=lambda end: (end["code"] >= 0, end["is_consequence"], end.pop("order")))
         return [End(**end) for end in ends]
 
@@ -208,8 +208,8 @@ class Party:
             while child.is_alive():
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
                 # Process 0 looks at those that take part, they look at process 0.
-                for rank in range(taking_part if self.is_main else 1):
-                    self._must_live(rank)
+                for peer in range(taking_part if self.is_main else 1):
+                    self._must_live(peer)
                 if self.is_asked_to_stop():
                     child.ask_to_end()
                 if noticed is None and self.is_told(f"{cell}/first-end"):

@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 from pathlib import Path
+from typing import Any
 
 # method -> exponents of gamma, whether A starts as a mean of independent draws
 THEORY = {
@@ -15,6 +16,20 @@ THEORY = {
     "fedsa-rslora": ((0.0, -0.5), False),
     "local": ((0.0, -1.0), False),
 }
+
+
+def costs(*, is_trained: bool) -> dict[str, Any]:
+    """What a round costs, in its event."""
+    return {
+        "comm/uploaded_bytes": 2**20,
+        "comm/evaluation_bytes": 2**19,
+        "time/round_seconds": 3.0,
+        "time/local_seconds": 2.0,
+        "time/aggregate_seconds": 0.25,
+        "time/evaluate_seconds": 0.5,
+        "time/tokens_per_second": 1000.0 if is_trained else None,
+        "memory/peak_bytes": 2**30,
+    }
 
 
 def write_run(
@@ -149,14 +164,7 @@ def round_event(
         "adapter/output_rms": 0.1 * math.sqrt(grown["output"] * number),
         "adapter/a_similarity": 0.99 - 0.01 * number if trained else None,
         "adapter/b_similarity": 0.6 - 0.02 * number if trained else None,
-        "comm/uploaded_bytes": 2**20,
-        "comm/evaluation_bytes": 2**19,
-        "time/round_seconds": 3.0,
-        "time/local_seconds": 2.0,
-        "time/aggregate_seconds": 0.25,
-        "time/evaluate_seconds": 0.5,
-        "time/tokens_per_second": 1000.0 if trained else None,
-        "memory/peak_bytes": 2**30,
+        **costs(is_trained=bool(trained)),
         "clients": entries,
     }
     for kind in ("personal", "global"):

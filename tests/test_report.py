@@ -17,7 +17,7 @@ from sfed import figures as figures_module
 from sfed import groups, report, stories, tables
 from sfed.cli import UserError
 from sfed.compare import comparisons
-from tests.run_folders import write_events, write_run
+from tests.run_folders import costs, write_events, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PERSONAL = stories.held_out_reader("personal")
@@ -50,14 +50,7 @@ def round_event(number: int, losses: list[float]) -> dict:
         "eval/global_loss": mean + 0.5,
         "eval/global_loss_unweighted": mean + 0.5,
         "eval/global_loss_by_examples": mean + 0.502,
-        "comm/uploaded_bytes": 2**20,
-        "comm/evaluation_bytes": 2**19,
-        "time/round_seconds": 3.0,
-        "time/local_seconds": 2.0,
-        "time/aggregate_seconds": 0.25,
-        "time/evaluate_seconds": 0.5,
-        "time/tokens_per_second": 1000.0 if number else None,
-        "memory/peak_bytes": 2**30,
+        **costs(is_trained=bool(number)),
         "clients": [client_entry(client, loss, number) for client, loss in enumerate(losses)],
     }
 

@@ -21,16 +21,31 @@ from transformers import (
 from sfed.cli import validate
 from sfed.config import Config
 
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+ENCODER = {
+    "hidden_size": 32,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+}
+
+
+def byte_tokenizer(tokens: list[str], unk_token: str | None = None) -> Tokenizer:
+    """A token per byte, and special ones, numbered in this order."""
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unk_token))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
 
 def save_model(
     folder: Path, *, hidden: int = 32, layers: int = 2, context: int = 128, seed: int = 0
 ) -> Path:
     """Write a LLaMA with random weights (GQA, non-square layers) and a byte tokenizer."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokens = ["<s>", "</s>", *ALPHABET]
+    tokenizer = byte_tokenizer(tokens)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
@@ -40,7 +55,7 @@ def save_model(
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokens),
         hidden_size=hidden,
         intermediate_size=2 * hidden + 8,
         num_hidden_layers=layers,
@@ -63,12 +78,8 @@ def save_roberta(folder: Path, *, seed: int = 0) -> Path:
     Special tokens, their ids and the form of pairs are those of FacebookAI/roberta-large, and so is
     the checkpoint: a masked language model.
     """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<s>", "<pad>", "</s>", "<unk>", *alphabet, "<mask>"]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *ALPHABET, "<mask>"]
+    tokenizer = byte_tokenizer(tokens, unk_token="<unk>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
         pair="<s> $A </s> </s> $B </s>",
@@ -86,14 +97,10 @@ def save_roberta(folder: Path, *, seed: int = 0) -> Path:
     ).save_pretrained(folder)
     torch.manual_seed(seed)
     config = RobertaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=72,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        vocab_size=len(tokens),
+        **ENCODER,
         max_position_embeddings=514,
         type_vocab_size=1,
-        initializer_range=0.2,
         bos_token_id=0,
         pad_token_id=1,
         eos_token_id=2,
@@ -108,12 +115,8 @@ def save_bert(folder: Path, *, seed: int = 0) -> Path:
     Special tokens and the form of pairs are those of google-bert/bert-base-uncased, and so is the
     checkpoint: one with the heads of pre-training.
     """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *alphabet]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *ALPHABET]
+    tokenizer = byte_tokenizer(tokens, unk_token="[UNK]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
@@ -129,14 +132,10 @@ def save_bert(folder: Path, *, seed: int = 0) -> Path:
     ).save_pretrained(folder)
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=72,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        vocab_size=len(tokens),
+        **ENCODER,
         max_position_embeddings=512,
         type_vocab_size=2,
-        initializer_range=0.2,
         pad_token_id=0,
     )
     BertForPreTraining(config).save_pretrained(folder)
