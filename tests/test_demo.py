@@ -202,7 +202,7 @@ def test_an_interrupted_pretraining_leaves_nothing_behind(monkeypatch, tmp_path)
         (target / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "_build", interrupted)
+    monkeypatch.setattr(school, "_build", interrupted)
     with pytest.raises(KeyboardInterrupt):
         school.ensure_backbone(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -217,10 +217,10 @@ def write_marked(target: Path, mark: str) -> None:
 def test_the_slower_of_two_racing_processes_keeps_the_faster_ones_backbone(monkeypatch, tmp_path):
     def overtaken(recipe, target, texts, say):
         write_marked(target, "slower")
-        monkeypatch.setattr(demo, "_build", lambda recipe, made, *_: write_marked(made, "faster"))
+        monkeypatch.setattr(school, "_build", lambda recipe, made, *_: write_marked(made, "faster"))
         school.ensure_backbone(tmp_path, say=lambda line: None)
 
-    monkeypatch.setattr(demo, "_build", overtaken)
+    monkeypatch.setattr(school, "_build", overtaken)
     target = school.ensure_backbone(tmp_path)
     assert (target / "model.safetensors").read_text() == "faster"
     assert list(tmp_path.iterdir()) == [target]
