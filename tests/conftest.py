@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any library reads them.
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import glue, tiny
+from tests import glue, netns, tiny
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("ci")
@@ -52,3 +53,13 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the folder with real data and models is not at hand")
     return SHARED_DATA
+
+
+@pytest.fixture
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[netns.Node, netns.Node]]:
+    """Two nodes with a cable between them, where this machine can make some."""
+    try:
+        with netns.two_nodes(tmp_path_factory.mktemp("nodes")) as both:
+            yield both
+    except netns.NoNodesError as reason:
+        pytest.skip(str(reason))
