@@ -227,6 +227,8 @@ def is_lost_contact(error: RuntimeError) -> bool:
 class StopRequest:
     """SIGTERM on any process stops all of them before the same step, so that none waits forever.
 
+    So does SIGUSR1, with which Slurm tells that the time of a job is nearly over.
+
     Under ZeRO-3 every pass of a step gathers weights from all processes: nobody can be two steps
     ahead. So the process that is asked announces "two steps from here" and everybody sees it in
     time. Without sharding the processes run freely, and each stops as soon as it is at or beyond
@@ -241,7 +243,8 @@ class StopRequest:
         self._store = world.store
         self._asked = False
         self._announced = False
-        signal.signal(signal.SIGTERM, self._on_signal)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
         self._asked = True  # nothing else: the handler may interrupt any line

@@ -161,7 +161,7 @@ def test_a_round_that_was_stopped_within_goes_on_on_another_number_of_processes(
     moved = settings(tiny_folder, tmp_path, "moved", **shape)
     processes = start(2, moved, tmp_path)
     wait_for_round(tmp_path / "moved", 1, processes)
-    processes[0].send_signal(signal.SIGTERM)
+    processes[0].send_signal(signal.SIGUSR1)  # as Slurm does when the time is nearly over
     assert wait(processes) == [0, 0]
     names = [path.name for path in (tmp_path / "moved" / "checkpoints").iterdir()]
     assert any(name.endswith("-partial") for name in names), names
