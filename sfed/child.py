@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 
-from sfed.cli import EXIT_MISTAKE, UserError, leave
+from sfed.cli import EXIT_MISTAKE, UserError, leave, print_masked
 from sfed.config import Config
+from sfed.masking import mask
 
 _LONGEST_MESSAGE = 2000
 _SECONDS_BETWEEN_REQUESTS = 1.0
@@ -121,16 +122,17 @@ def _enter(config: Config, environment: dict[str, str], sender: Connection) -> N
     try:
         run_session(config, one_of_many=True)
     except UserError as mistake:
-        sender.send((str(mistake)[:_LONGEST_MESSAGE], False))
+        sender.send((mask(str(mistake))[:_LONGEST_MESSAGE], False))
         leave(str(mistake), EXIT_MISTAKE)
     except SystemExit as end:
         # A session that has lost another process ends with a text, any other failure with a code.
-        text = end.code if isinstance(end.code, str) else str(end.__context__ or "")
+        text = mask(end.code if isinstance(end.code, str) else str(end.__context__ or ""))
         sender.send((text[:_LONGEST_MESSAGE], isinstance(end.code, str)))
         raise
     except Exception as error:
-        sender.send((f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE], False))
-        raise
+        sender.send((mask(f"{type(error).__name__}: {error}")[:_LONGEST_MESSAGE], False))
+        print_masked(type(error), error, error.__traceback__)
+        raise SystemExit(1) from error
 
 
 def _follow_parent() -> None:

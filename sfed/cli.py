@@ -10,17 +10,21 @@ import json
 import os
 import re
 import signal
+import stat
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from sfed.config import Config
+from sfed.config import DEMO, Config
+from sfed.masking import mask
 
 EXIT_MISTAKE = 2
 _SECONDS_FOR_PROCESS_0 = 3.0
@@ -62,14 +66,24 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 def run_command(command: Callable[[Sequence[str]], None]) -> None:
     """Run ``command(sys.argv[1:])`` and turn a user's mistake into one message and exit code 2.
 
-    Only process 0 speaks: under a launcher every process meets the same mistake.
+    Only process 0 speaks: under a launcher every process meets the same mistake. Nothing that the
+    command makes can be written by everybody, whatever the umask, and no traceback shows a secret.
     """
+    os.umask(os.umask(0) | stat.S_IWOTH)
+    sys.excepthook = print_masked
     try:
         command(sys.argv[1:])
     except UserError as mistake:
         leave(str(mistake), EXIT_MISTAKE)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         sys.exit(1)
+
+
+def print_masked(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print a traceback, as Python does, without secrets."""
+    sys.stderr.write(mask("".join(traceback.format_exception(kind, error, trace))))
 
 
 def leave(message: str, code: int) -> NoReturn:
@@ -79,7 +93,7 @@ def leave(message: str, code: int) -> NoReturn:
     otherwise process 0 might be ended before it has spoken.
     """
     if os.environ.get("RANK", "0") == "0":
-        print(f"sfed: {message}", file=sys.stderr, flush=True)
+        print(mask(f"sfed: {message}"), file=sys.stderr, flush=True)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_SECONDS_FOR_PROCESS_0)
@@ -274,17 +288,3 @@ def help_text(usage: str) -> str:
         lines.append(f"  {key:<32} [{default}]")
         lines.append(f"      {' '.join(meaning.split())}")
     return "\n".join(lines)
-
-
-# What `python -m sfed.train` without a file runs: eight clients, each with its own kind of
-# problem and its own way of writing the answer. The same eight on any number of processes.
-DEMO: dict[str, Any] = {
-    "model": {"name": "demo"},
-    "data": {"task": "demo", "max_tokens": 128},
-    "partition": {"kind": "by_key", "key": "kind"},
-    "lora": {"rank": 8},
-    "federated": {"method": "sfed", "num_clients": 8, "num_rounds": 5},
-    "train": {"local_steps": 10, "batch_size": 8, "lr": 3e-3},
-    "evaluation": {"every_rounds": 1, "max_examples": 32},
-    "output": {"name": "demo"},
-}

@@ -6,7 +6,7 @@ Nothing here needs torch, so a mistake is answered before anything heavy is impo
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import NonNegativeInt, model_validator
 
@@ -108,3 +108,17 @@ class Config(Section):
     def run_name(self) -> str:
         """Name of the run folder below ``output.dir``."""
         return self.output.name or f"{self.data.name or self.data.task}-{self.federated.method}"
+
+
+# What `python -m sfed.train` without a file runs: eight clients, each with its own kind of
+# problem and its own way of writing the answer. The same eight on any number of processes.
+DEMO: dict[str, Any] = {
+    "model": {"name": "demo"},
+    "data": {"task": "demo", "max_tokens": 128},
+    "partition": {"kind": "by_key", "key": "kind"},
+    "lora": {"rank": 8},
+    "federated": {"method": "sfed", "num_clients": 8, "num_rounds": 5},
+    "train": {"local_steps": 10, "batch_size": 8, "lr": 3e-3},
+    "evaluation": {"every_rounds": 1, "max_examples": 32},
+    "output": {"name": "demo"},
+}

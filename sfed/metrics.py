@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sfed.masking import masked
+
 TRAIN_LOSS = "train/loss"
 EVAL_LOSS = "eval/loss"
 EVAL_PERPLEXITY = "eval/perplexity"
@@ -41,7 +43,7 @@ def mean(values: list[float], weights: list[float] | None = None) -> float | Non
 class MetricsFile:
     """``metrics.jsonl``: one JSON object per event, flushed at once, so that a reader may follow.
 
-    Numbers that JSON does not know (NaN, Inf) are written as null.
+    Numbers that JSON does not know (NaN, Inf) are written as null, secrets as asterisks.
     """
 
     def __init__(self, path: Path, finished_rounds: int | None) -> None:
@@ -88,7 +90,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _line(event: dict[str, Any]) -> str:
-    return json.dumps(_finite(event), allow_nan=False) + "\n"
+    return json.dumps(masked(_finite(event)), allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -20,6 +20,7 @@ from sfed import cli, methods, metrics
 from sfed.cli import UserError
 from sfed.config import Config
 from sfed.grid import Cell, Grid
+from sfed.masking import masked
 from sfed.naming import label_of
 from sfed.sameness import comparable, differences, flatten
 from sfed.stories import deviation, look, number
@@ -158,6 +159,7 @@ def write_csv(grid: Grid, rows: Iterable[Row]) -> None:
 
 
 def _plain(value: Any) -> Any:
+    value = masked(value)
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sfed.config import Config
+from sfed.masking import masked
 
 # Keys that a resumed run may change: they do not change its numbers (beyond round-off).
 _FREE_SECTIONS = ("output", "evaluation", "backbone")
@@ -18,7 +19,7 @@ _FREE_KEYS = (
 
 
 def comparable(config: Config, num_clients: int) -> dict[str, Any]:
-    """The settings that a run's numbers depend on, flat, with N filled in."""
+    """The settings that a run's numbers depend on, flat, with N filled in and no secret in them."""
     flat = {
         key: value
         for key, value in flatten(config).items()
@@ -27,7 +28,7 @@ def comparable(config: Config, num_clients: int) -> dict[str, Any]:
     flat["federated.num_clients"] = num_clients
     if config.train.schedule == "constant":
         del flat["federated.num_rounds"]  # a longer run begins with the same rounds
-    return flat
+    return dict(masked(flat))
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from sfed.console import Console
 from sfed.distributed import MissingProcessError, StopRequest, World
 from sfed.evaluate import score_names
 from sfed.federation import TrainingFailedError
+from sfed.masking import mask, masked
 from sfed.metrics import MetricsFile
 from sfed.quiet import quieten
 from sfed.run import Run
@@ -118,7 +119,7 @@ def build(config: Config, world: World, console: Console) -> Run:
             lora_scaling=gamma,
             dropout=config.lora.dropout,
             target_modules=config.lora.target_modules,
-            base_name=name,
+            base_name=mask(name),
         )
     rows = clients.ClientRows(
         own,
@@ -251,7 +252,7 @@ def _make_run_folder(parts: Run, state: State | None, folder: Path) -> MetricsFi
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(masked(value), indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -1,0 +1,86 @@
+"""Tests of what is recognised as a secret, and that nothing else is changed."""
+
+import json
+
+import pytest
+
+from sfed import cli
+from sfed.masking import MASK, mask, masked
+from sfed.metrics import MetricsFile, read_events
+from sfed.sameness import comparable
+
+TOKEN = "hf_" + "aB3dE5gH7jK9mN1pQ3sT5vX7"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"401 for {TOKEN}, retry", "401 for ***, retry"),
+        ("https://ann:p@ss@host/x y@z", "https://***@host/x y@z"),
+        ("'https://token@host:8080'", "'https://***@host:8080'"),
+        ("wandb_v1_0123456789abcdefghij", "***"),
+        ("s3://bucket/hf_model", "s3://bucket/hf_model"),
+        ("hf_short and ann@example.org", "hf_short and ann@example.org"),
+    ],
+)
+def test_a_secret_is_known_by_its_form(text, expected):
+    assert mask(text) == expected
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "my_token"])
+def test_a_secret_of_the_environment_is_known_whatever_its_form(monkeypatch, name):
+    monkeypatch.setenv(name, "correct horse")
+    assert mask("the correct horse is here: correct horse") == f"the {MASK} is here: {MASK}"
+
+
+def test_of_two_secrets_of_which_one_holds_the_other_nothing_remains(monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "correct horse")
+    monkeypatch.setenv("B_TOKEN", "correct horse battery")
+    assert mask("correct horse battery") == MASK
+
+
+def test_settings_of_the_environment_are_no_secrets(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "a long setting")
+    monkeypatch.setenv("SOME_TOKEN", "short")
+    assert mask("a long setting, short") == "a long setting, short"
+
+
+def test_values_under_secret_keys_and_secrets_anywhere_are_masked_the_rest_is_kept():
+    value = {"comet": {"api_key": "plain", "on": True}, "files": [TOKEN, 1, None], TOKEN: 2.5}
+    expected = {"comet": {"api_key": MASK, "on": True}, "files": [MASK, 1, None], MASK: 2.5}
+    assert masked(value) == expected
+    assert masked({"data": {"max_tokens": 8}, "wandb": {"api_key": None}}) == {
+        "data": {"max_tokens": 8},
+        "wandb": {"api_key": None},
+    }
+
+
+def test_two_runs_that_differ_in_a_secret_only_are_the_same_run():
+    settings = [
+        comparable(cli.validate({"model": {"name": f"https://{word}@host/m"}}), 2)
+        for word in ("ann:old", "ann:new")
+    ]
+    assert settings[0] == settings[1]
+    assert settings[0]["model.name"] == "https://***@host/m"
+
+
+def test_the_metrics_file_holds_no_secret(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", None)
+    file.write("round", round=1, clients=[{"samples": [{"answer": f"key {TOKEN}"}]}])
+    file.close()
+    assert TOKEN not in (tmp_path / "metrics.jsonl").read_text()
+    (event,) = read_events(tmp_path / "metrics.jsonl")
+    assert event["clients"] == [{"samples": [{"answer": "key ***"}]}]
+
+
+def test_a_mistake_is_said_without_its_secret(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("sys.argv", ["train", f"model.nmae=https://ann:{TOKEN}@host"])
+
+    def refuse(arguments):
+        raise cli.UserError(f"unknown key in {json.dumps(arguments)}")
+
+    with pytest.raises(SystemExit):
+        cli.run_command(refuse)
+    said = capsys.readouterr().err
+    assert TOKEN not in said and "https://***@host" in said
