@@ -5,7 +5,8 @@ mean = sum_i p_i x_i,   sum_i p_i = 1 over the clients of the round          (Fe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -31,29 +32,38 @@ def normalised_weights(
     return [weight / total for weight in weights]
 
 
-def mean_over_clients(
-    world: World, blocks: Sequence[torch.Tensor], own_weights: Sequence[float]
-) -> list[torch.Tensor]:
-    """Return the weighted mean of the rows of all clients of all processes.
+def weighted_sum(rows: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Return sum_i w_i x_i, added up in order, one row at a time: (M,) fp32.
+
+    Args:
+        rows: at least one, (M,) fp32 each, made or read as they are needed. A row of weight 0 may
+            hold NaN, which 0 * NaN would spread.
+        weights: one for each row.
+    """
+    total: torch.Tensor | None = None
+    for row, weight in zip(rows, weights, strict=True):
+        total = torch.zeros_like(row) if total is None else total
+        if weight > 0:
+            total.add_(row, alpha=weight)
+    assert total is not None
+    return total
+
+
+def mean_over_clients(world: World, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Add up the weighted sums of all processes, whose weights sum to 1 together.
 
     Collective: one all_reduce of one flat fp32 buffer, whose size does not depend on the number of
     clients. The result is bitwise the same on every process.
 
     Args:
         world: the processes.
-        blocks: (C, M) fp32 rows of this process's clients each, such as all A and all heads.
-        own_weights: (C,) their weights; those of all processes together sum to 1.
+        sums: this process's ``weighted_sum`` of each factor, (M,) fp32.
 
     Returns:
-        (M,) fp32 on the processes' device, one for each block.
+        (M,) fp32 on the processes' device, one for each sum.
     """
-    device, dtype = blocks[0].device, blocks[0].dtype
-    weights = torch.tensor(list(own_weights), dtype=dtype, device=device)
-    # A client of weight 0 may hold NaN, which 0 * NaN would spread.
-    taking_part = weights > 0
-    means = [weights[taking_part] @ block[taking_part] for block in blocks]
-    flat = all_reduce_sum(torch.cat(means).to(world.device))
-    return list(torch.split(flat, [block.shape[1] for block in blocks]))
+    flat = all_reduce_sum(torch.cat([one.to(world.device) for one in sums]))
+    return list(torch.split(flat, [len(one) for one in sums]))
 
 
 def share(
@@ -74,12 +84,38 @@ def share(
     """
     if not factors:
         return 0
-    own_weights = [weights[client] for client in clients.own]
-    blocks = [clients.values[:, clients.layout.columns(factor)] for factor in factors]
-    means = mean_over_clients(world, blocks, own_weights)
-    for block, mean in zip(blocks, means, strict=True):
-        block.copy_(mean)
+    means = mean_over_clients(world, [_own_sum(clients, f, weights) for f in factors])
+    for factor, mean in zip(factors, means, strict=True):
+        clients.make_common(factor, mean)
     return message_bytes(clients.layout, factors)
+
+
+def share_draws(
+    world: World, clients: ClientRows, draws: Iterable[torch.Tensor], weights: Sequence[float]
+) -> int:
+    """Give every client the weighted mean of A's that are drawn one at a time. Collective.
+
+    Args:
+        world: the processes.
+        clients: of this process.
+        draws: an A for each of them, (numbers of A,) fp32; none is kept.
+        weights: (N,) of all clients, summing to 1.
+
+    Returns:
+        Bytes of the message.
+    """
+    own_weights = [weights[client] for client in clients.own]
+    [mean] = mean_over_clients(world, [weighted_sum(draws, own_weights)])
+    clients.make_common("A", mean)
+    return message_bytes(clients.layout, ("A",))
+
+
+def _own_sum(clients: ClientRows, factor: str, weights: Sequence[float]) -> torch.Tensor:
+    """The weighted sum over this process's clients; those that hold nothing cost nothing."""
+    holders = clients.holders(factor)
+    rest = math.fsum(weights[client] for client in set(clients.own) - set(holders))
+    rows = [clients.common(factor), *(clients.factor(client, factor) for client in holders)]
+    return weighted_sum(rows, [rest, *(weights[client] for client in holders)])
 
 
 def message_bytes(layout: Layout, factors: Sequence[str]) -> int:
@@ -94,12 +130,11 @@ def global_row(world: World, clients: ClientRows, weights: Sequence[float]) -> t
     is FedAvg's, which is not exact. Only evaluation and export ask for it; training never does. A
     is not communicated.
     """
-    columns = [clients.layout.columns(factor) for factor in personal_factors(clients.layout)]
-    own_weights = [weights[client] for client in clients.own]
-    blocks = [clients.values[:, some] for some in columns]
-    row = clients.row(clients.own.start).to(world.device, copy=True)
-    for some, mean in zip(columns, mean_over_clients(world, blocks, own_weights), strict=True):
-        row[some] = mean
+    averaged = personal_factors(clients.layout)
+    means = mean_over_clients(world, [_own_sum(clients, f, weights) for f in averaged])
+    row = clients.row(clients.own.start).to(world.device)
+    for factor, mean in zip(averaged, means, strict=True):
+        row[clients.layout.columns(factor)] = mean
     return row
 
 
@@ -110,16 +145,23 @@ def similarity(world: World, clients: ClientRows) -> dict[str, float | None]:
     local training and the mean, which makes all A the same; for evaluation only. None where fewer
     than two clients hold anything but zeros.
     """
-    blocks = [clients.values[:, clients.layout.columns(factor)] for factor in ("A", "B")]
-    sums = []
-    for block in blocks:
-        norms = torch.linalg.vector_norm(block, dim=1, keepdim=True)
-        usable = torch.isfinite(norms) & (norms > 0)
-        units = torch.where(usable, block / norms, 0.0)
-        sums += [units.sum(dim=0), usable.sum(dim=0).to(block.dtype)]
+    sums: list[torch.Tensor] = []
+    for factor in ("A", "B"):
+        holders = clients.holders(factor)
+        units, num = torch.zeros_like(clients.common(factor)), 0
+        # Those with nothing of their own are all alike.
+        walk = [(clients.common(factor), len(clients.own) - len(holders))]
+        walk += [(clients.factor(client, factor), 1) for client in holders]
+        for row, times in walk:
+            norm = float(torch.linalg.vector_norm(row))
+            if 0 < norm < math.inf:
+                units.add_(row / norm, alpha=times)
+                num += times
+        sums += [units, torch.full_like(units[:1], num)]
     flat = all_reduce_sum(torch.cat(sums).to(world.device))
     found: dict[str, float | None] = {}
-    for name, part in zip("ab", torch.split(flat, [b.shape[1] + 1 for b in blocks]), strict=True):
+    widths = [len(units) + 1 for units in sums[::2]]
+    for name, part in zip("ab", torch.split(flat, widths), strict=True):
         count = float(part[-1])
         square = float(part[:-1].double().square().sum())
         found[name] = (square - count) / (count * (count - 1)) if count > 1 else None

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from sfed import adapters, clients, optimizer
 from sfed.adapters import Adapters
 from sfed.backbone import Backbone
-from sfed.clients import MOMENTS, ClientRows
+from sfed.clients import ClientRows
 from sfed.lean import make_lean
 from sfed.mockups import Workload
+from sfed.rows import MOMENTS
 from sfed.sections import TrainSection
 from sfed.shape import Sharding
 
@@ -120,7 +121,7 @@ class Sfed(Contestant):
             moments=MOMENTS,
         )
         clients.draw_initial(self.clients, self.adapters, seed=workload.seed, independent=True)
-        self._groups = list(self.clients.groups(own))
+        self._groups = list(clients.groups(own, self.clients.clients_per_pass))
         self.num_turns = len(self._groups)
         self.backbone.training()
         self.enter(0)
@@ -158,7 +159,7 @@ class Sfed(Contestant):
 
     def leave(self) -> None:
         """Put the rows back."""
-        self.clients.store(self.rows)
+        self.clients.store(self.rows, _TRAINED)
 
     def frozen(self) -> Iterable[torch.Tensor]:
         """The backbone and the clients' rows."""
@@ -167,8 +168,7 @@ class Sfed(Contestant):
 
     def state(self) -> Iterable[torch.Tensor]:
         """The rows, where they rest and where they are in a pass."""
-        yield from (self.clients.values, *self.clients.moments.values())
-        yield from (self.rows.values, self.rows.grads, *self.rows.moments.values())
+        yield from self.clients.memory()
 
     def adapter(self, client: int) -> torch.Tensor:
         """A client's row."""

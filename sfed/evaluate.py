@@ -128,7 +128,7 @@ def _measure(run: Run, shared_row: torch.Tensor | None, *, writes: bool) -> Meas
             _one_pass(run, group, rows, number, sums[place], outcomes[place])
             done += 1
     for _ in range(done, _planned_passes(run) if run.backbone.sharding.is_sharded else done):
-        run.adapters.bind(run.clients.values[:1].to(device))
+        run.adapters.bind(run.clients.load_values(own[:1]))
         objective.row_losses(
             run.backbone, batches.empty(1, with_targets=run.task.is_classification).to(device)
         )

@@ -8,17 +8,17 @@ the shared factor, and then evaluation, metrics and checkpoint where they are du
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
-from sfed import aggregation, checkpoint, evaluate, local, records
+from sfed import aggregation, evaluate, local, records
 from sfed.checkpoint import State
-from sfed.clients import draw_initial
+from sfed.clients import draw_initial, initial_a
 from sfed.console import Console
 from sfed.distributed import StopRequest, meet
 from sfed.local import IS_BAD, Ledger
 from sfed.metrics import MetricsFile
 from sfed.records import Facts
 from sfed.run import Run
+from sfed.writer import Writer
 
 
 class TrainingFailedError(RuntimeError):
@@ -31,18 +31,24 @@ def prepare(run: Run) -> int:
     Returns:
         Bytes of the message. Collective.
     """
-    independent = run.method.independent_init
-    draw_initial(run.clients, run.adapters, seed=run.config.seed, independent=independent)
+    seed, independent = run.config.seed, run.method.independent_init
+    draw_initial(
+        run.clients,
+        run.adapters,
+        seed=seed,
+        independent=independent and not run.method.averages_a_at_start,
+    )
     if not run.method.averages_a_at_start:
         return 0
     # The 1/N in the variance of this mean is what the factor sqrt(N) makes up for.
-    return aggregation.share(run.world, run.clients, ("A",), run.weights(_everyone(run)))
+    draws = initial_a(run.clients.own, run.adapters, seed)
+    return aggregation.share_draws(run.world, run.clients, draws, run.weights(_everyone(run)))
 
 
 def train(
     run: Run,
     state: State | None,
-    folder: Path,
+    writer: Writer,
     metrics: MetricsFile | None,
     console: Console,
     stop: StopRequest,
@@ -52,13 +58,14 @@ def train(
     Args:
         run: the run.
         state: where a checkpoint left it; None = at the very beginning.
-        folder: of the run.
+        writer: of checkpoints.
         metrics: on process 0.
         console: speaks on process 0.
         stop: asks whether to stop.
 
     Returns:
-        Whether all rounds are done; False after a request to stop, with everything on disk.
+        Whether all rounds are done; False after a request to stop. The last checkpoint may still be
+        under way.
     """
     if state is None:
         state, facts = State(0, None, 0), Facts(uploaded_bytes=prepare(run))
@@ -73,16 +80,17 @@ def train(
         meet(run.world, f"end of local training in round {round_index + 1}")
         local.exchange(run, ledger)
         if not local.is_complete(run, round_index, ledger):
-            checkpoint.save(run, folder, State(round_index, ledger, bad_rounds))
+            writer.save(State(round_index, ledger, bad_rounds))
             return False
         bad_rounds += _exclude_bad_clients(run, round_index, ledger, bad_rounds, console)
         _compare_clients(run, round_index + 1, facts)
         _average(run, round_index, ledger, facts)
         facts.round_seconds = time.monotonic() - started
+        facts.checkpoint_seconds, facts.checkpoint_write_seconds = writer.take_seconds()
         _evaluate_and_report(run, round_index + 1, ledger, facts, metrics, console)
         ledger = None
         if _is_due(run, round_index + 1, run.config.output.checkpoint_every_rounds):
-            checkpoint.save(run, folder, State(round_index + 1, None, bad_rounds))
+            writer.save(State(round_index + 1, None, bad_rounds))
     return True
 
 

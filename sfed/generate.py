@@ -56,7 +56,7 @@ def write_answers(
                     samples[client] = _samples(run, client, which, texts)
             done += 1
     for _ in range(done, _planned(run) if run.backbone.sharding.is_sharded else done):
-        run.adapters.bind(run.clients.values[:1].to(run.world.device))
+        run.adapters.bind(run.clients.load_values(own[:1]))
         _generate(run, [[0]])
     shared = gather_json(
         run.world,

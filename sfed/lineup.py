@@ -63,7 +63,7 @@ def line_up(
     ours = next((one for one in made.values() if isinstance(one, Sfed)), None)
     for one in made.values():
         if ours is not None and isinstance(one, StockPeft):
-            one.start_from(ours.clients.layout, ours.clients.values)
+            one.start_from(ours.clients.layout, ours.clients.load_values(ours.clients.own))
     return made
 
 

@@ -8,6 +8,7 @@ treats rows separately, so no gradient crosses from one client to another.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 
 from sfed import batches, objective, optimizer
 from sfed.batches import Order
-from sfed.clients import Rows, groups
+from sfed.clients import groups
 from sfed.distributed import StopRequest, all_gather_rows
+from sfed.rows import Rows
 from sfed.run import Run
 from sfed.seeds import Stream, derive
 from sfed.tokens import Row
@@ -61,21 +63,21 @@ def train_round(
     planned = _planned_steps(run, cohort, ledger)
     run.backbone.training()
     done = 0
-    for group in _groups_of(run, run.clients.own, cohort):
-        rows = run.clients.load(group)
-        run.adapters.bind(rows.values, rows.grads, trained)
-        work = _GroupWork(run, round_index, rows, trained, ledger)
-        stopped = False
-        for step in work.steps_left():
-            if stopped := stop.due(round_index, done):
-                break
-            work.step(step)
-            on_step(step + 1, work.last_step, work.latest_loss, work.latest_tokens)
-            done += 1
-        work.close()
-        run.clients.store(rows)
-        if stopped:
-            return False
+    mine = _groups_of(run, run.clients.own, cohort)
+    with closing(run.clients.passes(mine, trained)) as passes:
+        for rows in passes:
+            run.adapters.bind(rows.values, rows.grads, trained)
+            work = _GroupWork(run, round_index, rows, trained, ledger)
+            stopped = False
+            for step in work.steps_left():
+                if stopped := stop.due(round_index, done):
+                    break
+                work.step(step)
+                on_step(step + 1, work.last_step, work.latest_loss, work.latest_tokens)
+                done += 1
+            work.close()
+            if stopped:
+                return False
     for company in range(done, planned if run.backbone.sharding.is_sharded else done):
         if stop.due(round_index, company):
             return False

@@ -22,6 +22,7 @@ LOCAL_SECONDS = "time/local_seconds"
 AGGREGATE_SECONDS = "time/aggregate_seconds"
 EVALUATE_SECONDS = "time/evaluate_seconds"
 CHECKPOINT_SECONDS = "time/checkpoint_seconds"
+CHECKPOINT_WRITE_SECONDS = "time/checkpoint_write_seconds"
 TOKENS_PER_SECOND = "time/tokens_per_second"
 PEAK_BYTES = "memory/peak_bytes"
 

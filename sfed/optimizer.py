@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from sfed.adapters import Layout
-from sfed.clients import FACTORS, Rows
+from sfed.rows import FACTORS, Rows
 from sfed.sections import TrainSection
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8

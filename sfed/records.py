@@ -87,6 +87,10 @@ class Facts:
     local_seconds: float = 0.0
     aggregate_seconds: float = 0.0
     evaluate_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+    """How long the checkpoint of the round before held this process up."""
+    checkpoint_write_seconds: float | None = None
+    """How long it took, behind this round, to be whole; None where there was none or it is not."""
     round_seconds: float = 0.0
 
 
@@ -115,6 +119,8 @@ def round_event(
     event[metrics.LOCAL_SECONDS] = facts.local_seconds
     event[metrics.AGGREGATE_SECONDS] = facts.aggregate_seconds
     event[metrics.EVALUATE_SECONDS] = facts.evaluate_seconds
+    event[metrics.CHECKPOINT_SECONDS] = facts.checkpoint_seconds
+    event[metrics.CHECKPOINT_WRITE_SECONDS] = facts.checkpoint_write_seconds
     tokens = 0.0 if ledger is None else float(ledger[:, TOKENS].sum())
     speed = tokens / facts.local_seconds if facts.local_seconds else None
     event[metrics.TOKENS_PER_SECOND] = speed

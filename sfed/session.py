@@ -40,8 +40,10 @@ from sfed.federation import TrainingFailedError
 from sfed.masking import mask, masked
 from sfed.metrics import MetricsFile
 from sfed.quiet import quieten
+from sfed.rows import MOMENTS
 from sfed.run import Run
 from sfed.tasks import task_of
+from sfed.writer import Writer
 
 
 def run_session(config: Config, *, one_of_many: bool = False) -> None:
@@ -126,7 +128,7 @@ def build(config: Config, world: World, console: Console) -> Run:
         attached.layout,
         world.device,
         clients_per_pass=run.clients_per_pass(config, own),
-        moments=clients.MOMENTS if config.train.optimizer == "adamw" else (),
+        moments=MOMENTS if config.train.optimizer == "adamw" else (),
     )
     parts = Run(
         config,
@@ -216,7 +218,9 @@ def _train_and_export(
     with distributed.together(world, "making the run folder"):
         log = _make_run_folder(parts, state, folder) if world.is_main else None
     console.begin_rounds(0 if state is None else state.finished_rounds, total, score_names(parts))
-    finished = federation.train(parts, state, folder, log, console, stop)
+    with Writer(parts, folder, found) as writer:
+        finished = federation.train(parts, state, writer, log, console, stop)
+        writer.finish()
     console.end_rounds()
     if finished:
         with distributed.together(world, "writing the adapters"):
@@ -258,14 +262,16 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _export(parts: Run, folder: Path) -> None:
     """Write every client's adapter, and the global one where it was asked for. Collective."""
-    rows = {f"client-{client:04d}": parts.clients.row(client) for client in parts.clients.own}
+    row_of_all = None
     if "global" in parts.config.evaluation.adapters and parts.method.has_global_adapter:
         everyone = tuple(range(parts.num_clients))
-        row = aggregation.global_row(parts.world, parts.clients, parts.weights(everyone))
-        rows |= {"global": row} if parts.world.is_main else {}
+        row_of_all = aggregation.global_row(parts.world, parts.clients, parts.weights(everyone))
     try:
-        for name, row in rows.items():
-            parts.adapters.write_peft_folder(folder / "adapters" / name, row)
+        for client in parts.clients.own:
+            path = folder / "adapters" / f"client-{client:04d}"
+            parts.adapters.write_peft_folder(path, parts.clients.row(client))
+        if row_of_all is not None and parts.world.is_main:
+            parts.adapters.write_peft_folder(folder / "adapters" / "global", row_of_all)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"output.dir: the adapters cannot be written below {folder} ({error}); make room, "

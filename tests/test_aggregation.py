@@ -23,7 +23,7 @@ MEAN_B = [[2 / 3, 2 / 3], [2 / 3, 2 / 3], [1, 4 / 3]]
 def three_clients(own: range) -> ClientRows:
     clients = ClientRows(own, LAYOUT, torch.device("cpu"), clients_per_pass=len(own), moments=())
     for client in own:
-        clients.row(client)[:] = torch.cat([A[client].flatten(), B[client].flatten()])
+        clients.give(client, {"a": A[client].flatten(), "b": B[client].flatten()})
     return clients
 
 
@@ -32,7 +32,7 @@ def shared(factors: tuple[str, ...], weights: list[float]) -> tuple[int, dict[in
     try:
         clients = three_clients(partition.place(3, world.size)[world.rank])
         sent = aggregation.share(world, clients, factors, weights)
-        return sent, {client: clients.row(client).clone() for client in clients.own}
+        return sent, {client: clients.row(client) for client in clients.own}
     finally:
         distributed.stop()
 
@@ -96,7 +96,8 @@ def test_a_client_of_weight_zero_cannot_spread_nan() -> None:
     world = distributed.start(30.0)
     try:
         rows = torch.tensor([[1.0, 2], [float("nan"), float("inf")], [3, 6]])
-        [mean] = aggregation.mean_over_clients(world, [rows], [0.5, 0.0, 0.5])
+        total = aggregation.weighted_sum(rows, [0.5, 0.0, 0.5])
+        [mean] = aggregation.mean_over_clients(world, [total])
     finally:
         distributed.stop()
     assert torch.equal(mean, torch.tensor([2.0, 4.0]))
@@ -124,8 +125,13 @@ def test_the_mean_does_not_depend_on_the_order_of_the_clients(order: list[int], 
     weights /= weights.sum()
     world = distributed.start(30.0)
     try:
-        [straight] = aggregation.mean_over_clients(world, [rows], weights.tolist())
-        [mixed] = aggregation.mean_over_clients(world, [rows[order]], weights[order].tolist())
+        straight, mixed = aggregation.mean_over_clients(
+            world,
+            [
+                aggregation.weighted_sum(rows, weights.tolist()),
+                aggregation.weighted_sum(rows[order], weights[order].tolist()),
+            ],
+        )
     finally:
         distributed.stop()
     torch.testing.assert_close(straight, mixed, rtol=1e-5, atol=1e-6)

@@ -372,7 +372,7 @@ def test_the_first_head_is_the_same_on_all_clients_whatever_the_method(
 
     def train_round(run: Any, *arguments: Any) -> Any:
         columns = run.clients.layout.columns("head")
-        firsts.append(run.clients.values[:, columns].clone())
+        firsts.append(run.clients.load_values(run.clients.own)[:, columns].clone())
         return original(run, *arguments)
 
     monkeypatch.setattr(local, "train_round", train_round)
@@ -492,7 +492,7 @@ def run_and_logits(
         table = tokens.tokenise(parts.config, parts.tokenizer, "eval", (str(path),))
         examples = tokens.Examples(table, np.arange(len(rows)))
         batch = collate([[examples.row(i) for i in range(len(rows))]], 5, with_targets=True)
-        shared = parts.clients.values.clone()
+        shared = parts.clients.load_values(parts.clients.own).clone()
         columns = {f: parts.clients.layout.columns(f) for f in ("B", "head")}
         everyone = shared[0].clone()
         for some in columns.values():

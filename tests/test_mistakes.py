@@ -666,7 +666,7 @@ def test_a_bound_above_the_models_context_is_no_mistake_while_the_rows_are_short
 
 
 def only_shard(checkpoint: Path) -> Path:
-    (shard,) = checkpoint.glob("*.safetensors")
+    (shard,) = checkpoint.glob("client-*.safetensors")
     return shard
 
 

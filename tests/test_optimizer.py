@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sfed import optimizer
 from sfed.adapters import Layout
-from sfed.clients import MOMENTS, ClientRows
+from sfed.clients import ClientRows
+from sfed.rows import MOMENTS
 from sfed.sections import TrainSection
 
 LAYOUT = Layout.of([("q", 5, 7), ("v", 3, 4)], lora_rank=2)
@@ -29,9 +30,10 @@ def make_rows(kind, num_clients=CLIENTS):
     names = MOMENTS if kind == "adamw" else ()
     cpu, own = torch.device("cpu"), range(num_clients)
     clients = ClientRows(own, LAYOUT, cpu, clients_per_pass=num_clients, moments=names)
-    clients.values.normal_(generator=torch.Generator().manual_seed(1))
-    clients.values[:, LAYOUT.columns("B")] = 0.0
-    return clients.load(own)
+    rows = clients.load(own)
+    rows.values.normal_(generator=torch.Generator().manual_seed(1))
+    rows.values[:, LAYOUT.columns("B")] = 0.0
+    return rows
 
 
 def gradients(steps=STEPS, num_clients=CLIENTS):

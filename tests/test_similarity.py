@@ -49,10 +49,11 @@ def similarity_of(values: torch.Tensor) -> dict[str, float | None]:
         own = partition.place(len(values), world.size)[world.rank]
         num = len(own)
         clients = ClientRows(own, LAYOUT, torch.device("cpu"), clients_per_pass=num, moments=())
-        clients.values[:] = values[own.start : own.stop]
-        before = clients.values.clone()
+        for client in own:
+            clients.give(client, {"a": values[client, A], "b": values[client, B]})
+        before = clients.load_values(own).clone()
         found = aggregation.similarity(world, clients)
-        torch.testing.assert_close(clients.values, before, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(clients.load_values(own), before, rtol=0, atol=0, equal_nan=True)
         return found
     finally:
         distributed.stop()

@@ -1,0 +1,306 @@
+"""Writing checkpoints behind the next round.
+
+At the end of a round each process takes hold of what has changed of its clients, and goes on. A
+thread of it then writes and flushes a file for each of these clients into a temporary folder, gives
+the other clients' files of the checkpoint before a second name there, and leaves a note of them
+all. When the notes of all processes are there, process 0's thread completes the folder and renames
+it: it exists whole or not at all. One checkpoint is under way at a time.
+
+The threads meet through the folder, which has to be on a file system that all processes see. They
+leave the launcher's store to the main threads.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from sfed.checkpoint import COMMON, FACTS, Found, State, by_age, file_of, keyed
+from sfed.cli import UserError
+from sfed.distributed import MissingProcessError, together
+from sfed.run import Run
+from sfed.sameness import comparable
+
+_SECONDS_BETWEEN_LOOKS = 0.02
+_SECONDS_FOR_OTHERS_AFTER_AN_ERROR = 10.0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One checkpoint, as far as this process writes it."""
+
+    folder: Path
+    files: dict[str, dict[str, torch.Tensor]]
+    """New files by name."""
+    kept: tuple[str, ...]
+    """Names of files that are the same as in the checkpoint before."""
+    before: Path | None
+    """The checkpoint before."""
+    facts: dict[str, Any]
+    started: float
+
+    @property
+    def temporary(self) -> Path:
+        """Where the folder grows."""
+        return self.folder.with_name(f".{self.folder.name}.tmp")
+
+
+class Writer:
+    """Writes the checkpoints of one run. A context manager: it leaves nothing under way."""
+
+    def __init__(self, run: Run, run_folder: Path, found: Found | None) -> None:
+        """Write nothing yet.
+
+        Args:
+            run: the run.
+            run_folder: of the run.
+            found: the checkpoint that the run goes on from.
+        """
+        self._run = run
+        self._parent = run_folder / "checkpoints"
+        self._before = None if found is None else found.folder
+        files = () if found is None else found.facts["files"]
+        self._names = {file_of(client) for client in run.clients.own} & set(files)
+        self._under_way: list[Future[float]] = []
+        """What this process writes and, on process 0, the completion of the folder."""
+        self._is_over = threading.Event()
+        self._blocked_seconds = 0.0
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # After an error elsewhere, those who are still alive shall complete what they have begun.
+        if self._under_way and not self._is_over.is_set():
+            concurrent.futures.wait(self._under_way[:1], self._run.world.deadline_seconds)
+            concurrent.futures.wait(self._under_way, _SECONDS_FOR_OTHERS_AFTER_AN_ERROR)
+        self._is_over.set()
+
+    def save(self, state: State) -> None:
+        """Begin a checkpoint, after the end of the one before. Collective.
+
+        Raises:
+            UserError: on every process, where the one before failed on any.
+        """
+        started, run = time.monotonic(), self._run
+        self._settle()
+        folder = self._parent / state.name
+        is_new = self._before is None or not self._before.is_dir()
+        common, changed = run.clients.take_changes(everything=is_new)
+        files = {file_of(c): keyed(f"clients/{c:04d}", parts) for c, parts in changed.items()}
+        if run.world.is_main:
+            files[COMMON] = keyed("common", common)
+        facts = {
+            "finished_rounds": state.finished_rounds,
+            "bad_rounds": state.bad_rounds,
+            "ledger": None if state.ledger is None else state.ledger.tolist(),
+            "num_clients": run.num_clients,
+            "gamma": run.gamma,
+            "layout_size": run.clients.layout.size,
+            "config": comparable(run.config, run.num_clients),
+        }
+        kept = () if is_new else tuple(sorted(self._names - files.keys()))
+        job = _Job(folder, files, kept, self._before, facts, time.monotonic())
+        with together(run.world, "checkpoint"), _disk_errors(folder):
+            if run.world.is_main:
+                _make_room(job.temporary)
+        self._under_way = [_in_thread(lambda: self._write(job))]
+        if run.world.is_main:
+            self._under_way.append(_in_thread(lambda: self._complete(job)))
+        self._before, self._names = folder, {*kept, *files} - {COMMON}
+        self._blocked_seconds += time.monotonic() - started
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is whole. Collective.
+
+        Raises:
+            UserError: on every process, where it failed on any.
+        """
+        started = time.monotonic()
+        self._settle()
+        self._blocked_seconds += time.monotonic() - started
+
+    def take_seconds(self) -> tuple[float, float | None]:
+        """How long checkpoints held up the run since this was asked last; how long one was written.
+
+        The second is the time until the newest one was whole, None where it is not yet, and, on
+        other processes than the first, until its own part was.
+        """
+        blocked, self._blocked_seconds = self._blocked_seconds, 0.0
+        last = self._under_way[-1] if self._under_way else None
+        is_whole = last is not None and last.done() and last.exception() is None
+        return blocked, last.result() if last is not None and is_whole else None
+
+    def _settle(self) -> None:
+        """Wait for what is under way: first for the files of all processes, then for the folder."""
+        world = self._run.world
+        try:
+            for number in range(2 if self._under_way else 0):
+                with together(world, "the checkpoint of the round before"):
+                    for future in self._under_way[number : number + 1]:
+                        self._result_of(future)
+        except UserError:
+            self._is_over.set()
+            raise
+        self._under_way = []
+
+    def _result_of(self, future: Future[float]) -> None:
+        seconds = self._run.world.deadline_seconds
+        try:
+            future.result(seconds)
+        except concurrent.futures.TimeoutError:
+            raise UserError(
+                f"process {self._run.world.rank}: the checkpoint {self._before} is still being "
+                f"written after {seconds:g} s (federated.deadline_seconds); set output.dir to a "
+                "faster disk, or a longer deadline"
+            ) from None
+
+    def _write(self, job: _Job) -> float:
+        """Write this process's files and a note of their sizes; in the thread."""
+        with _disk_errors(job.folder):
+            for name, tensors in job.files.items():
+                save_file(tensors, job.temporary / name)
+                _sync(job.temporary / name)
+            for name in job.kept:
+                assert job.before is not None
+                _second_name(job.before / name, job.temporary / name)
+            sizes = {
+                name: (job.temporary / name).stat().st_size for name in (*job.files, *job.kept)
+            }
+            note = job.temporary / _note(self._run.world.rank)
+            unfinished = note.with_suffix(".part")
+            unfinished.write_text(json.dumps(sizes), encoding="utf-8")
+            unfinished.rename(note)
+        return time.monotonic() - job.started
+
+    def _complete(self, job: _Job) -> float:
+        """Make the folder whole when all have written; in the thread of process 0."""
+        with _disk_errors(job.folder):
+            sizes = self._sizes_of_all(job)
+            with (job.temporary / FACTS).open("w", encoding="utf-8") as file:
+                json.dump({**job.facts, "files": sizes}, file)
+            _sync(job.temporary / FACTS)
+            for process in range(self._run.world.size):
+                (job.temporary / _note(process)).unlink()
+            _sync(job.temporary)
+            _replace(job.temporary, job.folder)
+            _prune(self._parent, self._run.config.output.keep_checkpoints)
+        return time.monotonic() - job.started
+
+    def _sizes_of_all(self, job: _Job) -> dict[str, int]:
+        """Wait for the notes of all processes.
+
+        Raises:
+            MissingProcessError: naming whose is not there before the deadline, or at the end.
+        """
+        world = self._run.world
+        end = time.monotonic() + world.deadline_seconds
+        expected = {process: _note(process) for process in range(world.size)}
+        while missing := set(expected.values()) - {path.name for path in job.temporary.iterdir()}:
+            if self._is_over.wait(_SECONDS_BETWEEN_LOOKS) or time.monotonic() > end:
+                names = ", ".join(str(p) for p, name in expected.items() if name in missing)
+                raise MissingProcessError(
+                    f"the checkpoint {job.folder}: process {names} of {world.size} did not write "
+                    f"its part within {world.deadline_seconds:g} s (federated.deadline_seconds)"
+                )
+        sizes: dict[str, int] = {}
+        for name in expected.values():
+            sizes |= json.loads((job.temporary / name).read_text(encoding="utf-8"))
+        return sizes
+
+
+def _in_thread(work: Callable[[], float]) -> Future[float]:
+    """Do it beside the main thread. A disk that hangs does not keep the process from its end."""
+    future: Future[float] = Future()
+
+    def do() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001  (the main thread raises it)
+            future.set_exception(error)
+
+    threading.Thread(target=do, name="checkpoint", daemon=True).start()
+    return future
+
+
+def _note(process: int) -> str:
+    return f"process-{process:04d}.json"
+
+
+def _make_room(temporary: Path) -> None:
+    """Make the folder, and remove what a process that died while writing has left."""
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    for left in temporary.parent.glob(".round-*.tmp"):
+        shutil.rmtree(left)
+    temporary.mkdir()
+
+
+def _second_name(file: Path, name: Path) -> None:
+    """Let a finished file be in two folders; where the file system cannot, a copy is."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
+        _sync(name)
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Rename the finished folder into place; an older one of the same name goes aside first."""
+    aside = folder.with_name(f".{folder.name}.old.tmp")
+    if folder.exists():
+        folder.rename(aside)
+    temporary.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(parent: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, and partial ones that a later one supersedes."""
+    ordered = by_age(parent)
+    newest = ordered[-1:]
+    whole = [path for path in ordered if not path.name.endswith("-partial")]
+    for path in ordered:
+        if path not in newest and path not in whole[-keep:]:
+            shutil.rmtree(path)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a refusal of the disk into a plain message."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the checkpoint {folder} cannot be written ({' '.join(str(error).split())[:300]}); "
+            "make room or set output.dir, then start again: the run goes on from the last whole "
+            "checkpoint"
+        ) from None
