@@ -665,21 +665,20 @@ def test_a_bound_above_the_models_context_is_no_mistake_while_the_rows_are_short
 # --- checkpoints that somebody damaged ------------------------------------------------------------
 
 
-def only_shard(checkpoint: Path) -> Path:
-    (shard,) = checkpoint.glob("client-*.safetensors")
-    return shard
+def a_shard(checkpoint: Path) -> Path:
+    return min(checkpoint.glob("client-*.safetensors"))
 
 
 def truncate_shard(checkpoint: Path) -> None:
-    only_shard(checkpoint).write_bytes(only_shard(checkpoint).read_bytes()[:-7])
+    a_shard(checkpoint).write_bytes(a_shard(checkpoint).read_bytes()[:-7])
 
 
 def remove_shard(checkpoint: Path) -> None:
-    only_shard(checkpoint).unlink()
+    a_shard(checkpoint).unlink()
 
 
 def garble_shard(checkpoint: Path) -> None:
-    only_shard(checkpoint).write_bytes(b"\xff" * only_shard(checkpoint).stat().st_size)
+    a_shard(checkpoint).write_bytes(b"\xff" * a_shard(checkpoint).stat().st_size)
 
 
 def remove_facts(checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints behind the next round: whole or absent, and of the round's end whatever comes next."""
+"""Checkpoints behind the next round: whole or absent, and of the round's end whatever follows."""
 
 from __future__ import annotations
 
