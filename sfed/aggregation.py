@@ -33,7 +33,9 @@ def normalised_weights(
 
 
 def weighted_sum(rows: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Return sum_i w_i x_i, added up in order, one row at a time: (M,) fp32.
+    """Return sum_i w_i x_i, added up in order, one row at a time: (M,) in the rows' dtype.
+
+    In fp64, so that it matters little which clients are on one process.
 
     Args:
         rows: at least one, (M,) fp32 each, made or read as they are needed. A row of weight 0 may
@@ -42,11 +44,11 @@ def weighted_sum(rows: Iterable[torch.Tensor], weights: Sequence[float]) -> torc
     """
     total: torch.Tensor | None = None
     for row, weight in zip(rows, weights, strict=True):
-        total = torch.zeros_like(row) if total is None else total
+        total = torch.zeros_like(row, dtype=torch.float64) if total is None else total
         if weight > 0:
             total.add_(row, alpha=weight)
     assert total is not None
-    return total
+    return total.to(row.dtype)
 
 
 def mean_over_clients(world: World, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from sfed.tokens import Examples, Tokens, tokenise
 
 _LEAST_TRAIN_EXAMPLES = 2
 _DIRICHLET_TRIES = 100
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ def _require_examples(parts: dict[int, Examples], config: Config) -> None:
     least = _LEAST_TRAIN_EXAMPLES
     short = {client: len(examples) for client, examples in parts.items() if len(examples) < least}
     if short:
-        shown = ", ".join(f"client {client} holds {count}" for client, count in short.items())
+        some = [f"client {client} holds {count}" for client, count in short.items()]
+        more = f" and {len(some) - _MOST_NAMED} more too few" if len(some) > _MOST_NAMED else ""
+        shown = ", ".join(some[:_MOST_NAMED]) + more
         remedy = {
             "dirichlet": f"raise partition.concentration (now {config.partition.concentration:g}), "
             "lower federated.num_clients or give more data",

@@ -151,6 +151,14 @@ def build(config: Config, world: World, console: Console) -> Run:
 def _check_rows_fit(config: Config, held: data.Data, frozen: backbone.Backbone, own: range) -> None:
     """Refuse rows that are longer than the model's context or hold tokens it does not know."""
     context, vocabulary = frozen.context_tokens, frozen.vocabulary_size
+    tables = {id(e.table): e.table for c in own for e in (held.train[c], held.held_out[c])}
+    for table in tables.values():
+        largest = int(table.flat.max(initial=0))
+        if largest >= vocabulary:
+            raise UserError(
+                f"model.name = {config.model.name!r}: its tokenizer gives token {largest} and "
+                f"the model knows {vocabulary}; the tokenizer belongs to another model"
+            )
     for client in own:
         for examples in (held.train[client], held.held_out[client]):
             longest = max(examples.lengths, default=0)
@@ -159,12 +167,6 @@ def _check_rows_fit(config: Config, held: data.Data, frozen: backbone.Backbone, 
                     f"data.max_tokens = {config.data.max_tokens}: a row of client {client} has "
                     f"{longest} tokens and the model's context is {context}; set it to at most "
                     f"{context}"
-                )
-            largest = int(examples.table.flat.max(initial=0))
-            if largest >= vocabulary:
-                raise UserError(
-                    f"model.name = {config.model.name!r}: its tokenizer gives token {largest} and "
-                    f"the model knows {vocabulary}; the tokenizer belongs to another model"
                 )
 
 
