@@ -15,9 +15,9 @@ from sfed.clients import draw_initial, initial_a
 from sfed.console import Console
 from sfed.distributed import StopRequest, meet
 from sfed.local import IS_BAD, Ledger
-from sfed.metrics import MetricsFile
 from sfed.records import Facts
 from sfed.run import Run
+from sfed.trackers import Journal
 from sfed.writer import Writer
 
 
@@ -49,7 +49,7 @@ def train(
     run: Run,
     state: State | None,
     writer: Writer,
-    metrics: MetricsFile | None,
+    journal: Journal | None,
     console: Console,
     stop: StopRequest,
 ) -> bool:
@@ -59,7 +59,7 @@ def train(
         run: the run.
         state: where a checkpoint left it; None = at the very beginning.
         writer: of checkpoints.
-        metrics: on process 0.
+        journal: on process 0.
         console: speaks on process 0.
         stop: asks whether to stop.
 
@@ -69,7 +69,7 @@ def train(
     """
     if state is None:
         state, facts = State(0, None, 0), Facts(uploaded_bytes=prepare(run))
-        _evaluate_and_report(run, 0, None, facts, metrics, console)
+        _evaluate_and_report(run, 0, None, facts, journal, console)
     ledger, bad_rounds = state.ledger, state.bad_rounds
     for round_index in range(state.finished_rounds, run.config.federated.num_rounds):
         console.begin_round(round_index)
@@ -87,7 +87,7 @@ def train(
         _average(run, round_index, ledger, facts)
         facts.round_seconds = time.monotonic() - started
         facts.checkpoint_seconds, facts.checkpoint_write_seconds = writer.take_seconds()
-        _evaluate_and_report(run, round_index + 1, ledger, facts, metrics, console)
+        _evaluate_and_report(run, round_index + 1, ledger, facts, journal, console)
         ledger = None
         if _is_due(run, round_index + 1, run.config.output.checkpoint_every_rounds):
             writer.save(State(round_index + 1, None, bad_rounds))
@@ -158,7 +158,7 @@ def _evaluate_and_report(
     finished_rounds: int,
     ledger: Ledger | None,
     facts: Facts,
-    metrics: MetricsFile | None,
+    journal: Journal | None,
     console: Console,
 ) -> None:
     """Evaluate where it is due and keep the round's event, before the checkpoint of the round."""
@@ -170,6 +170,6 @@ def _evaluate_and_report(
         facts.evaluate_seconds += seconds
         facts.round_seconds += seconds
     event = records.round_event(run, finished_rounds, ledger, evaluation, facts)
-    if metrics is not None:
-        metrics.write_event(event)
+    if journal is not None:
+        journal.write_event(event)
     console.end_round(event)

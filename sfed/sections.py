@@ -245,3 +245,5 @@ class OutputSection(Section):
     """Newest checkpoints that are kept."""
     resume: str = "auto"
     """auto = go on from the newest whole checkpoint; never = begin anew; or a checkpoint folder."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the curves go beside metrics.jsonl: [tensorboard, wandb]; each is an extra of sfed."""

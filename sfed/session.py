@@ -29,6 +29,7 @@ from sfed import (
     scaling,
     school,
     shape,
+    trackers,
 )
 from sfed.checkpoint import Found, State
 from sfed.cli import UserError, leave
@@ -38,11 +39,11 @@ from sfed.distributed import MissingProcessError, StopRequest, World
 from sfed.evaluate import score_names
 from sfed.federation import TrainingFailedError
 from sfed.masking import mask, masked
-from sfed.metrics import MetricsFile
 from sfed.quiet import quieten
 from sfed.rows import MOMENTS
 from sfed.run import Run
 from sfed.tasks import task_of
+from sfed.trackers import Journal
 from sfed.writer import Writer
 
 
@@ -218,7 +219,7 @@ def _train_and_export(
         within = " and a part of the next" if state.ledger is not None else ""
         console.say(f"going on after round {state.finished_rounds}{within} ({found.folder})")
     with distributed.together(world, "making the run folder"):
-        log = _make_run_folder(parts, state, folder) if world.is_main else None
+        log = _make_run_folder(parts, state, folder, console) if world.is_main else None
     console.begin_rounds(0 if state is None else state.finished_rounds, total, score_names(parts))
     with Writer(parts, folder, found) as writer:
         finished = federation.train(parts, state, writer, log, console, stop)
@@ -234,8 +235,9 @@ def _train_and_export(
     return finished
 
 
-def _make_run_folder(parts: Run, state: State | None, folder: Path) -> MetricsFile:
-    """Make the folder and its own files; what an older run left is moved aside."""
+def _make_run_folder(parts: Run, state: State | None, folder: Path, console: Console) -> Journal:
+    """Make the folder, its own files and trackers; what an older run left is moved aside."""
+    finished = None if state is None else state.finished_rounds
     try:
         if parts.config.output.resume == "never" and folder.exists():
             number = 1
@@ -245,11 +247,11 @@ def _make_run_folder(parts: Run, state: State | None, folder: Path) -> MetricsFi
         if state is None:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "config.json", records.describe_run(parts))
+        facts = records.describe_run(parts)
+        _write_json(folder / "config.json", facts)
         _write_json(folder / "partition.json", parts.data.summary)
-        return MetricsFile(
-            folder / "metrics.jsonl", None if state is None else state.finished_rounds
-        )
+        names = parts.config.output.trackers
+        return trackers.open_journal(names, folder, facts, finished, console.warn)
     except OSError as error:
         raise UserError(
             f"output.dir: the run folder {folder} cannot be written ({error.strerror})"

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfed import cli, methods
+from sfed import cli, methods, trackers
 from sfed.cli import UserError
 from sfed.config import Config
 
@@ -69,6 +69,7 @@ def check_before_torch(config: Config, num_processes: int | None = None) -> None
         mistakes.append(
             f"output.resume = {config.output.resume!r}: neither auto nor never nor a folder"
         )
+    mistakes += trackers.mistakes(config.output.trackers)
     if mistakes:
         raise UserError("\n".join(mistakes))
 
