@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sfed import heads
@@ -28,6 +28,8 @@ from sfed.config import Config
 from sfed.distributed import World
 from sfed.heads import Head
 from sfed.lean import make_lean
+from sfed.losses import Documents, TokenLosses
+from sfed.packing import Packing
 from sfed.shape import (
     DTYPES,
     Sharding,
@@ -38,7 +40,9 @@ from sfed.shape import (
     read_model_config,
 )
 
-IGNORED_LABEL = -100
+# A token's 4 * 12 d^2 FLOPs of matrix products, and 12 d w of attention to w places, which runs at
+# about half their rate under a mask, are even at w = 2 d.
+_EVEN_WIDTH_OF_HIDDEN = 2
 
 
 class Backbone:
@@ -51,10 +55,7 @@ class Backbone:
         self.head = head
         self.sharding = sharding
         self._keep_alive = keep_alive
-        self._positions: torch.Tensor | None = None
-        vocabulary_head = model.get_output_embeddings()
-        if vocabulary_head is not None:
-            vocabulary_head.register_forward_pre_hook(self._only_positions)
+        self._losses = TokenLosses(model) if head is None else None
 
     @property
     def context_tokens(self) -> int:
@@ -71,12 +72,24 @@ class Backbone:
         """Rows of the embedding."""
         return int(self.model.config.vocab_size)
 
+    @property
+    def packing(self) -> Packing | None:
+        """What rows of several documents may be and cost; None where these would see each other."""
+        if self._losses is None or not self._losses.keeps_documents_apart:
+            return None
+        even = _EVEN_WIDTH_OF_HIDDEN * self.model.config.get_text_config().hidden_size
+        if self.model.config._attn_implementation == "flash_attention_2":
+            even = math.inf
+        return Packing(self.context_tokens, even)
+
     def token_losses(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        positions: torch.Tensor,
+        documents: Documents | None = None,
     ) -> torch.Tensor:
         """Return each row's summed cross-entropy in nats over its supervised tokens.
-
-        Logits are made for the supervised tokens alone: a token has as many as there are words.
 
         Args:
             input_ids: (rows, tokens) int64, padded at the right. A causal model cannot see what
@@ -84,32 +97,13 @@ class Backbone:
             labels: (rows, tokens) int64, ``IGNORED_LABEL`` where nothing is supervised.
             positions: (supervised,) int64 places in the flattened rows from which a supervised
                 token is predicted, one before it; at least one, which may be ignored.
+            documents: where several lie in a row; None = a row is one document.
 
         Returns:
             (rows,) fp32 sums; divide by the number of supervised tokens.
         """
-        self._positions = positions
-        try:
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
-        finally:
-            self._positions = None
-        losses = functional.cross_entropy(
-            logits.float().flatten(0, 1),
-            labels.flatten()[positions + 1],
-            ignore_index=IGNORED_LABEL,
-            reduction="none",
-        )
-        by_token = losses.new_zeros(labels.numel())
-        by_token[positions] = losses
-        return by_token.view(labels.shape).sum(dim=1)
-
-    def _only_positions(
-        self, _head: nn.Module, inputs: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...] | None:
-        """Let the vocabulary's head see the hidden states of some tokens: (1, supervised, dim)."""
-        if self._positions is None:
-            return None
-        return (inputs[0].flatten(0, 1)[self._positions][None], *inputs[1:])
+        assert self._losses is not None, "a classifier has no vocabulary"
+        return self._losses(input_ids, labels, positions, documents)
 
     def outputs(
         self, input_ids: torch.Tensor, is_token: torch.Tensor, is_second: torch.Tensor
@@ -213,7 +207,9 @@ def load(config: Config, name: str, world: World) -> Backbone:
         keep_alive = (hf_deepspeed, _shard(model, settings))
     if config.backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Backbone(model, head, sharding, keep_alive)
+    loaded = Backbone(model, head, sharding, keep_alive)
+    loaded.release()
+    return loaded
 
 
 def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:

@@ -1,4 +1,9 @@
-"""Batches of several clients: who reads which examples, and rows of tokens padded to one length."""
+"""Batches of several clients: who reads which examples, and how these lie in rows of one length.
+
+In a pass every client has equally many rows of one width. Padded, a row holds one example, and the
+longest of all sets the width. Packed, a row holds several examples of one client, as documents that
+do not see each other.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfed.backbone import IGNORED_LABEL
+from sfed.losses import IGNORED_LABEL, Documents
+from sfed.packing import Packing, pack, round_up
 from sfed.seeds import Stream, generator
 from sfed.tokens import Examples, Row
-
-_PAD_TO_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Batch:
         is_token: (C * rows, tokens) bool, False on padding; one token of an empty row counts as
             such, since nothing can be attended to otherwise.
         is_second: same shape, True on the second of two texts.
+        documents: where the examples of packed rows begin; None where a row is one example.
     """
 
     input_ids: torch.Tensor
@@ -38,6 +43,12 @@ class Batch:
     targets: torch.Tensor | None
     is_token: torch.Tensor
     is_second: torch.Tensor
+    documents: Documents | None
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a pass computes, padding included."""
+        return self.input_ids.numel()
 
     def to(self, device: torch.device) -> Batch:
         """Move to a device."""
@@ -48,6 +59,7 @@ class Batch:
             None if self.targets is None else self.targets.to(device),
             self.is_token.to(device),
             self.is_second.to(device),
+            None if self.documents is None else self.documents.to(device),
         )
 
 
@@ -91,43 +103,90 @@ def supervised_count(rows: Sequence[Row]) -> float:
 
 
 def collate(
-    rows_by_client: Sequence[Sequence[Row]], rows_per_client: int, *, with_targets: bool = False
+    rows_by_client: Sequence[Sequence[Row]],
+    rows_per_client: int,
+    *,
+    with_targets: bool = False,
+    packing: Packing | None = None,
 ) -> Batch:
-    """Pad the rows of C clients at the right, to the longest of them and to a multiple of 8."""
-    longest = max((len(row.ids) for rows in rows_by_client for row in rows), default=2)
-    width = -(-longest // _PAD_TO_MULTIPLE) * _PAD_TO_MULTIPLE
-    shape = (len(rows_by_client) * rows_per_client, width)
-    input_ids = np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-    targets = np.full(shape[0], np.nan, dtype=np.float32)
-    lengths, seconds = np.ones(shape[0], dtype=np.int64), np.full(shape[0], width)
-    for client, rows in enumerate(rows_by_client):
-        for number, row in enumerate(rows):
-            place, length = client * rows_per_client + number, len(row.ids)
-            input_ids[place, :length] = row.ids
-            lengths[place], seconds[place] = length, row.prompt_length
+    """Lay the examples of C clients into rows as long as the longest, and a multiple of 8.
+
+    Args:
+        rows_by_client: the examples of each client.
+        rows_per_client: rows of a padded batch, at least as many as a client has examples.
+        with_targets: whether the examples' targets are what is learned.
+        packing: lay several examples into a row where that is cheaper; None = never.
+    """
+    lengths_by_client = [[len(row.ids) for row in rows] for rows in rows_by_client]
+    longest = max((length for lengths in lengths_by_client for length in lengths), default=2)
+    width = round_up(longest)
+    lines_by_client = [[[number] for number in range(len(rows))] for rows in rows_by_client]
+    packed = None
+    if packing is not None:
+        packed = pack(lengths_by_client, rows_per_client, packing)
+    if packed is not None:
+        width, lines_by_client = packed
+        rows_per_client = max(map(len, lines_by_client))
+    filling = _Filling(len(rows_by_client) * rows_per_client, width)
+    for client, (rows, lines) in enumerate(zip(rows_by_client, lines_by_client, strict=True)):
+        for place, line in enumerate(lines, start=client * rows_per_client):
+            filling.fill(place, [rows[number] for number in line])
+    return filling.batch(with_targets=with_targets, is_packed=packed is not None)
+
+
+class _Filling:
+    """The arrays of a batch while examples are laid into them, on the host."""
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        shape = (num_rows, width)
+        self._input_ids = np.zeros(shape, dtype=np.int64)
+        self._labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
+        self._targets = np.full(num_rows, np.nan, dtype=np.float32)
+        self._is_token = np.zeros(shape, dtype=bool)
+        self._is_token[:, 0] = True
+        self._is_second = np.zeros(shape, dtype=bool)
+        self._position_ids = np.tile(np.arange(width), (num_rows, 1))
+        self._predicted_from = [np.zeros(0, dtype=np.int64)]
+
+    def fill(self, place: int, rows: Sequence[Row]) -> None:
+        """Lay examples into a row of the batch, one behind the other."""
+        width, start = self._labels.shape[1], 0
+        for row in rows:
+            length, prompt = len(row.ids), row.prompt_length
+            here = slice(start, start + length)
+            self._input_ids[place, here] = row.ids
+            self._is_token[place, here] = True
+            self._is_second[place, start + prompt : start + length] = True
+            self._position_ids[place, start:] = np.arange(width - start)
             if row.target is None:
-                labels[place, row.prompt_length : length] = row.ids[row.prompt_length :]
+                self._labels[place, start + prompt : start + length] = row.ids[prompt:]
+                # Nothing predicts the first token of an example, not even the one before it.
+                before = np.arange(start + max(prompt, 1), start + length) - 1
+                self._predicted_from.append(place * width + before)
             else:
-                targets[place] = row.target
-    is_token = np.arange(width) < lengths[:, None]
-    return Batch(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(labels),
-        torch.from_numpy(_positions(labels)),
-        torch.from_numpy(targets) if with_targets else None,
-        torch.from_numpy(is_token),
-        torch.from_numpy(is_token & (np.arange(width) >= seconds[:, None])),
-    )
+                self._targets[place] = row.target
+            start += length
 
+    def batch(self, *, with_targets: bool, is_packed: bool) -> Batch:
+        """The filled batch."""
+        positions = np.concatenate(self._predicted_from)
+        # A pass without any still goes through the head, as under ZeRO-3 all processes must.
+        positions = positions if len(positions) else np.zeros(1, dtype=np.int64)
+        return Batch(
+            torch.from_numpy(self._input_ids),
+            torch.from_numpy(self._labels),
+            torch.from_numpy(positions),
+            torch.from_numpy(self._targets) if with_targets else None,
+            torch.from_numpy(self._is_token),
+            torch.from_numpy(self._is_second),
+            self._documents() if is_packed else None,
+        )
 
-def _positions(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where supervised tokens are predicted from; found on the host, so that no device waits."""
-    found = np.flatnonzero(labels[:, 1:] != IGNORED_LABEL)
-    width = labels.shape[1]
-    found = found // (width - 1) * width + found % (width - 1)
-    # A pass without any still goes through the head, as under ZeRO-3 all processes must.
-    return found if len(found) else np.zeros(1, dtype=np.int64)
+    def _documents(self) -> Documents:
+        starts = np.append(np.flatnonzero(self._position_ids == 0), self._position_ids.size)
+        return Documents(
+            torch.from_numpy(self._position_ids), torch.from_numpy(starts.astype(np.int32))
+        )
 
 
 def empty(num_clients: int, *, with_targets: bool = False) -> Batch:

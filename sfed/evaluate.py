@@ -160,9 +160,9 @@ def _one_pass(
     places = [list(range(len(e))[number * size : (number + 1) * size]) for e in held]
     examples = [[e.row(place) for place in own] for e, own in zip(held, places, strict=True)]
     most = max(map(len, examples))
-    batch = batches.collate(examples, most, with_targets=run.task.is_classification).to(
-        run.world.device
-    )
+    batch = batches.collate(
+        examples, most, with_targets=run.task.is_classification, packing=run.packing
+    ).to(run.world.device)
     probe = Probe.of(objective.counted_tokens(batch)) if number == 0 else None
     run.adapters.context.probe = probe
     if batch.targets is None:

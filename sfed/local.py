@@ -26,8 +26,8 @@ from sfed.tokens import Row
 
 # What a round notes of each client, one column each. They add up over steps, so that a round which
 # was interrupted goes on from its sums.
-FIELDS = ("steps", "loss_sum", "supervised", "norm_sum", "first_norm", "tokens", "is_bad")
-STEPS, LOSS_SUM, SUPERVISED, NORM_SUM, FIRST_NORM, TOKENS, IS_BAD = range(len(FIELDS))
+FIELDS = ("steps", "loss_sum", "supervised", "norm_sum", "first_norm", "tokens", "slots", "is_bad")
+STEPS, LOSS_SUM, SUPERVISED, NORM_SUM, FIRST_NORM, TOKENS, SLOTS, IS_BAD = range(len(FIELDS))
 
 Ledger = NDArray[np.float64]
 """(N, len(FIELDS)): the sums of a round for all clients. A process fills the rows of its own."""
@@ -257,8 +257,12 @@ class _GroupWork:
         for number in range(run.passes_per_step):
             some = [rows[number * micro : (number + 1) * micro] for rows in drawn]
             batch = batches.collate(
-                some, max(1, *map(len, some)), with_targets=run.task.is_classification
+                some,
+                max(1, *map(len, some)),
+                with_targets=run.task.is_classification,
+                packing=run.packing,
             )
+            self._ledger[list(self._rows.clients), SLOTS] += batch.slots // len(some)
             batch = batch.to(run.world.device)
             run.adapters.context.dropout_seeds = self._dropout_seeds(step, number)
             row_losses = objective.row_losses(run.backbone, batch)

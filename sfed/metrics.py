@@ -23,6 +23,7 @@ AGGREGATE_SECONDS = "time/aggregate_seconds"
 EVALUATE_SECONDS = "time/evaluate_seconds"
 CHECKPOINT_SECONDS = "time/checkpoint_seconds"
 CHECKPOINT_WRITE_SECONDS = "time/checkpoint_write_seconds"
+FILL = "tokens/fill"  # tokens of the data over all that were computed, padding included
 TOKENS_PER_SECOND = "time/tokens_per_second"
 PEAK_BYTES = "memory/peak_bytes"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from sfed.backbone import IGNORED_LABEL, Backbone
+from sfed.backbone import Backbone
 from sfed.batches import Batch
+from sfed.losses import IGNORED_LABEL
 
 
 def row_losses(backbone: Backbone, batch: Batch) -> torch.Tensor:
@@ -16,7 +17,9 @@ def row_losses(backbone: Backbone, batch: Batch) -> torch.Tensor:
     squared error.
     """
     if batch.targets is None:
-        return backbone.token_losses(batch.input_ids, batch.labels, batch.positions)
+        return backbone.token_losses(
+            batch.input_ids, batch.labels, batch.positions, batch.documents
+        )
     return target_losses(outputs(backbone, batch), batch.targets)
 
 

@@ -16,7 +16,17 @@ import torch
 from sfed import __version__, metrics
 from sfed.aggregation import message_bytes
 from sfed.evaluate import Evaluation, Measured, score_names
-from sfed.local import FIRST_NORM, IS_BAD, LOSS_SUM, NORM_SUM, STEPS, SUPERVISED, TOKENS, Ledger
+from sfed.local import (
+    FIRST_NORM,
+    IS_BAD,
+    LOSS_SUM,
+    NORM_SUM,
+    SLOTS,
+    STEPS,
+    SUPERVISED,
+    TOKENS,
+    Ledger,
+)
 from sfed.run import Run
 from sfed.shape import dtype_name
 
@@ -39,6 +49,7 @@ def header(run: Run) -> list[str]:
         f"adapter: {layout.size:,} numbers per client; a round sends "
         f"{' and '.join(averaged) or 'nothing'} ({message_bytes(layout, averaged):,} bytes)",
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
+        f"rows: padded ({run.why_padded})" if run.why_padded else "rows: short sequences packed",
         f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data, "
         "global = A with the mean of B on everybody's",
     ]
@@ -124,6 +135,8 @@ def round_event(
     tokens = 0.0 if ledger is None else float(ledger[:, TOKENS].sum())
     speed = tokens / facts.local_seconds if facts.local_seconds else None
     event[metrics.TOKENS_PER_SECOND] = speed
+    slots = 0.0 if ledger is None else float(ledger[:, SLOTS].sum())
+    event[metrics.FILL] = tokens / slots if slots else None
     event[metrics.PEAK_BYTES] = peak_bytes(run.world.device)
     event["clients"] = [
         _client(run, client, ledger, evaluation) for client in range(run.num_clients)

@@ -15,6 +15,7 @@ from sfed.config import Config
 from sfed.data import Data
 from sfed.distributed import World
 from sfed.methods import Method
+from sfed.packing import Packing
 from sfed.tasks import Task
 
 DEFAULT_LOCAL_STEPS = 10
@@ -68,6 +69,24 @@ class Run:
         if train.local_epochs is None:
             return train.local_steps or DEFAULT_LOCAL_STEPS
         return -(-self.data.train_counts[client] * train.local_epochs // train.batch_size)
+
+    @property
+    def packing(self) -> Packing | None:
+        """How several short sequences of a client share a row of a pass; None = never."""
+        return None if self.why_padded else self.backbone.packing
+
+    @property
+    def why_padded(self) -> str | None:
+        """Why each sequence has a row of its own; None where short ones share rows."""
+        if not self.config.data.packing:
+            return "data.packing=false"
+        if self.task.is_classification:
+            return "a classifier reads one text in a row"
+        if self.config.lora.dropout > 0.0:
+            return "lora.dropout draws its masks for rows as they lie"
+        if self.backbone.packing is None:
+            return "this model would let documents in one row see each other"
+        return None
 
     @property
     def passes_per_step(self) -> int:

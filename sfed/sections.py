@@ -85,6 +85,9 @@ class DataSection(Section):
     """Local held-out files; null = the task's own held-out split, or data.eval_fraction."""
     max_tokens: PositiveInt = 512
     """Longest sequence in tokens; what is longer is cut at the end."""
+    packing: bool = True
+    """Lay several short sequences of a client into one row, as documents that do not see each
+    other, where that is cheaper; false = a row each, padded. Classification and dropout pad."""
     max_train_examples: PositiveInt | None = None
     """Use a random subset of this many training examples (drawn once from the seed)."""
     max_eval_examples: PositiveInt | None = None

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfed import batches
-from sfed.backbone import IGNORED_LABEL
 from sfed.batches import Order, collate, draw, empty, supervised_count
+from sfed.losses import IGNORED_LABEL
 from sfed.tokens import Examples, Row, Tokens
 
 seeds = st.integers(min_value=0, max_value=2**40)

@@ -1,0 +1,91 @@
+"""Which examples share a row of a pass, and how wide the rows are. Plain numbers; needs no torch.
+
+All clients of a pass have equally many rows of one width, since the adapters are a product batched
+over clients. Packed rows have fewer empty slots. But documents are kept apart by a mask, with which
+attention computes all pairs of places in a row, not half of them; so wide rows cost more a slot.
+Of all numbers of rows the cheapest is taken, each with the least width that holds every client's
+examples; padded rows, one for each example, where none is cheaper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PAD_TO_MULTIPLE = 8
+# A width that does not do is raised by this share of itself, or by PAD_TO_MULTIPLE.
+_STEP = 1 / 32
+
+Lines = list[list[int]]
+"""The rows of one client: numbers of the examples in each."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a model says about packed rows."""
+
+    widest: int
+    """Tokens that a row may have."""
+    even_width: float
+    """Width at which attention under a mask takes as long as all matrix products of a token; inf
+    where attention skips what it does not see."""
+
+    def cost(self, slots: int, seen_width: float) -> float:
+        """Time of a pass, in slots without attention, where a slot attends to so many places."""
+        return slots * (1.0 + seen_width / self.even_width)
+
+
+def round_up(tokens: int) -> int:
+    """The next width that is a multiple of 8."""
+    return -(-tokens // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
+
+
+def pack(
+    lengths_by_client: Sequence[Sequence[int]], padded_rows: int, packing: Packing
+) -> tuple[int, list[Lines]] | None:
+    """Choose width and rows of a packed pass.
+
+    Args:
+        lengths_by_client: tokens of each example of each client.
+        padded_rows: rows of a client without packing.
+        packing: of the model.
+
+    Returns:
+        The width and each client's rows; None where padded rows cost no more.
+    """
+    longest = max((length for lengths in lengths_by_client for length in lengths), default=0)
+    most = max(map(sum, lengths_by_client))
+    padded_width = round_up(longest)
+    best, least = None, packing.cost(padded_rows * padded_width, padded_width / 2)
+    for num_rows in range(1, padded_rows):
+        width = max(padded_width, round_up(-(-most // num_rows)))
+        while (
+            width <= packing.widest
+            and num_rows * width < padded_rows * padded_width
+            and packing.cost(num_rows * width, width) < least
+        ):
+            lines = [first_fit_decreasing(lengths, width) for lengths in lengths_by_client]
+            if max(map(len, lines)) <= num_rows:
+                best, least = (width, lines), packing.cost(num_rows * width, width)
+            else:
+                width = round_up(max(width + 1, math.ceil(width * (1 + _STEP))))
+    return best
+
+
+def first_fit_decreasing(lengths: Sequence[int], width: int) -> Lines:
+    """Group examples so that each group fits into the width: the longest first, where they fit.
+
+    It takes at most 11/9 of the fewest groups, and 6/9 of one (Dosa 2007).
+    """
+    groups: Lines = []
+    room: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        length = lengths[number]
+        place = next((i for i, left in enumerate(room) if left >= length), len(groups))
+        if place == len(groups):
+            groups.append([])
+            room.append(width)
+        groups[place].append(number)
+        room[place] -= length
+    return groups
