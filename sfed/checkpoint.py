@@ -4,7 +4,7 @@
     checkpoints/round-000010-partial/    stopped by SIGTERM within the 11th
         common.safetensors               what all clients share: common/a, ...
         client-0003.safetensors          what is client 3's own: clients/0003/b, ...
-        run.json                         rounds, ledger, configuration, sizes of the files
+        run.json                         rounds, ledger, configuration, size and digest of each file
 
 A client that has never taken part has no file. Tensors are in safetensors files: nothing is ever
 pickled. ``writer`` writes the folders; here is what they are, and how one is found and read.
@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sfed.cli import UserError
 from sfed.clients import ClientRows
 from sfed.config import Config
-from sfed.distributed import World, together
+from sfed.disk import damage
+from sfed.distributed import World
 from sfed.local import Ledger
+from sfed.meetings import together
 from sfed.rows import Parts
 from sfed.sameness import comparable, differences
 
@@ -45,11 +47,19 @@ class State:
     """Sums of the round in flight where a run was stopped within it."""
     bad_rounds: int
     """Rounds so far in which some client turned non-finite."""
+    unreported: dict[str, Any] | None = None
+    """Where a run was stopped while it evaluated the last finished round: what was measured of that
+    round until then. The ledger is of that round, which has no event yet."""
+
+    @property
+    def is_within(self) -> bool:
+        """Whether a round is in flight."""
+        return self.ledger is not None and self.unreported is None
 
     @property
     def name(self) -> str:
         """Of the folder."""
-        return f"round-{self.finished_rounds:06d}{'' if self.ledger is None else '-partial'}"
+        return f"round-{self.finished_rounds:06d}{'-partial' if self.is_within else ''}"
 
 
 @dataclass(frozen=True)
@@ -94,17 +104,18 @@ def find(run_folder: Path, resume: str) -> tuple[Found | None, list[str]]:
         problem = _problem(Path(resume))
         if problem:
             raise UserError(f"output.resume = {resume!r}: {problem}")
-        return Found(Path(resume), _facts(Path(resume))), []
+        return Found(Path(resume), facts_of(Path(resume))), []
     notes: list[str] = []
     for folder in reversed(by_age(run_folder / "checkpoints")):
         problem = _problem(folder)
         if not problem:
-            return Found(folder, _facts(folder)), notes
+            return Found(folder, facts_of(folder)), notes
         notes.append(f"the checkpoint {folder} is damaged and passed over: {problem}")
     return None, notes
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What a whole checkpoint says about itself."""
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     return facts
 
@@ -112,21 +123,16 @@ def _facts(folder: Path) -> dict[str, Any]:
 def _problem(folder: Path) -> str | None:
     """What keeps a folder from being a whole checkpoint; None where nothing does."""
     try:
-        facts = _facts(folder)
-        for name, size in facts["files"].items():
-            actual = (folder / name).stat().st_size
-            if actual != size:
-                return f"{name} has {actual} bytes instead of {size}"
-            with safe_open(folder / name, framework="pt") as file:
-                file.keys()
+        facts = facts_of(folder)
+        for name, known in facts["files"].items():
+            if wrong := damage(folder / name, known):
+                return wrong
         if missing := sorted(_FACTS - facts.keys()):
             return f"{FACTS} lacks {', '.join(missing)}"
         if COMMON not in facts["files"]:
             return f"{FACTS} does not name {COMMON}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except SafetensorError as error:
-        return f"{name} is not readable ({error})"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{FACTS} is not readable ({error})"
     return None
@@ -174,6 +180,7 @@ def load(found: Found, world: World, clients: ClientRows) -> State:
         facts["finished_rounds"],
         None if ledger is None else np.asarray(ledger, dtype=np.float64),
         facts["bad_rounds"],
+        facts.get("unreported"),
     )
 
 

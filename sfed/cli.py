@@ -77,6 +77,15 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
         leave(str(mistake), EXIT_MISTAKE)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         sys.exit(1)
+    except SystemExit as end:
+        if not isinstance(end.code, str):
+            raise
+        # It has lost another process, and a thread may wait for that one, in a call that does not
+        # come back; Python's own way out would trip over it.
+        sys.stdout.flush()
+        sys.stderr.write(mask(f"{end.code}\n"))
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def print_masked(

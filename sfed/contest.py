@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sfed import aggregation, distributed, roundparts
+from sfed import aggregation, distributed, meetings, roundparts
 from sfed.adapters import Layout
 from sfed.cli import UserError
 from sfed.contestants import Contestant, attach
@@ -84,14 +84,14 @@ def run(options: Options) -> tuple[dict[str, Any], bool]:
                 "raise --rows instead"
             )
         results = _measure(options, config, world)
-        distributed.part(world)
+        meetings.part(world)
     except torch.OutOfMemoryError:
         raise UserError(
             "the device has too little memory for this: lower --clients, --rows, --tokens, --rank "
             "or --layers"
         ) from None
     finally:
-        distributed.stop()
+        distributed.stop(world)
     return results, world.is_main
 
 

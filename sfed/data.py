@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from sfed import partition
 from sfed.cli import UserError
 from sfed.config import Config
-from sfed.distributed import World, first_of_node_first, gather_json, together
+from sfed.distributed import World
+from sfed.meetings import first_of_node_first, gather_json, together
 from sfed.partition import Indices
 from sfed.seeds import Stream, generator
 from sfed.sources import Split, has_split

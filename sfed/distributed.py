@@ -1,7 +1,7 @@
-"""The processes of a run: start, stop, and the few things they say to each other.
+"""The processes of a run: start, stop, and the few collectives through which tensors go.
 
-Every wait has a deadline and names who is missing. Tensors go through one process group; small
-facts (mistakes, counts) go as JSON through the launcher's key-value store.
+The only file beside ``backbone`` that knows torch.distributed. What processes say to each other in
+words is in ``meetings``.
 """
 
 from __future__ import annotations
@@ -9,24 +9,22 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import signal
+import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sfed.cli import UserError
+from sfed.joining import agree_on_attempt
+from sfed.watch import Heartbeat, Watch
 
-_SECONDS_TO_PART = 30.0
-
-
-class MissingProcessError(RuntimeError):
-    """Another process did not come to a meeting point before the deadline."""
+_SECONDS_OF_SLACK = 5.0
+"""What a collective waits beyond the deadline, at which ``watch`` says who keeps it waiting."""
+_COLLECTIVES_REMEMBERED = "500"
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,10 @@ class World:
     device: torch.device
     deadline_seconds: float
     store: dist.Store
-    _meetings: Counter[str] = field(default_factory=Counter)
+    side_store: dist.Store
+    """The same over a connection of its own, for what is said while a wait holds the other."""
+    watch: Watch
+    meetings: Counter[str] = field(default_factory=Counter)
 
     @property
     def is_main(self) -> bool:
@@ -55,13 +56,17 @@ def start(deadline_seconds: float) -> World:
 
     Args:
         deadline_seconds: longest wait for another process, here and later.
+
+    Raises:
+        MissingProcessError: naming the processes that did not come before the deadline.
+        UserError: where the heartbeat file cannot be written.
     """
     environment = os.environ
     process, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     local_rank = int(environment.get("LOCAL_RANK", "0"))
     # torchrun says LOCAL_WORLD_SIZE, deepspeed says LOCAL_SIZE.
     local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or size)
-    timeout = datetime.timedelta(seconds=deadline_seconds)
+    heartbeat = Heartbeat.of_environment(local_rank)
     device, per_device = torch.device("cpu"), local_size
     if "OMP_NUM_THREADS" not in environment:  # torchrun sets it, deepspeed and python do not
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
@@ -72,15 +77,44 @@ def start(deadline_seconds: float) -> World:
         torch.cuda.set_device(device)
     # NCCL refuses two processes on one device; gloo carries CUDA tensors through host memory.
     backend = "nccl" if device.type == "cuda" and per_device == 1 else "gloo"
-    store = open_store(process, size, timeout)
+    store = open_store(process, size, deadline_seconds, heartbeat.renew)
+    whole: Any = store  # torch's types do not know clone
+    side_store = whole.clone() if size > 1 else store
+    watch = Watch(process, size, deadline_seconds, side_store, heartbeat, flight_record)
+    environment.setdefault("TORCH_FR_BUFFER_SIZE", _COLLECTIVES_REMEMBERED)
+    timeout = datetime.timedelta(seconds=deadline_seconds + _SECONDS_OF_SLACK)
     dist.init_process_group(backend, store=store, rank=process, world_size=size, timeout=timeout)
-    return World(process, local_rank, size, per_device, device, deadline_seconds, store)
+    return World(
+        process,
+        local_rank,
+        size,
+        per_device,
+        device,
+        deadline_seconds,
+        store,
+        side_store,
+        watch,
+    )
 
 
-def open_store(process: int, size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Open the key-value store of the launcher, with keys of its own for each restart.
+def open_store(
+    process: int,
+    size: int,
+    deadline_seconds: float,
+    pause: Callable[[], None] = lambda: None,
+) -> dist.Store:
+    """Open the key-value store of the launcher, with keys of its own for each attempt. Collective.
 
     Runs that share a store, one after another, each have a name of their own in SFED_GROUP.
+
+    Args:
+        process: the number of this one.
+        size: number of processes.
+        deadline_seconds: longest wait for the others.
+        pause: called between looks for them.
+
+    Raises:
+        MissingProcessError: naming the processes that did not come before the deadline.
     """
     environment = os.environ
     if size == 1:
@@ -91,18 +125,50 @@ def open_store(process: int, size: int, timeout: datetime.timedelta) -> dist.Sto
         int(environment["MASTER_PORT"]),
         size,
         is_master=process == 0 and not agent_serves,
-        timeout=timeout,
+        timeout=datetime.timedelta(seconds=deadline_seconds),
+        wait_for_workers=False,  # it cannot say who is missing
     )
-    # torchrun keeps its store over a restart, with the addresses of the processes that died.
-    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    group = environment.get("SFED_GROUP", "run")
-    return dist.PrefixStore(f"sfed/{group}/attempt-{attempt}", store)
+    of_group = dist.PrefixStore(f"sfed/{environment.get('SFED_GROUP', 'run')}", store)
+    # torchrun keeps its store over a restart, with all that the processes said that died.
+    attempt = agree_on_attempt(of_group, process, size, deadline_seconds, pause)
+    return dist.PrefixStore(attempt, of_group)
 
 
-def stop() -> None:
+def stop(world: World) -> None:
     """Leave the process group. No collective: it is safe after an error on one process."""
+    world.watch.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def keys_come(world: World, keys: Sequence[str]) -> threading.Event:
+    """Return what is set once all keys of the store are there, or at the deadline.
+
+    A thread waits for them: the call never comes back when the network is gone, and whoever makes
+    it does not answer signals.
+    """
+    come = threading.Event()
+
+    def wait() -> None:
+        # At the deadline, or where the store has gone, whoever waits for us finds out.
+        with suppress(RuntimeError):
+            seconds = world.deadline_seconds + _SECONDS_OF_SLACK
+            world.store.wait(list(keys), datetime.timedelta(seconds=seconds))
+            come.set()
+
+    if world.store.check(list(keys)):
+        come.set()
+    else:
+        threading.Thread(target=wait, daemon=True).start()
+    return come
+
+
+def flight_record() -> dict[str, Any]:
+    """What torch remembers of this process's latest collectives."""
+    # No public name for it yet; torch writes it to a file of its own only where NCCL times out.
+    dump = "_dump_nccl_trace_json" if not is_on_host() else "_dump_fr_trace_json"
+    record: dict[str, Any] = json.loads(getattr(torch._C._distributed_c10d, dump)())
+    return record
 
 
 def all_reduce_sum(flat: torch.Tensor) -> torch.Tensor:
@@ -134,125 +200,7 @@ def all_gather_flat(world: World, share: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-def gather_json(world: World, name: str, value: Any) -> list[Any]:
-    """Return what every process passed, in the order of processes. Collective.
-
-    Raises:
-        MissingProcessError: naming the processes that did not come before the deadline.
-    """
-    world._meetings[name] += 1
-    prefix = f"{name}#{world._meetings[name]}"
-    world.store.set(f"{prefix}/{world.rank}", json.dumps(value))
-    keys = [f"{prefix}/{peer}" for peer in range(world.size)]
-    try:
-        world.store.wait(keys, datetime.timedelta(seconds=world.deadline_seconds))
-    except dist.DistStoreError:
-        missing = [peer for peer, key in enumerate(keys) if not world.store.check([key])]
-        raise MissingProcessError(
-            f"{name}: process {', '.join(map(str, missing))} of {world.size} did not come within "
-            f"{world.deadline_seconds:g} s (federated.deadline_seconds)"
-        ) from None
-    return [json.loads(world.store.get(key)) for key in keys]
-
-
-def meet(world: World, name: str) -> None:
-    """Wait until every process is here. Collective.
-
-    Raises:
-        MissingProcessError: naming the processes that did not come before the deadline.
-    """
-    gather_json(world, name, None)
-
-
-def part(world: World) -> None:
-    """Let process 0, which may serve the store, be the last to go. Collective, at a good end.
-
-    Otherwise a process that still reads what was said last would lose the store.
-    """
-    world.store.set(f"parted/{world.rank}", "")
-    if world.is_main:
-        keys = [f"parted/{peer}" for peer in range(world.size)]
-        # Who ended badly meanwhile has nothing to read any more.
-        with suppress(dist.DistStoreError):
-            world.store.wait(keys, datetime.timedelta(seconds=_SECONDS_TO_PART))
-
-
-@contextmanager
-def together(world: World, name: str) -> Iterator[None]:
-    """Make a user's mistake met by one process the mistake of all of them. Collective.
-
-    Raises:
-        UserError: on every process, where the body raised it on any.
-    """
-    mistake: str | None = None
-    try:
-        yield
-    except UserError as error:
-        mistake = str(error)
-    mistakes = sorted({other for other in gather_json(world, name, mistake) if other is not None})
-    if mistakes:
-        raise UserError("\n".join(mistakes))
-
-
-@contextmanager
-def first_of_node_first(world: World, name: str) -> Iterator[None]:
-    """Let the first process of each node run the body before the others, to fill a cache once.
-
-    Raises:
-        MissingProcessError: where it does not finish before the deadline.
-    """
-    world._meetings[name] += 1
-    key = f"{name}#{world._meetings[name]}/node-of-{world.rank - world.local_rank}"
-    if world.local_rank != 0:
-        try:
-            world.store.wait([key], datetime.timedelta(seconds=world.deadline_seconds))
-        except dist.DistStoreError:
-            raise MissingProcessError(
-                f"{name}: process {world.rank - world.local_rank} did not finish within "
-                f"{world.deadline_seconds:g} s (federated.deadline_seconds)"
-            ) from None
-    try:
-        yield
-    finally:
-        if world.local_rank == 0:
-            world.store.set(key, "done")
-
-
 def is_lost_contact(error: RuntimeError) -> bool:
     """Whether an error says that a collective failed because another process is not there."""
     marks = ("gloo", "Connection reset", "Connection closed", "Timed out waiting")
     return isinstance(error, dist.DistError) or any(mark in str(error) for mark in marks)
-
-
-class StopRequest:
-    """SIGTERM on any process stops all of them before the same step, so that none waits forever.
-
-    So does SIGUSR1, with which Slurm tells that the time of a job is nearly over.
-
-    Under ZeRO-3 every pass of a step gathers weights from all processes: nobody can be two steps
-    ahead. So the process that is asked announces "two steps from here" and everybody sees it in
-    time. Without sharding the processes run freely, and each stops as soon as it is at or beyond
-    that step.
-    """
-
-    _KEY = "stop-before"
-    # Positions order steps over the whole run; no round has this many of them.
-    _STEPS_PER_ROUND = 10**9
-
-    def __init__(self, world: World) -> None:
-        self._store = world.store
-        self._asked = False
-        self._announced = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
-        self._asked = True  # nothing else: the handler may interrupt any line
-
-    def due(self, round_index: int, step: int) -> bool:
-        """Whether to stop before this step, counted over all passes of a process in a round."""
-        position = round_index * self._STEPS_PER_ROUND + step
-        if self._asked and not self._announced:
-            self._announced = True
-            self._store.compare_set(self._KEY, "", str(position + 2))
-        return self._store.check([self._KEY]) and position >= int(self._store.get(self._KEY))

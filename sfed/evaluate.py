@@ -14,9 +14,10 @@ from sfed.distributed import all_gather_rows
 from sfed.generate import Sample
 from sfed.layers import Probe
 from sfed.run import Run
+from sfed.stopping import StopRequest
 
 Numbers = NDArray[np.float64]
-_LOSS_SUM, _SUPERVISED, _SQUARES, _COUNTED = range(4)
+_LOSS_SUM, _SUPERVISED, _SQUARES, _COUNTED, _WAS_STOPPED = range(5)
 _PREDICTION, _TARGET, _PART = range(3)
 
 
@@ -25,14 +26,19 @@ class Measured:
     """What one kind of adapter does on the held-out data of all clients."""
 
     sums: Numbers
-    """(N, 4): each client's summed loss and what it is a sum over; then the summed squares of its
-    adapter's outputs on one batch, and how many they are."""
+    """(N, 5): each client's summed loss and what it is a sum over; then the summed squares of its
+    adapter's outputs on one batch, and how many they are; whether its process was stopped."""
     outcomes: Numbers
     """(N, most examples, 3): prediction, target and part of each example, NaN where there is none.
     No examples for tasks without scores."""
     parts: tuple[str, ...]
     samples: dict[int, list[Sample]]
     """Answers that some clients' adapters wrote."""
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether some process was asked to stop before it had measured all; all see the same."""
+        return bool(self.sums[:, _WAS_STOPPED].any())
 
     def loss(self, client: int | None = None) -> float | None:
         """Mean loss over one client's held-out data, or over everybody's; None of no data."""
@@ -75,15 +81,19 @@ def score_names(run: Run) -> tuple[str, ...]:
     return run.task.scores + tuple(f"{s}_{part}" for part in parts for s in run.task.scores)
 
 
-def evaluate(run: Run, *, untrained: bool = False) -> Evaluation:
+def evaluate(run: Run, stop: StopRequest, *, untrained: bool = False) -> Evaluation | None:
     """Evaluate all clients, whoever trained last. Collective.
 
     Under a sharded backbone all processes make equally many passes.
 
     Args:
         run: the run.
+        stop: asks before each pass whether to stop here.
         untrained: B = 0 on all clients, so that every adapter is the backbone itself and one
             measurement serves all of them.
+
+    Returns:
+        None on every process, where somebody asked to stop before all was measured.
     """
     run.backbone.evaluating()
     run.adapters.context.dropout_seeds = None
@@ -91,8 +101,10 @@ def evaluate(run: Run, *, untrained: bool = False) -> Evaluation:
     communicated = 0
     with torch.no_grad():
         if "personal" in run.config.evaluation.adapters:
-            kinds["personal"] = _measure(run, None, writes=True)
+            kinds["personal"] = _measure(run, None, stop, writes=True)
         wants_global = "global" in run.config.evaluation.adapters and run.method.has_global_adapter
+        if any(measured.was_stopped for measured in kinds.values()):
+            wants_global = False
         if wants_global and untrained and kinds:
             kinds["global"] = kinds["personal"]
         elif wants_global:
@@ -101,39 +113,50 @@ def evaluate(run: Run, *, untrained: bool = False) -> Evaluation:
             layout = run.clients.layout
             communicated = aggregation.message_bytes(layout, aggregation.personal_factors(layout))
             # Samples are shown of the first kind only; answers that are scored, of both.
-            kinds["global"] = _measure(run, row[None], writes=bool(run.task.scores or not kinds))
+            writes = bool(run.task.scores or not kinds)
+            kinds["global"] = _measure(run, row[None], stop, writes=writes)
     run.backbone.release()
+    if any(measured.was_stopped for measured in kinds.values()):
+        return None
     return Evaluation(kinds, communicated)
 
 
-def _measure(run: Run, shared_row: torch.Tensor | None, *, writes: bool) -> Measured:
+def _measure(
+    run: Run, shared_row: torch.Tensor | None, stop: StopRequest, *, writes: bool
+) -> Measured:
     """Measure all clients, each with its own adapter, or all with one.
 
     Args:
         run: the run.
         shared_row: (1, layout.size) of one adapter for all; None = each client's own.
+        stop: asks before each pass whether to stop here.
         writes: whether answers are written, where ``evaluation.generate`` is on.
     """
     own, device = run.clients.own, run.world.device
     widest = max(map(len, run.placement()))
-    sums = torch.zeros(widest, 4, dtype=torch.float64)
+    sums = torch.zeros(widest, 5, dtype=torch.float64)
     most = max(run.data.eval_counts) if score_names(run) else 0
     outcomes = torch.full((widest, most, 3), torch.nan, dtype=torch.float64)
     samples: dict[int, list[Sample]] = {}
-    done = 0
+    done, stopped = 0, False
     for group in groups(own, run.clients_per_pass(own)):
         place = slice(group[0] - own.start, group[-1] - own.start + 1)
         rows = run.clients.load_values(group) if shared_row is None else shared_row
         for number in range(_passes(run, group)):
+            if stopped := stopped or stop.due(f"evaluation, pass {done + 1}"):
+                break
             _one_pass(run, group, rows, number, sums[place], outcomes[place])
             done += 1
-    for _ in range(done, _planned_passes(run) if run.backbone.sharding.is_sharded else done):
+    for number in range(done, _planned_passes(run) if run.backbone.sharding.is_sharded else done):
+        if stopped := stopped or stop.due(f"evaluation, keeping company in pass {number + 1}"):
+            break
         run.adapters.bind(run.clients.load_values(own[:1]))
         objective.row_losses(
             run.backbone, batches.empty(1, with_targets=run.task.is_classification).to(device)
         )
     if run.config.evaluation.generate and writes:
-        samples = generate.write_answers(run, shared_row, outcomes)
+        samples, stopped = generate.write_answers(run, shared_row, outcomes, stop)
+    sums[:, _WAS_STOPPED] = stopped
     return Measured(_from_all(run, sums), _from_all(run, outcomes), run.data.parts, samples)
 
 

@@ -8,15 +8,18 @@ the shared factor, and then evaluation, metrics and checkpoint where they are du
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, replace
 
 from sfed import aggregation, evaluate, local, records
 from sfed.checkpoint import State
 from sfed.clients import draw_initial, initial_a
 from sfed.console import Console
-from sfed.distributed import StopRequest, meet
+from sfed.guards import require_same_mean
 from sfed.local import IS_BAD, Ledger
+from sfed.meetings import meet
 from sfed.records import Facts
 from sfed.run import Run
+from sfed.stopping import StopRequest
 from sfed.trackers import Journal
 from sfed.writer import Writer
 
@@ -67,9 +70,9 @@ def train(
         Whether all rounds are done; False after a request to stop. The last checkpoint may still be
         under way.
     """
+    state = _begin(run, state, journal, console, stop)
     if state is None:
-        state, facts = State(0, None, 0), Facts(uploaded_bytes=prepare(run))
-        _evaluate_and_report(run, 0, None, facts, journal, console)
+        return False
     ledger, bad_rounds = state.ledger, state.bad_rounds
     for round_index in range(state.finished_rounds, run.config.federated.num_rounds):
         console.begin_round(round_index)
@@ -87,11 +90,33 @@ def train(
         _average(run, round_index, ledger, facts)
         facts.round_seconds = time.monotonic() - started
         facts.checkpoint_seconds, facts.checkpoint_write_seconds = writer.take_seconds()
-        _evaluate_and_report(run, round_index + 1, ledger, facts, journal, console)
+        known = asdict(facts)
+        if not _evaluate_and_report(run, round_index + 1, ledger, facts, journal, console, stop):
+            writer.save(State(round_index + 1, ledger, bad_rounds, known))
+            return False
         ledger = None
         if _is_due(run, round_index + 1, run.config.output.checkpoint_every_rounds):
             writer.save(State(round_index + 1, None, bad_rounds))
     return True
+
+
+def _begin(
+    run: Run,
+    state: State | None,
+    journal: Journal | None,
+    console: Console,
+    stop: StopRequest,
+) -> State | None:
+    """Draw the adapters, or go on; report what has not been reported. None = stopped meanwhile."""
+    facts = Facts()
+    if state is None:
+        state, facts = State(0, None, 0, {}), Facts(uploaded_bytes=prepare(run))
+    if state.unreported is None:
+        return state
+    facts, last = replace(facts, **state.unreported), state.finished_rounds
+    if not _evaluate_and_report(run, last, state.ledger, facts, journal, console, stop):
+        return None
+    return State(last, None, state.bad_rounds)
 
 
 def _everyone(run: Run) -> tuple[int, ...]:
@@ -118,9 +143,11 @@ def _compare_clients(run: Run, finished_rounds: int, facts: Facts) -> None:
 def _average(run: Run, round_index: int, ledger: Ledger, facts: Facts) -> None:
     """The federated mean of the round."""
     started = time.monotonic()
+    run.world.watch.at(f"round {round_index + 1}, the mean")
     good = tuple(c for c in run.cohort(round_index) if not ledger[c, IS_BAD])
     factors, weights = run.averaged_in(round_index), run.weights(good)
     facts.uploaded_bytes = aggregation.share(run.world, run.clients, factors, weights)
+    require_same_mean(run.world, run.clients, factors, round_index + 1)
     if run.config.federated.optimizer_state == "reset":
         run.clients.reset_optimizer()
     facts.aggregate_seconds = time.monotonic() - started
@@ -160,12 +187,20 @@ def _evaluate_and_report(
     facts: Facts,
     journal: Journal | None,
     console: Console,
-) -> None:
-    """Evaluate where it is due and keep the round's event, before the checkpoint of the round."""
+    stop: StopRequest,
+) -> bool:
+    """Evaluate where it is due and keep the round's event, before the checkpoint of the round.
+
+    Returns:
+        False, and no event, where somebody asked to stop meanwhile.
+    """
     evaluation = None
     started = time.monotonic()
+    run.world.watch.at(f"the end of round {finished_rounds}")
     if _is_due(run, finished_rounds, run.config.evaluation.every_rounds):
-        evaluation = evaluate.evaluate(run, untrained=finished_rounds == 0)
+        evaluation = evaluate.evaluate(run, stop, untrained=finished_rounds == 0)
+        if evaluation is None:
+            return False
         seconds = time.monotonic() - started
         facts.evaluate_seconds += seconds
         facts.round_seconds += seconds
@@ -173,3 +208,4 @@ def _evaluate_and_report(
     if journal is not None:
         journal.write_event(event)
     console.end_round(event)
+    return True

@@ -9,8 +9,9 @@ from transformers import GenerationConfig
 
 from sfed import scores
 from sfed.clients import groups
-from sfed.distributed import gather_json
+from sfed.meetings import gather_json
 from sfed.run import Run
+from sfed.stopping import StopRequest
 
 _SAMPLES_PER_CLIENT = 2
 
@@ -25,8 +26,8 @@ class Sample:
 
 
 def write_answers(
-    run: Run, shared_row: torch.Tensor | None, outcomes_CE3: torch.Tensor
-) -> dict[int, list[Sample]]:
+    run: Run, shared_row: torch.Tensor | None, outcomes_CE3: torch.Tensor, stop: StopRequest
+) -> tuple[dict[int, list[Sample]], bool]:
     """Let every client's adapter, or one for all, answer held-out prompts. Collective.
 
     Tasks whose answers can be scored answer all of them, others only a few as samples. Under a
@@ -37,17 +38,20 @@ def write_answers(
         shared_row: (1, layout.size) of one adapter for all; None = each client's own.
         outcomes_CE3: (own clients, examples, 3): prediction (1 right, 0 wrong), target (1, or NaN
             for what has no number) and part are filled in, for tasks that are scored.
+        stop: asks before each batch whether to stop here.
 
     Returns:
-        Samples by client, of all processes.
+        Samples by client, of all processes; whether this process was stopped.
     """
     own, size = run.clients.own, run.config.evaluation.batch_size
     samples: dict[int, list[Sample]] = {client: [] for client in own}
-    done = 0
+    done, stopped = 0, False
     for group in groups(own, run.clients_per_pass(own)):
         run.adapters.bind(run.clients.load_values(group) if shared_row is None else shared_row)
         places = [_places(run, client) for client in group]
         for start in range(0, max(map(len, places)), size):
+            if stopped := stopped or stop.due(f"generation, batch {done + 1}"):
+                break
             some = [list(own_places)[start : start + size] for own_places in places]
             answers = _answer(run, group, some)
             for client, which, texts in zip(group, some, answers, strict=True):
@@ -55,7 +59,9 @@ def write_answers(
                 if start == 0:
                     samples[client] = _samples(run, client, which, texts)
             done += 1
-    for _ in range(done, _planned(run) if run.backbone.sharding.is_sharded else done):
+    for number in range(done, _planned(run) if run.backbone.sharding.is_sharded else done):
+        if stopped := stopped or stop.due(f"generation, keeping company in batch {number + 1}"):
+            break
         run.adapters.bind(run.clients.load_values(own[:1]))
         _generate(run, [[0]])
     shared = gather_json(
@@ -63,7 +69,8 @@ def write_answers(
         "samples",
         [[client, [asdict(one) for one in some]] for client, some in samples.items()],
     )
-    return {client: [Sample(**one) for one in some] for each in shared for client, some in each}
+    samples = {client: [Sample(**one) for one in some] for each in shared for client, some in each}
+    return samples, stopped
 
 
 def _places(run: Run, client: int) -> range:

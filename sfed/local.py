@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from sfed import batches, objective, optimizer
 from sfed.batches import Order
 from sfed.clients import groups
-from sfed.distributed import StopRequest, all_gather_rows
+from sfed.distributed import all_gather_rows
 from sfed.rows import Rows
 from sfed.run import Run
 from sfed.seeds import Stream, derive
+from sfed.stopping import StopRequest
 from sfed.tokens import Row
 
 # What a round notes of each client, one column each. They add up over steps, so that a round which
@@ -58,19 +59,18 @@ def train_round(
     Returns:
         Whether the round is complete for this process's clients, that is, nobody asked to stop.
     """
-    trained = run.trained_in(round_index)
-    cohort = run.cohort(round_index)
+    trained, cohort = run.trained_in(round_index), run.cohort(round_index)
     planned = _planned_steps(run, cohort, ledger)
     run.backbone.training()
-    done = 0
-    mine = _groups_of(run, run.clients.own, cohort)
+    done, mine = 0, _groups_of(run, run.clients.own, cohort)
     with closing(run.clients.passes(mine, trained)) as passes:
         for rows in passes:
             run.adapters.bind(rows.values, rows.grads, trained)
             work = _GroupWork(run, round_index, rows, trained, ledger)
             stopped = False
             for step in work.steps_left():
-                if stopped := stop.due(round_index, done):
+                place = f"round {round_index + 1}, step {step + 1} of {work.last_step}"
+                if stopped := stop.due(place):
                     break
                 work.step(step)
                 on_step(step + 1, work.last_step, work.latest_loss, work.latest_tokens)
@@ -79,7 +79,7 @@ def train_round(
             if stopped:
                 return False
     for company in range(done, planned if run.backbone.sharding.is_sharded else done):
-        if stop.due(round_index, company):
+        if stop.due(f"round {round_index + 1}, keeping company in pass {company + 1}"):
             return False
         for _ in range(run.passes_per_step):
             _keep_company(run, trained)

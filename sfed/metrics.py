@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sfed.cli import UserError
 from sfed.masking import masked
 
 TRAIN_LOSS = "train/loss"
@@ -61,16 +63,29 @@ class MetricsFile:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(_line(event) for event in kept), encoding="utf-8")
         os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event."""
         self.write_event({"event": event, **values})
 
     def write_event(self, event: dict[str, Any]) -> None:
-        """Append one event that holds its own ``event`` key."""
-        self._file.write(_line(event))
-        self._file.flush()
+        """Append one event that holds its own ``event`` key.
+
+        Raises:
+            UserError: where the disk refuses.
+        """
+        line, refusal = _line(event).encode(), os.strerror(errno.ENOSPC)
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            written, refusal = 0, str(error.strerror)
+        if written < len(line):
+            raise UserError(
+                f"{self._path} cannot be written ({refusal}); make room or set output.dir, then "
+                "start again: the run goes on from the last whole checkpoint"
+            )
 
     def close(self) -> None:
         """Close the file."""

@@ -6,7 +6,6 @@ of its child, and for a sign of life of the others.
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import signal
@@ -111,8 +110,7 @@ class Party:
 
         from sfed import distributed
 
-        wait = datetime.timedelta(seconds=_SECONDS_TO_START)
-        store = distributed.open_store(self.rank, self.size, wait)
+        store = distributed.open_store(self.rank, self.size, _SECONDS_TO_START)
         return dist.PrefixStore("sweep", store)
 
     def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -21,6 +18,8 @@ from sfed import (
     data,
     distributed,
     federation,
+    guards,
+    meetings,
     methods,
     metrics,
     partition,
@@ -29,21 +28,24 @@ from sfed import (
     scaling,
     school,
     shape,
-    trackers,
 )
 from sfed.checkpoint import Found, State
 from sfed.cli import UserError, leave
 from sfed.config import Config
 from sfed.console import Console
-from sfed.distributed import MissingProcessError, StopRequest, World
+from sfed.distributed import World
+from sfed.ending import ending
 from sfed.evaluate import score_names
 from sfed.federation import TrainingFailedError
-from sfed.masking import mask, masked
+from sfed.guards import DivergedError
+from sfed.joining import MissingProcessError
+from sfed.masking import mask
 from sfed.quiet import quieten
 from sfed.rows import MOMENTS
 from sfed.run import Run
+from sfed.runfolder import RunFolder
+from sfed.stopping import StoppedEarlyError, StopRequest
 from sfed.tasks import task_of
-from sfed.trackers import Journal
 from sfed.writer import Writer
 
 
@@ -54,43 +56,51 @@ def run_session(config: Config, *, one_of_many: bool = False) -> None:
         config: the run.
         one_of_many: leave out the closing table, because another one holds all runs.
     """
-    world = distributed.start(config.federated.deadline_seconds)
+    world = _join(config)
     quieten(world)
     console = Console(speaks=world.is_main)
+    folder = RunFolder(config)
+    world.watch.debug_folder = folder.path / "debug"
     try:
-        stop = StopRequest(world)
-        with distributed.together(world, "checking"):
-            folder, found = _open_run_folder(config, world, console)
-        parts = build(config, world, console)
-        finished = _train_and_export(parts, found, folder, console, stop)
-        if finished and not one_of_many:
-            _close(parts, folder, console)
-        distributed.part(world)
-    except TrainingFailedError as failure:
+        with ending(world):
+            stop = StopRequest(world)
+            start = guards.at_start(config)
+            guards.require_same(world, "configuration and versions", start)
+            found, num_clients = folder.look(world, console)
+            parts = build(config, world, num_clients, console)
+            finished = _train_and_export(parts, found, folder, console, stop)
+            if finished and not one_of_many:
+                _close(parts, folder.path, console)
+            meetings.part(world)
+    except (TrainingFailedError, DivergedError) as failure:
         leave(str(failure), 1)
-    except MissingProcessError as failure:
-        # Process 0 may be the one that is missing: everybody who waited says so.
-        sys.exit(f"sfed: process {world.rank}: {failure}")
-    except RuntimeError as error:
-        if not distributed.is_lost_contact(error):
-            raise
-        reason = str(error).strip().splitlines()[0][:200]
-        sys.exit(
-            f"sfed: process {world.rank} lost contact with another process, which ended or is out "
-            f"of reach ({reason}). Start the same command again: it goes on from the last round"
-        )
+    except StoppedEarlyError:
+        console.say("stopped as asked, before training began")
     finally:
         console.end_rounds()
-        distributed.stop()
+        folder.close()
+        distributed.stop(world)
 
 
-def build(config: Config, world: World, console: Console) -> Run:
+def _join(config: Config) -> World:
+    try:
+        return distributed.start(config.federated.deadline_seconds)
+    except MissingProcessError as failure:
+        sys.exit(f"sfed: {failure}")
+
+
+def build(config: Config, world: World, num_clients: int, console: Console) -> Run:
     """Load the backbone and the data, attach the adapters. Collective.
+
+    Args:
+        config: the run.
+        world: the processes.
+        num_clients: N.
+        console: speaks on process 0.
 
     Raises:
         UserError: on every process, for mistakes that only show now.
     """
-    num_clients = config.federated.num_clients or world.size
     if num_clients < (config.federated.clients_per_round or 1):
         raise UserError(
             f"federated.clients_per_round = {config.federated.clients_per_round} is more than the "
@@ -99,22 +109,23 @@ def build(config: Config, world: World, console: Console) -> Run:
     own = partition.place(num_clients, world.size)[world.rank]
     method = methods.resolve(config)
     name = _model_folder(config, world, console)
-    with distributed.together(world, "tokenizer"):
+    with meetings.together(world, "tokenizer"):
         tokenizer = _load_tokenizer(config, name)
     console.say(f"reading {config.data.task}")
     held = data.load(config, tokenizer, world, num_clients, own)
     for note in held.notes:
         console.warn(note)
     console.say(f"loading {config.model.name} ({shape.dtype_name(config, world)})")
-    with distributed.together(world, "loading the backbone"):
+    with meetings.together(world, "loading the backbone"):
         frozen = backbone.load(config, name, world)
         _check_rows_fit(config, held, frozen, own)
+    weights_digest = guards.of_backbone(frozen.model, frozen.model.config.to_dict())
     everyone = tuple(range(num_clients))
     weights = run.client_weights(config, held, num_clients, everyone)
     gamma = scaling.lora_scaling(
         method.alpha, config.lora.rank, scaling.effective_clients(weights), method.exponents
     )
-    with distributed.together(world, "attaching the adapters"):
+    with meetings.together(world, "attaching the adapters"):
         attached = adapters.attach(
             frozen.model,
             frozen.head,
@@ -144,6 +155,7 @@ def build(config: Config, world: World, console: Console) -> Run:
         held,
         rows,
     )
+    guards.require_same(world, "what was loaded", guards.when_built(parts, weights_digest))
     for line in records.header(parts):
         console.say(line)
     return parts
@@ -176,7 +188,7 @@ def _model_folder(config: Config, world: World, console: Console) -> str:
     if config.model.name != "demo":
         return config.model.name
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sfed"
-    with distributed.first_of_node_first(world, "making the demo's backbone"):
+    with meetings.first_of_node_first(world, "making the demo's backbone"):
         return str(school.ensure_backbone(cache, say=console.say))
 
 
@@ -194,74 +206,35 @@ def _load_tokenizer(config: Config, name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _open_run_folder(config: Config, world: World, console: Console) -> tuple[Path, Found | None]:
-    """Find what to resume; nothing is written before all mistakes have had their say."""
-    folder = Path(config.output.dir) / config.run_name
-    if config.output.resume == "never":
-        return folder, None
-    found, notes = checkpoint.find(folder, config.output.resume)
-    for note in notes:
-        console.warn(note)
-    if found is not None:
-        num_clients = config.federated.num_clients or world.size
-        checkpoint.refuse_other_run(found, config, num_clients)
-    return folder, found
-
-
 def _train_and_export(
-    parts: Run, found: Found | None, folder: Path, console: Console, stop: StopRequest
+    parts: Run, found: Found | None, folder: RunFolder, console: Console, stop: StopRequest
 ) -> bool:
     """Resume or begin, train, write the adapters; returns whether all rounds are done."""
     world, total = parts.world, parts.config.federated.num_rounds
     state: State | None = None
     if found is not None:
         state = checkpoint.load(found, world, parts.clients)
-        within = " and a part of the next" if state.ledger is not None else ""
+        within = " and a part of the next" if state.is_within else ""
         console.say(f"going on after round {state.finished_rounds}{within} ({found.folder})")
-    with distributed.together(world, "making the run folder"):
-        log = _make_run_folder(parts, state, folder, console) if world.is_main else None
+    with meetings.together(world, "making the run folder"):
+        log = folder.make(parts, state, console) if world.is_main else None
+    stop.training_begins(in_step=parts.backbone.sharding.is_sharded)
     console.begin_rounds(0 if state is None else state.finished_rounds, total, score_names(parts))
-    with Writer(parts, folder, found) as writer:
+    with Writer(parts, folder.path, found) as writer:
         finished = federation.train(parts, state, writer, log, console, stop)
         writer.finish()
     console.end_rounds()
     if finished:
-        with distributed.together(world, "writing the adapters"):
-            _export(parts, folder)
+        world.watch.at("writing the adapters")
+        with meetings.together(world, "writing the adapters"):
+            _export(parts, folder.path)
     else:
-        console.say(f"stopped as asked; the same command goes on from {folder / 'checkpoints'}")
+        console.say(
+            f"stopped as asked; the same command goes on from {folder.path / 'checkpoints'}"
+        )
     if log is not None:
         log.close()
     return finished
-
-
-def _make_run_folder(parts: Run, state: State | None, folder: Path, console: Console) -> Journal:
-    """Make the folder, its own files and trackers; what an older run left is moved aside."""
-    finished = None if state is None else state.finished_rounds
-    try:
-        if parts.config.output.resume == "never" and folder.exists():
-            number = 1
-            while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-                number += 1
-            folder.rename(aside)
-        if state is None:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        facts = records.describe_run(parts)
-        _write_json(folder / "config.json", facts)
-        _write_json(folder / "partition.json", parts.data.summary)
-        names = parts.config.output.trackers
-        return trackers.open_journal(names, folder, facts, finished, console.warn)
-    except OSError as error:
-        raise UserError(
-            f"output.dir: the run folder {folder} cannot be written ({error.strerror})"
-        ) from None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(masked(value), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _export(parts: Run, folder: Path) -> None:

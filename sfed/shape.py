@@ -18,7 +18,8 @@ from transformers import (
 
 from sfed.cli import UserError
 from sfed.config import Config
-from sfed.distributed import World, gather_json
+from sfed.distributed import World
+from sfed.meetings import gather_json
 from sfed.tasks import task_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -14,25 +14,24 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sfed.checkpoint import COMMON, FACTS, Found, State, by_age, file_of, keyed
+from sfed.checkpoint import COMMON, FACTS, Found, State, by_age, facts_of, file_of, keyed
 from sfed.cli import UserError
-from sfed.distributed import MissingProcessError, together
+from sfed.disk import describe, disk_errors, replace_folder, second_name, sync
+from sfed.joining import MissingProcessError
+from sfed.meetings import together
 from sfed.run import Run
 from sfed.sameness import comparable
 
@@ -103,6 +102,7 @@ class Writer:
             UserError: on every process, where the one before failed on any.
         """
         started, run = time.monotonic(), self._run
+        run.world.watch.at(f"the checkpoint {state.name}")
         self._settle()
         folder = self._parent / state.name
         is_new = self._before is None or not self._before.is_dir()
@@ -113,6 +113,7 @@ class Writer:
         facts = {
             "finished_rounds": state.finished_rounds,
             "bad_rounds": state.bad_rounds,
+            "unreported": state.unreported,
             "ledger": None if state.ledger is None else state.ledger.tolist(),
             "num_clients": run.num_clients,
             "gamma": run.gamma,
@@ -121,7 +122,7 @@ class Writer:
         }
         kept = () if is_new else tuple(sorted(self._names - files.keys()))
         job = _Job(folder, files, kept, self._before, facts, time.monotonic())
-        with together(run.world, "checkpoint"), _disk_errors(folder):
+        with together(run.world, "checkpoint"), disk_errors(folder):
             if run.world.is_main:
                 _make_room(job.temporary)
         self._under_way = [_in_thread(lambda: self._write(job))]
@@ -176,38 +177,39 @@ class Writer:
             ) from None
 
     def _write(self, job: _Job) -> float:
-        """Write this process's files and a note of their sizes; in the thread."""
-        with _disk_errors(job.folder):
+        """Write this process's files and a note of them; in the thread."""
+        with disk_errors(job.folder):
             for name, tensors in job.files.items():
                 save_file(tensors, job.temporary / name)
-                _sync(job.temporary / name)
+                sync(job.temporary / name)
             for name in job.kept:
                 assert job.before is not None
-                _second_name(job.before / name, job.temporary / name)
-            sizes = {
-                name: (job.temporary / name).stat().st_size for name in (*job.files, *job.kept)
-            }
+                second_name(job.before / name, job.temporary / name)
+            files = {name: describe(job.temporary / name) for name in job.files}
+            if job.before is not None and job.kept:
+                known = facts_of(job.before)["files"]
+                files |= {name: known[name] for name in job.kept}
             note = job.temporary / _note(self._run.world.rank)
             unfinished = note.with_suffix(".part")
-            unfinished.write_text(json.dumps(sizes), encoding="utf-8")
+            unfinished.write_text(json.dumps(files), encoding="utf-8")
             unfinished.rename(note)
         return time.monotonic() - job.started
 
     def _complete(self, job: _Job) -> float:
         """Make the folder whole when all have written; in the thread of process 0."""
-        with _disk_errors(job.folder):
-            sizes = self._sizes_of_all(job)
+        with disk_errors(job.folder):
+            files = self._files_of_all(job)
             with (job.temporary / FACTS).open("w", encoding="utf-8") as file:
-                json.dump({**job.facts, "files": sizes}, file)
-            _sync(job.temporary / FACTS)
+                json.dump({**job.facts, "files": files}, file)
+            sync(job.temporary / FACTS)
             for process in range(self._run.world.size):
                 (job.temporary / _note(process)).unlink()
-            _sync(job.temporary)
-            _replace(job.temporary, job.folder)
+            sync(job.temporary)
+            replace_folder(job.temporary, job.folder)
             _prune(self._parent, self._run.config.output.keep_checkpoints)
         return time.monotonic() - job.started
 
-    def _sizes_of_all(self, job: _Job) -> dict[str, int]:
+    def _files_of_all(self, job: _Job) -> dict[str, Any]:
         """Wait for the notes of all processes.
 
         Raises:
@@ -223,10 +225,10 @@ class Writer:
                     f"the checkpoint {job.folder}: process {names} of {world.size} did not write "
                     f"its part within {world.deadline_seconds:g} s (federated.deadline_seconds)"
                 )
-        sizes: dict[str, int] = {}
+        files: dict[str, Any] = {}
         for name in expected.values():
-            sizes |= json.loads((job.temporary / name).read_text(encoding="utf-8"))
-        return sizes
+            files |= json.loads((job.temporary / name).read_text(encoding="utf-8"))
+        return files
 
 
 def _in_thread(work: Callable[[], float]) -> Future[float]:
@@ -255,34 +257,6 @@ def _make_room(temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _second_name(file: Path, name: Path) -> None:
-    """Let a finished file be in two folders; where the file system cannot, a copy is."""
-    try:
-        os.link(file, name)
-    except OSError:
-        shutil.copyfile(file, name)
-        _sync(name)
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Rename the finished folder into place; an older one of the same name goes aside first."""
-    aside = folder.with_name(f".{folder.name}.old.tmp")
-    if folder.exists():
-        folder.rename(aside)
-    temporary.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _prune(parent: Path, keep: int) -> None:
     """Remove all but the newest checkpoints, and partial ones that a later one supersedes."""
     ordered = by_age(parent)
@@ -291,16 +265,3 @@ def _prune(parent: Path, keep: int) -> None:
     for path in ordered:
         if path not in newest and path not in whole[-keep:]:
             shutil.rmtree(path)
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a refusal of the disk into a plain message."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"the checkpoint {folder} cannot be written ({' '.join(str(error).split())[:300]}); "
-            "make room or set output.dir, then start again: the run goes on from the last whole "
-            "checkpoint"
-        ) from None

@@ -12,13 +12,14 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 
-_PRELOAD = ["torch", "torch.distributed", "transformers", "peft", "datasets", "sfed.session"]
+PRELOAD = ["torch", "torch.distributed", "transformers", "peft", "datasets", "sfed.session"]
 
 
 def free_port() -> int:
@@ -51,6 +52,73 @@ def _enter(
     (Path(folder) / str(process)).write_bytes(pickle.dumps(result))
 
 
+@dataclass(frozen=True)
+class End:
+    """How a process ended."""
+
+    code: int
+    """Exit code; negative = the signal that ended it."""
+    said: str
+    """What it wrote on both of its outputs."""
+    seconds: float
+    """How long it ran."""
+
+
+def enter_and_log(process: int, *arguments: Any) -> None:
+    folder = Path(arguments[4])
+    log = os.open(folder / f"log-{process}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    _enter(process, *arguments)
+
+
+def ends_of(
+    num_processes: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    grace_seconds: float = 30.0,
+    deadline_seconds: float = 120.0,
+    environment: Mapping[str, str] | None = None,
+) -> list[End]:
+    """Run function(*arguments) on all processes and tell how each ended.
+
+    As a launcher does, it kills whoever is still there some time after another has ended.
+
+    Args:
+        num_processes: how many.
+        function: what each does.
+        arguments: of the function.
+        grace_seconds: from the first end to a kill.
+        deadline_seconds: for the first end.
+        environment: goes over this process's.
+    """
+    mp.set_forkserver_preload(PRELOAD)
+    context = mp.get_context("forkserver")
+    with tempfile.TemporaryDirectory() as folder:
+        shared = (num_processes, free_port(), function, arguments, folder, environment or {})
+        processes = [
+            context.Process(target=enter_and_log, args=(process, *shared))
+            for process in range(num_processes)
+        ]
+        for process in processes:
+            process.start()
+        begin = time.monotonic()
+        limit, seconds = begin + deadline_seconds, [0.0] * num_processes
+        while living := [i for i, process in enumerate(processes) if process.is_alive()]:
+            now = time.monotonic()
+            for i in living:
+                seconds[i] = now - begin
+                if now > limit:
+                    processes[i].kill()
+            if len(living) < num_processes:
+                limit = min(limit, now + grace_seconds)
+            time.sleep(0.05)
+        return [
+            End(process.exitcode or 0, (Path(folder) / f"log-{i}").read_text(), seconds[i])
+            for i, process in enumerate(processes)
+        ]
+
+
 def on_processes(
     num_processes: int,
     function: Callable[..., Any],
@@ -62,7 +130,7 @@ def on_processes(
 
     An exception in a process is raised here with its traceback.
     """
-    mp.set_forkserver_preload(_PRELOAD)
+    mp.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
             _enter,

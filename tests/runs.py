@@ -16,10 +16,18 @@ from tests.processes import on_processes
 Tensors = dict[str, torch.Tensor]
 
 
-def _train(settings: dict[str, Any]) -> None:
+def train_settings(settings: dict[str, Any]) -> None:
     config = cli.validate(settings)
     train.check_before_torch(config)
     session.run_session(config)
+
+
+def train_or_leave(settings: dict[str, Any]) -> None:
+    """The same as a command: a mistake is one message and an exit code."""
+    try:
+        train_settings(settings)
+    except cli.UserError as mistake:
+        cli.leave(str(mistake), cli.EXIT_MISTAKE)
 
 
 def run(
@@ -32,7 +40,7 @@ def run(
     """Run the settings on this many processes and return the run folder."""
     on_processes(
         num_processes,
-        _train,
+        train_settings,
         settings,
         deadline_seconds=deadline_seconds,
         environment=environment,

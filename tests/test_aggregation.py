@@ -34,7 +34,7 @@ def shared(factors: tuple[str, ...], weights: list[float]) -> tuple[int, dict[in
         sent = aggregation.share(world, clients, factors, weights)
         return sent, {client: clients.row(client) for client in clients.own}
     finally:
-        distributed.stop()
+        distributed.stop(world)
 
 
 def rows_after(num: int, factors: tuple[str, ...], weights: list[float]) -> dict:
@@ -99,7 +99,7 @@ def test_a_client_of_weight_zero_cannot_spread_nan() -> None:
         total = aggregation.weighted_sum(rows, [0.5, 0.0, 0.5])
         [mean] = aggregation.mean_over_clients(world, [total])
     finally:
-        distributed.stop()
+        distributed.stop(world)
     assert torch.equal(mean, torch.tensor([2.0, 4.0]))
 
 
@@ -133,7 +133,7 @@ def test_the_mean_does_not_depend_on_the_order_of_the_clients(order: list[int], 
             ],
         )
     finally:
-        distributed.stop()
+        distributed.stop(world)
     torch.testing.assert_close(straight, mixed, rtol=1e-5, atol=1e-6)
     assert bool((straight <= rows.max(dim=0).values + 1e-5).all())
     assert bool((straight >= rows.min(dim=0).values - 1e-5).all())

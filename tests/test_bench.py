@@ -322,7 +322,7 @@ def gathered() -> tuple[list[float], int]:
     world = distributed.start(30.0)
     whole = distributed.all_gather_flat(world, torch.full((2,), float(world.rank)))
     number = len(roundparts.measure_collectives(world, 64, 1))
-    distributed.stop()
+    distributed.stop(world)
     return whole.tolist(), number
 
 

@@ -585,7 +585,7 @@ def loaded(settings: dict[str, Any]) -> backbone.Backbone:
     try:
         return backbone.load(config, config.model.name, world)
     finally:
-        distributed.stop()
+        distributed.stop(world)
 
 
 @every_family

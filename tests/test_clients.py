@@ -99,7 +99,7 @@ def test_paged_clients_are_bit_for_bit_those_that_stay(per_pass: int, course: li
             assert aggregation.similarity(world, paged) == aggregation.similarity(world, staying)
             assert_same(paged, staying)
     finally:
-        distributed.stop()
+        distributed.stop(world)
 
 
 def test_the_device_holds_two_groups_whatever_the_number_of_clients() -> None:
@@ -134,7 +134,7 @@ def test_who_has_never_taken_part_costs_nothing_and_a_mean_leaves_one_a() -> Non
         assert torch.equal(clients.factor(3, "A"), clients.factor(0, "A"))
         assert clients.factor(7, "A").data_ptr() == clients.factor(8, "A").data_ptr()
     finally:
-        distributed.stop()
+        distributed.stop(world)
 
 
 def test_a_factor_that_never_trains_is_never_held() -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sfed import distributed
+from sfed import distributed, meetings
 from tests.processes import on_processes
 
 
@@ -18,10 +18,10 @@ def read_late() -> str:
         if world.rank == 1:
             time.sleep(2.0)
         word = world.store.get("word/0").decode()
-        distributed.part(world)
+        meetings.part(world)
         return word
     finally:
-        distributed.stop()
+        distributed.stop(world)
 
 
 @pytest.mark.dist

@@ -80,10 +80,10 @@ def watched() -> Iterator[tuple[Answers, list[tuple[int, ...]]]]:
     kind = ""
     write_answers, answer, one_batch = generate.write_answers, generate._answer, generate._generate
 
-    def writes(run: Any, shared_row: Any, outcomes: Any) -> Any:
+    def writes(run: Any, shared_row: Any, outcomes: Any, stop: Any) -> Any:
         nonlocal kind
         kind = "personal" if shared_row is None else "global"
-        return write_answers(run, shared_row, outcomes)
+        return write_answers(run, shared_row, outcomes, stop)
 
     def answering(run: Any, group: Any, places: Any) -> Any:
         texts = answer(run, group, places)

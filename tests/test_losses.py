@@ -23,7 +23,7 @@ def frozen(tiny_folder):
     config = tiny.config(tiny_folder)
     world = distributed.start(30.0)
     yield backbone.load(config, config.model.name, world)
-    distributed.stop()
+    distributed.stop(world)
 
 
 def rows(*lengths: tuple[int, int]) -> list[Row]:

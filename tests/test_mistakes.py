@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -681,6 +682,13 @@ def garble_shard(checkpoint: Path) -> None:
     a_shard(checkpoint).write_bytes(b"\xff" * a_shard(checkpoint).stat().st_size)
 
 
+def flip_a_bit(checkpoint: Path) -> None:
+    path = a_shard(checkpoint)
+    spoilt = bytearray(path.read_bytes())
+    spoilt[-9] ^= 4
+    path.write_bytes(spoilt)
+
+
 def remove_facts(checkpoint: Path) -> None:
     (checkpoint / "run.json").unlink()
 
@@ -694,7 +702,15 @@ def empty_facts(checkpoint: Path) -> None:
     (checkpoint / "run.json").write_text('{"files": {}}')
 
 
-DAMAGES = (truncate_shard, remove_shard, garble_shard, remove_facts, truncate_facts, empty_facts)
+DAMAGES = (
+    flip_a_bit,
+    truncate_shard,
+    remove_shard,
+    garble_shard,
+    remove_facts,
+    truncate_facts,
+    empty_facts,
+)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -742,17 +758,22 @@ SICK = {"federated.num_clients": 4, "federated.num_rounds": 3, "train.local_step
 
 
 def make_sick(
-    monkeypatch: pytest.MonkeyPatch, what: str, clients: list[int], passes: set[int]
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    clients: list[int],
+    passes: set[int],
+    value: float = math.nan,
+    num_in_pass: int = 4,
 ) -> None:
-    """Make the loss or the gradient of these of 4 clients NaN in these training passes."""
+    """Make the loss or the gradient of these clients of a pass NaN in these training passes."""
     healthy, count = Backbone.token_losses, itertools.count()
 
     def token_losses(self: Backbone, *batch: torch.Tensor):
         losses = healthy(self, *batch)
         if not self.model.training or next(count) not in passes:
             return losses
-        factor = torch.ones(4, len(losses) // 4)
-        factor[clients] = float("nan")
+        factor = torch.ones(num_in_pass, len(losses) // num_in_pass)
+        factor[clients] = value
         if what == "loss":
             return losses * factor.flatten()
         losses.register_hook(lambda gradient: gradient * factor.flatten())
@@ -771,11 +792,12 @@ def stopped(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return complained
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_client_that_turns_nan_is_named_and_left_out_and_harms_nobody(
-    what, folder, monkeypatch, capsys
+    what, value, folder, monkeypatch, capsys
 ):
-    make_sick(monkeypatch, what, [2], {4})  # the second step of the second round
+    make_sick(monkeypatch, what, [2], {4}, value)  # the second step of the second round
     train.main(written(folder, SICK))
     said = capsys.readouterr().out
     assert "warning: round 2: the loss or gradient of client 2 was not finite" in said
@@ -797,6 +819,35 @@ def test_a_client_that_turns_nan_is_named_and_left_out_and_harms_nobody(
         for name, tensor in tensors.items():
             assert torch.isfinite(tensor).all()
             assert "lora_A" not in name or torch.equal(tensor, loaded[0][name])
+
+
+def train_paged(arguments: list[str], what: str) -> None:
+    """Train, clients one after another; client 1 turns infinite in the second step of round 2."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "0":
+            # Three steps of client 0, three of client 1, and again in round 2.
+            make_sick(patch, what, [0], {10}, math.inf, num_in_pass=1)
+        train.main(arguments)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("sharding", ["none", "zero3"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_client_that_turns_infinite_in_a_pass_of_its_own_is_left_out_too(what, sharding, folder):
+    settings = {**SICK, "federated.clients_per_pass": 1, "backbone.sharding": sharding}
+    on_processes(2, train_paged, written(folder, settings), what, deadline_seconds=90)
+    run = folder / "runs" / "run"
+    rounds = {event["round"]: event for event in metrics.read_events(run / "metrics.jsonl")}
+    excluded = {
+        (number, entry["client"])
+        for number, event in rounds.items()
+        for entry in event["clients"]
+        if entry.get("excluded")
+    }
+    assert excluded == {(2, 1)}
+    assert all(entry["train_loss"] for entry in rounds[3]["clients"])
+    for client in range(4):
+        assert_finite(run / "adapters" / f"client-000{client}")
 
 
 def test_a_run_in_which_no_client_is_left_stops_and_the_next_start_is_good(

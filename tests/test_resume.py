@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from sfed import evaluate, local, session
 from tests import runs, tiny
-from tests.processes import free_port
+from tests.processes import ends_of, free_port
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -203,3 +206,176 @@ def test_resetting_the_optimizer_differs_from_keeping_it(tiny_folder: Path, tmp_
     reset = {**FOUR, "optimizer_state": "reset"}
     other = runs.run(1, settings(tiny_folder, tmp_path, "reset", federated=reset))
     assert runs.relative_difference(runs.adapters(kept), runs.adapters(other)) > 1e-4
+
+
+def test_the_number_of_clients_stays_that_of_the_first_start(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """federated.num_clients null: N is the world size at first, whatever it becomes."""
+    free = {"num_clients": None, "deadline_seconds": 30.0}
+    whole = runs.run(
+        1,
+        settings(
+            tiny_folder,
+            tmp_path,
+            "whole",
+            train=SGD,
+            federated={**FOUR, "num_clients": 2, "num_rounds": 3},
+        ),
+    )
+    short = settings(
+        tiny_folder, tmp_path, "shrunk", train=SGD, federated={**free, "num_rounds": 2}
+    )
+    runs.run(2, short)
+    longer = settings(
+        tiny_folder, tmp_path, "shrunk", train=SGD, federated={**free, "num_rounds": 3}
+    )
+    (end,) = ends_of(1, runs.train_settings, longer)
+    assert end.code == 0, end.said
+    assert "N stays 2, one client for each process of the first start; 1 of them holds" in end.said
+    shrunk = tmp_path / "shrunk"
+    assert runs.relative_difference(runs.adapters(whole), runs.adapters(shrunk)) <= 1e-6
+    more = {**longer, "federated": {**free, "num_rounds": 4}}
+    ends = ends_of(3, runs.train_settings, more)
+    assert all(end.code for end in ends)
+    assert "has N = 2, one client for each process of its first start; there are 3" in ends[0].said
+
+
+def test_the_number_of_clients_stays_that_of_a_start_without_a_checkpoint(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    free = {"num_clients": None, "num_rounds": 1, "deadline_seconds": 30.0}
+    runs.run(2, settings(tiny_folder, tmp_path, federated=free))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run" / "adapters")
+    runs.run(1, settings(tiny_folder, tmp_path, federated=free))
+    assert len(runs.rounds(tmp_path / "run")[-1]["clients"]) == 2
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    other = settings(tiny_folder, tmp_path, federated=free, train={**ADAMW, "lr": 1e-3})
+    runs.run(1, other)  # another run: it has N of its own
+    assert len(runs.rounds(tmp_path / "run")[-1]["clients"]) == 1
+
+
+def test_two_runs_in_one_folder_are_refused_and_the_first_goes_on(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    shape = settings(tiny_folder, tmp_path, federated={**LONG, "num_rounds": 12})
+    first = start(1, shape, tmp_path)
+    wait_for_round(tmp_path / "run", 1, first)
+    for resume in ("auto", "never"):
+        output = {**shape["output"], "resume": resume}
+        (end,) = ends_of(1, runs.train_settings, {**shape, "output": output})
+        assert end.code and f"another run is using {tmp_path / 'run'}" in end.said
+        assert f"process {first[0].pid} on " in end.said
+    assert wait(first) == [0]
+    assert [event["round"] for event in runs.rounds(tmp_path / "run")] == list(range(13))
+
+
+def train_while_the_clock_jumps(run_settings: dict) -> None:
+    jumps = itertools.cycle([0.0, 7200.0, -7200.0, 1e6])
+    real = time.time  # noqa: TID251  (the clock that jumps)
+    time.time = lambda: real() + next(jumps)  # noqa: TID251
+    runs.train_settings(run_settings)
+
+
+def test_a_clock_that_jumps_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    calm = runs.run(2, settings(tiny_folder, tmp_path, "calm"))
+    ends = ends_of(2, train_while_the_clock_jumps, settings(tiny_folder, tmp_path, "jumpy"))
+    assert [end.code for end in ends] == [0, 0], ends
+    jumpy = tmp_path / "jumpy"
+    assert runs.identical(runs.adapters(calm), runs.adapters(jumpy))
+    for event in runs.rounds(jumpy):
+        assert all(0.0 <= event[key] < 60.0 for key in event if key.endswith("_seconds"))
+
+
+def stop_in_evaluation(run_settings: dict, number: int) -> None:
+    """Train; process 1 gets SIGTERM in the second pass of its evaluation of this number."""
+    healthy, count = evaluate._measure, itertools.count(1)
+    one_pass = evaluate._one_pass
+
+    def measure(*arguments: object, **options: object) -> object:
+        asked = next(count) == number and os.environ["RANK"] == "1"
+
+        def passing(*inside: object) -> None:
+            one_pass(*inside)
+            if asked:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        evaluate._one_pass = passing
+        return healthy(*arguments, **options)
+
+    evaluate._measure = measure
+    runs.train_settings(run_settings)
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero3"])
+@pytest.mark.parametrize("number", [1, 3], ids=["before training", "global, after round 1"])
+def test_sigterm_in_an_evaluation_ends_it_and_it_is_made_up_for(
+    tiny_folder: Path, tmp_path: Path, sharding: str, number: int
+) -> None:
+    shape = {
+        "federated": {**FOUR, "num_rounds": 2},
+        "backbone": {"sharding": sharding},
+        "evaluation": {"batch_size": 1},
+        "train": {**ADAMW, "local_steps": 2},
+    }
+    calm = runs.run(2, settings(tiny_folder, tmp_path, "calm", **shape))
+    disturbed = settings(tiny_folder, tmp_path, "disturbed", **shape)
+    ends = ends_of(2, stop_in_evaluation, disturbed, number)
+    assert [end.code for end in ends] == [0, 0], ends
+    assert "stopped as asked" in ends[0].said
+    done = [event["round"] for event in runs.rounds(tmp_path / "disturbed")]
+    assert done == ([] if number == 1 else [0]), "the evaluation was not finished"
+    folder = runs.run(2, disturbed)
+    assert runs.identical(runs.adapters(calm), runs.adapters(folder))
+    for one, other in zip(runs.rounds(calm), runs.rounds(folder), strict=True):
+        timeless = {key for key in one if key.partition("/")[0] not in ("time", "memory")}
+        assert all(one[key] == other[key] for key in timeless)
+
+
+def test_sigterm_before_training_ends_all_processes_at_once(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    ends = ends_of(2, stop_while_loading, settings(tiny_folder, tmp_path), grace_seconds=15.0)
+    assert [end.code for end in ends] == [0, 0], ends
+    assert not (tmp_path / "run").exists()
+
+
+def stop_while_loading(run_settings: dict) -> None:
+    healthy = session.data.load
+
+    def load(*arguments: object) -> object:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60.0)
+        return healthy(*arguments)
+
+    session.data.load = load
+    runs.train_settings(run_settings)
+
+
+def test_sigterm_to_a_process_that_waits_for_the_others_stops_all(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Process 0 has done its part of the round and waits; process 1 works for minutes."""
+    shape = {"federated": {**FOUR, "num_rounds": 3, "deadline_seconds": 120.0}}
+    disturbed = settings(tiny_folder, tmp_path, "disturbed", **shape)
+    ends = ends_of(2, stop_while_waiting, disturbed)
+    assert [end.code for end in ends] == [0, 0], ends
+    assert "stopped as asked" in ends[0].said
+    calm = runs.run(2, settings(tiny_folder, tmp_path, "calm", **shape))
+    assert runs.identical(runs.adapters(calm), runs.adapters(runs.run(2, disturbed)))
+
+
+def stop_while_waiting(run_settings: dict) -> None:
+    if os.environ["RANK"] == "0":
+        threading.Timer(6.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        healthy = local._GroupWork.step
+
+        def step(self: local._GroupWork, number: int) -> None:
+            time.sleep(0.0 if self._round_index == 0 else 8.0 if number == 0 else 3.0)
+            healthy(self, number)
+
+        local._GroupWork.step = step
+    runs.train_settings(run_settings)

@@ -56,7 +56,7 @@ def similarity_of(values: torch.Tensor) -> dict[str, float | None]:
         torch.testing.assert_close(clients.load_values(own), before, rtol=0, atol=0, equal_nan=True)
         return found
     finally:
-        distributed.stop()
+        distributed.stop(world)
 
 
 @pytest.mark.dist

@@ -91,7 +91,7 @@ def stored(folder: Path, sharding: str) -> tuple[int, str, str]:
         own.release()
         return size, before, own.digest()
     finally:
-        distributed.stop()
+        distributed.stop(world)
 
 
 def test_each_process_stores_its_share_and_the_weights_never_change(tiny_folder: Path) -> None:

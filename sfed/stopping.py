@@ -1,0 +1,73 @@
+"""SIGTERM: an orderly end, wherever a process is.
+
+So is SIGUSR1, with which Slurm tells that the time of a job is nearly over.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from sfed.distributed import World
+
+
+class StoppedEarlyError(SystemExit):
+    """This process was asked to stop before there was anything to write."""
+
+
+class StopRequest:
+    """SIGTERM on any process stops all of them, so that none waits forever.
+
+    Before training there is nothing to write: the process says so to the others and ends. From
+    then on, without sharding, processes run freely and each stops before its next step as soon as
+    it hears of it; the end of the round brings them together. Under ZeRO-3 every pass gathers
+    weights from all processes, so nobody can be two passes ahead, and all count alike: the process
+    that is asked announces "two passes from here", and everybody looks before each pass.
+    """
+
+    _KEY = "stop"
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._in_step = False
+        self._trains = False
+        self._asked = False
+        self._passes = 0
+        self._is_due = False
+        world.watch.on_pause = self._announce
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    def training_begins(self, *, in_step: bool) -> None:
+        """From now on there is something to write; ``in_step`` = all count passes alike."""
+        self._trains, self._in_step = True, in_step
+
+    def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._trains:
+            self._asked = True  # nothing else: the handler may interrupt any line
+            return
+        self._world.watch.tell_end("it was asked to stop before training began", 0)
+        raise StoppedEarlyError(0)
+
+    def _announce(self) -> None:
+        if self._asked:
+            self._world.watch.is_asked_to_stop = True
+            self._world.side_store.compare_set(self._KEY, "", str(self._passes + 2))
+
+    def due(self, place: str) -> bool:
+        """Whether to stop before the coming pass or step; asked before each. Once due, always.
+
+        Args:
+            place: where the loop is now, for whoever waits for it.
+        """
+        self._passes += 1
+        watch, store = self._world.watch, self._world.store
+        watch.at(place)
+        if self._asked and not watch.is_asked_to_stop:
+            self._announce()
+        if self._in_step:
+            told = store.check([self._KEY])
+            self._is_due = told and self._passes >= int(store.get(self._KEY))
+        else:
+            self._is_due = watch.is_asked_to_stop
+        return self._is_due

@@ -1,0 +1,81 @@
+"""A disk that is full: a plain message, nothing whole is lost, and with room the run goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sfed import disk
+from sfed.cli import EXIT_MISTAKE
+from tests import runs, tiny
+from tests.processes import ends_of
+
+PAGE = 4096
+
+
+def test_a_file_with_other_bytes_is_damaged(tmp_path: Path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(3 * 2**20))
+    known = disk.describe(path)
+    assert disk.damage(path, known) is None
+    path.write_bytes(bytes(3 * 2**20 - 1) + b"\1")
+    assert disk.damage(path, known) == "file holds other bytes than were written"
+    path.write_bytes(b"")
+    assert disk.damage(path, known) == f"file has 0 bytes instead of {3 * 2**20}"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("a small disk is a tmpfs, which only root mounts")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    done = subprocess.run(["mount", *options], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"this machine mounts no tmpfs: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pages_left", "words"),
+    [(0, "metrics.jsonl cannot be written"), (15, "round-000003 cannot be written")],
+    ids=["metrics", "checkpoint"],
+)
+def test_a_full_disk_is_said_and_with_room_the_run_goes_on(
+    tiny_folder: Path, tmp_path: Path, small_disk: Path, pages_left: int, words: str
+):
+    def settings(folder: Path, num_rounds: int) -> dict:
+        return tiny.settings(
+            tiny_folder,
+            output={"dir": str(folder), "name": "run"},
+            federated={"num_clients": 4, "num_rounds": num_rounds, "deadline_seconds": 30.0},
+            evaluation={"adapters": ["personal"]},
+        )
+
+    calm = runs.run(2, settings(tmp_path / "calm", 4))
+    folder = runs.run(2, settings(small_disk, 2))
+    shutil.rmtree(folder / "adapters")
+    whole = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    ballast = small_disk / "ballast"
+    space = os.statvfs(small_disk)
+    ballast.write_bytes(bytes((space.f_bavail - pages_left) * space.f_frsize))
+    zero, one = ends_of(2, runs.train_or_leave, settings(small_disk, 4), grace_seconds=15.0)
+    assert zero.code == EXIT_MISTAKE and one.code, zero.said + one.said
+    assert words in zero.said and "make room" in zero.said
+    assert "Traceback" not in zero.said + one.said
+    left = {path.name for path in (folder / "checkpoints").iterdir() if path.name[0] != "."}
+    assert left == set(whole)
+    ballast.unlink()
+    runs.run(2, settings(small_disk, 4))
+    assert runs.identical(runs.adapters(calm), runs.adapters(folder))
+    assert [event["round"] for event in runs.rounds(folder)] == [0, 1, 2, 3, 4]

@@ -1,0 +1,112 @@
+"""Processes of one attempt find each other, whatever earlier attempts left in the store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from sfed.joining import MissingProcessError, agree_on_attempt
+
+
+class MemoryStore:
+    """A store in memory, as a launcher keeps it over restarts."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value
+
+    def get(self, key: str) -> bytes:
+        return self.values[key].encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+
+class Joining:
+    """Processes, in threads, that join."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self.store = store
+        self.found: dict[str, str] = {}
+        self._threads: list[threading.Thread] = []
+
+    def begin(self, label: str, process: int, size: int, *, dies: Callable[[], bool]) -> None:
+        class DiedError(Exception):
+            pass
+
+        def pause() -> None:
+            if dies():
+                raise DiedError
+
+        def join() -> None:
+            try:
+                self.found[label] = agree_on_attempt(self.store, process, size, 10.0, pause)
+            except DiedError:
+                self.found[label] = "died"
+
+        self._threads.append(threading.Thread(target=join))
+        self._threads[-1].start()
+
+    def end(self) -> dict[str, str]:
+        for thread in self._threads:
+            thread.join(20.0)
+        return self.found
+
+
+def join_all(store: MemoryStore, size: int) -> str:
+    joining = Joining(store)
+    for process in reversed(range(size)):
+        joining.begin(str(process), process, size, dies=lambda: False)
+    names = set(joining.end().values())
+    assert len(names) == 1
+    return names.pop()
+
+
+def test_attempts_share_a_store_and_never_a_name():
+    store = MemoryStore()
+    names = [join_all(store, size) for size in (3, 3, 2, 4)]
+    assert len(set(names)) == 4 and "died" not in names
+
+
+def test_a_process_0_that_died_while_joining_is_forgotten():
+    store = MemoryStore()
+    joining = Joining(store)
+    is_dead = threading.Event()
+    joining.begin("old 0", 0, 3, dies=is_dead.is_set)  # waits for process 2, which never comes
+    joining.begin("1", 1, 3, dies=lambda: False)
+    while not any(key.startswith("here/") for key in list(store.values)):
+        pass
+    is_dead.set()
+    joining.begin("new 0", 0, 3, dies=lambda: False)
+    joining.begin("2", 2, 3, dies=lambda: False)
+    found = joining.end()
+    assert found.pop("old 0") == "died"
+    assert len(set(found.values())) == 1
+
+
+def test_a_process_that_died_while_joining_is_forgotten():
+    store = MemoryStore()
+    joining = Joining(store)
+    is_dead = threading.Event()
+    joining.begin("0", 0, 3, dies=lambda: False)
+    joining.begin("old 1", 1, 3, dies=is_dead.is_set)
+    while not any(key.startswith("here/") for key in list(store.values)):
+        pass
+    is_dead.set()
+    joining.begin("new 1", 1, 3, dies=lambda: False)
+    while sum(key.startswith("here/") for key in list(store.values)) < 2:
+        pass
+    joining.begin("2", 2, 3, dies=lambda: False)
+    found = joining.end()
+    assert found.pop("old 1") == "died"
+    assert len(set(found.values())) == 1
+
+
+@pytest.mark.parametrize(("process", "words"), [(0, "process 1, 2 of 3"), (2, "process 0 of 3")])
+def test_who_does_not_come_is_named(process: int, words: str):
+    with pytest.raises(MissingProcessError, match=f"joining: {words} did not come within 0.1 s"):
+        agree_on_attempt(MemoryStore(), process, 3, 0.1)
