@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed import aggregation, distributed, partition
+from sfed import aggregation, distributed, meetings, partition
 from sfed.adapters import Layout
 from sfed.clients import ClientRows
 from tests.processes import on_processes
@@ -32,6 +32,7 @@ def shared(factors: tuple[str, ...], weights: list[float]) -> tuple[int, dict[in
     try:
         clients = three_clients(partition.place(3, world.size)[world.rank])
         sent = aggregation.share(world, clients, factors, weights)
+        meetings.meet(world, "end")  # nobody leaves while another still connects
         return sent, {client: clients.row(client) for client in clients.own}
     finally:
         distributed.stop(world)
