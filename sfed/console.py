@@ -1,31 +1,44 @@
 """What a person sees: a header, progress with an ETA, and a closing table. Needs no torch.
 
 On a terminal a bar moves; in a log there is a plain line per round, and one every half minute
-within a long round.
+within a long round. With ``--log-level debug`` every process says each of its steps.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sfed import metrics
+from sfed import logs, metrics
+from sfed.logs import LOG
 
 _SECONDS_BETWEEN_REDRAWS = 0.5
 _SECONDS_BETWEEN_LINES = 30.0
 _MOST_CLIENTS_IN_TABLE = 32
+_WIDEST = 1000
+
+
+# Of a round, for logs that are read by programs; metrics.jsonl has all.
+_FACTS = (
+    metrics.TRAIN_LOSS,
+    metrics.EVAL_LOSS,
+    metrics.ROUND_SECONDS,
+    metrics.TOKENS_PER_SECOND,
+)
 
 
 class Console:
     """Speaks on process 0; the same calls are silent elsewhere."""
 
-    def __init__(self, *, speaks: bool) -> None:
+    def __init__(self, *, speaks: bool, import_seconds: float = 0.0) -> None:
         self.speaks = speaks
         self._rich = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
@@ -36,20 +49,41 @@ class Console:
         self._round_started = self._started
         self._tokens = 0
         self._seconds_of_rounds: list[float] = []
+        self._start_up = {metrics.IMPORTS_SECONDS: import_seconds}
+        self._phase, self._phase_began = metrics.STARTING_SECONDS, self._started
 
-    def say(self, text: str) -> None:
-        """Print a line."""
+    def say(self, text: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Print a line; ``facts`` are its numbers, for logs that are read by programs."""
         if self.speaks:
-            self._rich.print(text, markup=False)
+            LOG.info(text, extra={"facts": facts or {}})
 
     def warn(self, text: str) -> None:
         """Print a line that a person should not overlook."""
-        self.say(f"warning: {text}")
+        if self.speaks:
+            LOG.warning(text)
+
+    def enter(self, phase: str, text: str) -> None:
+        """The next phase of starting up begins, and ends the one before."""
+        self._leave_phase()
+        self._phase = phase
+        self.say(text)
+
+    def _leave_phase(self) -> None:
+        now = time.monotonic()
+        earlier = self._start_up.get(self._phase, 0.0)
+        self._start_up[self._phase] = earlier + now - self._phase_began
+        self._phase_began = now
+
+    def end_of_start(self) -> dict[str, float]:
+        """How long each phase of starting up took, now that it is over."""
+        self._leave_phase()
+        return self._start_up
 
     def begin_rounds(self, finished: int, total: int, scores: Sequence[str] = ()) -> None:
         """Show that rounds are under way; ``scores`` are shown too, the main one first."""
         self._rounds, self._scores = (finished, total), tuple(scores)
-        if self.speaks and self._rich.is_terminal and finished < total:
+        is_seen = self.speaks and LOG.isEnabledFor(logging.INFO) and not logs.is_json()
+        if is_seen and self._rich.is_terminal and finished < total:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=30),
@@ -72,21 +106,31 @@ class Console:
         self._tokens += tokens
         now = time.monotonic()
         pause = _SECONDS_BETWEEN_REDRAWS if self._bar else _SECONDS_BETWEEN_LINES
-        if not self.speaks or now - self._drawn < pause:
+        is_shown = self.speaks and now - self._drawn >= pause
+        is_detailed = LOG.isEnabledFor(logging.DEBUG)
+        if not is_shown and not is_detailed:
             return
-        self._drawn = now
         finished, total = self._rounds
-        speed = self._tokens / max(now - self._round_started, 1e-9)
-        fraction = step / last
-        facts = f"step {step}/{last}  loss {read_loss():.3f}  {speed:,.0f} tokens/s"
-        eta = self._eta(finished + fraction)
-        if self._bar is not None and self._task is not None:
-            text = f"{facts}  ETA {eta}"
-            label = f"round {finished + 1}/{total}"
-            done = finished + fraction
+        loss, speed = read_loss(), self._tokens / max(now - self._round_started, 1e-9)
+        seconds_left = self._seconds_left(finished + step / last)
+        eta = "?" if seconds_left is None else duration(seconds_left)
+        label = f"round {finished + 1}/{total}"
+        text = f"step {step}/{last}  loss {loss:.3f}  {speed:,.0f} tokens/s  ETA {eta}"
+        if is_shown:
+            self._drawn = now
+        if is_shown and self._bar is not None and self._task is not None:
+            done = finished + step / last
             self._bar.update(self._task, completed=done, description=label, facts=text)
-        else:
-            self.say(f"  round {finished + 1}/{total}  {facts}  ETA {eta}")
+            is_shown = False
+        facts = {
+            "round": finished + 1,
+            "step": step,
+            "loss": loss,
+            "tokens_per_second": speed,
+            "eta_seconds": seconds_left,
+        }
+        level = logging.INFO if is_shown else logging.DEBUG
+        LOG.log(level, f"{label}  {text}", extra={"facts": facts})
 
     def end_round(self, event: Mapping[str, Any]) -> None:
         """A round is done: one line that stays."""
@@ -114,19 +158,20 @@ class Console:
             parts.append(f"{event[metrics.ROUND_SECONDS]:.1f} s")
             if event[metrics.TOKENS_PER_SECOND]:
                 parts.append(f"{event[metrics.TOKENS_PER_SECOND]:,.0f} tokens/s")
-            if finished < total:
-                parts.append(f"ETA {self._eta(finished)}")
-        self.say("  ".join(parts))
+            if (seconds_left := self._seconds_left(finished)) and finished < total:
+                parts.append(f"ETA {duration(seconds_left)}")
+        facts = {key: event[key] for key in _FACTS if event.get(key) is not None}
+        self.say("  ".join(parts), {"round": finished, **facts})
 
-    def _eta(self, finished: float) -> str:
-        if not self._seconds_of_rounds:
-            within = finished - int(finished)
-            if within <= 0:
-                return "?"
-            per_round = (time.monotonic() - self._round_started) / within
-        else:
+    def _seconds_left(self, finished: float) -> float | None:
+        """At the speed so far; None before there is one."""
+        if self._seconds_of_rounds:
             per_round = sum(self._seconds_of_rounds) / len(self._seconds_of_rounds)
-        return duration(per_round * (self._rounds[1] - finished))
+        elif finished > self._rounds[0]:
+            per_round = (time.monotonic() - self._round_started) / (finished - self._rounds[0])
+        else:
+            return None
+        return per_round * (self._rounds[1] - finished)
 
     def end_rounds(self) -> None:
         """Take the bar away."""
@@ -173,9 +218,26 @@ class Console:
                 _number(entry.get("global_loss")),
                 *(_number(entry.get(f"{kind}_{name}")) for kind, name in scores),
             )
-        self._rich.print(table)
+        self.print_table(table)
         if len(shown) > _MOST_CLIENTS_IN_TABLE:
             self.say(f"and {len(shown) - _MOST_CLIENTS_IN_TABLE} more clients in metrics.jsonl")
+
+    def where_the_time_went(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """The phases of a run, the longest first, in a line."""
+        spent = sorted(metrics.time_spent(events).items(), key=lambda pair: -pair[1])
+        shown = [f"{phase} {duration(seconds)}" for phase, seconds in spent if seconds >= 0.5]
+        total = duration(sum(seconds for _, seconds in spent))
+        self.say(f"time       {total}: {', '.join(shown)}")
+
+    def print_table(self, table: Table) -> None:
+        """Print a table; where there is no terminal that bounds it, as wide as it is, in ASCII."""
+        if not self.speaks or logs.is_json() or not LOG.isEnabledFor(logging.INFO):
+            return
+        if not self._rich.is_terminal:
+            table.box = box.ASCII2
+            self._rich.width = _WIDEST
+            self._rich.width = self._rich.measure(table).maximum
+        self._rich.print(table)
 
 
 def _number(value: float | None) -> str:

@@ -81,6 +81,7 @@ def train(
         local.train_round(run, round_index, ledger, stop, console.step)
         facts.local_seconds = time.monotonic() - started
         meet(run.world, f"end of local training in round {round_index + 1}")
+        facts.wait_seconds = time.monotonic() - started - facts.local_seconds
         local.exchange(run, ledger)
         if not local.is_complete(run, round_index, ledger):
             writer.save(State(round_index, ledger, bad_rounds))

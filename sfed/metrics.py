@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,13 @@ EVAL_PERPLEXITY = "eval/perplexity"
 GRAD_NORM = "adapter/grad_norm"
 UPLOADED_BYTES = "comm/uploaded_bytes"
 EVALUATION_BYTES = "comm/evaluation_bytes"
+IMPORTS_SECONDS = "time/imports_seconds"
+STARTING_SECONDS = "time/starting_seconds"
+READING_SECONDS = "time/reading_seconds"
+LOADING_SECONDS = "time/loading_seconds"
 ROUND_SECONDS = "time/round_seconds"
 LOCAL_SECONDS = "time/local_seconds"
+WAIT_SECONDS = "time/wait_seconds"
 AGGREGATE_SECONDS = "time/aggregate_seconds"
 EVALUATE_SECONDS = "time/evaluate_seconds"
 CHECKPOINT_SECONDS = "time/checkpoint_seconds"
@@ -28,6 +33,33 @@ CHECKPOINT_WRITE_SECONDS = "time/checkpoint_write_seconds"
 FILL = "tokens/fill"  # tokens of the data over all that were computed, padding included
 TOKENS_PER_SECOND = "time/tokens_per_second"
 PEAK_BYTES = "memory/peak_bytes"
+
+
+# Phases of a run and their names: those of a start, then those of a round. Process 0 measures them.
+_PHASES = {
+    IMPORTS_SECONDS: "imports",
+    STARTING_SECONDS: "starting",
+    READING_SECONDS: "reading and tokenising",
+    LOADING_SECONDS: "loading the model",
+    LOCAL_SECONDS: "local steps",
+    WAIT_SECONDS: "waiting for other processes",
+    AGGREGATE_SECONDS: "averaging",
+    EVALUATE_SECONDS: "evaluation",
+    CHECKPOINT_SECONDS: "checkpoints",
+}
+_BEFORE_TRAINING = "evaluation before training"
+
+
+def time_spent(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of each phase of a run, over all its starts, in the order of a run."""
+    spent = dict.fromkeys([*list(_PHASES.values())[:4], _BEFORE_TRAINING, *_PHASES.values()], 0.0)
+    for event in events:
+        for key, name in _PHASES.items():
+            is_before = key == EVALUATE_SECONDS and event.get("round") == 0
+            seconds = event.get(key)
+            if isinstance(seconds, int | float):
+                spent[_BEFORE_TRAINING if is_before else name] += seconds
+    return {name: seconds for name, seconds in spent.items() if seconds}
 
 
 def perplexity(loss: float | None) -> float | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 
 import datasets
 import transformers
 
+from sfed import logs
 from sfed.distributed import World
 
 _HARMLESS_WARNINGS = (
@@ -20,15 +20,13 @@ _HARMLESS_WARNINGS = (
 )
 
 
-class _Prefixed(logging.Formatter):
-    """Says which process a warning comes from."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(f"[process {world.rank}] %(levelname)s %(name)s: %(message)s")
+# Libraries that print their own log lines, each in a form of its own.
+_OWN_HANDLERS = ("transformers", "datasets", "huggingface_hub", "DeepSpeed")
 
 
 def quieten(world: World) -> None:
-    """Only process 0 chats; a warning of any process is kept, with its number."""
+    """Only process 0 chats; a warning of any process is kept, with its number (``logs``)."""
+    logs.begin(world.rank)
     # DeepSpeed, which other libraries import too, otherwise announces its own guess.
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     transformers.utils.logging.disable_progress_bar()
@@ -37,9 +35,11 @@ def quieten(world: World) -> None:
         lambda record: "LOAD REPORT" not in record.getMessage()
     )
     datasets.disable_progress_bars()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Prefixed(world))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for name in _OWN_HANDLERS:
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.setLevel(logging.NOTSET)  # as the level of all of them is
+        library.propagate = True
     logging.captureWarnings(True)
     # Announcements of other libraries' futures are no business of a person who trains.
     warnings.simplefilter("ignore", FutureWarning)

@@ -96,6 +96,8 @@ class Facts:
     """Mean cosine between two clients before the mean, of "a" and of "b"."""
     similarity_bytes: int = 0
     local_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    """For the slowest process, after the own clients were done."""
     aggregate_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
@@ -128,6 +130,7 @@ def round_event(
     )
     event[metrics.ROUND_SECONDS] = facts.round_seconds
     event[metrics.LOCAL_SECONDS] = facts.local_seconds
+    event[metrics.WAIT_SECONDS] = facts.wait_seconds
     event[metrics.AGGREGATE_SECONDS] = facts.aggregate_seconds
     event[metrics.EVALUATE_SECONDS] = facts.evaluate_seconds
     event[metrics.CHECKPOINT_SECONDS] = facts.checkpoint_seconds

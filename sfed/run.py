@@ -10,6 +10,7 @@ from sfed import partition
 from sfed.adapters import Adapters
 from sfed.aggregation import normalised_weights
 from sfed.backbone import Backbone
+from sfed.cli import UserError
 from sfed.clients import ClientRows
 from sfed.config import Config
 from sfed.data import Data
@@ -117,3 +118,25 @@ def client_weights(
     by_examples = config.federated.weighting == "examples"
     counts = data.train_counts if by_examples else None
     return normalised_weights(num_clients, participants, counts)
+
+
+def check_rows_fit(config: Config, held: Data, frozen: Backbone, own: range) -> None:
+    """Refuse rows that are longer than the model's context or hold tokens it does not know."""
+    context, vocabulary = frozen.context_tokens, frozen.vocabulary_size
+    tables = {id(e.table): e.table for c in own for e in (held.train[c], held.held_out[c])}
+    for table in tables.values():
+        largest = int(table.flat.max(initial=0))
+        if largest >= vocabulary:
+            raise UserError(
+                f"model.name = {config.model.name!r}: its tokenizer gives token {largest} and "
+                f"the model knows {vocabulary}; the tokenizer belongs to another model"
+            )
+    for client in own:
+        for examples in (held.train[client], held.held_out[client]):
+            longest = max(examples.lengths, default=0)
+            if longest > context:
+                raise UserError(
+                    f"data.max_tokens = {config.data.max_tokens}: a row of client {client} has "
+                    f"{longest} tokens and the model's context is {context}; set it to at most "
+                    f"{context}"
+                )

@@ -49,16 +49,17 @@ from sfed.tasks import task_of
 from sfed.writer import Writer
 
 
-def run_session(config: Config, *, one_of_many: bool = False) -> None:
+def run_session(config: Config, *, one_of_many: bool = False, import_seconds: float = 0.0) -> None:
     """Run a configuration to its end. Collective: every process of the launcher calls it.
 
     Args:
         config: the run.
         one_of_many: leave out the closing table, because another one holds all runs.
+        import_seconds: what the imports of this process took, for the record.
     """
     world = _join(config)
     quieten(world)
-    console = Console(speaks=world.is_main)
+    console = Console(speaks=world.is_main, import_seconds=import_seconds)
     folder = RunFolder(config)
     world.watch.debug_folder = folder.path / "debug"
     try:
@@ -111,14 +112,15 @@ def build(config: Config, world: World, num_clients: int, console: Console) -> R
     name = _model_folder(config, world, console)
     with meetings.together(world, "tokenizer"):
         tokenizer = _load_tokenizer(config, name)
-    console.say(f"reading {config.data.task}")
+    console.enter(metrics.READING_SECONDS, f"reading {config.data.task}")
     held = data.load(config, tokenizer, world, num_clients, own)
     for note in held.notes:
         console.warn(note)
-    console.say(f"loading {config.model.name} ({shape.dtype_name(config, world)})")
+    loading = f"loading {config.model.name} ({shape.dtype_name(config, world)})"
+    console.enter(metrics.LOADING_SECONDS, loading)
     with meetings.together(world, "loading the backbone"):
         frozen = backbone.load(config, name, world)
-        _check_rows_fit(config, held, frozen, own)
+        run.check_rows_fit(config, held, frozen, own)
     weights_digest = guards.of_backbone(frozen.model, frozen.model.config.to_dict())
     everyone = tuple(range(num_clients))
     weights = run.client_weights(config, held, num_clients, everyone)
@@ -161,28 +163,6 @@ def build(config: Config, world: World, num_clients: int, console: Console) -> R
     return parts
 
 
-def _check_rows_fit(config: Config, held: data.Data, frozen: backbone.Backbone, own: range) -> None:
-    """Refuse rows that are longer than the model's context or hold tokens it does not know."""
-    context, vocabulary = frozen.context_tokens, frozen.vocabulary_size
-    tables = {id(e.table): e.table for c in own for e in (held.train[c], held.held_out[c])}
-    for table in tables.values():
-        largest = int(table.flat.max(initial=0))
-        if largest >= vocabulary:
-            raise UserError(
-                f"model.name = {config.model.name!r}: its tokenizer gives token {largest} and "
-                f"the model knows {vocabulary}; the tokenizer belongs to another model"
-            )
-    for client in own:
-        for examples in (held.train[client], held.held_out[client]):
-            longest = max(examples.lengths, default=0)
-            if longest > context:
-                raise UserError(
-                    f"data.max_tokens = {config.data.max_tokens}: a row of client {client} has "
-                    f"{longest} tokens and the model's context is {context}; set it to at most "
-                    f"{context}"
-                )
-
-
 def _model_folder(config: Config, world: World, console: Console) -> str:
     """Where the backbone is; the demo's is made by the first process of each node."""
     if config.model.name != "demo":
@@ -218,6 +198,8 @@ def _train_and_export(
         console.say(f"going on after round {state.finished_rounds}{within} ({found.folder})")
     with meetings.together(world, "making the run folder"):
         log = folder.make(parts, state, console) if world.is_main else None
+    if log is not None:
+        log.add_to_next(console.end_of_start())
     stop.training_begins(in_step=parts.backbone.sharding.is_sharded)
     console.begin_rounds(0 if state is None else state.finished_rounds, total, score_names(parts))
     with Writer(parts, folder.path, found) as writer:
@@ -260,8 +242,8 @@ def _close(parts: Run, folder: Path, console: Console) -> None:
     """The closing table and where everything is."""
     if not parts.world.is_main:
         return
-    rounds = [e for e in metrics.read_events(folder / "metrics.jsonl") if e["event"] == "round"]
-    evaluated = [event for event in rounds if event[metrics.EVAL_LOSS] is not None]
+    events = list(metrics.read_events(folder / "metrics.jsonl"))
+    evaluated = [event for event in events if event.get(metrics.EVAL_LOSS) is not None]
     if evaluated:
         before = evaluated[0] if evaluated[0]["round"] == 0 else None
         held = parts.data.summary["clients"]
@@ -270,3 +252,4 @@ def _close(parts: Run, folder: Path, console: Console) -> None:
         console.closing_table(before, evaluated[-1], names)
     console.say(f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)")
     console.say(f"metrics    {folder / 'metrics.jsonl'}")
+    console.where_the_time_went(events)

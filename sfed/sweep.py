@@ -16,10 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console as RichConsole
-from rich.table import Table
-
-from sfed import child, cli, grid, results, train
+from sfed import child, cli, grid, logs, results, train
 from sfed.cli import UserError
 from sfed.console import Console, duration
 from sfed.grid import Cell, Grid
@@ -46,16 +43,16 @@ command goes on where it was stopped. key=value goes over every run. A grid file
 
 Keys of a configuration: python -m sfed.train --help"""
 _LONGEST_REASON = 300
-_WIDEST = 1000
 
 
 def main(arguments: Sequence[str]) -> None:
     """Read and check the grid, then run what is not complete."""
-    words = cli.split(arguments)
+    words = cli.split(logs.take_options(arguments))
     party = Party()
+    logs.begin(party.rank)
     if words is None:
         if party.is_main:
-            sys.stdout.write(USAGE + "\n")
+            sys.stdout.write(USAGE + "\n" + logs.USAGE + "\n")
         return
     path, overrides = words
     if path is None:
@@ -203,7 +200,6 @@ class _Leader:
 
     def _say(self, text: str) -> None:
         self._console.say(text)
-        sys.stdout.flush()
 
     def _close(self) -> None:
         """The tables, what failed, and where everything is."""
@@ -211,7 +207,7 @@ class _Leader:
         self._say("")
         for table in (results.table(self._grid, rows), results.seeds_table(self._grid, rows)):
             if table is not None:
-                _print(table)
+                self._console.print_table(table)
         counts = [f"{self._count('complete')} of {len(rows)} complete"]
         counts += [f"{n} {s}" for s in ("failed", "not run") if (n := self._count(s))]
         self._say(", ".join(counts))
@@ -221,15 +217,6 @@ class _Leader:
             self._say("stopped as asked; the same command goes on")
         self._say(f"figures    {self._grid.folder / 'sweep.csv'}")
         self._say(f"report     python -m sfed.report {self._grid.folder}")
-
-
-def _print(table: Table) -> None:
-    """Print a table; where there is no terminal that bounds it, as wide as it is."""
-    console = RichConsole(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDEST
-        console.width = console.measure(table).maximum
-    console.print(table)
 
 
 if __name__ == "__main__":

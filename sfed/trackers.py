@@ -68,9 +68,15 @@ class Journal:
         self, file: MetricsFile, trackers: Mapping[str, Tracker], warn: Callable[[str], None]
     ) -> None:
         self._file, self._trackers, self._warn = file, dict(trackers), warn
+        self._of_start: dict[str, Any] = {}
+
+    def add_to_next(self, values: Mapping[str, Any]) -> None:
+        """Let the next event hold these too: what is known of a start, not of a round."""
+        self._of_start = dict(values)
 
     def write_event(self, event: Mapping[str, Any]) -> None:
         """Append an event to the file, then give the numbers of a round to the trackers."""
+        event, self._of_start = {**event, **self._of_start}, {}
         self._file.write_event(dict(event))
         if event["event"] == "round":
             scalars, finished = scalars_of(event), int(event["round"])

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfed import cli, methods, trackers
+from sfed import cli, logs, methods, trackers
 from sfed.cli import UserError
 from sfed.config import Config
 
@@ -21,20 +22,26 @@ USAGE = """usage: python -m sfed.train [CONFIG.yaml] [key=value ...]
        deepspeed --num_gpus 8 --module sfed.train [CONFIG.yaml] [key=value ...]
 
 Federated LoRA fine-tuning: each process is one client or several. Without arguments it runs the
-embedded demo. A configuration is a YAML or JSON file; key=value goes over it."""
+embedded demo. A configuration is a YAML or JSON file; key=value goes over it.
+"""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, check what can be checked without torch, then run."""
-    config = cli.parse(arguments)
+    config = cli.parse(logs.take_options(arguments))
+    process = int(os.environ.get("RANK", "0"))
     if config is None:
-        if os.environ.get("RANK", "0") == "0":
-            print(cli.help_text(USAGE))
+        if process == 0:
+            print(cli.help_text(USAGE + logs.USAGE))
         return
     check_before_torch(config)
-    from sfed.session import run_session  # torch and all that is behind it
+    logs.begin(process)
+    started = time.monotonic()
+    if process == 0:
+        logs.LOG.info("importing torch, transformers, PEFT and DeepSpeed")
+    from sfed.session import run_session
 
-    run_session(config)
+    run_session(config, import_seconds=time.monotonic() - started)
 
 
 def check_before_torch(config: Config, num_processes: int | None = None) -> None:

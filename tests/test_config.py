@@ -399,7 +399,7 @@ def test_two_configuration_files_are_refused_by_their_names(tmp_path):
 
 def test_modules_that_answer_a_mistake_import_no_torch():
     modules = "sfed.cli, sfed.config, sfed.methods, sfed.partition, sfed.metrics, sfed.console"
-    modules += ", sfed.tasks, sfed.scaling, sfed.seeds, sfed.train"
+    modules += ", sfed.tasks, sfed.scaling, sfed.seeds, sfed.train, sfed.logs"
     code = f"import sys, {modules}; print({{'torch', 'transformers', 'peft'}} & set(sys.modules))"
     assert run_python("-c", code).stdout == "set()\n"
 
