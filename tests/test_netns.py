@@ -56,3 +56,16 @@ def test_a_killed_node_leaves_nothing_running_and_spares_the_other(
     assert killed.returncode == -9
     assert spared.poll() is None
     assert len(other.process_ids()) == 3
+
+
+def test_a_machine_that_makes_no_nodes_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(netns.NoNodesError, match="only root makes"), netns.two_nodes(tmp_path):
+        pass
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    missing = "not installed: ip, tc"
+    with pytest.raises(netns.NoNodesError, match=missing), netns.two_nodes(tmp_path):
+        pass

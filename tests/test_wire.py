@@ -20,14 +20,16 @@ SHORT, LONG = 1, 4
 """Rounds of two runs that differ in nothing else: start, evaluation and export drop out."""
 
 
-def settings(folder: Path, output: Path, num_clients: int, num_rounds: int) -> dict[str, Any]:
+def settings(
+    folder: Path, output: Path, num_clients: int, num_rounds: int, lora_rank: int = LORA_RANK
+) -> dict[str, Any]:
     return tiny.settings(
         folder,
-        lora={"rank": LORA_RANK},
+        lora={"rank": lora_rank},
         federated={"num_clients": num_clients, "num_rounds": num_rounds},
         train={"local_steps": 2},
         backbone={"sharding": "none"},
-        evaluation={"every_rounds": LONG + 1, "adapters": ["personal"]},
+        evaluation={"every_rounds": 1000, "adapters": ["personal"]},
         output={"dir": str(output), "name": f"of-{num_clients}-for-{num_rounds}"},
     )
 
