@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,17 +158,25 @@ def _merged(base: Document, patch: Document) -> Document:
 # --- kubelet --------------------------------------------------------------------------------------
 
 
-def words_of(pod: Document, places: Mapping[str, Path]) -> tuple[list[str], list[str], Environment]:
-    """What a kubelet would run in the pod's only container.
+@dataclass(frozen=True)
+class Container:
+    """What a kubelet would run in a pod's only container."""
+
+    command: list[str]
+    """With its arguments."""
+    environment: Environment
+    """Without optional secrets, which are absent."""
+    probes: dict[str, list[str]]
+    """The commands of startupProbe and livenessProbe, where the pod has them."""
+
+
+def container_of(pod: Document, places: Mapping[str, Path]) -> Container:
+    """What a kubelet makes of a pod.
 
     Args:
         pod: the pod.
         places: a folder for each path at which the container mounts something; paths below them
             in the command and the environment are turned into paths below these folders.
-
-    Returns:
-        The command with its arguments, the liveness probe's command (empty without one), and the
-        environment, without optional secrets, which are absent.
     """
     (container,) = pod["spec"]["containers"]
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
@@ -184,6 +193,10 @@ def words_of(pod: Document, places: Mapping[str, Path]) -> tuple[list[str], list
             environment[variable["name"]] = placed(variable["value"])
         else:
             assert variable["valueFrom"]["secretKeyRef"]["optional"], variable
-    probe = container.get("livenessProbe", {}).get("exec", {}).get("command", [])
+    probes = {
+        name: [placed(word) for word in container[name]["exec"]["command"]]
+        for name in ("startupProbe", "livenessProbe")
+        if name in container
+    }
     command = [*container["command"], *container.get("args", [])]
-    return [placed(word) for word in command], [placed(word) for word in probe], environment
+    return Container([placed(word) for word in command], environment, probes)

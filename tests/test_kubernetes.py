@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,29 @@ def test_an_elastic_job_stands_on_its_own_store():
         assert {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"} in container["env"]
 
 
+@pytest.mark.parametrize("name", ["pytorchjob", "pytorchjob-elastic"])
+def test_probes_look_at_the_age_of_the_heartbeat(name, tmp_path):
+    where = places(tmp_path)
+    config = cli.validate(configuration())
+    for pod in pods.pods(job_of(name)):
+        container = pods.container_of(pod, where)
+        heartbeat = Path(container.environment["SFED_HEARTBEAT_FILE"])
+        assert heartbeat.parent == where["/tmp"], "each node its own"
+
+        def answers(seconds: float, file: Path = heartbeat, found: Any = container) -> list[bool]:
+            file.touch()
+            os.utime(file, (file.stat().st_mtime - seconds,) * 2)
+            probes = (found.probes[name] for name in ("startupProbe", "livenessProbe"))
+            return [subprocess.run(words, timeout=30).returncode == 0 for words in probes]
+
+        assert answers(0) == [True, True]
+        assert answers(120) == [False, True]
+        assert answers(config.federated.deadline_seconds) == [False, True]
+        assert answers(31 * 60) == [False, False]
+        heartbeat.unlink()
+        assert all(subprocess.run(words).returncode for words in container.probes.values())
+
+
 # --- the pods train -------------------------------------------------------------------------------
 
 
@@ -306,12 +330,15 @@ def start(
     started = []
     for node, pod in zip(both, made, strict=True):
         name = pod["metadata"]["name"]
-        words, _, environment = pods.words_of(pod, where)
+        container = pods.container_of(pod, where)
+        environment = dict(container.environment)
         environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment["PYTHONPATH"] = str(ROOT)
         here = dataclasses.replace(node, hostname=name)
         log = folder / f"{name}.log"
-        started.append(here.start(*words, folder=folder, log=log, environment=environment))
+        started.append(
+            here.start(*container.command, folder=folder, log=log, environment=environment)
+        )
     return started
 
 
