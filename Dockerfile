@@ -32,7 +32,13 @@ WORKDIR /src
 # DeepSpeed's ops (optimizers, transformers, asynchronous files) have no part in ZeRO-3 without an
 # optimizer, which is all that is used of it here, so none is built, neither now nor at run time.
 COPY pyproject.toml constraints.txt ./
-RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > requirements.txt \
+# Extras of pyproject.toml that the image should hold, such as "tensorboard wandb".
+ARG EXTRAS=""
+RUN python -c 'import sys, tomllib; \
+        project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+        extras = project["optional-dependencies"]; \
+        wanted = [line for extra in sys.argv[1].split() for line in extras[extra]]; \
+        print(*project["dependencies"], *wanted, sep="\n")' "${EXTRAS}" > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
 COPY README.md ./
 COPY sfed ./sfed
