@@ -1,8 +1,9 @@
 """The trainer's only file that knows PEFT: attach adapters, flat buffers, writing PEFT folders.
 
 A client's adapter is one row of fp32 numbers: the A factors of all layers, then the B factors, both
-in the sorted order of the layers' names, then the weights of its classification head where the task
-has one. A row's A part is the message of the round.
+in the sorted order of the layers' names but layers that read the same input next to each other,
+then the weights of its classification head where the task has one. A row's A part is the message of
+the round.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,72 +23,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sfed.cli import UserError
+from sfed.factors import Factors, PassRows
 from sfed.heads import Head
-from sfed.layers import PassContext, StackedLoraLinear
+from sfed.layers import PassContext, Siblings, StackedLoraLinear
+from sfed.layout import Layout, Piece
 from sfed.scaling import peft_alpha
 
 _SUPPORTED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One factor of one layer, or one weight of the head, within a row."""
-
-    layer: str
-    """Name of the layer; of the weight, for the head."""
-    factor: str
-    """A, B or head."""
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def end(self) -> int:
-        """First position after the piece."""
-        return self.start + math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each factor stands in a client's row."""
-
-    pieces: tuple[Piece, ...]
-    size: int
-
-    @property
-    def factors(self) -> tuple[str, ...]:
-        """A, B, and head where there is one."""
-        return tuple(dict.fromkeys(piece.factor for piece in self.pieces))
-
-    def columns(self, factor: str) -> slice:
-        """The columns of a row that hold all A, all B or the head; none where there is no head."""
-        own = [piece for piece in self.pieces if piece.factor == factor]
-        return slice(own[0].start, own[-1].end) if own else slice(self.size, self.size)
-
-    @staticmethod
-    def of(
-        shapes: Sequence[tuple[str, int, int]],
-        lora_rank: int,
-        head: Mapping[str, tuple[int, ...]] | None = None,
-    ) -> Layout:
-        """Lay out layers given as (name, in, out), in sorted order of their names, then the head.
-
-        Args:
-            shapes: of the adapted layers.
-            lora_rank: r.
-            head: shape of each weight of the classification head.
-        """
-        layers = sorted(shapes)
-        planned: list[tuple[str, str, tuple[int, ...]]] = [
-            *((name, "A", (lora_rank, in_features)) for name, in_features, _ in layers),
-            *((name, "B", (out_features, lora_rank)) for name, _, out_features in layers),
-            *((name, "head", shape) for name, shape in sorted((head or {}).items())),
-        ]
-        pieces: list[Piece] = []
-        position = 0
-        for name, factor, shape in planned:
-            pieces.append(Piece(name, factor, shape, position))
-            position = pieces[-1].end
-        return Layout(tuple(pieces), position)
+def _siblings(
+    layers: Mapping[str, StackedLoraLinear], layout: Layout
+) -> Iterator[tuple[Siblings, list[Piece], list[Piece]]]:
+    """Layers that read the same input, with their A, which stand next to each other, and B."""
+    b_pieces = {piece.layer: piece for piece in layout.pieces if piece.factor == "B"}
+    for a_pieces in layout.with_the_same_input():
+        siblings = Siblings(tuple(layers[piece.layer] for piece in a_pieces))
+        yield siblings, a_pieces, [b_pieces[piece.layer] for piece in a_pieces]
 
 
 class Adapters:
@@ -101,12 +52,15 @@ class Adapters:
         peft_config: LoraConfig,
         context: PassContext,
         head: Head | None,
+        dtype: torch.dtype,
     ) -> None:
         self.layers = layers
         self.layout = layout
         self.peft_config = peft_config
         self.context = context
         self.head = head
+        self._dtype = dtype
+        self._siblings = list(_siblings(layers, layout))
 
     def bind(
         self,
@@ -121,17 +75,24 @@ class Adapters:
             grads: same shape; backward adds to it in place. None where nothing trains.
             trained: factors that get gradients.
         """
-        bound: dict[tuple[str, str], torch.Tensor] = {}
-        for piece in self.layout.pieces:
-            view = values[:, piece.start : piece.end].view(-1, *piece.shape).detach()
-            if grads is not None and piece.factor in trained:
-                view.requires_grad_()
-                view.grad = grads[:, piece.start : piece.end].view(-1, *piece.shape)
-            bound[piece.layer, piece.factor] = view
-        for name, layer in self.layers.items():
-            layer.bind(bound[name, "A"], bound[name, "B"])
+        rows = PassRows(values, grads, self._dtype)
+        for siblings, a_pieces, b_pieces in self._siblings:
+            siblings.bind(Factors.of(rows, a_pieces, b_pieces, trained))
         if self.head is not None:
-            self.head.layer.bind({name: bound[name, "head"] for name in self.head.initial})
+            self.head.layer.bind(self._head_weights(values, grads if "head" in trained else None))
+
+    def _head_weights(
+        self, values: torch.Tensor, grads: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """The heads' weights by their names: leaves whose gradients are views of ``grads``."""
+        weights = {}
+        for piece in self.layout.pieces:
+            if piece.factor == "head":
+                weights[piece.layer] = piece.of(values).detach()
+                if grads is not None:
+                    weights[piece.layer].requires_grad_()
+                    weights[piece.layer].grad = piece.of(grads)
+        return weights
 
     def initial_a(self, generator: torch.Generator) -> torch.Tensor:
         """Draw all A factors of one client as PEFT does: kaiming_uniform(a = sqrt 5).
@@ -236,7 +197,8 @@ def attach(
         setattr(model.get_submodule(parent), leaf, layers[name])
     shapes = [(name, found[name].in_features, found[name].out_features) for name in layers]
     weights = None if head is None else {n: tuple(w.shape) for n, w in head.initial.items()}
-    return Adapters(layers, Layout.of(shapes, lora_rank, weights), peft_config, context, head)
+    layout = Layout.of(shapes, lora_rank, weights)
+    return Adapters(layers, layout, peft_config, context, head, model.dtype)
 
 
 def _choose_layers(

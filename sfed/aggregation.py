@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from sfed.adapters import Layout
 from sfed.clients import ClientRows
 from sfed.distributed import World, all_reduce_sum
+from sfed.layout import Layout
 
 
 def normalised_weights(

@@ -23,11 +23,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sfed import heads
+from sfed.blocks import make_lean
 from sfed.cli import UserError
 from sfed.config import Config
 from sfed.distributed import World
 from sfed.heads import Head
-from sfed.lean import make_lean
 from sfed.losses import Documents, TokenLosses
 from sfed.packing import Packing
 from sfed.shape import (

@@ -16,7 +16,8 @@ from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
-from sfed.adapters import Adapters, Layout
+from sfed.adapters import Adapters
+from sfed.layout import Layout
 from sfed.paging import Ferry
 from sfed.rows import DRAWN, FACTORS, Parts, Rows, part_widths
 from sfed.seeds import Stream, derive

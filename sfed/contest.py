@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sfed import aggregation, distributed, meetings, roundparts
-from sfed.adapters import Layout
 from sfed.cli import UserError
 from sfed.contestants import Contestant, attach
 from sfed.distributed import World
 from sfed.law import slope
+from sfed.layout import Layout
 from sfed.lineup import VARIANTS, count, line_up, seconds_of_step
 from sfed.meters import (
     Clock,

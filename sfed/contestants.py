@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from sfed import adapters, clients, optimizer
 from sfed.adapters import Adapters
 from sfed.backbone import Backbone
+from sfed.blocks import make_lean
 from sfed.clients import ClientRows
-from sfed.lean import make_lean
 from sfed.mockups import Workload
 from sfed.rows import MOMENTS
 from sfed.sections import TrainSection

@@ -1,4 +1,4 @@
-"""Steps between the matrix products that save little for the backward pass.
+"""Steps between the matrix products: few operations, and little saved for the backward pass.
 
 A trained layer needs its input x once more, for the gradient of A. Where x is cheap to make again
 from tensors that are kept anyway, they are kept in its place: the output of a SwiGLU from its gate
@@ -13,13 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd import Function
 from torch.nn import functional
 
-# Modules of transformers that compute exactly what stands below; others stay as they are.
-_SWIGLUS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
-_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _RECIPE = "_sfed_recipe"
 
 
@@ -38,155 +34,148 @@ def recipe_of(x: torch.Tensor) -> Recipe | None:
     return recipe
 
 
-def make_lean(model: nn.Module) -> None:
-    """Give the model's SwiGLUs and RMSNorms their lean forms, in place; weights stay theirs."""
-    for module in model.modules():
-        if type(module).__name__ in _SWIGLUS and _is_silu(module.act_fn):
-            module.forward = _SwigluForward(module)
-        elif type(module).__name__ in _RMS_NORMS:
-            module.forward = _NormForward(module)
+# --- weight * x / rms(x) -------------------------------------------------------------------------
 
 
-def _is_silu(activation: Any) -> bool:
-    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """Return weight * x / sqrt(mean(x^2) + eps) over the last dimension, with a recipe.
+
+    Args:
+        x: (..., D).
+        weight: (D,).
+        eps: one fp32 number, on the host.
+    """
+    if x.device.type != "cpu":  # one kernel there and one back; saves x and 1 / rms(x)
+        normed = _norm_by_kernel(x, weight, eps)
+        setattr(normed, _RECIPE, Recipe(_norm_by_kernel, (x, weight, eps)))
+        return normed
+    norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=torch.float32)
+    mean_square = torch.addcmul(eps, norm, norm, value=1.0 / x.shape[-1])
+    scale = mean_square.rsqrt()
+    args = (x, mean_square, scale, weight)
+    output: torch.Tensor = _RmsNorm.apply(*args)  # type: ignore[no-untyped-call]
+    setattr(output, _RECIPE, Recipe(_scaled, (x, scale, weight)))
+    return output
 
 
-class _SwigluForward:
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        module = self._module
-        gate, up = module.gate_proj(x), module.up_proj(x)
-        product: torch.Tensor = _Swiglu.apply(gate, up)  # type: ignore[no-untyped-call]
-        setattr(product, _RECIPE, Recipe(_swiglu, (gate, up)))
-        output: torch.Tensor = module.down_proj(product)
-        return output
+def _norm_by_kernel(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    return functional.rms_norm(x, weight.shape, weight, eps.item())
 
 
-class _NormForward:
-    """weight * x / rms(x)."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weight, eps = self._module.weight, self._module.variance_epsilon
-        scale = torch.rsqrt(x.detach().float().pow(2).mean(-1, keepdim=True) + eps)
-        output: torch.Tensor = _RmsNorm.apply(x, scale, weight)  # type: ignore[no-untyped-call]
-        setattr(output, _RECIPE, Recipe(_rms_norm, (x, scale, weight)))
-        return output
+def _scaled(x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (x * weight).mul_(scale)
 
 
-def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return functional.silu(gate) * up
+class _RmsNorm(Function):
+    """weight * x * scale, scale = mean_square^(-1/2); saves x as it is and not in fp32.
+
+    With g = scale * weight * grad:  grad_x = g - x * mean(g * x) / mean_square.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        mean_square: torch.Tensor,
+        scale: torch.Tensor,
+        weight: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, mean_square, scale, weight)
+        return _scaled(x, scale, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,), (x, mean_square, scale, weight) = grads, ctx.saved_tensors
+        g = _scaled(grad, scale, weight)
+        dot = (g * x).sum(-1, keepdim=True, dtype=torch.float32)
+        g.addcmul_(x, dot.div_(mean_square), value=-1.0 / x.shape[-1])
+        return g.to(x.dtype), None, None, None
 
 
-def _rms_norm(x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return weight * (x.float() * scale).to(x.dtype)
+# --- silu(gate) * up -----------------------------------------------------------------------------
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up, with a recipe."""
+    kept = _Silu()
+    product: torch.Tensor = _Swiglu.apply(gate, up, kept)  # type: ignore[no-untyped-call]
+    setattr(product, _RECIPE, Recipe(kept.product, (gate, up)))
+    return product
+
+
+class _Silu:
+    """Hands silu(gate) from where the product is made again to the gradients, which come next."""
+
+    def __init__(self) -> None:
+        self._silu: torch.Tensor | None = None
+
+    def product(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        self._silu = functional.silu(gate)
+        return self._silu * up
+
+    def take(self, gate: torch.Tensor) -> torch.Tensor:
+        silu, self._silu = self._silu, None
+        return functional.silu(gate) if silu is None else silu
 
 
 class _Swiglu(Function):
     """silu(gate) * up; saves the two and neither silu(gate) nor the product."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, kept: _Silu) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return _swiglu(gate, up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        (grad,), (gate, up) = grads, ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, grad * functional.silu(gate)
-
-
-class _RmsNorm(Function):
-    """weight * x * scale; saves x as it is and not in fp32.
-
-    With u = x * scale and g = weight * grad:  grad_x = scale * (g - u * mean(g * u)).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, scale, weight)
-        return _rms_norm(x, scale, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad,), (x, scale, weight) = grads, ctx.saved_tensors
-        g, u = (grad * weight).float(), x.float() * scale
-        return (scale * (g - u * (g * u).mean(-1, keepdim=True))).to(x.dtype), None, None
-
-
-def add_lora(
-    y_CMO: torch.Tensor,
-    x: torch.Tensor,
-    a_CRI: torch.Tensor,
-    b_COR: torch.Tensor,
-    lora_scaling: float,
-    recipe: Recipe | None,
-) -> torch.Tensor:
-    """Return y + gamma * B_c A_c x for the rows of client c, in one kernel.
-
-    Shape suffixes as in ``layers``: C clients, M rows of one client, R LoRA rank, I in, O out.
-
-    Args:
-        y_CMO: the frozen layer's output.
-        x: its input, in any shape of C * M rows.
-        a_CRI: A in the dtype of x.
-        b_COR: B likewise.
-        lora_scaling: gamma.
-        recipe: how to make x again; None = x is saved.
-    """
-    output: torch.Tensor = _AddLora.apply(  # type: ignore[no-untyped-call]
-        y_CMO, x, a_CRI, b_COR, lora_scaling, recipe
-    )
-    return output
-
-
-class _AddLora(Function):
-    """Saves A x, and x or what it is made of."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y_CMO: torch.Tensor,
-        x: torch.Tensor,
-        a_CRI: torch.Tensor,
-        b_COR: torch.Tensor,
-        lora_scaling: float,
-        recipe: Recipe | None,
-    ) -> torch.Tensor:
-        x_CMI = x.reshape(len(a_CRI), -1, a_CRI.shape[2])
-        xa_CMR = torch.bmm(x_CMI, a_CRI.transpose(1, 2))
-        ctx.make = None if recipe is None else recipe.make
-        ctx.lora_scaling = lora_scaling
-        _, _, a_trains, b_trains, *_ = ctx.needs_input_grad
-        kept = (x,) if recipe is None else recipe.inputs
-        # A's gradient needs x again, B's needs A x.
-        ctx.save_for_backward(
-            a_CRI, b_COR, xa_CMR if b_trains else None, *(kept if a_trains else ())
-        )
-        return torch.baddbmm(y_CMO, xa_CMR, b_COR.transpose(1, 2), alpha=lora_scaling)
+        ctx.kept = kept
+        return functional.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of y, x, A and B; gamma stands on the side that is r wide."""
-        (grad_CMO,), (a_CRI, b_COR, xa_CMR, *kept) = grads, ctx.saved_tensors
-        _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
-        grad_xa_CMR = torch.bmm(grad_CMO, b_COR).mul_(ctx.lora_scaling)
-        grad_x = grad_a_CRI = grad_b_COR = None
-        if wants_a:
-            x = kept[0] if ctx.make is None else ctx.make(*kept)
-            x_CMI = x.reshape(len(a_CRI), -1, a_CRI.shape[2])
-            grad_a_CRI = torch.bmm(grad_xa_CMR.transpose(1, 2), x_CMI)
-        if wants_b:
-            grad_b_COR = torch.bmm(grad_CMO.transpose(1, 2), xa_CMR).mul_(ctx.lora_scaling)
-        if wants_x:
-            grad_x = torch.bmm(grad_xa_CMR, a_CRI)
-        return grad_CMO, grad_x, grad_a_CRI, grad_b_COR, None, None
+        (grad,), (gate, up) = grads, ctx.saved_tensors
+        grad_up = ctx.kept.take(gate).mul_(grad)
+        grad_silu = grad * up
+        torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=grad_silu)
+        return grad_silu, grad_up, None
+
+
+# --- rotary position embedding -------------------------------------------------------------------
+
+
+def rotate(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys by their positions (arXiv 2104.09864), halves apart as in LLaMA.
+
+    Of a head's two halves:  (q1, q2) -> (q1 cos - q2 sin, q2 cos + q1 sin).
+
+    Args:
+        q: (rows, T, heads, D).
+        k: (rows, T, heads of keys, D).
+        cos: (rows or 1, T, D).
+        sin: likewise.
+    """
+    angles = (cos.unsqueeze(2), sin.unsqueeze(2))
+    return (
+        _Rotary.apply(q, *angles),  # type: ignore[no-untyped-call]
+        _Rotary.apply(k, *angles),  # type: ignore[no-untyped-call]
+    )
+
+
+class _Rotary(Function):
+    """Saves the angles alone; the gradient is turned back by them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        output = x * cos
+        (x1, x2), (y1, y2), (sin1, sin2) = (t.chunk(2, dim=-1) for t in (x, output, sin))
+        y1.addcmul_(x2, sin1, value=-1.0)
+        y2.addcmul_(x1, sin2)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad,), (cos, sin) = grads, ctx.saved_tensors
+        grad_x = grad * cos
+        (g1, g2), (x1, x2), (sin1, sin2) = (t.chunk(2, dim=-1) for t in (grad, grad_x, sin))
+        x1.addcmul_(g2, sin2)
+        x2.addcmul_(g1, sin1, value=-1.0)
+        return grad_x, None, None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sfed.adapters import Layout
+from sfed.layout import Layout
 from sfed.rows import FACTORS, Rows
 from sfed.sections import TrainSection
 
@@ -38,9 +38,13 @@ def learning_rate(section: TrainSection, num_rounds: int, progress_rounds: float
 
 def gradient_norms(rows: Rows, layout: Layout, trained: Sequence[str]) -> torch.Tensor:
     """Return the Euclidean norm of each client's gradient over its trained factors: (C,)."""
-    parts = [rows.grads[:, layout.columns(factor)] for factor in trained]
-    norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts])
-    total: torch.Tensor = torch.linalg.vector_norm(norms, dim=0)
+    spans = layout.spans(trained)
+    norms: list[torch.Tensor] = [
+        torch.linalg.vector_norm(rows.grads[:, span], dim=1) for span in spans
+    ]
+    if len(norms) == 1:
+        return norms[0]
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     return total
 
 
@@ -53,7 +57,7 @@ def step(
     norms_C: torch.Tensor,
     active_C: torch.Tensor,
 ) -> None:
-    """Take one step, in place.
+    """Take one step, in place; nothing is read back from the device.
 
     Args:
         rows: of the clients; ``grads`` is used up.
@@ -69,40 +73,43 @@ def step(
     if section.max_grad_norm is not None:
         clip_C = (section.max_grad_norm / (norms_C + 1e-6)).clamp(max=1.0)
         rows.grads.mul_(clip_C.where(active_C, 0.0)[:, None])
+    if section.optimizer == "adamw":
+        for span in layout.spans(trained):
+            _update_moments(rows, span, active_C1)
+    lr_C1 = (lr_C * active_C)[:, None]
     for factor in trained:
-        columns = layout.columns(factor)
         steps_C1 = rows.optimizer_steps[:, FACTORS.index(factor), None]
         steps_C1.add_(active_C1)
-        lr_C1 = (lr_C * active_C)[:, None]
-        if factor == "B":
-            lr_C1 = lr_C1 * section.loraplus_ratio
-        values_CN, grads_CN = rows.values[:, columns], rows.grads[:, columns]
+        rates_C1 = lr_C1 * section.loraplus_ratio if factor == "B" else lr_C1
+        columns = layout.columns(factor)
+        values_CN, update_CN = rows.values[:, columns], rows.grads[:, columns]
         if section.weight_decay:
-            values_CN.mul_(1.0 - lr_C1 * section.weight_decay)
-        if section.optimizer == "sgd":
-            values_CN.addcmul_(grads_CN, lr_C1.expand_as(grads_CN), value=-1.0)
-        else:
-            _adam(rows, columns, values_CN, grads_CN, lr_C1, active_C1, steps_C1)
+            values_CN.mul_(1.0 - rates_C1 * section.weight_decay)
+        if section.optimizer == "adamw":
+            rates_C1 = rates_C1 * _adam(rows, columns, steps_C1, update_CN)
+        values_CN.addcmul_(update_CN, rates_C1, value=-1.0)
+
+
+def _update_moments(rows: Rows, columns: slice, active_C1: torch.Tensor) -> None:
+    """Move the means of the gradient and of its square; of who does not step, by nothing."""
+    grads_CN, weight_C1 = rows.grads[:, columns], active_C1.to(rows.grads.dtype)
+    rows.moments["exp_avg"][:, columns].lerp_(grads_CN, (1.0 - BETA1) * weight_C1)
+    square_CN = rows.moments["exp_avg_sq"][:, columns]
+    square_CN.mul_(1.0 - (1.0 - BETA2) * weight_C1)
+    square_CN.addcmul_(grads_CN, grads_CN, value=1.0 - BETA2)
 
 
 def _adam(
-    rows: Rows,
-    columns: slice,
-    values_CN: torch.Tensor,
-    grads_CN: torch.Tensor,
-    lr_C1: torch.Tensor,
-    active_C1: torch.Tensor,
-    steps_C1: torch.Tensor,
-) -> None:
-    mean_CN = rows.moments["exp_avg"][:, columns]
-    square_CN = rows.moments["exp_avg_sq"][:, columns]
-    weight_C1 = active_C1.to(grads_CN.dtype)
-    mean_CN.lerp_(grads_CN, (1.0 - BETA1) * weight_C1)
-    square_CN.mul_(1.0 - (1.0 - BETA2) * weight_C1)
-    square_CN.addcmul_(grads_CN, grads_CN, value=1.0 - BETA2)
+    rows: Rows, columns: slice, steps_C1: torch.Tensor, update_CN: torch.Tensor
+) -> torch.Tensor:
+    """Write mean / (sqrt(square) + eps * c) to ``update_CN``; return the factor c / (1 - beta1^t).
+
+    With c = sqrt(1 - beta2^t), that is Adam's corrected mean / (sqrt(corrected square) + eps).
+    """
     steps_C1 = steps_C1.clamp(min=1.0)  # 0 of who never stepped: unused
     # 1 - beta^steps, without the cancellation.
     correction1_C1 = -torch.expm1(steps_C1 * math.log(BETA1))
-    correction2_C1 = -torch.expm1(steps_C1 * math.log(BETA2))
-    denominator_CN = (square_CN / correction2_C1).sqrt_().add_(EPS)
-    values_CN.sub_((lr_C1 / correction1_C1) * mean_CN / denominator_CN)
+    root_C1 = torch.expm1(steps_C1 * math.log(BETA2)).neg_().sqrt_()
+    torch.sqrt(rows.moments["exp_avg_sq"][:, columns], out=update_CN)
+    torch.div(rows.moments["exp_avg"][:, columns], update_CN.add_(EPS * root_C1), out=update_CN)
+    return root_C1 / correction1_C1

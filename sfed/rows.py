@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sfed.adapters import Layout
+from sfed.layout import Layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FACTORS = ("A", "B", "head")

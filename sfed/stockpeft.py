@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from sfed.adapters import Layout
 from sfed.contestants import GAMMA, TRAIN, Contestant
+from sfed.layout import Layout
 from sfed.mockups import Workload
 
 

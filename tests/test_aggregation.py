@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfed import aggregation, distributed, meetings, partition
-from sfed.adapters import Layout
 from sfed.clients import ClientRows
+from sfed.layout import Layout
 from tests.processes import on_processes
 
 # DESIGN section 8: d = 3, k = 2, r = 2, N = 3.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfed import aggregation, distributed
-from sfed.adapters import Layout
+from sfed.layout import Layout
 from sfed.clients import ClientRows, groups
 from sfed.rows import MOMENTS, Rows
 from tests import runs, tiny

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sfed import optimizer, scaling
-from sfed.adapters import Layout
 from sfed.clients import Rows
+from sfed.layout import Layout
 from sfed.sections import TrainSection
 
 WIDTH = 128

@@ -12,18 +12,25 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sfed import adapters
-from sfed.adapters import Adapters, Layout
+from sfed.adapters import Adapters
+from sfed.factors import Factors, PassRows
 from sfed.layers import PassContext, StackedLoraLinear
+from sfed.layout import Layout
 
 CLIENTS, ROWS, TOKENS, IN, OUT, LORA_RANK, GAMMA = 3, 2, 5, 6, 10, 4, 1.7
 
 
 def stacked(dropout: float = 0.0) -> tuple[StackedLoraLinear, torch.Tensor, torch.Tensor]:
+    """A layer with its A and B, whose ``grad`` is where their gradients are added."""
     torch.manual_seed(0)
     layer = StackedLoraLinear(nn.Linear(IN, OUT), GAMMA, dropout, 0, PassContext())
-    a = torch.randn(CLIENTS, LORA_RANK, IN).requires_grad_()
-    b = torch.randn(CLIENTS, OUT, LORA_RANK).requires_grad_()
-    layer.bind(a, b)
+    layer.base_layer.requires_grad_(False)
+    a_piece, b_piece = (layout := Layout.of([("layer", IN, OUT)], LORA_RANK)).pieces
+    values, grads = torch.randn(CLIENTS, layout.size), torch.zeros(CLIENTS, layout.size)
+    rows = PassRows(values, grads, torch.float32)
+    layer.siblings.bind(Factors.of(rows, [a_piece], [b_piece], "AB"))
+    a, b = a_piece.of(values), b_piece.of(values)
+    a.grad, b.grad = a_piece.of(grads), b_piece.of(grads)
     return layer, a, b
 
 
@@ -67,10 +74,10 @@ def test_the_input_is_not_cast_up() -> None:
 def test_dropout_masks_are_a_function_of_the_client_and_the_layer() -> None:
     layer, _, _ = stacked(dropout=0.5)
     x = torch.randn(CLIENTS * ROWS, TOKENS, IN)
-    layer._context.dropout_seeds = (5, 6, 7)
+    layer.context.dropout_seeds = (5, 6, 7)
     y = layer(x)
     torch.testing.assert_close(y, layer(x), rtol=0, atol=0)
-    layer._context.dropout_seeds = (5, 8, 9)
+    layer.context.dropout_seeds = (5, 8, 9)
     again = layer(x)
     assert torch.equal(y[:ROWS], again[:ROWS])
     assert not torch.equal(y[ROWS:], again[ROWS:])
@@ -81,11 +88,11 @@ def test_dropout_masks_are_a_function_of_the_client_and_the_layer() -> None:
 def test_dropout_keeps_the_expected_value() -> None:
     layer, _, _ = stacked(dropout=0.25)
     x = torch.ones(CLIENTS, 1, IN)
-    layer._context.dropout_seeds = None
+    layer.context.dropout_seeds = None
     expected = layer(x)
     total = torch.zeros_like(expected)
     for seed in range(4000):
-        layer._context.dropout_seeds = (seed, seed, seed)
+        layer.context.dropout_seeds = (seed, seed, seed)
         total += layer(x)
     scale = float(expected.detach().abs().max())
     torch.testing.assert_close(total / 4000, expected, rtol=0.0, atol=0.06 * scale)
@@ -132,7 +139,7 @@ def test_an_exported_adapter_in_stock_peft_gives_the_logits_of_the_trainer(
     plain = base(ids).logits.clone()
     stock = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert stock.peft_config["default"].use_rslora
-    assert float((ours - plain).abs().max()) > 0.1, "the adapter does nothing"
+    assert float((ours - plain).detach().abs().max()) > 0.1, "the adapter does nothing"
     torch.testing.assert_close(stock(ids).logits, ours, rtol=1e-5, atol=1e-5)
     merged = stock.merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, ours, rtol=1e-4, atol=1e-4)
@@ -181,7 +188,8 @@ def test_peft_trains_a_single_client_to_the_same_gradients(tiny_folder: Path) ->
     for piece in own.layout.pieces:
         name = f"base_model.model.{piece.layer}.lora_{piece.factor}.default.weight"
         ours = grads[0, piece.start : piece.end].view(piece.shape)
-        torch.testing.assert_close(ours, named[name].grad, rtol=1e-4, atol=1e-6)
+        error = float((ours - named[name].grad).abs().max())
+        assert error <= 1e-5 * float(ours.abs().max()), piece
 
 
 def test_a_is_drawn_as_peft_draws_it(tiny_folder: Path) -> None:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfed import optimizer
-from sfed.adapters import Layout
 from sfed.clients import ClientRows
+from sfed.layout import Layout
 from sfed.rows import MOMENTS
 from sfed.sections import TrainSection
 

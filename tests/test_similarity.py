@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sfed import aggregation, cli, distributed, partition, session
-from sfed.adapters import Layout
 from sfed.clients import ClientRows
+from sfed.layout import Layout
 from tests import glue, runs, tiny
 from tests.processes import on_processes
 from tests.test_collectives import counted_run, sizes

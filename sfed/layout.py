@@ -1,0 +1,104 @@
+"""Where the numbers of a client's adapter stand in its flat row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+# Layers of one module that read the same input in every model that calls them so.
+_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One factor of one layer, or one weight of the head, within a row."""
+
+    layer: str
+    """Name of the layer; of the weight, for the head."""
+    factor: str
+    """A, B or head."""
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def end(self) -> int:
+        """First position after the piece."""
+        return self.start + math.prod(self.shape)
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """View it in rows of numbers: (rows, *shape)."""
+        return rows[:, self.start : self.end].view(-1, *self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each factor stands in a client's row."""
+
+    pieces: tuple[Piece, ...]
+    size: int
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """A, B, and head where there is one."""
+        return tuple(dict.fromkeys(piece.factor for piece in self.pieces))
+
+    def columns(self, factor: str) -> slice:
+        """The columns of a row that hold all A, all B or the head; none where there is no head."""
+        own = [piece for piece in self.pieces if piece.factor == factor]
+        return slice(own[0].start, own[-1].end) if own else slice(self.size, self.size)
+
+    def spans(self, factors: Sequence[str]) -> list[slice]:
+        """The columns of some factors, as few slices as it goes."""
+        merged: list[slice] = []
+        for columns in sorted((self.columns(factor) for factor in factors), key=_start):
+            if merged and merged[-1].stop == columns.start:
+                columns = slice(merged.pop().start, columns.stop)
+            merged.append(columns)
+        return merged
+
+    def with_the_same_input(self) -> Iterator[list[Piece]]:
+        """The A factors of layers that read the same input, which follow one another."""
+        a_pieces = (piece for piece in self.pieces if piece.factor == "A")
+        for _, some in groupby(a_pieces, key=lambda piece: (_place(piece.layer)[0], piece.shape)):
+            yield list(some)
+
+    @staticmethod
+    def of(
+        shapes: Sequence[tuple[str, int, int]],
+        lora_rank: int,
+        head: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Layout:
+        """Lay out layers given as (name, in, out), in the order of ``_place``, then the head.
+
+        Args:
+            shapes: of the adapted layers.
+            lora_rank: r.
+            head: shape of each weight of the classification head.
+        """
+        layers = sorted(shapes, key=lambda shape: _place(shape[0]))
+        planned: list[tuple[str, str, tuple[int, ...]]] = [
+            *((name, "A", (lora_rank, in_features)) for name, in_features, _ in layers),
+            *((name, "B", (out_features, lora_rank)) for name, _, out_features in layers),
+            *((name, "head", shape) for name, shape in sorted((head or {}).items())),
+        ]
+        pieces: list[Piece] = []
+        position = 0
+        for name, factor, shape in planned:
+            pieces.append(Piece(name, factor, shape, position))
+            position = pieces[-1].end
+        return Layout(tuple(pieces), position)
+
+
+def _start(columns: slice) -> int:
+    return int(columns.start)
+
+
+def _place(name: str) -> tuple[str, int]:
+    """What layers are sorted by: names, and those with the same input as the first of them."""
+    parent, _, leaf = name.rpartition(".")
+    shared = next((names for names in _SHARED_INPUT if leaf in names), (leaf,))
+    return f"{parent}.{shared[0]}", shared.index(leaf)
