@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfed import aggregation, distributed
-from sfed.layout import Layout
 from sfed.clients import ClientRows, groups
+from sfed.layout import Layout
 from sfed.rows import MOMENTS, Rows
 from tests import runs, tiny
 
