@@ -97,14 +97,16 @@ class Adapters:
     def initial_a(self, generator: torch.Generator) -> torch.Tensor:
         """Draw all A factors of one client as PEFT does: kaiming_uniform(a = sqrt 5).
 
+        In the sorted order of the layers' names, wherever they stand in a row.
+
         Returns:
             (numbers of A,) fp32 on CPU; each A is uniform in +-1/sqrt(in).
         """
         row = torch.empty(self.layout.columns("A").stop)
-        for piece in self.layout.pieces:
-            if piece.factor == "A":
-                bound = 1.0 / math.sqrt(piece.shape[1])
-                row[piece.start : piece.end].uniform_(-bound, bound, generator=generator)
+        a_pieces = [piece for piece in self.layout.pieces if piece.factor == "A"]
+        for piece in sorted(a_pieces, key=lambda piece: piece.layer):
+            bound = 1.0 / math.sqrt(piece.shape[1])
+            row[piece.start : piece.end].uniform_(-bound, bound, generator=generator)
         return row
 
     def initial_head(self) -> torch.Tensor:

@@ -75,6 +75,8 @@ def start(deadline_seconds: float) -> World:
         device = torch.device("cuda", local_rank % num_devices)
         per_device = -(-local_size // num_devices)
         torch.cuda.set_device(device)
+    # fp32 is fp32: no matrix product is rounded to TF32, whatever the GPU or the environment says.
+    torch.set_float32_matmul_precision("highest")
     # NCCL refuses two processes on one device; gloo carries CUDA tensors through host memory.
     backend = "nccl" if device.type == "cuda" and per_device == 1 else "gloo"
     store = open_store(process, size, deadline_seconds, heartbeat.renew)
