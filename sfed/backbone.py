@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -31,6 +30,7 @@ from sfed.heads import Head
 from sfed.losses import Documents, TokenLosses
 from sfed.packing import Packing
 from sfed.shape import (
+    CANNOT_LOAD,
     DTYPES,
     Sharding,
     auto_class,
@@ -194,7 +194,7 @@ def load(config: Config, name: str, world: World) -> Backbone:
             ignore_mismatched_sizes=True,  # of a head with other classes; see heads.take_off
             key_mapping=heads.passing_over(config, name) if sharding.is_sharded else None,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except CANNOT_LOAD as error:
         raise UserError(cannot_load(name, error)) from None
     model.requires_grad_(False)
     make_lean(model)

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from sfed import logs, metrics
 from sfed.logs import LOG
+from sfed.masking import mask
 
 _SECONDS_BETWEEN_REDRAWS = 0.5
 _SECONDS_BETWEEN_LINES = 30.0
@@ -210,7 +211,7 @@ class Console:
             old, new = first.get(entry["client"], {}).get("eval_loss"), entry.get("eval_loss")
             change = f"{100 * (new / old - 1):+.1f} %" if old and new is not None else ""
             table.add_row(
-                f"{entry['client']} {names.get(entry['client'], '')}".strip(),
+                mask(f"{entry['client']} {names.get(entry['client'], '')}".strip()),
                 str(entry["examples"]),
                 _number(old),
                 _number(new),

@@ -98,7 +98,8 @@ def run_section(story: Story, anchor: str, pictures: Sequence[Picture]) -> str:
     return (
         f'<section id="{anchor}"><h2>{escape(heading(story))}</h2>\n{tables.facts_table(story)}'
         f"{tables.excluded_note(story)}{tables.means_table(story)}{tables.clients_tables(story)}"
-        f"<h3>Figures</h3>{images(pictures)}{tables.samples_table(story)}</section>"
+        f"<h3>Figures</h3>{images(pictures)}{tables.samples_table(story)}"
+        f"{tables.time_table(story)}</section>"
     )
 
 

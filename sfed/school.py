@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sfed.cli import UserError
 from sfed.demo import pretraining_texts
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -142,6 +144,17 @@ def _is_complete(target: Path) -> bool:
     return all((target / name).is_file() for name in ("model.safetensors", "tokenizer.json"))
 
 
+def _make_private(folder: Path) -> None:
+    """Make the cache for this user alone; refuse one into which somebody else may put a model."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid not in (os.getuid(), 0) or status.st_mode & stat.S_IWOTH:
+        raise UserError(
+            f"the cache folder {folder} belongs to another user or everybody may write to it; set "
+            "XDG_CACHE_HOME to a folder of your own"
+        )
+
+
 def ensure_backbone(folder: Path, *, say: Callable[[str], None] = print) -> Path:
     """Makes the demo's pretrained backbone, or finds the one made before.
 
@@ -156,13 +169,16 @@ def ensure_backbone(folder: Path, *, say: Callable[[str], None] = print) -> Path
     Returns:
         A model folder below `folder` for `AutoModelForCausalLM` and `AutoTokenizer`, named after
         the digest of the recipe and of the generated text.
+
+    Raises:
+        UserError: where the cache is open to other users.
     """
+    _make_private(folder)
     texts = pretraining_texts(RECIPE.problems_per_kind, RECIPE.remarks, RECIPE.seed)
     content = json.dumps([asdict(RECIPE), TOKEN_PATTERN, texts])
     target = folder / f"demo-backbone-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     if _is_complete(target):
         return target
-    folder.mkdir(parents=True, exist_ok=True)
     say(f"backbone: not cached, pretraining a tiny one into {target}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".demo-backbone-") as workshop:
         made = Path(workshop) / "model"

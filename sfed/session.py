@@ -109,6 +109,11 @@ def build(config: Config, world: World, num_clients: int, console: Console) -> R
         )
     own = partition.place(num_clients, world.size)[world.rank]
     method = methods.resolve(config)
+    if config.backbone.trust_remote_code:
+        console.warn(
+            "backbone.trust_remote_code = true: Python code that comes with "
+            f"{config.model.name} runs here, with all your rights"
+        )
     name = _model_folder(config, world, console)
     with meetings.together(world, "tokenizer"):
         tokenizer = _load_tokenizer(config, name)

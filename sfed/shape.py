@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +25,8 @@ from sfed.meetings import gather_json
 from sfed.tasks import task_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# What transformers raises for weights that are not there, damaged, of another model or hostile.
+CANNOT_LOAD = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
 # A replica may take this share of the memory that is free when the run starts; the rest is for
 # adapters, activations and logits.
 _REPLICA_SHARE = 0.5
@@ -96,6 +100,13 @@ def classes_of_checkpoint(config: Config, name: str) -> int:
 def cannot_load(name: str, error: Exception) -> str:
     """The message of a model that transformers refuses, with its reason in one line."""
     reason = " ".join(str(error).split())[:300]
+    if "trust_remote_code" in str(error):
+        reason = (
+            "it comes with Python code of its own, which is not run unless "
+            "backbone.trust_remote_code=true; set it only if you trust the author"
+        )
+    if isinstance(error, UnpicklingError):
+        reason = "its weights are a pickle that holds more than tensors; convert it to safetensors"
     return f"model.name = {name!r} cannot be loaded for this task: {reason}"
 
 

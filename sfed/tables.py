@@ -213,6 +213,20 @@ def facts_table(story: Story) -> str:
     return table(["", ""], [[escape(name), escape(text)] for name, text in facts.items()], words=2)
 
 
+def time_table(story: Story) -> str:
+    """Where the time of a run went, over all its starts."""
+    spent = metrics.time_spent(story.rounds)
+    whole = math.fsum(spent.values())
+    rows = [
+        [escape(phase), f"{seconds:,.1f} s", f"{100 * seconds / whole:.1f} %"]
+        for phase, seconds in spent.items()
+    ]
+    if not rows:
+        return ""
+    html = table(["phase", "time", "share"], rows)
+    return f"<h3>Where the time went</h3>{html}<p class=note>As process 0 measured it.</p>"
+
+
 def total(story: Story, key: str) -> float:
     """The sum of a number over all rounds."""
     return math.fsum(number(event, key) or 0.0 for event in story.rounds)

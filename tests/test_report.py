@@ -131,6 +131,20 @@ def test_the_last_round_counts_and_the_best_is_named_so(run: Path) -> None:
     assert "best round, unweighted" in words
 
 
+def test_the_page_says_where_the_time_went(run: Path) -> None:
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for event in events:
+        event |= {"time/local_seconds": 6.0, "time/evaluate_seconds": 2.0}
+        event["time/aggregate_seconds"] = None
+    events[0] |= {"time/local_seconds": 0.0, "time/imports_seconds": 2.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    words = text_of(make_report(run))
+    assert (
+        "phase time share imports 2.0 s 10.0 % evaluation before training 2.0 s 10.0 % "
+        "local steps 12.0 s 60.0 % evaluation 4.0 s 20.0 %"
+    ) in words
+
+
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
     """Figures are made but not drawn, which is most of the time; for tests that read words."""
