@@ -93,7 +93,10 @@ class Console:
                 console=self._rich,
                 transient=True,
             )
-            self._task = self._bar.add_task("", total=float(total), completed=finished, facts="")
+            waiting = "" if finished else "evaluating"
+            self._task = self._bar.add_task(
+                waiting, total=float(total), completed=finished, facts=""
+            )
             self._bar.start()
 
     def begin_round(self, round_index: int) -> None:

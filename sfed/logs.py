@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -104,12 +106,27 @@ class _Text(logging.Formatter):
         text = mask(_message(record))
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
-        prefix = f"[process {self._process}] "
+        prefix, lines = f"[process {self._process}] ", text.splitlines() or [""]
         if not sys.stdout.isatty():
             prefix = f"{datetime.fromtimestamp(record.created):%Y-%m-%d %H:%M:%S} {prefix}"
-        elif self._process == 0:
-            prefix = ""
-        return "\n".join(prefix + line for line in text.splitlines() or [""])
+            return "\n".join(prefix + line for line in lines)
+        prefix = "" if self._process == 0 else prefix
+        width = shutil.get_terminal_size().columns
+        return "\n".join(_wrapped(prefix + line, width) for line in lines)
+
+
+def _wrapped(line: str, width: int) -> str:
+    """Broken between words, as a terminal does not; no name of a file is broken."""
+    if len(line) <= width:
+        return line
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
 
 
 class _Objects(logging.Formatter):

@@ -121,15 +121,22 @@ def test_json_lines_are_objects_with_the_numbers(capsys):
 
 def test_on_a_terminal_a_line_is_what_it_says(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
     for process in (0, 3):
         logs.begin(process)
         LOG.info("all is well")
         LOG.warning("look at this")
+    logs.begin(0)
+    LOG.info("a long line is broken between words, not in /a/name/of/a/file/of/some/length")
     assert capsys.readouterr().out.splitlines() == [
         "all is well",
         "warning: look at this",
         "[process 3] all is well",
-        "[process 3] warning: look at this",
+        "[process 3] warning: look at",
+        "  this",
+        "a long line is broken between",
+        "  words, not in",
+        "  /a/name/of/a/file/of/some/length",
     ]
 
 
