@@ -72,6 +72,10 @@ class Backbone:
         """Rows of the embedding."""
         return int(self.model.config.vocab_size)
 
+    def logits_at_a_time(self, num_words: int) -> int | None:
+        """Tokens whose logits exist at once where there are so many words; None = all."""
+        return None if self._losses is None else self._losses.logits_at_a_time(num_words)
+
     @property
     def packing(self) -> Packing | None:
         """What rows of several documents may be and cost; None where these would see each other."""

@@ -154,6 +154,13 @@ def refuse_other_run(found: Found, config: Config, num_clients: int) -> None:
         )
 
 
+def clients_per_pass(found: Found | None, world: World) -> int | None:
+    """How many clients shared a pass when a checkpoint was written by equally many processes."""
+    if found is None or found.facts.get("processes") != world.size:
+        return None
+    return int(found.facts["clients_per_pass"])
+
+
 def load(found: Found, world: World, clients: ClientRows) -> State:
     """Read this process's clients from a checkpoint of any number of processes. Collective.
 

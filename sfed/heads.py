@@ -75,7 +75,7 @@ def passing_over(config: Config, name: str) -> dict[str, str] | None:
     return {rf"^({'|'.join(_NAMES)})\.": r"of_other_classes.\1."}
 
 
-def _name_of(config: Config, model: PreTrainedModel) -> str | None:
+def name_of(config: Config, model: PreTrainedModel) -> str | None:
     """The module that is the classification head; None for tasks without one."""
     if not task_of(config).is_classification:
         return None
@@ -124,7 +124,7 @@ def take_off(
     Raises:
         UserError: where other weights than the head's are missing, or the head is not found.
     """
-    name = _name_of(config, model)
+    name = name_of(config, model)
     is_new = _refuse_random(loading, name, config.model.name)
     if name is None:
         return None

@@ -77,6 +77,11 @@ class TokenLosses:
         )
         return by_token.index_put((positions,), losses).view(labels.shape).sum(dim=1)
 
+    def logits_at_a_time(self, num_words: int) -> int | None:
+        """Tokens whose logits exist at once where there are so many words; None = all."""
+        is_adapted = self._model.get_output_embeddings() is not self._head
+        return None if is_adapted or not self._is_chunked else _chunk_tokens(num_words, CHUNK_BYTES)
+
     def _of_positions(
         self,
         input_ids: torch.Tensor,
@@ -172,6 +177,10 @@ def _cross_entropy(logits_SV: torch.Tensor, targets_S: torch.Tensor) -> torch.Te
     )
 
 
+def _chunk_tokens(num_words: int, chunk_bytes: int) -> int:
+    return max(1, chunk_bytes // (4 * num_words))
+
+
 def linear_cross_entropy(
     hidden_SD: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -191,7 +200,7 @@ def linear_cross_entropy(
     Returns:
         (S,) fp32 losses in nats.
     """
-    chunk_tokens = max(1, chunk_bytes // (4 * len(weight_VD)))
+    chunk_tokens = _chunk_tokens(len(weight_VD), chunk_bytes)
     losses: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_SD, weight_VD, bias_V, targets_S, chunk_tokens
     )

@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "numpy")
 # Dense bf16 FLOP/s of the datasheet, by a part of the device's name; the first that fits.
@@ -156,6 +158,43 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not func.is_view and not str(func).startswith(_RELABELLING):
             self.count += 1
         return func(*args, **(kwargs or {}))
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes that tensors made within it hold: now, and at most so far.
+
+    Tensors that were there before count nothing, nor does what an operation needs inside itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.peak: int = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Do one operation and count what is new in its results."""
+        result = func(*args, **(kwargs or {}))
+        known = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if storage._cdata not in known:
+                known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, num_bytes: int) -> None:
+        self.now -= num_bytes
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if torch.is_tensor(leaf)]
 
 
 class Matmul:

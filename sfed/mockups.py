@@ -155,13 +155,13 @@ def build(
     model.config.use_cache = False
     model.name_or_path = "bench"  # PEFT asks the model for it, and warns where they differ
     if blank:
-        _blank(model)
+        fill_with_zeros(model)
     else:
         _randomise(model, workload.seed)
     return model.train()
 
 
-def _blank(model: nn.Module) -> None:
+def fill_with_zeros(model: nn.Module) -> None:
     """Put zeros in the place of all weights, which a CPU only stores when something is written."""
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):

@@ -50,9 +50,20 @@ def header(run: Run) -> list[str]:
         f"{' and '.join(averaged) or 'nothing'} ({message_bytes(layout, averaged):,} bytes)",
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
         f"rows: padded ({run.why_padded})" if run.why_padded else "rows: short sequences packed",
+        *_passes(run),
         f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data, "
         "global = A with the mean of B on everybody's",
     ]
+
+
+def _passes(run: Run) -> list[str]:
+    """Who shares a pass, where not all clients of a process do."""
+    widest = max(run.placement(), key=len)
+    sharing = run.clients_per_pass(widest)
+    if sharing == len(widest):
+        return []
+    of_all = f"{sharing} of a process's {len(widest)} clients"
+    return [f"passes: {of_all} share one: {run.sharing.reason}"]
 
 
 def _loss_unit(run: Run) -> str:

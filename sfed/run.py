@@ -17,6 +17,7 @@ from sfed.data import Data
 from sfed.distributed import World
 from sfed.methods import Method
 from sfed.packing import Packing
+from sfed.sharing import Sharing
 from sfed.tasks import Task
 
 DEFAULT_LOCAL_STEPS = 10
@@ -37,6 +38,7 @@ class Run:
     adapters: Adapters
     data: Data
     clients: ClientRows
+    sharing: Sharing
 
     def cohort(self, round_index: int) -> tuple[int, ...]:
         """The clients of a round; the same on every process."""
@@ -101,14 +103,7 @@ class Run:
 
     def clients_per_pass(self, own: range) -> int:
         """Most clients in one pass of a process that holds ``own``."""
-        return clients_per_pass(self.config, own)
-
-
-def clients_per_pass(config: Config, own: range) -> int:
-    """Most clients that share a pass on a process which holds ``own``."""
-    federated = config.federated
-    limits = (federated.clients_per_pass, federated.clients_per_round)
-    return min([len(own), *(limit for limit in limits if limit is not None)])
+        return self.sharing.of(own)
 
 
 def client_weights(

@@ -142,8 +142,9 @@ class FederatedSection(Section):
     """Average the classification heads too; false = each stays with its client."""
     clients_per_round: PositiveInt | None = None
     """Clients that train in a round, drawn from (seed, round); null = all."""
-    clients_per_pass: PositiveInt | None = None
-    """Clients of a process that share one forward and backward pass; null = all of them."""
+    clients_per_pass: PositiveInt | Literal["auto"] | None = "auto"  # noqa: S105  (no password)
+    """Clients of a process that share one forward and backward pass; auto = as many as fit into
+    memory; null = all of them."""
     weighting: Literal["uniform", "examples"] = "uniform"
     """Weights of the mean over clients."""
     optimizer_state: Literal["keep", "reset"] = "keep"

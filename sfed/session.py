@@ -28,6 +28,7 @@ from sfed import (
     scaling,
     school,
     shape,
+    sharing,
 )
 from sfed.checkpoint import Found, State
 from sfed.cli import UserError, leave
@@ -68,7 +69,9 @@ def run_session(config: Config, *, one_of_many: bool = False, import_seconds: fl
             start = guards.at_start(config)
             guards.require_same(world, "configuration and versions", start)
             found, num_clients = folder.look(world, console)
-            parts = build(config, world, num_clients, console)
+            parts = build(
+                config, world, num_clients, console, checkpoint.clients_per_pass(found, world)
+            )
             finished = _train_and_export(parts, found, folder, console, stop)
             if finished and not one_of_many:
                 _close(parts, folder.path, console)
@@ -90,7 +93,9 @@ def _join(config: Config) -> World:
         sys.exit(f"sfed: {failure}")
 
 
-def build(config: Config, world: World, num_clients: int, console: Console) -> Run:
+def build(
+    config: Config, world: World, num_clients: int, console: Console, before: int | None
+) -> Run:
     """Load the backbone and the data, attach the adapters. Collective.
 
     Args:
@@ -98,6 +103,7 @@ def build(config: Config, world: World, num_clients: int, console: Console) -> R
         world: the processes.
         num_clients: N.
         console: speaks on process 0.
+        before: how many clients shared a pass before a stop; None where the run begins.
 
     Raises:
         UserError: on every process, for mistakes that only show now.
@@ -107,7 +113,8 @@ def build(config: Config, world: World, num_clients: int, console: Console) -> R
             f"federated.clients_per_round = {config.federated.clients_per_round} is more than the "
             f"{num_clients} clients"
         )
-    own = partition.place(num_clients, world.size)[world.rank]
+    placement = partition.place(num_clients, world.size)
+    own = placement[world.rank]
     method = methods.resolve(config)
     if config.backbone.trust_remote_code:
         console.warn(
@@ -121,6 +128,7 @@ def build(config: Config, world: World, num_clients: int, console: Console) -> R
     held = data.load(config, tokenizer, world, num_clients, own)
     for note in held.notes:
         console.warn(note)
+    estimate = sharing.estimate(config, name, world, held, placement, before)
     loading = f"loading {config.model.name} ({shape.dtype_name(config, world)})"
     console.enter(metrics.LOADING_SECONDS, loading)
     with meetings.together(world, "loading the backbone"):
@@ -142,11 +150,14 @@ def build(config: Config, world: World, num_clients: int, console: Console) -> R
             target_modules=config.lora.target_modules,
             base_name=mask(name),
         )
+    shared = sharing.agree(config, world, estimate, before, attached.layout.size)
+    if shared.is_doubtful:
+        console.warn(f"memory may not suffice: {shared.reason}")
     rows = clients.ClientRows(
         own,
         attached.layout,
         world.device,
-        clients_per_pass=run.clients_per_pass(config, own),
+        clients_per_pass=shared.of(own),
         moments=MOMENTS if config.train.optimizer == "adamw" else (),
     )
     parts = Run(
@@ -161,6 +172,7 @@ def build(config: Config, world: World, num_clients: int, console: Console) -> R
         attached,
         held,
         rows,
+        shared,
     )
     guards.require_same(world, "what was loaded", guards.when_built(parts, weights_digest))
     for line in records.header(parts):

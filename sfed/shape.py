@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,6 +23,8 @@ from sfed.cli import UserError
 from sfed.config import Config
 from sfed.distributed import World
 from sfed.meetings import gather_json
+from sfed.memory import size_text
+from sfed.sections import BackboneSection
 from sfed.tasks import task_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -79,6 +82,11 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
         )
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(cannot_load(name, error)) from None
+    return fitted(config, model_config)
+
+
+def fitted(config: Config, model_config: PreTrainedConfig) -> PreTrainedConfig:
+    """Set dropouts to 0 and as many outputs as the task needs, in place; returns it."""
     for key, value in model_config.to_dict().items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(model_config, key, 0.0)
@@ -113,35 +121,52 @@ def cannot_load(name: str, error: Exception) -> str:
 def choose_sharding(
     config: Config, model_config: PreTrainedConfig, dtype: torch.dtype, world: World
 ) -> Sharding:
-    """Resolve ``backbone.sharding`` and say why. Every process decides the same.
+    """Resolve ``backbone.sharding`` and say why. Collective: every process decides the same."""
+
+    def sizes() -> tuple[int, int]:
+        share = free_bytes(world.device) // world.processes_per_device
+        free = min(gather_json(world, "free memory", share))
+        return stored_bytes(config, model_config, dtype), free
+
+    return resolve_sharding(config.backbone, world.size, sizes)
+
+
+def resolve_sharding(
+    section: BackboneSection, num_processes: int, sizes: Callable[[], tuple[int, int]]
+) -> Sharding:
+    """Resolve ``backbone.sharding`` and say why.
 
     A replica makes local steps free of communication, so ``auto`` picks it wherever it fits.
+
+    Args:
+        section: of the configuration.
+        num_processes: of the run.
+        sizes: tells the bytes of a replica and those that are free for each process; not asked
+            where the answer does not depend on them.
     """
-    section = config.backbone
     if section.sharding != "auto":
         return Sharding(section.sharding, "as configured")
     if section.offload == "cpu":
         return Sharding("zero3", "backbone.offload=cpu keeps shards in host memory")
-    if world.size == 1:
+    if num_processes == 1:
         return Sharding("none", "one process has nobody to share with")
+    needed, free = sizes()
+    allowed = int(_REPLICA_SHARE * free)
+    told = f"{size_text(needed)} of weights, {size_text(allowed)} free for them on each process"
+    if needed <= allowed:
+        return Sharding("none", f"a replica each, since it fits: {told}")
+    return Sharding("zero3", f"stored once over all processes, since a replica is too much: {told}")
+
+
+def stored_bytes(config: Config, model_config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of a replica of the backbone."""
     with torch.device("meta"):
         model = auto_class(config).from_config(model_config)
-    needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    share = _free_bytes(world.device) // world.processes_per_device
-    allowed = int(_REPLICA_SHARE * min(gather_json(world, "free memory", share)))
-    sizes = f"{_size(needed)} of weights, {_size(allowed)} free for them on each process"
-    if needed <= allowed:
-        return Sharding("none", f"a replica each, since it fits: {sizes}")
-    return Sharding(
-        "zero3", f"stored once over all processes, since a replica is too much: {sizes}"
-    )
+    return dtype.itemsize * sum(int(p.numel()) for p in model.parameters())
 
 
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that nobody uses."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

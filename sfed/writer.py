@@ -118,6 +118,8 @@ class Writer:
             "num_clients": run.num_clients,
             "gamma": run.gamma,
             "layout_size": run.clients.layout.size,
+            "processes": run.world.size,
+            "clients_per_pass": run.sharing.clients_per_pass,
             "config": comparable(run.config, run.num_clients),
         }
         kept = () if is_new else tuple(sorted(self._names - files.keys()))
