@@ -24,6 +24,7 @@ from sfed.masking import mask
 _SECONDS_BETWEEN_REDRAWS = 0.5
 _SECONDS_BETWEEN_LINES = 30.0
 _MOST_CLIENTS_IN_TABLE = 32
+_BEST_OR_WORST = 8
 _WIDEST = 1000
 
 
@@ -209,8 +210,11 @@ class Console:
         for kind, name in scores:  # on words of their own, so that a narrow terminal breaks lines
             table.add_column(f"{kind} {name.replace('_', ' ')}", justify="right")
         first = {} if before is None else {entry["client"]: entry for entry in before["clients"]}
-        shown: Sequence[Mapping[str, Any]] = after["clients"]
-        for entry in shown[:_MOST_CLIENTS_IN_TABLE]:
+        clients: Sequence[Mapping[str, Any]] = after["clients"]
+        shown = _best_and_worst(clients)
+        for position, entry in enumerate(shown):
+            if len(shown) < len(clients) and position == len(shown) // 2:
+                table.add_section()
             old, new = first.get(entry["client"], {}).get("eval_loss"), entry.get("eval_loss")
             change = f"{100 * (new / old - 1):+.1f} %" if old and new is not None else ""
             table.add_row(
@@ -223,8 +227,11 @@ class Console:
                 *(_number(entry.get(f"{kind}_{name}")) for kind, name in scores),
             )
         self.print_table(table)
-        if len(shown) > _MOST_CLIENTS_IN_TABLE:
-            self.say(f"and {len(shown) - _MOST_CLIENTS_IN_TABLE} more clients in metrics.jsonl")
+        if len(shown) < len(clients):
+            self.say(
+                f"the {_BEST_OR_WORST} clients with the lowest held-out loss and the "
+                f"{_BEST_OR_WORST} with the highest, of {len(clients):,}; all are in metrics.jsonl"
+            )
 
     def where_the_time_went(self, events: Iterable[Mapping[str, Any]]) -> None:
         """The phases of a run, the longest first, in a line."""
@@ -242,6 +249,16 @@ class Console:
             self._rich.width = _WIDEST
             self._rich.width = self._rich.measure(table).maximum
         self._rich.print(table)
+
+
+def _best_and_worst(clients: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """All clients where they fit a table, else those of the lowest and of the highest losses."""
+    if len(clients) <= _MOST_CLIENTS_IN_TABLE:
+        return clients
+    measured = [entry for entry in clients if entry.get("eval_loss") is not None]
+    ordered = sorted(measured, key=lambda entry: float(entry["eval_loss"]))
+    rest = ordered[_BEST_OR_WORST:]
+    return [*ordered[:_BEST_OR_WORST], *rest[-_BEST_OR_WORST:]]
 
 
 def _number(value: float | None) -> str:

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from sfed import checkpoint, records, trackers
 from sfed.checkpoint import Found, State
@@ -107,8 +106,9 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock.take(folder)
             facts = records.describe_run(parts)
-            _write_json(folder / "config.json", facts)
-            _write_json(folder / "partition.json", parts.data.summary)
+            _write(folder / "config.json", json.dumps(masked(facts), indent=2))
+            held = map(json.dumps, masked(parts.data.summary["clients"]))  # a line for each
+            _write(folder / "partition.json", '{"clients": [\n' + ",\n".join(held) + "\n]}")
             told = None if state is None else state.finished_rounds - bool(state.unreported)
             names = self._config.output.trackers
             return trackers.open_journal(names, folder, facts, told, console.warn)
@@ -135,7 +135,7 @@ def _began_with(path: Path, config: Config) -> int | None:
     return num_clients if is_same else None
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(masked(value), indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)

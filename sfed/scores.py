@@ -1,7 +1,7 @@
 """Scores of held-out examples: the standard metrics of GLUE, and exact match of written answers.
 
 A score is a function of the predictions and targets of some examples, one number each. Higher is
-better for every one. Needs no torch.
+better for every one. Needs no torch, and scikit-learn and SciPy only where a score is theirs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
-import scipy.stats
-import sklearn.metrics
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
@@ -69,22 +67,30 @@ def _accuracy(predictions: Numbers, targets: Numbers) -> float:
 
 def _f1(predictions: Numbers, targets: Numbers) -> float:
     """F1 of class 1; undefined where neither holds it."""
-    return float(sklearn.metrics.f1_score(targets, predictions, zero_division=np.nan))
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(targets, predictions, zero_division=np.nan))
 
 
 def _matthews(predictions: Numbers, targets: Numbers) -> float:
     """Matthews' correlation; undefined where the targets are all of one class."""
+    from sklearn.metrics import matthews_corrcoef
+
     if len(np.unique(targets)) < 2:
         return math.nan
-    return float(sklearn.metrics.matthews_corrcoef(targets, predictions))
+    return float(matthews_corrcoef(targets, predictions))
 
 
 def _pearson(predictions: Numbers, targets: Numbers) -> float:
-    return _correlation(scipy.stats.pearsonr, predictions, targets)
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, predictions, targets)
 
 
 def _spearman(predictions: Numbers, targets: Numbers) -> float:
-    return _correlation(scipy.stats.spearmanr, predictions, targets)
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, predictions, targets)
 
 
 def _correlation(of: Callable[..., object], predictions: Numbers, targets: Numbers) -> float:

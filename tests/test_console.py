@@ -1,0 +1,37 @@
+"""What a person sees stays short, whatever the number of clients."""
+
+from __future__ import annotations
+
+import pytest
+from rich.table import Table
+
+from sfed.console import Console
+
+
+def event(losses: list[float]) -> dict:
+    clients = [{"client": c, "examples": 5, "eval_loss": loss} for c, loss in enumerate(losses)]
+    return {"round": 3, "clients": clients}
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> tuple[list[int], list[str]]:
+    tables: list[Table] = []
+    said: list[str] = []
+    monkeypatch.setattr(Console, "print_table", lambda _self, table: tables.append(table))
+    monkeypatch.setattr(Console, "say", lambda _self, text: said.append(text))
+    Console(speaks=True).closing_table(event(losses), event(losses), {})
+    [table] = tables
+    return [int(str(cell)) for cell in table.columns[0].cells], said
+
+
+def test_a_table_of_many_clients_holds_the_best_and_the_worst(monkeypatch):
+    losses = [float((7 * c) % 1000) for c in range(1000)]
+    rows, said = shown(monkeypatch, losses)
+    in_order = sorted(range(1000), key=losses.__getitem__)
+    assert rows == in_order[:8] + in_order[-8:]
+    [line] = said
+    assert "of 1,000" in line
+
+
+def test_a_table_of_few_clients_holds_all_in_order(monkeypatch):
+    rows, said = shown(monkeypatch, [float(c % 5) for c in range(32)])
+    assert rows == list(range(32)) and not said
