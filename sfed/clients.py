@@ -226,10 +226,7 @@ class ClientRows:
             for name, part in rows.parts(self.layout, self.layout.factors).items():
                 for row, client in zip(part, clients, strict=True):
                     held = self._parts[client].get(name, self._common.get(name))
-                    if held is None:
-                        row.zero_()
-                    else:
-                        row.copy_(held, non_blocking=True)
+                    self._ferry.bring(row, held)
         return rows, self._ferry.mark()
 
     def _take_back(self, rows: Rows, trained: Sequence[str]) -> None:

@@ -48,6 +48,13 @@ class Ferry:
         if self._stream is not None:
             self._stream.synchronize()
 
+    def bring(self, place: torch.Tensor, held: torch.Tensor | None) -> None:
+        """Fill a place on the device from host memory, with zeros where nothing is held."""
+        if held is None:
+            place.zero_()
+        else:
+            place.copy_(held, non_blocking=True)
+
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy into new host memory; to be read after ``finish``."""
         return self._empty(tensor).copy_(tensor, non_blocking=True)

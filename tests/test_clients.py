@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfed import aggregation, distributed
+from sfed import clients as clients_file
 from sfed.clients import ClientRows, groups
 from sfed.layout import Layout
+from sfed.paging import Ferry
 from sfed.rows import MOMENTS, Rows
 from tests import runs, tiny
 
@@ -162,6 +165,55 @@ def test_changes_are_those_since_the_last_time_and_stay_as_they_were(clients_per
     assert_same(clients, other)
     assert other.take_changes()[1] == {}
     assert set(other.take_changes(everything=True)[1]) == {0, 1, 4}
+
+
+class LateFerry(Ferry):
+    """A GPU at its slowest: a copy is made, in order, when somebody waits for it and not before."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._asked: list[Callable[[], object]] = []
+        self._done = 0
+
+    def bring(self, place: torch.Tensor, held: torch.Tensor | None) -> None:
+        self._asked.append(lambda: Ferry.bring(self, place, held))
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        kept = torch.full_like(tensor, torch.nan)
+        self._asked.append(lambda: kept.copy_(tensor))
+        return kept
+
+    def mark(self) -> int:
+        return len(self._asked)
+
+    def wait(self, mark: int) -> None:
+        while self._done < mark:
+            self._asked[self._done]()
+            self._done += 1
+
+    def finish(self) -> None:
+        self.wait(len(self._asked))
+
+
+@pytest.mark.parametrize("per_pass", [1, 2, 4])
+def test_copies_that_come_as_late_as_they_may_change_nothing(
+    per_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = distributed.start(30.0)
+    try:
+        prompt = make(per_pass)
+        monkeypatch.setattr(clients_file, "Ferry", LateFerry)
+        late = make(per_pass)
+        for clients in (prompt, late):
+            for seed, cohort in enumerate([(0, 1, 2, 3, 4, 5), (1, 2, 5), (0, 2, 3, 4)]):
+                a_round(clients, cohort, ALL, seed)
+                weights = aggregation.normalised_weights(N, cohort, None)
+                aggregation.share(world, clients, ("A",), weights)
+                clients.take_changes()
+        assert all(bool(torch.isfinite(late.row(client)).all()) for client in late.own)
+        assert_same(prompt, late)
+    finally:
+        distributed.stop(world)
 
 
 def test_a_round_that_is_broken_off_keeps_what_was_trained() -> None:
