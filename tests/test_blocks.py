@@ -205,6 +205,7 @@ def test_bf16_passes_see_rows_that_have_changed_and_add_to_fp32_gradients():
     first = backward(quick)
     once = grads.clone()
     assert torch.equal(once, once.bfloat16().float())
+    assert bool(once.any())
     backward(quick)
     assert torch.equal(grads, 2 * once), "nothing is left over from the pass before"
     values[:, attached.layout.columns("B")].mul_(3.0)  # as the optimizer does, through a view
