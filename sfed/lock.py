@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -48,10 +49,11 @@ class RunLock:
         self._lock(file, folder)
         self.free()
         self._file = file
-        file.truncate(0)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%c")}
-        file.write(json.dumps(holder))
-        file.flush()
+        with suppress(OSError):  # on a full disk it holds without saying for whom
+            file.truncate(0)
+            file.write(json.dumps(holder))
+            file.flush()
 
     def free(self) -> None:
         """Let go of it. The file stays: removing it would part two runs that wait for it."""

@@ -225,7 +225,7 @@ class Watch:
 
     def _keep_record(self, own: Report) -> Path | None:
         """Write what this process did last into the run folder, for whoever looks for the cause."""
-        if self.debug_folder is None:
+        if self.debug_folder is None or not self.debug_folder.parent.is_dir():
             return None
         facts = {"report": json.loads(own.to_json()), "flight_recorder": self._flight_record()}
         try:

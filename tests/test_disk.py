@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sfed import disk
-from sfed.cli import EXIT_MISTAKE
+from sfed.cli import EXIT_MISTAKE, UserError
+from sfed.metrics import MetricsFile, read_events
 from tests import runs, tiny
 from tests.processes import ends_of
 
@@ -44,12 +45,25 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def test_metrics_that_find_no_room_are_a_mistake_and_whole_lines_stay(small_disk: Path):
+    file = MetricsFile(small_disk / "metrics.jsonl", None)
+    file.write_event({"event": "round", "round": 0})
+    (small_disk / "ballast").write_bytes(bytes(os.statvfs(small_disk).f_bavail * PAGE))
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(No space .* make room"):
+        file.write_event({"event": "round", "round": 1, "text": "x" * 2 * PAGE})
+    (small_disk / "ballast").unlink()
+    file = MetricsFile(small_disk / "metrics.jsonl", 1)
+    file.write_event({"event": "round", "round": 1})
+    rounds = [event["round"] for event in read_events(small_disk / "metrics.jsonl")]
+    assert rounds == [0, 1]
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("pages_left", "words"),
-    [(0, "metrics.jsonl cannot be written"), (15, "round-000003 cannot be written")],
-    ids=["metrics", "checkpoint"],
+    [(0, "run cannot be written (No space"), (15, "round-000003 cannot be written (")],
+    ids=["nothing left", "no checkpoint fits"],
 )
 def test_a_full_disk_is_said_and_with_room_the_run_goes_on(
     tiny_folder: Path, tmp_path: Path, small_disk: Path, pages_left: int, words: str
@@ -71,7 +85,7 @@ def test_a_full_disk_is_said_and_with_room_the_run_goes_on(
     ballast.write_bytes(bytes((space.f_bavail - pages_left) * space.f_frsize))
     zero, one = ends_of(2, runs.train_or_leave, settings(small_disk, 4), grace_seconds=15.0)
     assert zero.code == EXIT_MISTAKE and one.code, zero.said + one.said
-    assert words in zero.said and "make room" in zero.said
+    assert words in zero.said and "No space left on device" in zero.said
     assert "Traceback" not in zero.said + one.said
     left = {path.name for path in (folder / "checkpoints").iterdir() if path.name[0] != "."}
     assert left == set(whole)
