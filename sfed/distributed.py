@@ -12,7 +12,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,23 +143,25 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
-def keys_come(world: World, keys: Sequence[str]) -> threading.Event:
-    """Return what is set once all keys of the store are there, or at the deadline.
+def keys_come(world: World, keys: Sequence[str]) -> Future[None]:
+    """Return what is done once all keys of the store are there; it fails where the store has gone.
 
     A thread waits for them: the call never comes back when the network is gone, and whoever makes
     it does not answer signals.
     """
-    come = threading.Event()
+    come: Future[None] = Future()
 
     def wait() -> None:
-        # At the deadline, or where the store has gone, whoever waits for us finds out.
-        with suppress(RuntimeError):
+        try:
             seconds = world.deadline_seconds + _SECONDS_OF_SLACK
             world.store.wait(list(keys), datetime.timedelta(seconds=seconds))
-            come.set()
+        except RuntimeError as error:
+            come.set_exception(error)
+        else:
+            come.set_result(None)
 
     if world.store.check(list(keys)):
-        come.set()
+        come.set_result(None)
     else:
         threading.Thread(target=wait, daemon=True).start()
     return come

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from concurrent import futures
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,7 +47,7 @@ def _wait(world: World, name: str, keys: Mapping[int, str]) -> None:
     begin, has_warned = time.monotonic(), False
     with world.watch.waiting(name):
         come = keys_come(world, list(keys.values()))
-        while not come.wait(_SECONDS_BETWEEN_PAUSES):
+        while not futures.wait([come], _SECONDS_BETWEEN_PAUSES).done:
             world.watch.pause()
             waited = time.monotonic() - begin
             if world.watch.has_somebody_ended and _missing(world, keys):
@@ -56,6 +57,7 @@ def _wait(world: World, name: str, keys: Mapping[int, str]) -> None:
             if waited > world.deadline_seconds / 2 and not has_warned:
                 has_warned = True
                 _warn(world, name, _missing(world, keys), waited)
+        come.result()
 
 
 def _raise_missing(world: World, name: str, keys: Mapping[int, str]) -> None:
@@ -100,7 +102,7 @@ def part(world: World) -> None:
     if world.is_main:
         keys = [f"parted/{peer}" for peer in range(world.size)]
         # Who ended badly meanwhile has nothing to read any more.
-        keys_come(world, keys).wait(_SECONDS_TO_PART)
+        futures.wait([keys_come(world, keys)], _SECONDS_TO_PART)
 
 
 @contextmanager

@@ -32,7 +32,8 @@ def shared(factors: tuple[str, ...], weights: list[float]) -> tuple[int, dict[in
     try:
         clients = three_clients(partition.place(3, world.size)[world.rank])
         sent = aggregation.share(world, clients, factors, weights)
-        meetings.meet(world, "end")  # nobody leaves while another still connects
+        meetings.meet(world, "end")  # nobody leaves while another still connects,
+        meetings.part(world)  # and the store not before all have read that
         return sent, {client: clients.row(client) for client in clients.own}
     finally:
         distributed.stop(world)
