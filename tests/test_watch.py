@@ -125,7 +125,7 @@ def test_a_process_that_hangs_or_fails_is_named_with_its_place(
         federated={"num_clients": 2, "num_rounds": 3, "deadline_seconds": DEADLINE},
         evaluation={"adapters": ["personal"], "every_rounds": 3},
     )
-    survivor, culprit = ends_of(2, hang, settings, how, grace_seconds=15.0)
+    survivor, culprit = ends_of(2, hang, settings, how, grace_seconds=9.0)
     assert survivor.code == 1 and culprit.code in (1, -signal.SIGKILL)
     (line,) = [line for line in survivor.said.splitlines() if line.startswith("  process ")]
     assert line.startswith("  process 1 (pid ") and words in line
