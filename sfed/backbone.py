@@ -12,7 +12,6 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -39,6 +38,7 @@ from sfed.shape import (
     dtype_name,
     read_model_config,
 )
+from sfed.zero import deepspeed_settings
 
 # A token's 4 * 12 d^2 FLOPs of matrix products, and 12 d w of attention to w places, which runs at
 # about half their rate under a mask, are even at w = 2 d.
@@ -186,7 +186,13 @@ def load(config: Config, name: str, world: World) -> Backbone:
     model_config = read_model_config(config, name)
     dtype = DTYPES[dtype_name(config, world)]
     sharding = choose_sharding(config, model_config, dtype, world)
-    prepared = _prepare_deepspeed(config, model_config, dtype) if sharding.is_sharded else None
+    settings, into_shards = None, None
+    if sharding.is_sharded:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        settings = _prepare_deepspeed(config, model_config, dtype)
+        # While it lives, from_pretrained loads straight into shards; it must outlive the model.
+        into_shards = HfDeepSpeedConfig(settings)
     try:
         model, loading = auto_class(config).from_pretrained(
             name,
@@ -204,11 +210,10 @@ def load(config: Config, name: str, world: World) -> Backbone:
     make_lean(model)
     head = heads.take_off(config, model, loading, _whole)
     keep_alive = None
-    if prepared is None:
+    if settings is None:
         model.to(world.device)
     else:
-        hf_deepspeed, settings = prepared
-        keep_alive = (hf_deepspeed, _shard(model, settings))
+        keep_alive = (into_shards, _shard(model, settings))
     if config.backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loaded = Backbone(model, head, sharding, keep_alive)
@@ -226,13 +231,23 @@ def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
     return gathered
 
 
+def hooked(model: PreTrainedModel, config: Config) -> Backbone:
+    """Shard a frozen model that is in memory, as ``load`` does while it reads one. Collective.
+
+    It is for measurements: a process has to hold the whole model first. DeepSpeed puts another
+    function in the place of torch's ``linear``, for this process and for good.
+    """
+    settings = _prepare_deepspeed(config, model.config, model.dtype)
+    keep_alive = (None, _shard(model, settings))
+    return Backbone(model, None, Sharding("zero3", "as asked for"), keep_alive)
+
+
 def _prepare_deepspeed(
     config: Config, model_config: PreTrainedConfig, dtype: torch.dtype
-) -> tuple[Any, Any]:
-    """Make ``from_pretrained`` load straight into shards; returns what must outlive the model."""
+) -> dict[str, Any]:
+    """Let DeepSpeed join the processes that are there, and check its settings; returns them."""
     import deepspeed  # heavy, and only needed here
     import deepspeed.ops
-    from transformers.integrations import HfDeepSpeedConfig
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Otherwise the first start on a CPU compiles a C++ extension for most of a minute.
@@ -253,41 +268,7 @@ def _prepare_deepspeed(
     ) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"backbone.deepspeed is refused by DeepSpeed: {reason}") from None
-    return HfDeepSpeedConfig(settings), settings
-
-
-def deepspeed_settings(
-    config: Config, model_config: PreTrainedConfig, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Build the DeepSpeed configuration: our defaults, then the user's raw keys over them.
-
-    DeepSpeed's own defaults keep everything gathered for any model below a billion parameters, so
-    the bounds follow the model's size: at most about three layers are gathered at a time.
-    """
-    with torch.device("meta"):
-        model = auto_class(config).from_config(model_config)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    layer = total // max(1, getattr(model_config, "num_hidden_layers", 1))
-    zero: dict[str, Any] = {
-        "stage": 3,
-        "stage3_max_live_parameters": 3 * layer,
-        "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": layer,
-        "stage3_param_persistence_threshold": min(100_000, total // 1000),
-    }
-    if config.backbone.offload == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,  # demanded by DeepSpeed, used for nothing here
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": zero,
-    }
-    return _merged(settings, config.backbone.deepspeed)
-
-
-def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    both = [key for key in over if isinstance(over[key], dict) and isinstance(base.get(key), dict)]
-    return {**base, **over, **{key: _merged(base[key], over[key]) for key in both}}
+    return settings
 
 
 def _shard(model: PreTrainedModel, settings: dict[str, Any]) -> Any:

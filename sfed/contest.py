@@ -39,10 +39,6 @@ _MATMUL = "matmul"
 _RATIOS = (("a", "c"), ("a", "d"), ("b", "c"), ("b", "d"), ("c", "d"), ("d", "e"))
 _CONSECUTIVE_STEPS = {"cuda": 4, "cpu": 1}
 _COMPARED = "acd"
-_NO_HOOKS = (
-    "hooks of ZeRO-3: not measured, since every process holds the whole backbone here; "
-    "compare two runs of sfed.train with backbone.sharding=none and zero3"
-)
 
 
 @dataclass(frozen=True)
@@ -140,7 +136,7 @@ def _measure(options: Options, config: PreTrainedConfig, world: World) -> dict[s
             "operations_per_layer": counts[variant.key].operations,
         }
     results["parts"] = roundparts.measure_parts(
-        world, contest.contestants, workload, int(config.vocab_size), options.repeat
+        world, contest.contestants, workload, model, options.repeat
     )
     results["notes"] = _notes(world, workload)
     return results
@@ -280,11 +276,12 @@ def _shape_of(config: PreTrainedConfig) -> Mapping[str, Any]:
 
 def _notes(world: World, workload: Workload) -> list[str]:
     """What a reader must know to use the figures."""
-    notes = [_NO_HOOKS]
+    notes = []
     if workload.dtype == torch.float32:
         notes.append("a and b are the same here, since the backbone is fp32 too")
     if world.size == 1:
         notes.append("aggregation: within one process, so nothing is sent")
+        notes.append("hooks of ZeRO-3: one process has nothing to gather, these are hooks alone")
     if world.size > 1:
         notes.append(
             f"figures are those of process 0, while {world.size} processes ran the same side by "

@@ -8,7 +8,7 @@ does once and not in each step (bringing a client's adapter in and out) is left 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from transformers import PreTrainedModel
@@ -97,6 +97,11 @@ def every_position(input_ids: torch.Tensor) -> torch.Tensor:
     return places[:, :-1].flatten()
 
 
+def replica(model: PreTrainedModel) -> Backbone:
+    """The model as it is, without any hooks."""
+    return Backbone(model, None, Sharding("none", "one process"), None)
+
+
 class Sfed(Contestant):
     """The trainer's own path: rows of clients, bound layers, its losses and its optimizer."""
 
@@ -107,10 +112,11 @@ class Sfed(Contestant):
         input_ids: torch.Tensor,
         *,
         clients_per_pass: int,
+        store: Callable[[PreTrainedModel], Backbone] = replica,
     ) -> None:
         super().__init__(workload, input_ids)
         make_lean(model)
-        self.backbone = Backbone(model, None, Sharding("none", "one process"), None)
+        self.backbone = store(model)
         self.adapters = attach(model, workload)
         own = range(workload.num_clients)
         self.clients = ClientRows(
@@ -186,7 +192,7 @@ class FrozenOnly(Contestant):
 
     def __init__(self, model: PreTrainedModel, workload: Workload, input_ids: torch.Tensor) -> None:
         super().__init__(workload, input_ids)
-        self.backbone = Backbone(model, None, Sharding("none", "one process"), None)
+        self.backbone = replica(model)
         model.get_input_embeddings().register_forward_hook(
             lambda _module, _inputs, output: output.requires_grad_()
         )

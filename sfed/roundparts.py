@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from sfed import aggregation, batches, distributed
 from sfed.batches import Order
 from sfed.contestants import Contestant, Sfed
 from sfed.distributed import World
+from sfed.hooks import HookedTwin
 from sfed.meters import Clock, Spread, interleaved
 from sfed.mockups import Workload
+from sfed.packing import Packing
 from sfed.stockpeft import StockPeft
 from sfed.tokens import Examples, Tokens
 
@@ -40,7 +43,7 @@ def measure_parts(
     world: World,
     contestants: Mapping[str, Contestant],
     workload: Workload,
-    vocabulary_size: int,
+    model: PreTrainedModel,
     repeat: int,
 ) -> list[dict[str, Any]]:
     """Time the parts of a round in turns. Collective: all processes make equally many turns."""
@@ -49,17 +52,22 @@ def measure_parts(
     assert isinstance(stock, StockPeft)
     assert isinstance(ours, Sfed)
     _prepare_update(ours)
-    assemble = _assembly(world, workload, vocabulary_size)
+    vocabulary_size, packing = int(model.config.vocab_size), ours.backbone.packing
+    assemble = _assembly(world, workload, vocabulary_size, None)
+    pack = _assembly(world, workload, vocabulary_size, packing)
+    twins = HookedTwin(model, workload, world)
     parts = [
         Part("optimizer, PEFT", "a", True, lambda: _seconds_of_updates(stock, clock)),
         Part("optimizer, sfed", "d", True, lambda: clock.seconds_of(ours.update)),
         Part("batch assembly", "d", True, lambda: clock.seconds_of(assemble)),
+        Part("batch assembly, packing", "d", True, lambda: clock.seconds_of(pack)),
         Part("clients in and out, PEFT", "a", False, lambda: _seconds_of_changes(stock, clock)),
         Part("clients in and out, sfed", "c", False, lambda: _seconds_of_changes(paged, clock)),
         Part(
             "aggregation of A", "d", False, lambda: _seconds_of_mean(world, ours, workload, clock)
         ),
         Part("evaluation, same tokens", "d", False, lambda: clock.seconds_of(ours.evaluate)),
+        Part("hooks of ZeRO-3, gathers too", "d", True, twins.seconds),
     ]
     samples = interleaved({part.name: part.seconds for part in parts}, repeat, None)
     return [
@@ -106,28 +114,32 @@ def _seconds_of_changes(contestant: Contestant, clock: Clock) -> float:
     return seconds
 
 
-def _assembly(world: World, workload: Workload, vocabulary_size: int) -> Callable[[], object]:
-    """Drawing, padding and moving one step's rows of all clients."""
-    examples = _random_examples(workload, vocabulary_size)
+def _assembly(
+    world: World, workload: Workload, vocabulary_size: int, packing: Packing | None
+) -> Callable[[], object]:
+    """Drawing, laying out and moving one step's rows of all clients; to pack, of many lengths."""
+    shortest = workload.tokens if packing is None else -(-workload.tokens // 4)
+    examples = _random_examples(workload, vocabulary_size, shortest)
     orders = [Order(workload.seed, c, len(examples)) for c in range(workload.num_clients)]
     position = 0
 
     def assemble() -> None:
         nonlocal position
         drawn = [batches.draw(examples, order, position, workload.rows) for order in orders]
-        batches.collate(drawn, workload.rows).to(world.device)
+        batches.collate(drawn, workload.rows, packing=packing).to(world.device)
         position += workload.rows
 
     return assemble
 
 
-def _random_examples(workload: Workload, vocabulary_size: int) -> Examples:
+def _random_examples(workload: Workload, vocabulary_size: int, shortest: int) -> Examples:
     count = _EXAMPLES_PER_CLIENT
     generator = np.random.default_rng(workload.seed)
-    flat = generator.integers(vocabulary_size, size=count * workload.tokens, dtype=np.int32)
+    lengths = generator.integers(shortest, workload.tokens + 1, size=count)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
     table = Tokens(
-        flat,
-        np.arange(count + 1, dtype=np.int64) * workload.tokens,
+        generator.integers(vocabulary_size, size=starts[-1], dtype=np.int32),
+        starts,
         np.zeros(count, dtype=np.int32),
         keys=None,
         targets=np.full(count, np.nan),
