@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class Backbone:
         """Tokens whose logits exist at once where there are so many words; None = all."""
         return None if self._losses is None else self._losses.logits_at_a_time(num_words)
 
-    @property
+    @cached_property
     def packing(self) -> Packing | None:
         """What rows of several documents may be and cost; None where these would see each other."""
         if self._losses is None or not self._losses.keeps_documents_apart:

@@ -242,13 +242,16 @@ def _note(what: str, table: Tokens | None) -> str:
 
 
 def _evaluated(examples: Examples, config: Config, client: int) -> Examples:
-    """The held-out examples that are evaluated, by length, so that a batch has little padding."""
+    """The held-out examples that are evaluated, the longest first.
+
+    So a batch has little padding, also where some clients have few: they are done early.
+    """
     limit, indices = config.evaluation.max_examples, examples.indices
     if limit is not None and limit < len(indices):
         drawn = generator(Stream.SUBSET, config.seed, client).permutation(len(indices))[:limit]
         indices = indices[np.sort(drawn)]
     chosen = Examples(examples.table, indices)
-    return Examples(examples.table, indices[np.argsort(chosen.lengths, kind="stable")])
+    return Examples(examples.table, indices[np.argsort(-chosen.lengths, kind="stable")])
 
 
 def _assemble(

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
-from sfed import bench, contest, distributed, lineup, meters, mockups, roundparts
+from sfed import bench, contest, distributed, hooks, lineup, meters, mockups, roundparts
 from sfed.cli import UserError, run_command
 from sfed.lineup import VARIANTS
 from sfed.meters import Operations, SavedBytes, Spread, interleaved
@@ -20,6 +21,7 @@ from sfed.mockups import Workload
 from tests.processes import on_processes
 
 CPU = torch.device("cpu")
+HOOKS = "hooks of ZeRO-3, gathers too"
 LOAD = Workload(3, 2, 12, 4, "all-linear", torch.float32, seed=5)
 
 
@@ -226,7 +228,7 @@ def test_json_and_table_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
             assert one["mfu_of_datasheet"] is None
     assert set(results["ratios"]) == {"a/c", "a/d", "b/c", "b/d", "c/d", "d/e"}
     parts = {part["name"]: part for part in results["parts"]}
-    assert {"aggregation of A", "optimizer, sfed", "batch assembly"} <= set(parts)
+    assert {"aggregation of A", "optimizer, sfed", "batch assembly", HOOKS} <= set(parts)
     assert all(part["seconds"]["count"] == 2 for part in parts.values())
     assert results["configuration"]["a_bytes"] == 4 * 2 * 2 * 2 * 32  # r, layers, q and v, in
     assert any("ZeRO-3" in note for note in results["notes"])
@@ -333,6 +335,27 @@ def test_flat_shares_are_gathered_in_the_order_of_processes() -> None:
 
 def whole_bench(folder: str) -> None:
     bench.main([*TINY, "--json", folder])
+
+
+def hooked_and_plain() -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Losses after two steps with ZeRO-3's hooks and without; whether torch is as it was."""
+    world, linear = distributed.start(60.0), functional.linear
+    try:
+        config = mockups.model_config("tiny", None, None)
+        twins = hooks.HookedTwin(mockups.build(config, LOAD, CPU), LOAD, world)
+        twins.seconds(), twins.seconds()
+        is_restored = functional.linear is linear
+        return twins._hooked.evaluate(), twins._plain.evaluate(), is_restored
+    finally:
+        distributed.stop()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_steps_with_hooks_are_the_same_steps_and_leave_torch_alone(num_processes: int) -> None:
+    for hooked, plain, is_restored in on_processes(num_processes, hooked_and_plain):
+        torch.testing.assert_close(hooked, plain, rtol=1e-5, atol=1e-6)
+        assert is_restored
 
 
 @pytest.mark.dist
