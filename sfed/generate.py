@@ -78,7 +78,7 @@ def _places(run: Run, client: int) -> range:
     count = run.data.eval_counts[client]
     if run.task.scores:
         return range(count)
-    # In the order of lengths: some from the middle.
+    # The longest come first: some from the middle.
     first = max(0, (count - _SAMPLES_PER_CLIENT) // 2)
     return range(first, min(count, first + _SAMPLES_PER_CLIENT))
 

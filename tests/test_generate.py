@@ -125,7 +125,7 @@ def held_out(tokenizer: Any, path: str) -> list[list[int]]:
     lengths = [
         len(tokenizer(f"{t} {r['answer']}").input_ids) for t, r in zip(texts, rows, strict=True)
     ]
-    order = sorted(range(len(rows)), key=lambda i: lengths[i])
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     return [tokenizer(texts[i]).input_ids for i in order]
 
 
