@@ -256,12 +256,8 @@ class _GroupWork:
         self._rows.grads.zero_()
         for number in range(run.passes_per_step):
             some = [rows[number * micro : (number + 1) * micro] for rows in drawn]
-            batch = batches.collate(
-                some,
-                max(1, *map(len, some)),
-                with_targets=run.task.is_classification,
-                packing=run.packing,
-            )
+            most, with_targets = max(1, *map(len, some)), run.task.is_classification
+            batch = batches.collate(some, most, with_targets=with_targets, packing=run.packing)
             self._ledger[list(self._rows.clients), SLOTS] += batch.slots // len(some)
             batch = batch.to(run.world.device)
             run.adapters.context.dropout_seeds = self._dropout_seeds(step, number)

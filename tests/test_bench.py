@@ -347,7 +347,7 @@ def hooked_and_plain() -> tuple[torch.Tensor, torch.Tensor, bool]:
         is_restored = functional.linear is linear
         return twins._hooked.evaluate(), twins._plain.evaluate(), is_restored
     finally:
-        distributed.stop()
+        distributed.stop(world)
 
 
 @pytest.mark.dist

@@ -20,6 +20,7 @@ from sfed import adapters, objective
 from sfed.adapters import Adapters
 from sfed.backbone import Backbone
 from sfed.batches import Batch, collate
+from sfed.blocks import make_lean
 from sfed.layers import Probe
 from sfed.packing import Packing, first_fit_decreasing, pack
 from sfed.shape import Sharding
@@ -76,6 +77,7 @@ def make(shape: transformers.PreTrainedConfig, attention: str = "sdpa") -> Backb
     else:
         model = transformers.AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
     model.requires_grad_(False)
+    make_lean(model)  # as the trainer does
     model.name_or_path = "test"
     return Backbone(model, None, Sharding("none", "a test"), None)
 
