@@ -39,11 +39,11 @@ def ending(world: World) -> Iterator[None]:
 def _follow(world: World, reason: str) -> None:
     verdict = world.watch.give_up(reason)
     # Process 0 may be the one that is missing: everybody who waited says so.
-    sys.exit(f"sfed: process {world.rank}: {verdict.text}" if verdict.code else 0)
+    sys.exit(f"sfed: process {world.rank}: {verdict}")
 
 
 def _tell(world: World, error: BaseException) -> None:
-    world.watch.tell_end(f"{type(error).__name__}: {_short(error)}", 1)
+    world.watch.tell_end(f"{type(error).__name__}: {_short(error)}")
 
 
 def _short(error: BaseException) -> str:

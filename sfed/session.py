@@ -76,6 +76,9 @@ def run_session(config: Config, *, one_of_many: bool = False, import_seconds: fl
             if finished and not one_of_many:
                 _close(parts, folder.path, console)
             meetings.part(world)
+        if not (finished or stop.came_here or one_of_many):
+            # Whoever started this process did not ask it to stop: for them the run is not done.
+            sys.exit(1)
     except (TrainingFailedError, DivergedError) as failure:
         leave(str(failure), 1)
     except StoppedEarlyError:

@@ -42,11 +42,16 @@ class StopRequest:
         """From now on there is something to write; ``in_step`` = all count passes alike."""
         self._trains, self._in_step = True, in_step
 
+    @property
+    def came_here(self) -> bool:
+        """Whether the request came to this process, and not to another one."""
+        return self._asked
+
     def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
         if self._trains:
             self._asked = True  # nothing else: the handler may interrupt any line
             return
-        self._world.watch.tell_end("it was asked to stop before training began", 0)
+        self._world.watch.tell_end("it was asked to stop before training began")
         raise StoppedEarlyError(0)
 
     def _announce(self) -> None:

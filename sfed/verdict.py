@@ -25,7 +25,6 @@ class Report:
     """Of its main thread, the innermost call last."""
     reason: str | None = None
     """Why it ended, where it had a reason of its own."""
-    code: int = 1
     pid: int | None = None
     host: str | None = None
     is_silent: bool | None = None
@@ -41,16 +40,7 @@ class Report:
         return Report(**json.loads(text))
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Why the processes of a run end."""
-
-    text: str
-    code: int
-    """Exit code: 0 where some process was asked to stop, and that is all."""
-
-
-def judge(reason: str, found: Mapping[int, Report], size: int, records: Path | None) -> Verdict:
+def judge(reason: str, found: Mapping[int, Report], size: int, records: Path | None) -> str:
     """Name the processes that the others wait for, and where they are.
 
     Args:
@@ -67,8 +57,7 @@ def judge(reason: str, found: Mapping[int, Report], size: int, records: Path | N
         lines.append(f"  process {', '.join(unknown)}: out of reach, and so is the store")
     if records is not None:
         lines.append(f"  what each process did last: {records}")
-    code = max((found[peer].code for peer in causes), default=1)
-    return Verdict("\n".join([*lines, f"  {_GO_ON}"]), code)
+    return "\n".join([*lines, f"  {_GO_ON}"])
 
 
 def _causes(found: Mapping[int, Report]) -> list[int]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sfed.cli import UserError
-from sfed.verdict import Report, Verdict, judge
+from sfed.verdict import Report, judge
 
 HEARTBEAT_VARIABLE = "SFED_HEARTBEAT_FILE"
 _SECONDS_BETWEEN_BEATS = 1.0
@@ -153,7 +153,7 @@ class Watch:
         """Stop watching."""
         self._left.set()
 
-    def report(self, reason: str | None = None, code: int = 1) -> Report:
+    def report(self, reason: str | None = None) -> Report:
         """Where this process is now, and why it ends, where it has a reason of its own."""
         frame = sys._current_frames().get(self._main.ident or 0)
         stack = traceback.extract_stack(frame) if frame else []
@@ -165,20 +165,19 @@ class Watch:
             collectives=_enqueued(self._flight_record()),
             stack=[f"{one.filename}:{one.lineno} in {one.name}" for one in stack],
             reason=reason,
-            code=code,
         )
 
-    def tell_end(self, reason: str, code: int) -> None:
+    def tell_end(self, reason: str) -> None:
         """Let the others know that this process ends, so that they do not wait for it."""
         if self._size > 1:
-            report = self.report(reason, code)
+            report = self.report(reason)
             self._ask_store(lambda: self._publish(report), _SECONDS_TO_TELL)
 
     def _publish(self, report: Report) -> None:
         self._store.set(f"ended/{self._process}", report.to_json())
         self._store.set("ended", "")
 
-    def give_up(self, reason: str) -> Verdict:
+    def give_up(self, reason: str) -> str:
         """Find out which processes are waited for and where they are; keep a record of this one.
 
         Takes some seconds, in which the others say where they are.
@@ -267,9 +266,9 @@ class Watch:
 
     def _end(self, reason: str) -> NoReturn:
         verdict = self.give_up(reason)
-        sys.stderr.write(f"sfed: process {self._process}: {verdict.text}\n")
+        sys.stderr.write(f"sfed: process {self._process}: {verdict}\n")
         sys.stderr.flush()
-        os._exit(verdict.code)
+        os._exit(1)
 
 
 def _posted(store: Any, peer: int) -> list[Any]:

@@ -43,13 +43,13 @@ def reports(**changes: dict) -> dict[int, Report]:
     ids=["an error", "a silent process", "others wait", "fewer collectives", "nobody knows"],
 )
 def test_the_cause_is_named_and_nobody_else(found: dict[int, Report], named: list[int]):
-    text = verdict.judge("why", found, 3, None).text
+    text = verdict.judge("why", found, 3, None)
     assert [peer for peer in range(3) if f"process {peer} " in text] == named
     assert text.startswith("why\n") and "last checkpoint" in text
 
 
 def test_a_store_that_is_gone_is_said():
-    text = verdict.judge("why", {1: Report(place="here", is_waiting=True)}, 3, None).text
+    text = verdict.judge("why", {1: Report(place="here", is_waiting=True)}, 3, None)
     assert "process 0, 2: out of reach, and so is the store" in text
 
 
