@@ -451,7 +451,7 @@ SESSION_MISTAKES = [
     # clients
     Mistake(
         "more clients than examples",
-        ("at least 2 training examples", "client 15 holds", "federated.num_clients"),
+        ("at least 2 training examples", "client 7 holds", "8 more", "federated.num_clients"),
         {"federated.num_clients": 16},
     ),
     Mistake(
