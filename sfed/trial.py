@@ -202,41 +202,44 @@ class _Trial:
         self._adapters = attach(config, model, head, targets, lora_rank)
 
     def kept(self, load: Load) -> int:
-        """Bytes that a forward pass keeps for the backward pass."""
-        batch = self._begin(load)
+        """Bytes that are there for the backward pass: copies of factors, and what is saved."""
+        rows, batch = self._begin(load)
         live = LiveBytes()
         with live:
-            loss = objective.row_losses(self.backbone, batch).sum()
+            loss = self._loss(rows, batch)
             kept = live.now
         del loss
         return kept
 
     def transient(self, load: Load) -> int:
         """Bytes at the worst moment of forward and backward pass, beside what is kept."""
-        batch = self._begin(load)
+        rows, batch = self._begin(load)
         live = LiveBytes()
         with live:
-            loss = objective.row_losses(self.backbone, batch).sum()
+            loss = self._loss(rows, batch)
             kept = live.now
             torch.autograd.backward(loss)
         return live.peak - kept
 
-    def _begin(self, load: Load) -> batches.Batch:
-        rows = self._rows(load.clients)
-        self._adapters.bind(rows.values, rows.grads, FACTORS)
+    def _begin(self, load: Load) -> tuple[Rows, batches.Batch]:
         seeds = tuple(range(load.clients)) if self._config.lora.dropout else None
         self._adapters.context.dropout_seeds = seeds
         self.backbone.training()
-        return self._batch(load)
+        return self._rows(load.clients), self._batch(load)
+
+    def _loss(self, rows: Rows, batch: batches.Batch) -> torch.Tensor:
+        self._adapters.bind(rows.values, rows.grads, FACTORS)
+        return objective.row_losses(self.backbone, batch).sum()
 
     def evaluated(self, load: Load) -> int:
         """Bytes at the worst moment of a forward pass without gradients."""
-        self._adapters.bind(self._rows(load.clients).values)
+        rows = self._rows(load.clients)
         self._adapters.context.dropout_seeds = None
         self.backbone.evaluating()
         batch = self._batch(load)
         live = LiveBytes()
         with torch.no_grad(), live:
+            self._adapters.bind(rows.values)
             objective.row_losses(self.backbone, batch)
         return live.peak
 

@@ -64,6 +64,7 @@ def test_a_trial_of_two_layers_predicts_the_passes_of_the_whole_model(
         if checkpointing:
             ours.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
         with LiveBytes() as live:
+            ours.enter(0)
             loss = ours.losses().sum()
             kept = live.now
             torch.autograd.backward(loss)
