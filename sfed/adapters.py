@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from sfed.cli import UserError
+from sfed.disk import save_tensors
 from sfed.factors import Factors, PassRows
 from sfed.heads import Head
 from sfed.layers import PassContext, Siblings, StackedLoraLinear
@@ -135,7 +135,7 @@ class Adapters:
         }
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "adapter_model.safetensors.tmp"
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_tensors(tensors, temporary, {"format": "pt"})
         os.replace(temporary, folder / "adapter_model.safetensors")
         settings = {**self.peft_config.to_dict(), "inference_mode": True}
         settings["target_modules"] = _plain(settings["target_modules"])

@@ -5,16 +5,31 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from sfed.cli import UserError
 
 _BYTES_AT_A_TIME = 2**20
+_NEVER_MORE_THAN = 0o644
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file that those may read who may read its folder.
+
+    safetensors itself makes files for their owner alone, whatever the umask says; then neither a
+    server under another name could load an adapter, nor a colleague go on from a checkpoint.
+    """
+    save_file(dict(tensors), file, metadata=metadata)
+    file.chmod(file.parent.stat().st_mode & _NEVER_MORE_THAN)
 
 
 def describe(file: Path) -> dict[str, Any]:

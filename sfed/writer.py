@@ -25,11 +25,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from sfed.checkpoint import COMMON, FACTS, Found, State, by_age, facts_of, file_of, keyed
 from sfed.cli import UserError
-from sfed.disk import describe, disk_errors, replace_folder, second_name, sync
+from sfed.disk import describe, disk_errors, replace_folder, save_tensors, second_name, sync
 from sfed.joining import MissingProcessError
 from sfed.meetings import together
 from sfed.run import Run
@@ -182,7 +181,7 @@ class Writer:
         """Write this process's files and a note of them; in the thread."""
         with disk_errors(job.folder):
             for name, tensors in job.files.items():
-                save_file(tensors, job.temporary / name)
+                save_tensors(tensors, job.temporary / name)
                 sync(job.temporary / name)
             for name in job.kept:
                 assert job.before is not None

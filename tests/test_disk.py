@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from sfed import disk
 from sfed.cli import EXIT_MISTAKE, UserError
@@ -28,6 +29,15 @@ def test_a_file_with_other_bytes_is_damaged(tmp_path: Path):
     assert disk.damage(path, known) == "file holds other bytes than were written"
     path.write_bytes(b"")
     assert disk.damage(path, known) == f"file has 0 bytes instead of {3 * 2**20}"
+
+
+@pytest.mark.parametrize(("mode", "expected"), [(0o755, 0o644), (0o700, 0o600), (0o777, 0o644)])
+def test_tensors_may_be_read_by_whom_their_folder_lets_in(tmp_path: Path, mode: int, expected: int):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    folder.chmod(mode)
+    disk.save_tensors({"a": torch.zeros(2)}, folder / "a.safetensors")
+    assert (folder / "a.safetensors").stat().st_mode & 0o777 == expected
 
 
 @pytest.fixture
