@@ -117,18 +117,17 @@ def _pretrain(
             say(f"backbone: step {step}/{recipe.steps}, loss {loss.item():.3f}, {spent:.0f} s")
 
 
-def _free_cores() -> int:
-    """Only those that this process may use: more threads than these would hinder one another."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _build(recipe: Recipe, target: Path, texts: list[str], say: Callable[[str], None]) -> None:
-    """Leaves torch's number of threads and random state as they were."""
+    """Leaves torch's number of threads and random state as they were.
+
+    One thread: on so small a model a second one gains little, and where others keep the cores busy
+    threads that wait for one another take minutes.
+    """
     import torch
 
     tokenizer = _make_tokenizer(recipe, texts)
     threads = torch.get_num_threads()
-    torch.set_num_threads(_free_cores())
+    torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
