@@ -186,7 +186,7 @@ def attach(
         lora_dropout=dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         # A classifier's type would make PEFT copy the head, which is not its business here.
-        task_type="CAUSAL_LM" if head is None else None,
+        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         base_model_name_or_path=base_name,
     )
     found, peft_config = _choose_layers(model, request)

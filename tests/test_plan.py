@@ -41,6 +41,14 @@ def test_more_tokens_per_second_and_faster_links_take_less_time(tiny_folder: Pat
     assert slow["mean_seconds"] > fast["mean_seconds"] > 0
 
 
+@pytest.mark.slow
+def test_a_classifier_has_a_plan_too() -> None:
+    found = predicted(cli.load("configs/paper/roberta-large-mnli.yaml"), gpus=5)
+    assert found["fits"]
+    # 24 layers, query and value, r = 8, 1,024 wide, fp32.
+    assert found["upload"]["bytes"] == 24 * 2 * 8 * 1024 * 4
+
+
 def test_what_does_not_fit_is_told_with_what_would(tiny_folder: Path, capsys) -> None:
     """2 GiB, of which the driver has one, are too little for rows as long as these."""
     words = [
