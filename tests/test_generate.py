@@ -265,9 +265,9 @@ def test_the_answers_of_each_kind_of_adapter_are_scored_apart(tiny_folder, tmp_p
     calls: list[str] = []
     original = generate.write_answers
 
-    def write_answers(run: Any, shared_row: Any, outcomes: Any) -> Any:
+    def write_answers(run: Any, shared_row: Any, outcomes: Any, stop: Any) -> Any:
         calls.append("personal" if shared_row is None else "global")
-        return original(run, shared_row, outcomes)
+        return original(run, shared_row, outcomes, stop)
 
     monkeypatch.setattr(generate, "write_answers", write_answers)
 

@@ -200,7 +200,7 @@ def test_output_rms_is_that_of_the_first_batch_of_each_client(tiny_folder, tmp_p
         base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model")
         model = PeftModel.from_pretrained(base, folder / "adapters" / f"client-{client:04d}")
         outputs = Outputs(model.eval())
-        for ids, prompt_length in sorted((rows[i] for i in part["eval"]), key=lambda r: len(r[0]))[
+        for ids, prompt_length in sorted((rows[i] for i in part["eval"]), key=lambda r: -len(r[0]))[
             :3
         ]:
             outputs.places = slice(prompt_length, len(ids))
@@ -227,7 +227,7 @@ def test_output_rms_of_a_classifier_counts_all_tokens_of_its_texts(glue_folder, 
     encoder = glue.Encoder(glue_folder, family, "mnli")
     [part] = parts_of(folder)
     own = [rows[i] for i in part["eval"]]
-    inputs = sorted((encoder.inputs([row]) for row in own), key=lambda i: i["input_ids"].shape[1])
+    inputs = sorted((encoder.inputs([row]) for row in own), key=lambda i: -i["input_ids"].shape[1])
     model = glue.with_adapter(glue_folder, family, "mnli", folder / "adapters" / "client-0000")
     outputs = Outputs(model)
     outputs.places = slice(None)

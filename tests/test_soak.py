@@ -13,7 +13,7 @@ from tests.soak import soak
 @pytest.mark.dist
 @pytest.mark.slow
 def test_five_kills_at_random_moments_change_no_bit(tmp_path: Path):
-    tally = soak(tmp_path, kills=5, num_rounds=40, seed=1, end=math.inf)
+    tally = soak(tmp_path, kills=5, num_rounds=200, seed=1, end=math.inf)
     assert tally.kills + tally.terms == 5
     assert tally.starts >= 6
     assert tally.is_equal
