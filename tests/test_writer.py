@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sfed import cli, local, session, writer
+from sfed import cli, disk, local, session, writer
 from sfed.cli import UserError
 from tests import runs, tiny
 from tests.processes import on_processes
@@ -43,7 +43,7 @@ def test_a_round_is_written_while_the_next_one_trains(
     calm = runs.adapters(run(settings(tiny_folder, tmp_path, "calm")))
     trained = [threading.Event() for _ in range(ROUNDS + 1)]
     trained[ROUNDS].set()
-    save_file, train_round = writer.save_file, local.train_round
+    save_file, train_round = writer.save_tensors, local.train_round
 
     def late(tensors: dict, path: Path) -> None:
         finished = int(path.parent.name.removeprefix(".round-").removesuffix(".tmp"))
@@ -55,7 +55,7 @@ def test_a_round_is_written_while_the_next_one_trains(
         trained[round_index].set()
         return done
 
-    monkeypatch.setattr(writer, "save_file", late)
+    monkeypatch.setattr(writer, "save_tensors", late)
     monkeypatch.setattr(local, "train_round", note_the_end)
     folder = run(settings(tiny_folder, tmp_path))
     monkeypatch.undo()
@@ -70,20 +70,20 @@ def test_a_round_is_written_while_the_next_one_trains(
 
 
 def fail_on_process_1(own: dict, failing_round: int) -> str:
-    save_file = writer.save_file
+    save_file = writer.save_tensors
 
     def full(tensors: dict, path: Path) -> None:
         if os.environ["RANK"] == "1" and path.parent.name == f".round-{failing_round:06d}.tmp":
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path)
 
-    writer.save_file = full
+    writer.save_tensors = full
     try:
         session.run_session(cli.validate(own))
     except UserError as mistake:
         return str(mistake)
     finally:
-        writer.save_file = save_file
+        writer.save_tensors = save_file
     return ""
 
 
@@ -127,7 +127,7 @@ def test_only_clients_of_the_cohort_are_written_again(
         def refuse(*_: object) -> None:
             raise OSError(errno.EPERM, "Operation not permitted")
 
-        monkeypatch.setattr(writer.os, "link", refuse)
+        monkeypatch.setattr(disk.os, "link", refuse)
     shape = {"num_clients": 6, "clients_per_round": 2}
     folder = run(settings(tiny_folder, tmp_path, federated=shape))
     taken_part: set[int] = set()
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_vanished_meanwhile_is_not_missed(
 def hang_on_process_1(own: dict) -> str:
     """What ends a run of two processes of which the second never gets its files to the disk."""
     if os.environ["RANK"] == "1":
-        writer.save_file = lambda *_: threading.Event().wait()
+        writer.save_tensors = lambda *_: threading.Event().wait()
     try:
         session.run_session(cli.validate(own))
     except (UserError, SystemExit) as end:
