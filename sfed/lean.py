@@ -50,10 +50,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.
         setattr(normed, _RECIPE, Recipe(_norm_by_kernel, (x, weight, eps)))
         return normed
     norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=torch.float32)
-    mean_square = torch.addcmul(eps, norm, norm, value=1.0 / x.shape[-1])
-    scale = mean_square.rsqrt()
-    args = (x, mean_square, scale, weight)
-    output: torch.Tensor = _RmsNorm.apply(*args)  # type: ignore[no-untyped-call]
+    scale = torch.addcmul(eps, norm, norm, value=1.0 / x.shape[-1]).rsqrt_()
+    output: torch.Tensor = _RmsNorm.apply(x, scale, weight)  # type: ignore[no-untyped-call]
     setattr(output, _RECIPE, Recipe(_scaled, (x, scale, weight)))
     return output
 
@@ -69,27 +67,22 @@ def _scaled(x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch
 class _RmsNorm(Function):
     """weight * x * scale, scale = mean_square^(-1/2); saves x as it is and not in fp32.
 
-    With g = scale * weight * grad:  grad_x = g - x * mean(g * x) / mean_square.
+    With u = scale * x and g = weight * grad:  grad_x = scale * (g - u * mean(g * u)).
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        mean_square: torch.Tensor,
-        scale: torch.Tensor,
-        weight: torch.Tensor,
+        ctx: Any, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, mean_square, scale, weight)
+        ctx.save_for_backward(x, scale, weight)
         return _scaled(x, scale, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,), (x, mean_square, scale, weight) = grads, ctx.saved_tensors
-        g = _scaled(grad, scale, weight)
-        dot = (g * x).sum(-1, keepdim=True, dtype=torch.float32)
-        g.addcmul_(x, dot.div_(mean_square), value=-1.0 / x.shape[-1])
-        return g.to(x.dtype), None, None, None
+        (grad,), (x, scale, weight) = grads, ctx.saved_tensors
+        g, u = grad * weight, x * scale
+        dot = (g * u).sum(-1, keepdim=True)
+        return g.addcmul_(u, dot, value=-1.0 / x.shape[-1]).mul_(scale), None, None
 
 
 # --- silu(gate) * up -----------------------------------------------------------------------------
