@@ -20,13 +20,17 @@ def place(tiny_folder: Path, tmp_path: Path, num_processes: int, **sections: obj
     return runs.run(num_processes, tiny.settings(tiny_folder, output=output, **sections))
 
 
-# AdamW steps by the sign of gradients near zero, so round-off grows; SGD is the tight test.
-@pytest.mark.parametrize(("train", "tolerance"), [(SGD, 2e-6), (ADAMW, 1e-3)], ids=["sgd", "adamw"])
+# AdamW steps by the sign of a gradient that is nearly 0, which round-off decides. With seed 0 there
+# is one such number in B, with seed 1 there is none, so that the bound can be tight.
+@pytest.mark.parametrize(
+    ("train", "seed", "tolerance"), [(SGD, 0, 1e-6), (ADAMW, 1, 5e-5)], ids=["sgd", "adamw"]
+)
 def test_four_clients_on_four_two_and_one_processes_get_the_same_adapters(
-    tiny_folder: Path, tmp_path: Path, train: dict, tolerance: float
+    tiny_folder: Path, tmp_path: Path, train: dict, seed: int, tolerance: float
 ) -> None:
     one, two, four = (
-        runs.adapters(place(tiny_folder, tmp_path, num, train=train)) for num in (1, 2, 4)
+        runs.adapters(place(tiny_folder, tmp_path, num, train=train, seed=seed))
+        for num in (1, 2, 4)
     )
     assert runs.relative_difference(one, two) <= tolerance
     assert runs.relative_difference(one, four) <= tolerance
