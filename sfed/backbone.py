@@ -44,6 +44,7 @@ from sfed.zero import deepspeed_settings
 # A token's 4 * 12 d^2 FLOPs of matrix products, and 12 d w of attention to w places, which runs at
 # about half their rate under a mask, are even at w = 2 d.
 _EVEN_WIDTH_OF_HIDDEN = 2
+_UNBOUNDED = 2**31
 
 
 class Backbone:
@@ -56,12 +57,16 @@ class Backbone:
         self.head = head
         self.sharding = sharding
         self._keep_alive = keep_alive
+        self.weights_digest = ""
+        """Of the model as it was loaded; see ``guards.of_backbone``."""
         self._losses = TokenLosses(model) if head is None else None
 
     @property
     def context_tokens(self) -> int:
         """The longest sequence that the model was made for."""
-        positions = int(getattr(self.model.config, "max_position_embeddings", 2**31))
+        text = self.model.config.get_text_config()
+        positions = int(getattr(text, "max_position_embeddings", None) or _UNBOUNDED)
+        positions = positions if positions > 0 else _UNBOUNDED  # XLNet says -1
         for name, module in self.model.named_modules():
             if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
                 # RoBERTa counts positions from behind the one of the padding.
@@ -71,11 +76,15 @@ class Backbone:
     @property
     def vocabulary_size(self) -> int:
         """Rows of the embedding."""
-        return int(self.model.config.vocab_size)
+        return int(self.model.config.get_text_config().vocab_size)
 
     def logits_at_a_time(self, num_words: int) -> int | None:
         """Tokens whose logits exist at once where there are so many words; None = all."""
         return None if self._losses is None else self._losses.logits_at_a_time(num_words)
+
+    def keep_documents_in_rows_of_their_own(self) -> None:
+        """Never pack: rows of several documents were found to be wrong."""
+        self.packing = None
 
     @cached_property
     def packing(self) -> Packing | None:
@@ -111,7 +120,11 @@ class Backbone:
         return self._losses(input_ids, labels, positions, documents)
 
     def outputs(
-        self, input_ids: torch.Tensor, is_token: torch.Tensor, is_second: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        is_token: torch.Tensor,
+        is_second: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the classification head's outputs.
 
@@ -119,12 +132,13 @@ class Backbone:
             input_ids: (rows, tokens) int64, padded at the right with anything.
             is_token: same shape, False on padding.
             is_second: same shape, True on the second of two texts.
+            position_ids: same shape int64; None = as the model counts.
 
         Returns:
             (rows, outputs) fp32.
         """
         settings = self.model.config
-        marks = {}
+        marks = {} if position_ids is None else {"position_ids": position_ids}
         if getattr(settings, "type_vocab_size", 0) > 1:
             marks["token_type_ids"] = is_second.long()
         logits: torch.Tensor = self.model(
@@ -136,8 +150,16 @@ class Backbone:
         return logits.float()
 
     def training(self) -> None:
-        """Prepare for passes with gradients."""
-        self.model.train()
+        """Prepare for passes with gradients.
+
+        A frozen backbone is used as it is, in evaluation mode: in training mode it may drop layers,
+        shake routers or collect statistics, and a client's numbers would depend on chance and on
+        who shares its pass. Only checkpointed layers ask for training mode, to recompute.
+        """
+        self.model.eval()
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
 
     def evaluating(self) -> None:
         """Prepare for passes without gradients."""

@@ -157,7 +157,7 @@ class _Filling:
             self._input_ids[place, here] = row.ids
             self._is_token[place, here] = True
             self._is_second[place, start + prompt : start + length] = True
-            self._position_ids[place, start:] = np.arange(width - start)
+            self._position_ids[place, here] = np.arange(length)
             if row.target is None:
                 self._labels[place, start + prompt : start + length] = row.ids[prompt:]
                 # Nothing predicts the first token of an example, not even the one before it.
@@ -166,6 +166,10 @@ class _Filling:
             else:
                 self._targets[place] = row.target
             start += length
+        # Padding counts as documents no longer than the row's own: a position that no document
+        # has would change the rotary embeddings of all, where these follow the largest.
+        longest = max((len(row.ids) for row in rows), default=width)
+        self._position_ids[place, start:] = np.arange(width - start) % longest
 
     def batch(self, *, with_targets: bool, is_packed: bool) -> Batch:
         """The filled batch."""

@@ -7,6 +7,8 @@ Layers that read the same input are computed together, and the steps between the
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +31,21 @@ def make_lean(model: nn.Module) -> None:
             module.forward = _MlpForward(module)
         elif kind == "RMSNorm":
             module.forward = _NormForward(module)
+
+
+@contextmanager
+def without_lean_forms(model: nn.Module) -> Iterator[None]:
+    """Let the modules compute in their own ways meanwhile."""
+    lean = [
+        (module, module.__dict__.pop("forward"))
+        for module in model.modules()
+        if isinstance(module.__dict__.get("forward"), _LEAN)
+    ]
+    try:
+        yield
+    finally:
+        for module, forward in lean:
+            module.forward = forward
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -111,3 +128,6 @@ class _NormForward:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self._module.weight, self._eps)
+
+
+_LEAN = (_AttentionForward, _MlpForward, _NormForward)

@@ -49,7 +49,7 @@ class ClientRows:
         self.clients_per_pass = min(clients_per_pass, len(own))
         self.examples_drawn = dict.fromkeys(own, 0)
         self._device = device
-        self._moments = tuple(moments)
+        self.moments = tuple(moments)
         self._ferry = Ferry(device)
         self._grads = torch.zeros(self.clients_per_pass, layout.size, device=device)
         self._places: list[Rows] = []
@@ -211,7 +211,7 @@ class ClientRows:
             tuple(self.own)[: self.clients_per_pass],
             torch.zeros(shape, device=self._device),
             self._grads,
-            {name: torch.zeros(shape, device=self._device) for name in self._moments},
+            {name: torch.zeros(shape, device=self._device) for name in self.moments},
             torch.zeros(self.clients_per_pass, len(FACTORS), device=self._device),
         )
 

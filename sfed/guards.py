@@ -123,13 +123,13 @@ def of_backbone(model: nn.Module, settings: Mapping[str, Any]) -> str:
     return digest(json.dumps([weights, kept], sort_keys=True, default=str))
 
 
-def when_built(run: Run, backbone: str) -> dict[str, Any]:
+def when_built(run: Run) -> dict[str, Any]:
     """What has to agree once everything is loaded and nothing is trained."""
     counts = [run.data.train_counts, run.data.eval_counts, run.data.summary]
     return {
         "federated.num_clients (N)": run.num_clients,
         "tokenizer": digest(run.tokenizer.backend_tokenizer.to_str()),
-        "backbone": backbone,
+        "backbone": run.backbone.weights_digest,
         "examples of each client": digest(json.dumps(counts)),
         "layout of the adapters": digest(repr(run.clients.layout.pieces)),
         "gamma": run.gamma,

@@ -81,7 +81,25 @@ class StackedLoraLinear(nn.Module):
         self.context = context
         self.factors: Factors | None = None
         self.siblings = Siblings((self,))
+        self.weight_reads = 0
+        """How often the model has read the weight; one that reads it in the place of a call gets
+        no adapter."""
         self._layer_index = layer_index
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen weight, for models that look at its dtype."""
+        self.weight_reads += 1
+        weight = self.base_layer.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The frozen bias."""
+        bias = self.base_layer.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        return bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return W0 x + gamma B A x, with x of shape (C * B, T, I) or (C * B * T, I)."""

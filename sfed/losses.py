@@ -35,7 +35,7 @@ class Documents:
     """Several documents in a row of a batch, of which none sees another."""
 
     position_ids: torch.Tensor
-    """(rows, tokens) int64: from 0 in each document; padding goes on counting."""
+    """(rows, tokens) int64: from 0 in each document, those that are padding included."""
     starts: torch.Tensor
     """(documents + 1,) int32: first places of the documents in the flattened rows, and the end."""
 

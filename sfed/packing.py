@@ -41,6 +41,11 @@ def round_up(tokens: int) -> int:
     return -(-tokens // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
 
 
+def round_down(tokens: int) -> int:
+    """The last width that is a multiple of 8, or 8."""
+    return max(1, tokens // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
+
+
 def pack(
     lengths_by_client: Sequence[Sequence[int]], padded_rows: int, packing: Packing
 ) -> tuple[int, list[Lines]] | None:

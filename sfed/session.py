@@ -19,6 +19,7 @@ from sfed import (
     distributed,
     federation,
     guards,
+    isolation,
     meetings,
     methods,
     metrics,
@@ -137,7 +138,7 @@ def build(
     with meetings.together(world, "loading the backbone"):
         frozen = backbone.load(config, name, world)
         run.check_rows_fit(config, held, frozen, own)
-    weights_digest = guards.of_backbone(frozen.model, frozen.model.config.to_dict())
+    frozen.weights_digest = guards.of_backbone(frozen.model, frozen.model.config.to_dict())
     everyone = tuple(range(num_clients))
     weights = run.client_weights(config, held, num_clients, everyone)
     gamma = scaling.lora_scaling(
@@ -177,7 +178,8 @@ def build(
         rows,
         shared,
     )
-    guards.require_same(world, "what was loaded", guards.when_built(parts, weights_digest))
+    guards.require_same(world, "what was loaded", guards.when_built(parts))
+    parts = isolation.ensure(parts, console.warn)
     for line in records.header(parts):
         console.say(line)
     return parts

@@ -33,6 +33,8 @@ CANNOT_LOAD = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, 
 # A replica may take this share of the memory that is free when the run starts; the rest is for
 # adapters, activations and logits.
 _REPLICA_SHARE = 0.5
+# Words in the names of probabilities with which a model in training mode leaves things to chance.
+_OF_CHANCE = ("dropout", "pdrop", "layerdrop", "drop_path", "stochastic_depth", "jitter")
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,11 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
 
 
 def fitted(config: Config, model_config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set dropouts to 0 and as many outputs as the task needs, in place; returns it."""
-    for key, value in model_config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-            setattr(model_config, key, 0.0)
+    """Set chance to 0 and as many outputs as the task needs, in place; returns it."""
+    for part in (model_config, model_config.get_text_config()):
+        for key, value in part.to_dict().items():
+            if isinstance(value, float) and any(word in key for word in _OF_CHANCE):
+                setattr(part, key, 0.0)
     task = task_of(config)
     if task.is_classification:
         model_config.num_labels = task.num_outputs

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from sfed import sizes, trial
+from sfed.cli import UserError
 from sfed.config import Config
 from sfed.data import Data
 from sfed.distributed import World
@@ -161,15 +162,26 @@ def _free(world: World) -> int:
 
 def _generous_bytes(config: Config, model_config: PreTrainedConfig, work: Work) -> int:
     """More than all clients of a process need in one pass, whatever the architecture."""
-    hidden = int(model_config.hidden_size)
-    width = hidden + int(getattr(model_config, "intermediate_size", None) or 4 * hidden)
-    layers = int(model_config.num_hidden_layers)
+    text = model_config.get_text_config()
+    hidden, layers = _told(text, "hidden_size"), _told(text, "num_hidden_layers")
+    width = hidden + int(getattr(text, "intermediate_size", None) or 4 * hidden)
     row_tokens = work.tokens + work.new_tokens
     # Attention without a fused kernel keeps a square of scores for each head, else a mask.
     is_eager = config.model.attention == "eager"
-    scores = row_tokens * (int(model_config.num_attention_heads) if is_eager else 1)
+    scores = row_tokens * (_told(text, "num_attention_heads") if is_eager else 1)
     per_token = layers * (_GENEROUS_PER_UNIT * width + 16 * scores)
-    per_token += 16 * int(model_config.vocab_size)
+    per_token += 16 * _told(text, "vocab_size")
     numbers = layers * 8 * width * config.lora.rank
     tokens = max(work.train_rows, work.eval_rows) * row_tokens
     return work.round_clients * (tokens * per_token + _GENEROUS_PER_NUMBER * numbers)
+
+
+def _told(text: PreTrainedConfig, key: str) -> int:
+    """A dimension as the model's configuration tells it."""
+    value = getattr(text, key, None)
+    if isinstance(value, int):
+        return value
+    raise UserError(
+        f"federated.clients_per_pass = auto: the configuration of this model ({text.model_type}) "
+        f"does not tell {key}, so what a pass needs is not known; set it to a number"
+    )
