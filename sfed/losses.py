@@ -144,7 +144,7 @@ class TokenLosses:
         """
         first, second, device = 5, 11, self._head.weight.device
         width = first + second
-        ids = (torch.arange(width) * 7 + 3) % self._model.config.vocab_size
+        ids = (torch.arange(width) * 7 + 3) % self._model.config.get_text_config().vocab_size
         alone = torch.cat([ids[first:], ids[:first]])
         input_ids = torch.stack([alone, ids, ids]).to(device)
         counted = torch.arange(second - 1)
