@@ -8,12 +8,15 @@ the round.
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -119,12 +122,15 @@ class Adapters:
     def write_peft_folder(self, folder: Path, row: torch.Tensor) -> None:
         """Write one client's row as a stock PEFT adapter, whole or not at all.
 
-        ``PeftModel.from_pretrained(base, folder)`` then computes what the trainer computed:
-        the factor gamma is carried by ``lora_alpha`` and ``use_rslora``.
+        ``PeftModel.from_pretrained(base, folder)`` then computes what the trainer computed, and so
+        does other software: ``lora_alpha / r`` is gamma, without rsLoRA's flag, which some ignore.
 
         Args:
             folder: of adapter_config.json and adapter_model.safetensors; parents are made.
             row: (layout.size,) of any device.
+
+        Raises:
+            OSError, SafetensorError: where a file cannot be written.
         """
         row = row.detach().cpu()
         tensors = {
@@ -138,13 +144,13 @@ class Adapters:
         save_tensors(tensors, temporary, {"format": "pt"})
         os.replace(temporary, folder / "adapter_model.safetensors")
         settings = {**self.peft_config.to_dict(), "inference_mode": True}
-        settings["target_modules"] = _plain(settings["target_modules"])
         if self.head is not None:
             settings["task_type"] = "SEQ_CLS"
             settings["modules_to_save"] = [self.head.name]
-            # Otherwise a target such as "dense" would match a layer of the head too.
-            settings["exclude_modules"] = rf"(.*\.)?{re.escape(self.head.name)}(\..*)?"
-        text = json.dumps(settings, indent=2, sort_keys=True, default=str)
+        if float(settings["lora_alpha"]).is_integer():  # PEFT calls it an int; so may a reader
+            settings["lora_alpha"] = int(settings["lora_alpha"])
+        plain = {key: plain_json(key, value) for key, value in settings.items()}
+        text = json.dumps(plain, indent=2, sort_keys=True, allow_nan=False)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
     def _peft_name(self, piece: Piece) -> str:
@@ -182,14 +188,22 @@ def attach(
     request = LoraConfig(
         r=lora_rank,
         lora_alpha=peft_alpha(lora_scaling, lora_rank),
-        use_rslora=True,
         lora_dropout=dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         # A classifier's type would make PEFT copy the head, which is not its business here.
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+    )
+    module_names = [name for name, _ in model.named_modules()]
+    found, changed = _choose_layers(model, request)
+    if head is not None:
+        module_names += [f"{head.name}.{name}" for name in head.layer.module_names()]
+    # Not as PEFT changed it: it names the model and rewrites the targets of mixtures of experts.
+    peft_config = dataclasses.replace(
+        request,
+        target_modules=_short_names(found, set(module_names).difference(found)),
+        fan_in_fan_out=changed.fan_in_fan_out,
         base_model_name_or_path=base_name,
     )
-    found, peft_config = _choose_layers(model, request)
     context = PassContext()
     layers: dict[str, StackedLoraLinear] = {}
     for index, name in enumerate(sorted(found)):
@@ -206,15 +220,17 @@ def attach(
 def _choose_layers(
     model: PreTrainedModel, request: LoraConfig
 ) -> tuple[dict[str, LoraLayer], LoraConfig]:
-    """Let PEFT put its layers into the model; returns them by name, and its final configuration.
+    """Let PEFT put its layers into the model; returns them by name, and the request as it left it.
 
     Raises:
         UserError: where a target does not exist or is not a linear layer.
     """
     targets = request.target_modules
     try:
+        matched = _matched(model, targets)
+        own = dataclasses.replace(request, target_modules=sorted(matched) or targets)
         # On the meta device: the factors that train are rows of our own buffers.
-        peft_model = get_peft_model(model, request, low_cpu_mem_usage=True)
+        get_peft_model(model, own, low_cpu_mem_usage=True)
     except (ValueError, re.error) as error:
         raise _wrong_targets(model, targets, str(error).splitlines()[0]) from None
     found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
@@ -225,7 +241,58 @@ def _choose_layers(
         if not _is_linear(layer.get_base_layer()):
             kind = type(layer.get_base_layer()).__name__
             raise _wrong_targets(model, targets, f"{name} is a {kind}, not a linear layer.")
-    return found, peft_model.peft_config["default"]
+        if matched and name not in matched:
+            raise _wrong_targets(model, targets, f"PEFT would adapt {name} too.")
+        if (layer.r["default"], layer.scaling["default"]) != _rank_and_scaling(request):
+            raise AssertionError(f"PEFT gives {name} a rank or a scaling of its own")
+    return found, own
+
+
+def _matched(model: PreTrainedModel, targets: object) -> set[str]:
+    """The modules that a pattern names; none where the targets are no pattern.
+
+    PEFT itself keeps only the last parts of what a pattern matches in a mixture of experts, and so
+    would adapt the layers of that name in all blocks.
+    """
+    if not isinstance(targets, str) or targets.lower() == "all-linear":
+        return set()
+    return {name for name, _ in model.named_modules() if re.fullmatch(targets, name)}
+
+
+def _rank_and_scaling(request: LoraConfig) -> tuple[int, float]:
+    return request.r, request.lora_alpha / request.r
+
+
+def _short_names(found: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Names with which PEFT finds these layers and no others: last parts where those suffice."""
+    elsewhere = {name.rpartition(".")[2] for name in others}
+    last_parts = {name: name.rpartition(".")[2] for name in found}
+    return sorted({name if last in elsewhere else last for name, last in last_parts.items()})
+
+
+def plain_json(key: str, value: Any) -> Any:
+    """Return a value of a configuration as JSON has it; sets become sorted lists.
+
+    Args:
+        key: for the error.
+        value: null, bool, number, text, list, tuple, set or mapping, also within each other.
+
+    Raises:
+        TypeError: where it is anything else, whose printed form no reader could take back.
+    """
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [plain_json(key, item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain_json(key, item) for item in value)
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: plain_json(f"{key}.{name}", item) for name, item in value.items()}
+    raise TypeError(f"{key} = {value!r} of an adapter's configuration has no form in JSON")
 
 
 def _wrong_targets(model: PreTrainedModel, targets: object, reason: str) -> UserError:

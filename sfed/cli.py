@@ -14,7 +14,7 @@ import stat
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -23,7 +23,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from sfed.config import DEMO, Config
+from sfed.config import DEMO, REQUIRED, Config
 from sfed.masking import mask
 
 EXIT_MISTAKE = 2
@@ -146,15 +146,54 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]] | None:
 
 
 def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration file (None = the embedded demo) and apply ``key=value`` overrides.
+    """Read a configuration file and apply ``key=value`` overrides.
+
+    Args:
+        path: of the file, which stands on its own. Without it the overrides stand on the demo's
+            configuration if they say data.task=demo, or if there are none, and else on nothing.
+        overrides: ``key=value``; the last one for a key counts.
 
     Raises:
-        UserError: with all mistakes at once.
+        UserError: with all mistakes at once; model.name and data.task have no default.
     """
-    data = DEMO if path is None else read_mapping(Path(path))
+    data = _overridden({} if path is None else read_mapping(Path(path)), overrides)
+    if path is None and (not overrides or _task(data) == "demo"):
+        data = _overridden(DEMO, overrides)
+    return complete(data)
+
+
+def _overridden(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         data = overridden(data, override)
-    return validate(data)
+    return data
+
+
+def _task(data: Mapping[str, Any]) -> Any:
+    section = data.get("data")
+    return section.get("task") if isinstance(section, Mapping) else None
+
+
+def complete(data: dict[str, Any]) -> Config:
+    """Check what a person wrote against the schema: ``validate``, and model and task are there.
+
+    Raises:
+        UserError: as ``validate`` does, and one line for each of model.name and data.task that is
+            not set. With data.task=demo the model is the demo's where no other is named.
+    """
+    if _task(data) == "demo" and "model.name" in _unset(data):
+        data = put(data, "model.name", "demo", origin="data.task=demo")
+    return validate(data, required=tuple(REQUIRED))
+
+
+def _unset(data: Mapping[str, Any]) -> list[str]:
+    """The required keys that are not there; a section of another form is a mistake by itself."""
+    unset = []
+    for key in REQUIRED:
+        section, _, leaf = key.partition(".")
+        values = data.get(section, {})
+        if isinstance(values, Mapping) and leaf not in values:
+            unset.append(key)
+    return unset
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -202,8 +241,12 @@ def put(data: dict[str, Any], dotted: str, value: Any, origin: str) -> dict[str,
     return result
 
 
-def validate(data: dict[str, Any]) -> Config:
+def validate(data: dict[str, Any], required: Sequence[str] = ()) -> Config:
     """Check a mapping against the schema.
+
+    Args:
+        data: sections of keys.
+        required: keys that have to be there; see ``complete``.
 
     Raises:
         UserError: one line per mistake: key, value, what is wrong, the nearest known key.
@@ -214,13 +257,21 @@ def validate(data: dict[str, Any]) -> Config:
         raise UserError("the configuration refers to itself (a YAML alias in a circle)") from None
     except TypeError as error:
         raise UserError(f"a key of the configuration is not text: {error}") from None
+    unset = [key for key in _unset(data) if key in required]
+    details: list[ErrorDetails] = []
     try:
         # JSON mode: strict about types, yet a list may fill a tuple.
-        return Config.model_validate_json(text)
+        config = Config.model_validate_json(text)
     except ValidationError as error:
-        lines = sorted({_explain(detail) for detail in _narrowed(error.errors())})
+        details = _narrowed(error.errors())
+    if "data.task" in unset:  # what must hold between keys depends on it
+        details = [detail for detail in details if detail["loc"]]
+    lines = sorted({_explain(detail) for detail in details})
+    lines = [f"{key}: no default; {REQUIRED[key]}{_allowed(key)}" for key in unset] + lines
+    if lines:
         count = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
-        raise UserError(f"{count} in the configuration\n  " + "\n  ".join(lines)) from None
+        raise UserError(f"{count} in the configuration\n  " + "\n  ".join(lines))
+    return config
 
 
 def _narrowed(details: list[ErrorDetails]) -> list[ErrorDetails]:
@@ -265,7 +316,10 @@ def _sections() -> tuple[str, ...]:
 
 
 def list_keys() -> list[tuple[str, str, str]]:
-    """All keys as (dotted name, default as YAML text, meaning), in the order of the schema."""
+    """All keys as (dotted name, default as YAML text, meaning), in the order of the schema.
+
+    A key that has to be set has the default "required".
+    """
     rows = []
     defaults = json.loads(Config().model_dump_json())
     for section, field in Config.model_fields.items():
@@ -274,9 +328,10 @@ def list_keys() -> list[tuple[str, str, str]]:
             continue
         fields = type(getattr(Config(), section)).model_fields
         for name, inner in fields.items():
-            default = json.dumps(defaults[section][name])
+            key = f"{section}.{name}"
+            default = "required" if key in REQUIRED else json.dumps(defaults[section][name])
             meaning = f"{inner.description or ''}{_choices(inner.annotation)}"
-            rows.append((f"{section}.{name}", default, meaning))
+            rows.append((key, default, meaning))
     return rows
 
 
@@ -288,7 +343,7 @@ def _choices(annotation: Any) -> str:
 
 def help_text(usage: str) -> str:
     """The text of ``--help``: usage, then every key with its default and its meaning."""
-    lines = [usage, "", "Keys (default in brackets):"]
+    lines = [usage, "", "Keys (default in brackets; required: it has to be set):"]
     section = ""
     for key, default, meaning in list_keys():
         if key.partition(".")[0] != section:

@@ -110,8 +110,16 @@ class Config(Section):
         return self.output.name or f"{self.data.name or self.data.task}-{self.federated.method}"
 
 
-# What `python -m sfed.train` without a file runs: eight clients, each with its own kind of
-# problem and its own way of writing the answer. The same eight on any number of processes.
+# Keys without a default for whoever writes a configuration, and what to do about them. The schema
+# has values for them, so that a part of a configuration can be made and checked by itself.
+REQUIRED = {
+    "model.name": "set model.name, or data.task=demo",
+    "data.task": "set data.task",
+}
+
+# What `python -m sfed.train` without arguments runs, and what keys with data.task=demo stand on:
+# eight clients, each with its own kind of problem and its own way of writing the answer. The same
+# eight on any number of processes. configs/demo.yaml holds the same for a person to copy.
 DEMO: dict[str, Any] = {
     "model": {"name": "demo"},
     "data": {"task": "demo", "max_tokens": 128},

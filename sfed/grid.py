@@ -246,7 +246,7 @@ def _cell(common: dict[str, Any], choice: Choice, name: str, sweep_name: str, ch
     data = common
     for key, value in choice.items():
         data = cli.put(data, key, value, origin=key)
-    config = cli.validate(data)
+    config = cli.complete(data)
     if config.output.resume not in ("auto", "never"):
         raise UserError(
             f"output.resume = {config.output.resume!r}: a sweep takes auto, or never to begin anew "

@@ -51,6 +51,10 @@ class StackedHead(nn.Module):
         """Use these weights from now on: (C, *shape) fp32 by the template's own names."""
         self.weights = weights
 
+    def module_names(self) -> list[str]:
+        """Names of the modules that the head consists of, within it."""
+        return [name for name, _ in self._template[0].named_modules() if name]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the head's outputs for x of shape (C * B, ...): (C * B, ...)."""
         weights = {name: stacked.to(x.dtype) for name, stacked in self.weights.items()}

@@ -111,7 +111,9 @@ def _check(config: Config, given: argparse.Namespace) -> None:
             f"process holds at least one client: give --gpus {num_clients}, or raise it"
         )
     if config.model.name == "demo":
-        raise UserError("model.name = 'demo' fits anywhere; give a CONFIG or model.name=...")
+        raise UserError(
+            "model.name = 'demo' fits anywhere; give a CONFIG, or model.name=... data.task=..."
+        )
     if given.json is not None and not given.json.parent.is_dir():
         raise UserError(f"--json {given.json}: the folder {given.json.parent} does not exist")
 

@@ -45,5 +45,18 @@ def effective_clients(client_weights: Sequence[float]) -> float:
 
 
 def peft_alpha(gamma: float, lora_rank: int) -> float:
-    """Return the ``lora_alpha`` with which stock PEFT's rsLoRA rule alpha/sqrt(r) gives gamma."""
-    return gamma * math.sqrt(lora_rank)
+    """Return the ``lora_alpha`` with which LoRA's own rule gives gamma.
+
+    ``alpha / r`` is the one rule that all readers of PEFT folders know; some ignore ``use_rslora``.
+
+    Args:
+        gamma: the scaling factor, > 0.
+        lora_rank: r, >= 1.
+
+    Returns:
+        The alpha for which the fp64 quotient alpha / r is gamma bit by bit; where there is no such
+        alpha, the one whose quotient is next to gamma.
+    """
+    product = gamma * lora_rank
+    near = (product, math.nextafter(product, 0.0), math.nextafter(product, math.inf))
+    return min(near, key=lambda alpha: abs(alpha / lora_rank - gamma))

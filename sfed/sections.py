@@ -65,7 +65,8 @@ class ModelSection(Section):
     """The frozen backbone."""
 
     name: str = "demo"
-    """Hub id or folder of the language model or encoder; demo = a small one made on the spot."""
+    """Hub id or folder of the language model or encoder; demo = a small one made on the spot, which
+    data.task=demo takes where none is named."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of the backbone; auto = bf16 on GPUs, fp32 on CPUs. Adapters stay in fp32."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"

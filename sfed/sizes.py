@@ -70,7 +70,6 @@ def attach(
     lora_rank: int,
 ) -> Adapters:
     """Put the trainer's layers into a model that is there to be counted only."""
-    model.name_or_path = "trial"  # PEFT asks the model for it, and warns where they differ
     return adapters.attach(
         model,
         head,

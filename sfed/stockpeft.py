@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from sfed.contestants import GAMMA, TRAIN, Contestant
 from sfed.layout import Layout
 from sfed.mockups import Workload
+from sfed.scaling import peft_alpha
 
 
 class StockPeft(Contestant):
@@ -33,7 +34,7 @@ class StockPeft(Contestant):
         targets = workload.target_modules
         settings = LoraConfig(
             r=workload.lora_rank,
-            lora_alpha=GAMMA * workload.lora_rank,
+            lora_alpha=peft_alpha(GAMMA, workload.lora_rank),
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type="CAUSAL_LM",
         )

@@ -1,8 +1,8 @@
 """Train: ``torchrun --nproc_per_node 8 -m sfed.train [CONFIG.yaml] [key=value ...]``.
 
-Without a configuration it runs the embedded demo, which downloads nothing. Exit codes: 0 done (or
-stopped by SIGTERM with everything on disk), 2 a mistake in configuration, data or arguments, 1
-anything else.
+Without arguments it runs the embedded demo, which downloads nothing. Exit codes: 0 done (or stopped
+by SIGTERM with everything on disk), 2 a mistake in configuration, data or arguments, 1 anything
+else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ USAGE = """usage: python -m sfed.train [CONFIG.yaml] [key=value ...]
        deepspeed --num_gpus 8 --module sfed.train [CONFIG.yaml] [key=value ...]
 
 Federated LoRA fine-tuning: each process is one client or several. Without arguments it runs the
-embedded demo. A configuration is a YAML or JSON file; key=value goes over it.
+embedded demo. A configuration is a YAML or JSON file; key=value goes over it, or over the defaults
+below where there is no file; with data.task=demo, over the demo's configuration.
 """
 
 

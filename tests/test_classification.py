@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -507,6 +509,16 @@ def run_and_logits(
     return glue.run(folder, family, name, out, **over), found
 
 
+def assert_same_layers(stock: Any, exported: Path, saved: Path) -> None:
+    """What stock PEFT has made of a folder it writes back, number for number."""
+    stock.save_pretrained(saved)
+    one, other = (load_file(path / "adapter_model.safetensors") for path in (exported, saved))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    layers = {name for name, module in stock.named_modules() if isinstance(module, LoraLayer)}
+    assert layers == {name.partition(".lora_A")[0] for name in one if ".lora_A" in name}
+
+
 @pytest.mark.parametrize("all_linear", [False, True], ids=["two targets", "all linear"])
 @every_family
 def test_stock_peft_gives_the_logits_of_the_trainer_from_an_exported_folder(
@@ -521,6 +533,7 @@ def test_stock_peft_gives_the_logits_of_the_trainer_from_an_exported_folder(
     rows = glue.read(tmp_path / "some.jsonl")
     for name in [*NAMES, "global"]:
         stock = glue.with_adapter(folder, family, "mnli", run_folder / "adapters" / name)
+        assert_same_layers(stock, run_folder / "adapters" / name, tmp_path / "saved")
         torch.testing.assert_close(encoder.logits(stock, rows), ours[name], rtol=2e-5, atol=2e-5)
         if name == NAMES[1]:
             merged = stock.merge_and_unload()
@@ -545,6 +558,7 @@ def test_a_target_that_is_also_a_layer_of_the_head_leaves_the_head_alone(
     names = runs.adapters(run_folder)[NAMES[0]]
     assert not any("classifier" in name and "lora" in name for name in names)
     stock = glue.with_adapter(folder, "roberta", "rte", run_folder / "adapters" / NAMES[0])
+    assert_same_layers(stock, run_folder / "adapters" / NAMES[0], tmp_path / "saved")
     rows = glue.read(tmp_path / "some.jsonl")
     logits = glue.Encoder(folder, "roberta", "rte").logits(stock, rows)
     torch.testing.assert_close(logits, ours[NAMES[0]], rtol=2e-5, atol=2e-5)

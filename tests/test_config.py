@@ -59,7 +59,19 @@ def with_value(settings, key, value):
     return {**settings, section: {**settings[section], leaf: value}}
 
 
+DEMO = "data.task=demo"
+NO_MODEL = "model.name: no default; set model.name, or data.task=demo (Hub id or folder"
+NO_TASK = "data.task: no default; set data.task (Form of the examples"
+
+
 def mistake_of(*arguments):
+    """The message about these arguments, over the demo where there is no file among them."""
+    if not any(os.path.isfile(word) or "=" not in word for word in arguments):
+        arguments = (DEMO, *arguments)
+    return told(*arguments)
+
+
+def told(*arguments):
     with pytest.raises(UserError) as caught:
         cli.parse(arguments)
     return str(caught.value)
@@ -88,19 +100,22 @@ def run_python(*arguments, **environment):
 def test_key_value_changes_that_key_and_no_other(setting):
     key, value = setting
     before = cli.parse([]).model_dump()
-    assert cli.parse([written(key, value)]).model_dump() == with_value(before, key, value)
+    assert cli.parse([DEMO, written(key, value)]).model_dump() == with_value(before, key, value)
+    alone = ["model.name=x", "data.task=gsm8k"]
+    before = cli.parse(alone).model_dump()
+    assert cli.parse([*alone, written(key, value)]).model_dump() == with_value(before, key, value)
 
 
 @given(st.lists(one_setting, max_size=5))
 def test_a_dumped_configuration_reads_back_as_the_same(settings):
-    original = cli.parse([written(key, value) for key, value in settings])
+    original = cli.parse([DEMO, *(written(key, value) for key, value in settings)])
     assert cli.validate(json.loads(original.model_dump_json())) == original
     assert cli.validate(original.model_dump()) == original
 
 
 def test_overriding_leaves_the_embedded_demo_as_it_is():
     before = json.dumps(cli.DEMO)
-    cli.parse(["lora.rank=3", "train.lr=1", "backbone.deepspeed.x=1"])
+    cli.parse([DEMO, "lora.rank=3", "train.lr=1", "backbone.deepspeed.x=1"])
     assert json.dumps(cli.DEMO) == before
 
 
@@ -109,28 +124,28 @@ def test_no_arguments_mean_the_embedded_demo_with_eight_clients():
     assert (settings.data.task, settings.federated.num_clients) == ("demo", 8)
 
 
-def test_an_empty_file_means_every_default(tmp_path):
-    assert cli.parse([save(tmp_path, "# nothing\n")]) == Config()
+def test_a_file_of_the_demos_task_alone_means_every_default(tmp_path):
+    assert cli.parse([save(tmp_path, "data: {task: demo}\n")]) == Config()
 
 
 def test_key_value_goes_over_the_file_wherever_it_stands(tmp_path):
-    path = save(tmp_path, "lora: {rank: 3, alpha: 5.0}\n")
+    path = save(tmp_path, "data: {task: demo}\nlora: {rank: 3, alpha: 5.0}\n")
     for arguments in ([path, "lora.rank=4"], ["lora.rank=4", path]):
         assert cli.parse(arguments).lora == config.LoraSection(rank=4, alpha=5.0)
 
 
 def test_the_last_of_two_values_for_a_key_counts():
-    assert cli.parse(["lora.rank=4", "lora.rank=5"]).lora.rank == 5
+    assert cli.parse([DEMO, "lora.rank=4", "lora.rank=5"]).lora.rank == 5
 
 
 def test_a_value_may_itself_hold_an_equals_sign():
-    assert cli.parse(["model.name=a=b"]).model.name == "a=b"
+    assert cli.parse([DEMO, "model.name=a=b"]).model.name == "a=b"
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".1e-3", "+1e-4"])
 def test_a_number_in_scientific_notation_is_a_number(tmp_path, text):
-    assert cli.parse([f"train.lr={text}"]).train.lr == 1e-4
-    assert cli.parse([save(tmp_path, f"train:\n  lr: {text}\n")]).train.lr == 1e-4
+    assert cli.parse([DEMO, f"train.lr={text}"]).train.lr == 1e-4
+    assert cli.parse([save(tmp_path, f"train:\n  lr: {text}\n"), DEMO]).train.lr == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -138,37 +153,41 @@ def test_a_number_in_scientific_notation_is_a_number(tmp_path, text):
     [("[0.5, -0.5]", (0.5, -0.5)), ("[1/2, -1/2]", (0.5, -0.5)), ("[0, -1]", (0, -1))],
 )
 def test_an_exponent_is_a_number_or_a_fraction(text, value):
-    assert cli.parse([f"lora.scaling={text}"]).lora.scaling == value
+    assert cli.parse([DEMO, f"lora.scaling={text}"]).lora.scaling == value
 
 
 @pytest.mark.parametrize("indent", [None, 2, "\t"])
 def test_a_json_file_is_a_configuration(tmp_path, indent):
-    settings = {"seed": 3, "lora": {"rank": 4, "target_modules": ["q_proj"]}, "train": {"lr": 1e-5}}
+    settings = {"seed": 3, "model": {"name": "x"}, "data": {"task": "gsm8k"}}
+    settings |= {"lora": {"rank": 4, "target_modules": ["q_proj"]}, "train": {"lr": 1e-5}}
     path = save(tmp_path, json.dumps(settings, indent=indent), "config.json")
     assert cli.parse([path]) == cli.validate(settings)
 
 
 def test_a_yaml_merge_key_is_a_mapping_taken_over(tmp_path):
     path = save(tmp_path, "backbone:\n  deepspeed:\n    a: &x {b: 1}\n    c: {<<: *x, d: 2}\n")
-    assert cli.parse([path]).backbone.deepspeed["c"] == {"b": 1, "d": 2}
+    assert cli.parse([path, DEMO]).backbone.deepspeed["c"] == {"b": 1, "d": 2}
 
 
 def test_a_long_value_is_a_value_and_not_the_name_of_a_file():
     files = tuple(f"customer-{i}.jsonl" for i in range(40))
     arguments = [f"data.train_files=[{', '.join(files)}]", "data.task=jsonl"]
-    assert cli.parse(["partition.kind=iid", *arguments]).data.train_files == files
+    assert cli.parse(["model.name=x", *arguments]).data.train_files == files
 
 
 def test_a_file_with_an_equals_sign_in_its_name_is_read(tmp_path):
-    assert cli.parse([save(tmp_path, "lora: {rank: 7}", "rank=7.yaml")]).lora.rank == 7
+    path = save(tmp_path, "lora: {rank: 7}", "rank=7.yaml")
+    assert cli.parse([path, DEMO]).lora.rank == 7
 
 
 @pytest.mark.parametrize(
     "words", [["--local_rank=3"], ["--local-rank=3"], ["--local_rank", "3"], ["--local-rank", "3"]]
 )
 def test_the_rank_that_the_deepspeed_launcher_adds_is_ignored(words):
-    assert cli.parse([*words, "lora.rank=4"]) == cli.parse(["lora.rank=4"])
-    assert cli.parse(["lora.rank=4", *words]) == cli.parse(["lora.rank=4"])
+    expected = cli.parse([DEMO, "lora.rank=4"])
+    assert cli.parse([*words, DEMO, "lora.rank=4"]) == expected
+    assert cli.parse([DEMO, "lora.rank=4", *words]) == expected
+    assert cli.parse(words) == cli.parse([])
 
 
 @pytest.mark.parametrize("name", ["lora", "model", "seed"])
@@ -188,6 +207,136 @@ def test_files_come_as_a_tuple_whatever_form_they_were_given_in(files, expected)
 def test_the_run_is_named_after_task_and_method_or_as_asked():
     assert Config().run_name == "demo-sfed"
     assert cli.validate({"output": {"name": "x"}}).run_name == "x"
+
+
+# --- what keys and files stand on ----------------------------------------------------------------
+
+DEMOS = {
+    "model.name": "demo",
+    "data.task": "demo",
+    "data.max_tokens": 128,
+    "partition.kind": "by_key",
+    "partition.key": "kind",
+    "federated.num_clients": 8,
+    "federated.num_rounds": 5,
+    "train.local_steps": 10,
+    "train.lr": 3e-3,
+    "evaluation.max_examples": 32,
+    "output.name": "demo",
+}
+DEFAULTS = {
+    "data.max_tokens": 512,
+    "partition.kind": "iid",
+    "partition.key": None,
+    "federated.num_clients": None,
+    "federated.num_rounds": 10,
+    "train.local_steps": None,
+    "train.lr": 3e-4,
+    "evaluation.max_examples": None,
+    "output.name": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], DEMOS),
+        (["data.task=demo"], DEMOS),
+        (["data.task=demo", "lora.rank=4"], {**DEMOS, "lora.rank": 4}),
+        (["lora.rank=4", "data.task=demo"], {**DEMOS, "lora.rank": 4}),
+        (["data.task=gsm8k", "data.task=demo"], DEMOS),
+        (["data.task=demo", "model.name=x"], {**DEMOS, "model.name": "x"}),
+        (["data={task: demo}"], {**DEMOS, "data.max_tokens": 512}),
+        (["model.name=demo", "data.task=demo"], DEMOS),
+        (["model.name=x", "data.task=gsm8k"], {**DEFAULTS, "data.task": "gsm8k"}),
+        (["data.task=demo", "data.task=gsm8k", "model.name=x"], DEFAULTS),
+        (
+            ["model.name=x", "data.task=jsonl", "data.train_files=[a.jsonl]", "lora.rank=4"],
+            {**DEFAULTS, "model.name": "x", "lora.rank": 4, "data.train_files": ("a.jsonl",)},
+        ),
+        (
+            ["model.name=demo", "data.task=jsonl", "data.train_files=a.jsonl"],
+            {**DEFAULTS, "model.name": "demo"},
+        ),
+    ],
+)
+def test_keys_stand_on_the_demo_or_on_the_defaults_of_help(arguments, expected):
+    found = cli.parse(arguments).model_dump()
+    for key, value in expected.items():
+        section, _, leaf = key.partition(".")
+        assert found[section][leaf] == value, key
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("data: {task: demo}", [], {**DEFAULTS, "model.name": "demo"}),
+        ("lora: {rank: 4}", ["data.task=demo"], {**DEFAULTS, "model.name": "demo"}),
+        ("model: {name: x}\ndata: {task: gsm8k}", [], {**DEFAULTS, "model.name": "x"}),
+        ("model: {name: x}\ndata: {task: demo}", [], {**DEFAULTS, "model.name": "x"}),
+        ("model: {name: x}", ["data.task=gsm8k"], {**DEFAULTS, "data.task": "gsm8k"}),
+        ("data: {task: gsm8k}", ["model.name=demo"], {**DEFAULTS, "model.name": "demo"}),
+    ],
+)
+def test_a_file_stands_on_its_own(tmp_path, text, words, expected):
+    found = cli.parse([save(tmp_path, text), *words]).model_dump()
+    for key, value in expected.items():
+        section, _, leaf = key.partition(".")
+        assert found[section][leaf] == value, key
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "missing"),
+    [
+        (None, ["lora.rank=4"], [NO_MODEL, NO_TASK]),
+        (None, ["seed=1"], [NO_MODEL, NO_TASK]),
+        (None, ["data.max_tokens=9"], [NO_MODEL, NO_TASK]),
+        (None, ["data.task=gsm8k"], [NO_MODEL]),
+        (None, ["data.task=jsonl", "data.train_files=a.jsonl"], [NO_MODEL]),
+        (None, ["data={task: gsm8k}"], [NO_MODEL]),
+        (None, ["model.name=x"], [NO_TASK]),
+        (None, ["model.name=demo"], [NO_TASK]),
+        (None, ["model.name=x", "data.train_files=a.jsonl"], [NO_TASK]),
+        (None, ["model.name=x", "data.name=sst2"], [NO_TASK]),
+        ("", [], [NO_MODEL, NO_TASK]),
+        ("lora: {rank: 4}", [], [NO_MODEL, NO_TASK]),
+        ("model: {dtype: fp32}\ndata: {task: gsm8k}", [], [NO_MODEL]),
+        ("model: {name: x}", [], [NO_TASK]),
+        ("{}", ["train.lr=1"], [NO_MODEL, NO_TASK]),
+    ],
+)
+def test_a_model_and_a_task_have_no_default(tmp_path, text, words, missing):
+    message = told(*([] if text is None else [save(tmp_path, text)]), *words)
+    head, *lines = message.split("\n  ")
+    assert len(lines) == len(missing), message
+    assert head.startswith("a mistake" if len(lines) == 1 else f"{len(lines)} mistakes")
+    assert all(line.startswith(part) for line, part in zip(lines, missing, strict=True)), message
+
+
+def test_what_is_missing_comes_with_all_other_mistakes():
+    message = told("lora.rank=0", "nonsense=1")
+    assert message.startswith("4 mistakes")
+    assert all(part in message for part in (NO_MODEL, NO_TASK, "lora.rank = 0", "nonsense = 1"))
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["model.name=null", "data.task=gsm8k"], "model.name = null: input should be"),
+        (["model=x", "data.task=gsm8k"], 'model = "x"'),
+        (["model.name=x", "data=demo"], 'data = "demo"'),
+        (["model.name=x", "data.task=null"], "data.task = null"),
+    ],
+)
+def test_a_model_or_task_of_another_form_is_named_with_its_value(words, part):
+    message = told(*words)
+    assert message.startswith("a mistake") and part in message
+
+
+def test_the_demos_configuration_can_be_read_and_copied():
+    path = REPOSITORY / "configs" / "demo.yaml"
+    assert cli.read_mapping(path) == config.DEMO
+    assert cli.parse([str(path)]) == cli.parse([])
 
 
 # --- help ----------------------------------------------------------------------------------------
@@ -211,7 +360,10 @@ def test_help_lists_every_key_of_the_schema_with_default_and_meaning():
     lines = cli.help_text("how to start it").splitlines()
     assert lines[0] == "how to start it"
     for key, (default, meaning) in listed.items():
-        assert json.loads(default) == json.loads(json.dumps(expected[key]))
+        if key in config.REQUIRED:
+            assert default == "required"
+        else:
+            assert json.loads(default) == json.loads(json.dumps(expected[key]))
         assert len(meaning) > 10
         at = next(i for i, line in enumerate(lines) if line.split()[:1] == [key])
         assert lines[at].endswith(f"[{default}]")
@@ -220,8 +372,12 @@ def test_help_lists_every_key_of_the_schema_with_default_and_meaning():
 
 def test_every_default_in_help_is_accepted_as_a_value_for_its_key():
     for key, default, _ in cli.list_keys():
-        if key != "data.task":
-            assert cli.load(None, [f"{key}={default}", "partition.kind=iid"])
+        if key not in config.REQUIRED:
+            words = [f"{key}={default}", "partition.kind=iid"]
+            assert cli.load(None, [DEMO, *words])
+            assert cli.load(None, ["model.name=x", "data.task=gsm8k", words[0]]) == cli.load(
+                None, ["model.name=x", "data.task=gsm8k"]
+            )
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -381,7 +537,7 @@ def test_a_file_that_is_not_text_is_refused_by_its_name(tmp_path):
         (["nowhere.yaml"], "'nowhere.yaml' does not exist"),
         (["--rank=3"], "unknown option '--rank=3'"),
         (["lora.rank=[1"], "'lora.rank=[1': the value is not readable"),
-        (["model.name.x=1"], "model.name is 'demo', not a section"),
+        ([DEMO, "model.name.x=1"], "model.name is 'demo', not a section"),
     ],
 )
 def test_a_word_that_makes_no_sense_is_refused_by_itself(arguments, part):
@@ -405,12 +561,20 @@ def test_modules_that_answer_a_mistake_import_no_torch():
 
 
 def test_a_wrong_key_ends_the_command_with_one_message_and_code_two():
-    done = run_python("-m", "sfed.train", "nonsense=1", RANK="0")
+    done = run_python("-m", "sfed.train", DEMO, "nonsense=1", RANK="0")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "sfed: a mistake in the configuration\n"
         "  nonsense = 1: unknown key; see --help for all keys\n"
     )
+
+
+@pytest.mark.parametrize("command", ["sfed.train", "sfed.plan"])
+def test_keys_without_model_and_task_end_the_command_with_code_two(command):
+    done = run_python("-m", command, "lora.rank=4")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert NO_MODEL in done.stderr and NO_TASK in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_wrong_key_is_answered_without_torch():
@@ -434,9 +598,12 @@ def test_only_process_zero_speaks_of_a_mistake_but_all_exit_with_two():
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["data.task=jsonl", "data.train_files=none.jsonl"], "data.train_files: 'none.jsonl'"),
-        (["output.resume=nowhere"], "output.resume = 'nowhere'"),
-        (["lora.init=shared"], "lora.init=shared with a gamma that grows with N"),
+        (
+            ["model.name=x", "data.task=jsonl", "data.train_files=none.jsonl"],
+            "data.train_files: 'none.jsonl'",
+        ),
+        ([DEMO, "output.resume=nowhere"], "output.resume = 'nowhere'"),
+        ([DEMO, "lora.init=shared"], "lora.init=shared with a gamma that grows with N"),
     ],
 )
 def test_what_can_be_checked_without_a_model_is_checked_before_torch(arguments, part):
@@ -470,5 +637,5 @@ def test_any_other_failure_is_not_disguised_as_a_mistake_of_the_user():
 
 def test_default_numbers_are_finite():
     for key, default, _ in cli.list_keys():
-        value = json.loads(default)
+        value = None if key in config.REQUIRED else json.loads(default)
         assert not isinstance(value, float) or math.isfinite(value), key

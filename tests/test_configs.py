@@ -58,7 +58,7 @@ every_paper_base = pytest.mark.parametrize("path", PAPER_BASES, ids=ids)
 
 
 def check(settings: Settings) -> Config:
-    config = cli.validate(settings)
+    config = cli.complete(settings)
     methods.resolve(config)
     return config
 

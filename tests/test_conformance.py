@@ -455,8 +455,8 @@ def test_bug_alpha_over_r_is_missing(tiny_folder: Path, tmp_path: Path, method: 
         assert last["clients"][client]["personal_loss"] == pytest.approx(loss / tokens, rel=1e-5)
     for name in adapters:
         config = json.loads((folder / "adapters" / name / "adapter_config.json").read_text())
-        assert config["use_rslora"] and config["r"] == RANK
-        assert config["lora_alpha"] / math.sqrt(RANK) == pytest.approx(gamma, rel=1e-12)
+        assert config["use_rslora"] is False and config["r"] == RANK
+        assert config["lora_alpha"] / config["r"] == pytest.approx(gamma, rel=1e-12)
     if "global" in adapters:
         everyone = merged(model, adapters["global"], gamma)
         sums = [held_out_loss(everyone, some) for some in held]
@@ -606,10 +606,6 @@ def test_the_global_adapter_is_the_mean_of_the_clients_by_stock_peft(
     folder = run(tiny_folder, tmp_path, method, partition=partition, federated=federated)
     p = shares(parts_of(folder), list(range(N)), by_examples=weighting == "examples")
     gamma = TABLE[method][2](ALPHA, effective_n(p), RANK)
-    for name in NAMES:  # PEFT gets "cat" of rsLoRA wrong by sqrt(r): say gamma the other way
-        path = folder / "adapters" / name / "adapter_config.json"
-        plain = {"use_rslora": False, "lora_alpha": gamma * RANK}
-        path.write_text(json.dumps({**json.loads(path.read_text()), **plain}))
     base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model")
     stock = PeftModel.from_pretrained(base, folder / "adapters" / "global", adapter_name="ours")
     for name in NAMES:
@@ -620,5 +616,6 @@ def test_the_global_adapter_is_the_mean_of_the_clients_by_stock_peft(
     for layer in layers:
         expected = layer.get_delta_weight("sum")
         bound = 2e-6 * float(expected.abs().max())
+        assert layer.scaling["ours"] == pytest.approx(gamma, rel=1e-12)
         ours = layer.get_delta_weight("ours")
         torch.testing.assert_close(ours, expected, rtol=0.0, atol=bound)

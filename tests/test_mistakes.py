@@ -903,7 +903,7 @@ def run_command(*command: str, **environment: str) -> subprocess.CompletedProces
 
 
 def test_a_wrong_value_on_the_command_line_ends_with_code_2_and_a_short_message():
-    done = run_command("sfed.train", "train.lr=-1")
+    done = run_command("sfed.train", "data.task=demo", "train.lr=-1")
     assert done.returncode == EXIT_MISTAKE
     assert done.stdout == ""
     first, second = done.stderr.splitlines()
@@ -912,7 +912,7 @@ def test_a_wrong_value_on_the_command_line_ends_with_code_2_and_a_short_message(
 
 
 def test_only_process_0_prints_a_mistake():
-    done = run_command("sfed.train", "train.lr=-1", RANK="1", WORLD_SIZE="2")
+    done = run_command("sfed.train", "data.task=demo", "train.lr=-1", RANK="1", WORLD_SIZE="2")
     assert (done.returncode, done.stdout, done.stderr) == (EXIT_MISTAKE, "", "")
 
 

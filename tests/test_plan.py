@@ -81,11 +81,15 @@ def test_a_plan_is_shown_and_written(tiny_folder: Path, tmp_path: Path, capsys) 
     ("words", "told"),
     [
         (["lora.rnk=4"], "did you mean lora.rank?"),
+        (["lora.rank=4"], "set model.name, or data.task=demo"),
+        (["data.task=gsm8k"], "set model.name, or data.task=demo"),
+        (["model.name=llama2-7b"], "data.task: no default"),
         (["lora.rank=4", "--gpu-memory", "80"], "no size such as 80GiB"),
         (["lora.rank=4", "--gpus", "0"], "whole number"),
         (["lora.rank=4", "--gpu", "8"], "--gpu"),
         ([*LLAMA, "federated.num_clients=3"], "give --gpus 3"),
-        (["data.task=gsm8k"], "give a CONFIG"),
+        (["data.task=demo"], "give a CONFIG"),
+        (["model.name=demo", "data.task=gsm8k"], "give a CONFIG"),
         ([*LLAMA, "--json", "nowhere/at/all.json"], "does not exist"),
     ],
 )

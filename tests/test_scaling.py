@@ -71,16 +71,41 @@ def test_a_client_without_weight_does_not_count(client_weights):
     assert with_idle == pytest.approx(effective_clients(client_weights), rel=1e-12)
 
 
-@given(st.floats(min_value=1e-3, max_value=1e3), ranks)
-def test_the_alpha_for_peft_gives_gamma_back_by_the_rslora_rule(gamma, lora_rank):
-    assert peft_alpha(gamma, lora_rank) / math.sqrt(lora_rank) == pytest.approx(gamma, rel=1e-12)
+@given(st.floats(min_value=1e-6, max_value=1e9), ranks)
+def test_the_alpha_for_peft_gives_gamma_back_by_the_rule_that_all_readers_know(gamma, lora_rank):
+    """Bit by bit where some alpha does; otherwise within 1 ulp, and no other alpha comes nearer."""
+    alpha = peft_alpha(gamma, lora_rank)
+    others = [alpha]
+    for towards in (0.0, math.inf):
+        other = alpha
+        for _ in range(3):
+            other = math.nextafter(other, towards)
+            others.append(other)
+    error = abs(alpha / lora_rank - gamma)
+    assert error == min(abs(other / lora_rank - gamma) for other in others)
+    assert error <= math.ulp(gamma)
+
+
+@pytest.mark.parametrize("lora_rank", [1, 2, 4, 8, 16, 64, 512, 3, 5, 6, 12, 24, 100])
+@pytest.mark.parametrize("rule", EXPONENTS)
+@pytest.mark.parametrize("num_clients", [1, 3, 8, 20])
+def test_the_usual_ranks_give_gamma_bit_by_bit(num_clients, rule, lora_rank):
+    for alpha in (1.0, 2.0, 4.0, 16.0, 5.657):
+        gamma = lora_scaling(alpha, lora_rank, num_clients, EXPONENTS[rule])
+        assert abs(peft_alpha(gamma, lora_rank) / lora_rank - gamma) <= math.ulp(gamma)
+        if lora_rank & (lora_rank - 1) == 0:
+            assert peft_alpha(gamma, lora_rank) / lora_rank == gamma
+
+
+def test_the_alpha_of_lora_is_its_own():
+    assert peft_alpha(lora_scaling(16.0, 8, 3, EXPONENTS["lora"]), 8) == 16.0
 
 
 @pytest.mark.parametrize(("num_clients", "lora_rank"), [(1, 4), (8, 8), (5, 3)])
 def test_stock_peft_computes_gamma_of_sfed_from_the_exported_alpha(num_clients, lora_rank):
     gamma = lora_scaling(4.0, lora_rank, num_clients, EXPONENTS["sfed"])
     alpha = peft_alpha(gamma, lora_rank)
-    assert alpha == pytest.approx(4.0 * math.sqrt(num_clients), rel=1e-12)
-    settings = LoraConfig(r=lora_rank, lora_alpha=alpha, use_rslora=True, target_modules=["0"])
+    assert alpha == pytest.approx(4.0 * math.sqrt(num_clients * lora_rank), rel=1e-12)
+    settings = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=["0"])
     layer = get_peft_model(nn.Sequential(nn.Linear(8, 8)), settings).base_model.model[0]
-    assert layer.scaling["default"] == pytest.approx(gamma, rel=1e-12)
+    assert layer.scaling["default"] == pytest.approx(gamma, rel=1e-15)

@@ -30,7 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def write(folder: Path, **keys: Any) -> Path:
-    """Write a grid file; JSON is YAML."""
+    """Write a grid file, of the demo where it names no task; JSON is YAML."""
+    common = keys.get("set", {})
+    if isinstance(common, dict):
+        keys["set"] = {"data": {"task": "demo"}, **common}
     path = folder / "methods.yaml"
     path.write_text(json.dumps(keys))
     return path
@@ -198,6 +201,37 @@ def test_mistakes_of_the_file(tmp_path: Path, keys: dict[str, Any], words: list[
         read(write(tmp_path, **keys), num_processes=2)
     for word in words:
         assert word in str(mistake.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("grid: {seed: [0, 1]}", [], ["2 mistakes", "model.name: no default; set model.name, or"]),
+        ("grid: {seed: [0, 1]}", ["model.name=x"], ["a mistake", "data.task: no default"]),
+        (
+            "{set: {data: {task: gsm8k}}, grid: {seed: [0, 1]}}",
+            [],
+            ["model.name", "in all 2 cells"],
+        ),
+        ("grid: {data.task: [demo, gsm8k]}", [], ["model.name: no default", "(cell task-gsm8k)"]),
+    ],
+)
+def test_a_grid_has_no_model_and_no_task_by_itself(
+    tmp_path: Path, text: str, overrides: list[str], words: list[str]
+) -> None:
+    (path := tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(UserError) as mistake:
+        read(path, *overrides)
+    for word in words:
+        assert word in str(mistake.value)
+
+
+def test_a_grid_stands_on_its_own_and_not_on_the_demos_configuration(tmp_path: Path) -> None:
+    (path := tmp_path / "grid.yaml").write_text("grid: {seed: [0, 1]}")
+    for cell in read(path, "data.task=demo").cells:
+        assert cell.config.model.name == "demo"
+        assert cell.config.train.lr == 3e-4
+        assert cell.config.federated.num_clients is None
 
 
 def test_what_varies_is_not_overridden(tmp_path: Path) -> None:

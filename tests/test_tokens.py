@@ -205,7 +205,7 @@ def test_without_a_key_a_table_has_none(tmp_path, tokenizer):
     [("train", sources.DEMO_TRAIN_PER_KIND), ("eval", sources.DEMO_EVAL_PER_KIND)],
 )
 def test_the_demo_gives_each_kind_its_rows(tokenizer, split, per_kind):
-    table = tokenise(cli.parse(["data.max_tokens=1000"]), tokenizer, split, ())
+    table = tokenise(cli.parse(["data.task=demo", "data.max_tokens=1000"]), tokenizer, split, ())
     assert len(table) == per_kind * len(demo.KINDS)
     assert {kind: table.keys.count(kind) for kind in demo.KINDS} == dict.fromkeys(
         demo.KINDS, per_kind
