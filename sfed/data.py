@@ -7,6 +7,7 @@ With one common pool every process computes the same split of everything. Under
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from sfed import partition
+from sfed import partition, scores
 from sfed.cli import UserError
 from sfed.config import Config
 from sfed.distributed import World
@@ -23,6 +24,7 @@ from sfed.meetings import first_of_node_first, gather_json, together
 from sfed.partition import Indices
 from sfed.seeds import Stream, generator
 from sfed.sources import Split, has_split
+from sfed.tasks import task_of
 from sfed.tokens import Examples, Tokens, tokenise
 
 _LEAST_TRAIN_EXAMPLES = 2
@@ -64,6 +66,7 @@ def load(
         else:
             held = _split_one_pool(config, tokenizer, world, num_clients)
         _require_examples(held.train, config)
+        held.notes += _note_on_unscored(held.held_out, config)
     return _assemble(held, config, world, num_clients, own_clients)
 
 
@@ -222,6 +225,17 @@ def _notes(what: str, table: Tokens | None) -> list[str]:
     return notes
 
 
+def _note_on_unscored(held_out: dict[int, Examples], config: Config) -> list[str]:
+    """Answers that are to be scored and end in no number."""
+    task = task_of(config)
+    if not (config.evaluation.generate and task.scores):
+        return []
+    count = sum(int(np.isnan(examples.targets).sum()) for examples in held_out.values())
+    whose = f" of clients {min(held_out)} to {max(held_out)}" if held_out else ""
+    what = f"have no number after {scores.ANSWER_MARK} and are not scored"
+    return [f"{count} held-out examples{whose} {what}"] if count else []
+
+
 def _evaluated(examples: Examples, config: Config, client: int) -> Examples:
     """The held-out examples that are evaluated, the longest first.
 
@@ -266,5 +280,4 @@ def _assemble(
 
 
 def _histogram(labels: Sequence[str]) -> dict[str, int]:
-    names, counts = np.unique(np.asarray(labels, dtype=object).astype(str), return_counts=True)
-    return {str(name): int(count) for name, count in zip(names, counts, strict=True)}
+    return dict(sorted(Counter(labels).items()))

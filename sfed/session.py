@@ -30,7 +30,6 @@ from sfed import (
     shape,
     sharing,
 )
-from sfed import tokenizer as tokenizers
 from sfed.checkpoint import Found, State
 from sfed.cli import UserError, leave
 from sfed.config import Config
@@ -48,6 +47,7 @@ from sfed.run import Run
 from sfed.runfolder import RunFolder
 from sfed.stopping import StoppedEarlyError, StopRequest
 from sfed.tasks import task_of
+from sfed.tokenizer import identity_of, load_tokenizer
 from sfed.writer import Writer
 
 
@@ -127,8 +127,8 @@ def build(
         )
     name = _model_folder(config, world, console)
     with meetings.together(world, "tokenizer"):
-        tokenizer, end_mark_source = tokenizers.load(config, name)
-    tokenizer_digest = guards.digest(tokenizers.identity(tokenizer))
+        tokenizer, end_mark_source = load_tokenizer(config, name)
+    tokenizer_digest = guards.digest(identity_of(tokenizer))
     if not task_of(config).is_classification:
         _say_end_mark(tokenizer, end_mark_source, console)
     console.enter(metrics.READING_SECONDS, f"reading {config.data.task}")

@@ -22,7 +22,7 @@ _CALL_SETTINGS = {"truncation": None, "padding": None}
 _MARKS = ("bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "pad_token_id")
 
 
-def load(config: Config, name: str) -> tuple[PreTrainedTokenizerFast, str]:
+def load_tokenizer(config: Config, name: str) -> tuple[PreTrainedTokenizerFast, str]:
     """Read the tokenizer of a model.
 
     A tokenizer that names no eos gets the one of generation_config.json, or of config.json, where
@@ -88,7 +88,7 @@ def _first_known(tokenizer: PreTrainedTokenizerFast, found: Any) -> str | None:
     return None
 
 
-def identity(tokenizer: PreTrainedTokenizerFast) -> str:
+def identity_of(tokenizer: PreTrainedTokenizerFast) -> str:
     """All of a tokenizer that the tokens of a text depend on, as JSON.
 
     What earlier calls have set does not count, because every call sets it anew.

@@ -22,7 +22,7 @@ from sfed.encoding import encode
 from sfed.partition import Indices, form_of_key
 from sfed.sources import Place, Split, source_of
 from sfed.tasks import checked_pair, task_of
-from sfed.tokenizer import identity as identity_of
+from sfed.tokenizer import identity_of
 
 # Part of every cache key: raise it when the tokens of a row would come out differently.
 _FORM_OF_TOKENS = "3"
