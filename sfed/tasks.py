@@ -97,11 +97,8 @@ def _instruction(row: Row) -> Pair:
 
 
 # What a row of ``data.task=jsonl`` may be; a column that holds null counts as not there.
-_FORMS: tuple[tuple[str, ...], ...] = (
-    ("instruction", "output"),
-    ("text",),
-    ("prompt", "completion"),
-)
+_ALPACA, _WHOLE_TEXT, _PAIR = ("instruction", "output"), ("text",), ("prompt", "completion")
+_FORMS: tuple[tuple[str, ...], ...] = (_ALPACA, _WHOLE_TEXT, _PAIR)
 
 
 def _any_form(row: Row) -> Pair:
@@ -111,12 +108,13 @@ def _any_form(row: Row) -> Pair:
         raise ValueError(
             f"it can be read in {len(there)} ways, since it holds {_listed(found)}; leave the "
             "columns of one form, or set the others to null"
+            + (" (data.task=alpaca reads instruction, input, output alone)" * (_ALPACA in there))
         )
     # Where all are null, the first that is named tells what is wrong with it.
     named = there or [form for form in _FORMS if any(key in row for key in form)]
-    if named[:1] == [("instruction", "output")]:
+    if named[:1] == [_ALPACA]:
         return _instruction(row)
-    if named[:1] == [("text",)]:
+    if named[:1] == [_WHOLE_TEXT]:
         return Pair("", _text(row, "text"))
     return Pair(_text(row, "prompt"), _text(row, "completion"))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -103,3 +105,21 @@ def identity_of(tokenizer: PreTrainedTokenizerFast) -> str:
         "versions": [version("tokenizers"), version("transformers")],
     }
     return json.dumps(facts, sort_keys=True)
+
+
+@contextmanager
+def unchanged(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
+    """Give a tokenizer back the settings of its backend that calls within change."""
+    backend = tokenizer.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        yield
+    finally:
+        if truncation is None:
+            backend.no_truncation()
+        else:
+            backend.enable_truncation(**truncation)
+        if padding is None:
+            backend.no_padding()
+        else:
+            backend.enable_padding(**padding)

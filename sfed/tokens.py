@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +21,7 @@ from sfed.encoding import encode
 from sfed.partition import Indices, form_of_key
 from sfed.sources import Place, Split, source_of
 from sfed.tasks import checked_pair, task_of
-from sfed.tokenizer import identity_of
+from sfed.tokenizer import identity_of, unchanged
 
 # Part of every cache key: raise it when the tokens of a row would come out differently.
 _FORM_OF_TOKENS = "3"
@@ -124,21 +123,22 @@ def tokenise(
     """
     source, identity = source_of(config, split, files)
     try:
-        dataset = datasets.Dataset.from_generator(
-            # A copy, since a call changes a tokenizer's settings, and a cache makes calls needless.
-            lambda: _tokenised(config, copy.deepcopy(tokenizer), source),
-            features=datasets.Features(
-                {
-                    "ids": datasets.List(datasets.Value("int32")),
-                    "prompt_length": datasets.Value("int32"),
-                    "key": datasets.Value("string"),
-                    "target": datasets.Value("float64"),
-                    "part": datasets.Value("string"),
-                    "is_cut": datasets.Value("bool"),
-                }
-            ),
-            fingerprint=_digest(config, tokenizer, split, identity),
-        )
+        # A process whose rows are in the cache never calls its tokenizer: both end as they began.
+        with unchanged(tokenizer):
+            dataset = datasets.Dataset.from_generator(
+                lambda: _tokenised(config, tokenizer, source),
+                features=datasets.Features(
+                    {
+                        "ids": datasets.List(datasets.Value("int32")),
+                        "prompt_length": datasets.Value("int32"),
+                        "key": datasets.Value("string"),
+                        "target": datasets.Value("float64"),
+                        "part": datasets.Value("string"),
+                        "is_cut": datasets.Value("bool"),
+                    }
+                ),
+                fingerprint=_digest(config, tokenizer, split, identity),
+            )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

@@ -432,8 +432,12 @@ def test_a_tokenizer_with_another_setting_is_not_served_from_the_cache(
     assert len(calls) == 2
 
 
-def test_tokenising_leaves_the_tokenizer_as_it_was(tmp_path, tokenizer):
-    rows = [{"sentence": "a long sentence", "label": 1}]
+@pytest.mark.parametrize("settings", ["none", "some"])
+def test_tokenising_leaves_the_tokenizer_as_it_was(tmp_path, tokenizer, settings):
+    if settings == "some":
+        tokenizer.backend_tokenizer.enable_truncation(20, stride=1, direction="left")
+        tokenizer.backend_tokenizer.enable_padding(length=20, pad_id=3)
+    rows = [{"sentence": "a long sentence", "label": 1, "more": settings}]
     path = save(tmp_path, rows)
     before = tokenizer.backend_tokenizer.to_str()
     config = cli.validate(
