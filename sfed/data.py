@@ -7,6 +7,7 @@ With one common pool every process computes the same split of everything. Under
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,16 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from sfed import partition
+from sfed import partition, scores
 from sfed.cli import UserError
 from sfed.config import Config
 from sfed.distributed import World
+from sfed.labels import Chosen, Labels, labels_of
 from sfed.meetings import first_of_node_first, gather_json, together
 from sfed.partition import Indices
 from sfed.seeds import Stream, generator
 from sfed.sources import Split, has_split
+from sfed.tasks import task_of
 from sfed.tokens import Examples, Tokens, tokenise
 
 _LEAST_TRAIN_EXAMPLES = 2
@@ -63,6 +66,7 @@ def load(
         else:
             held = _split_one_pool(config, tokenizer, world, num_clients)
         _require_examples(held.train, config)
+        held.notes += _note_on_unscored(held.held_out, config)
     return _assemble(held, config, world, num_clients, own_clients)
 
 
@@ -103,92 +107,66 @@ def _split_one_pool(
         held_pool = None
         if has_split(config, "eval"):
             held_pool = tokenise(config, tokenizer, "eval", config.files("eval"))
-    train_rows = partition.subset(len(pool), section.max_train_examples, seed)
-    eval_rows = np.arange(0)
+    train = Chosen(pool, partition.subset(len(pool), section.max_train_examples, seed))
+    held_out = None
     if held_pool is not None:
-        eval_rows = partition.subset(len(held_pool), section.max_eval_examples, seed)
-    parts, eval_parts, labels = _deal(config, pool, train_rows, held_pool, eval_rows, num_clients)
-    held = _Held({}, {}, labels, [_note("train", pool), _note("held-out", held_pool)])
-    for client, part in enumerate(parts):
-        kept, out = part, eval_parts[client]
-        if held_pool is None:
-            kept, out = partition.hold_out(part, section.eval_fraction, seed, client)
+        rows = partition.subset(len(held_pool), section.max_eval_examples, seed)
+        held_out = Chosen(held_pool, rows)
+    held = _deal(config, train, held_out, num_clients)
+    held.notes += [*_notes("train", pool), *_notes("held-out", held_pool)]
+    if held_pool is None:
+        for client, own in held.train.items():
+            kept, out = partition.hold_out(own.indices, section.eval_fraction, seed, client)
             if section.max_eval_examples is not None:
                 out = out[: max(1, section.max_eval_examples // num_clients)]
-        held.train[client] = Examples(pool, kept)
-        held.held_out[client] = Examples(pool if held_pool is None else held_pool, out)
+            held.train[client], held.held_out[client] = Examples(pool, kept), Examples(pool, out)
     return held
 
 
-def _deal(
-    config: Config,
-    pool: Tokens,
-    train_rows: Indices,
-    held_pool: Tokens | None,
-    eval_rows: Indices,
-    num_clients: int,
-) -> tuple[list[Indices], list[Indices], dict[int, list[str]] | None]:
+def _deal(config: Config, train: Chosen, held_out: Chosen | None, num_clients: int) -> _Held:
     """Deal training and held-out rows by the same rule, so that both follow one distribution."""
     kind, seed = config.partition.kind, config.seed
-    empty = [np.arange(0) for _ in range(num_clients)]
+    eval_rows = np.arange(0) if held_out is None else held_out.rows
+    labels: Labels | None = None
     if kind == "iid":
-        parts = [train_rows[p] for p in partition.iid(len(train_rows), num_clients, seed)]
-        dealt = partition.iid(len(eval_rows), num_clients, seed + 1)
-        return parts, [eval_rows[p] for p in dealt], None
-    names, train_labels, eval_labels = _labels(config, pool, train_rows, held_pool, eval_rows)
-    if kind == "by_key":
-        train_keys = [names[label] for label in train_labels]
-        groups = partition.key_groups(train_keys, num_clients)
-        parts = [train_rows[p] for p in partition.by_key(train_keys, groups)]
-        eval_keys = [names[label] if label >= 0 else "" for label in eval_labels]
-        eval_parts = [eval_rows[p] for p in partition.by_key(eval_keys, groups)]
+        parts = partition.iid(len(train.rows), num_clients, seed)
+        eval_parts = partition.iid(len(eval_rows), num_clients, seed + 1)
     else:
-        for attempt in range(_DIRICHLET_TRIES):
-            draw = seed + attempt * 1_000_003
-            concentration = config.partition.concentration
-            shares = partition.dirichlet_shares(len(names), num_clients, concentration, draw)
-            parts = [train_rows[p] for p in partition.by_shares(train_labels, shares, seed)]
-            if min(map(len, parts)) >= _LEAST_TRAIN_EXAMPLES:
-                break
-        dealt = partition.by_shares(eval_labels, shares, seed)
-        eval_parts = [eval_rows[p] for p in dealt] if held_pool is not None else empty
-    position = {int(row): place for place, row in enumerate(train_rows)}
-    labels = {
-        client: [names[train_labels[position[int(row)]]] for row in part]
-        for client, part in enumerate(parts)
-    }
-    return parts, eval_parts, labels
+        labels = labels_of(config, train, held_out)
+        if kind == "by_key":
+            parts, eval_parts = _by_key(labels, num_clients)
+        else:
+            parts, eval_parts = _by_shares(config, labels, num_clients)
+    held = _Held({}, {}, None if labels is None else {}, [] if labels is None else labels.notes)
+    for client, part in enumerate(parts):
+        held.train[client] = Examples(train.table, train.rows[part])
+        if held_out is not None:
+            held.held_out[client] = Examples(held_out.table, eval_rows[eval_parts[client]])
+        if held.labels is not None and labels is not None:
+            held.labels[client] = [labels.names[label] for label in labels.of_train[part]]
+    return held
 
 
-def _labels(
-    config: Config,
-    pool: Tokens,
-    train_rows: Indices,
-    held_pool: Tokens | None,
-    eval_rows: Indices,
-) -> tuple[list[str], Indices, Indices]:
-    """Return (names of the labels, label of each training row, label of each held-out row).
-
-    With ``partition.key`` a label is a value of that column; without one, the class of an example
-    where it has one, else a quantile of the length in tokens, which stands for the kind of
-    instruction (short answers, long texts).
-    """
-    if pool.keys is not None:
-        train_keys = [pool.keys[row] for row in train_rows]
-        names = sorted(set(train_keys))
-        number = {name: label for label, name in enumerate(names)}
-        keys = held_pool.keys if held_pool is not None and held_pool.keys is not None else ()
-        # A value that no training row has belongs to nobody: -1.
-        eval_labels = [number.get(keys[row], -1) for row in eval_rows]
-        return names, _array([number[key] for key in train_keys]), _array(eval_labels)
-    edges = partition.length_edges(pool.lengths[train_rows])
-    names = [f"length quantile {i + 1}" for i in range(partition.LENGTH_QUANTILES)]
-    eval_lengths = held_pool.lengths[eval_rows] if held_pool is not None else np.arange(0)
-    return names, np.digitize(pool.lengths[train_rows], edges), np.digitize(eval_lengths, edges)
+def _by_key(labels: Labels, num_clients: int) -> tuple[list[Indices], list[Indices]]:
+    """Positions of each client's training and held-out rows: the values of a column, dealt."""
+    keys = [labels.names[label] for label in labels.of_train]
+    eval_keys = [labels.names[label] if label >= 0 else None for label in labels.of_eval]
+    groups = partition.key_groups(keys, num_clients)
+    return partition.by_key(keys, groups), partition.by_key(eval_keys, groups)
 
 
-def _array(values: Sequence[int]) -> Indices:
-    return np.asarray(values, dtype=np.int64)
+def _by_shares(
+    config: Config, labels: Labels, num_clients: int
+) -> tuple[list[Indices], list[Indices]]:
+    """The same by shares of each label, drawn until every client has enough to train on."""
+    concentration, seed = config.partition.concentration, config.seed
+    for attempt in range(_DIRICHLET_TRIES):
+        draw = seed + attempt * 1_000_003
+        shares = partition.dirichlet_shares(len(labels.names), num_clients, concentration, draw)
+        parts = partition.by_shares(labels.of_train, shares, seed)
+        if min(map(len, parts)) >= _LEAST_TRAIN_EXAMPLES:
+            break
+    return parts, partition.by_shares(labels.of_eval, shares, seed)
 
 
 def _split_by_file(
@@ -205,7 +183,7 @@ def _split_by_file(
     for client in own_clients:
         table = tokenise(config, tokenizer, "train", (train_names[client],))
         rows = partition.subset(len(table), config.data.max_train_examples, config.seed)
-        held.notes.append(_note(f"client {client}'s train", table))
+        held.notes += _notes(f"client {client}'s train", table)
         if eval_names:
             eval_table = tokenise(config, tokenizer, "eval", (eval_names[client],))
             limit = config.data.max_eval_examples
@@ -232,13 +210,30 @@ def _client_files(config: Config, split: Split, num_clients: int) -> list[str]:
     return list(files)
 
 
-def _note(what: str, table: Tokens | None) -> str:
-    if table is None or not table.left_out:
-        return ""
-    return (
-        f"{table.left_out} {what} examples have no completion, or none of it within "
-        "data.max_tokens, and are left out"
-    )
+def _notes(what: str, table: Tokens | None) -> list[str]:
+    """What ``data.max_tokens`` has taken away, and what is empty."""
+    notes = []
+    if table is not None and table.left_out:
+        notes.append(
+            f"{table.left_out} {what} examples have no completion, or none of it within "
+            "data.max_tokens, and are left out"
+        )
+    if table is not None and table.cut:
+        notes.append(
+            f"{table.cut} {what} examples are longer than data.max_tokens and are cut there"
+        )
+    return notes
+
+
+def _note_on_unscored(held_out: dict[int, Examples], config: Config) -> list[str]:
+    """Answers that are to be scored and end in no number."""
+    task = task_of(config)
+    if not (config.evaluation.generate and task.scores):
+        return []
+    count = sum(int(np.isnan(examples.targets).sum()) for examples in held_out.values())
+    whose = f" of clients {min(held_out)} to {max(held_out)}" if held_out else ""
+    what = f"have no number after {scores.ANSWER_MARK} and are not scored"
+    return [f"{count} held-out examples{whose} {what}"] if count else []
 
 
 def _evaluated(examples: Examples, config: Config, client: int) -> Examples:
@@ -272,7 +267,7 @@ def _assemble(
         shared = gather_json(world, "sharing the partition", list(entries.values()))
         tables = {entry["client"]: entry for other in shared for entry in other}
     limit = config.evaluation.max_examples or sys.maxsize
-    notes = gather_json(world, "sharing notes", [note for note in held.notes if note])
+    notes = gather_json(world, "sharing notes", held.notes)
     return Data(
         train={client: held.train[client] for client in own_clients},
         held_out={c: _evaluated(held.held_out[c], config, c) for c in own_clients},
@@ -285,5 +280,4 @@ def _assemble(
 
 
 def _histogram(labels: Sequence[str]) -> dict[str, int]:
-    names, counts = np.unique(np.asarray(labels, dtype=object).astype(str), return_counts=True)
-    return {str(name): int(count) for name, count in zip(names, counts, strict=True)}
+    return dict(sorted(Counter(labels).items()))

@@ -50,6 +50,15 @@ class Measured:
         sums = self.sums.sum(axis=0)
         return float(np.sqrt(sums[_SQUARES] / sums[_COUNTED])) if sums[_COUNTED] else None
 
+    @property
+    def _of_parts(self) -> dict[str, tuple[str, int]]:
+        """Name of the score of a part -> (score, number of the part)."""
+        return {
+            score_of_part(name, part): (name, number)
+            for number, part in enumerate(self.parts)
+            for name in scores.SCORES
+        }
+
     def score(self, name: str, client: int | None = None) -> float | None:
         """A score over one client's held-out examples, or over everybody's in one.
 
@@ -57,10 +66,9 @@ class Measured:
         """
         rows = (self.outcomes if client is None else self.outcomes[client]).reshape(-1, 3)
         rows = rows[~np.isnan(rows[:, _TARGET])]
-        for number, part in enumerate(self.parts):
-            if part and name.endswith(f"_{part}"):
-                name, rows = name.removesuffix(f"_{part}"), rows[rows[:, _PART] == number]
-                break
+        if name not in scores.SCORES:
+            name, number = self._of_parts[name]
+            rows = rows[rows[:, _PART] == number]
         return scores.score(name, rows[:, _PREDICTION], rows[:, _TARGET])
 
 
@@ -78,7 +86,14 @@ def score_names(run: Run) -> tuple[str, ...]:
     if not (run.task.is_classification or run.config.evaluation.generate):
         return ()
     parts = [part for part in run.data.parts if part]
-    return run.task.scores + tuple(f"{s}_{part}" for part in parts for s in run.task.scores)
+    return run.task.scores + tuple(
+        score_of_part(name, part) for part in parts for name in run.task.scores
+    )
+
+
+def score_of_part(name: str, part: str) -> str:
+    """The name of a score over one part of the held-out set."""
+    return f"{name}_{part}"
 
 
 def evaluate(run: Run, stop: StopRequest, *, untrained: bool = False) -> Evaluation | None:

@@ -12,6 +12,7 @@ from sfed.clients import groups
 from sfed.meetings import gather_json
 from sfed.run import Run
 from sfed.stopping import StopRequest
+from sfed.tokens import Row
 
 _SAMPLES_PER_CLIENT = 2
 
@@ -130,8 +131,16 @@ def _generate(run: Run, prompts: list[list[int]]) -> list[str]:
         ),
         synced_gpus=run.backbone.sharding.is_sharded and run.world.size > 1,
     )
-    texts: list[str] = run.tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-    return texts
+    return [_text(run, answer) for answer in written[:, longest:].tolist()]
+
+
+def _text(run: Run, ids: list[int]) -> str:
+    """The text of some tokens up to the end mark, which need not be a special token."""
+    end = run.tokenizer.eos_token_id
+    if end in ids:
+        ids = ids[: ids.index(end)]
+    text: str = run.tokenizer.decode(ids, skip_special_tokens=True)
+    return text
 
 
 def _note(
@@ -146,6 +155,12 @@ def _note(
         outcomes_E3[place] = torch.tensor([is_right, has_number, float(examples.parts[place])])
 
 
+def _without_end(run: Run, row: Row) -> list[int]:
+    """The tokens of what is to be written."""
+    ids: list[int] = row.ids[row.prompt_length :].tolist()
+    return ids[:-1] if ids[-1:] == [run.tokenizer.eos_token_id] else ids
+
+
 def _samples(run: Run, client: int, places: list[int], answers: list[str]) -> list[Sample]:
     rows = [run.data.held_out[client].row(place) for place in places[:_SAMPLES_PER_CLIENT]]
     decode = run.tokenizer.decode
@@ -153,7 +168,7 @@ def _samples(run: Run, client: int, places: list[int], answers: list[str]) -> li
         Sample(
             decode(row.ids[: row.prompt_length].tolist(), skip_special_tokens=True),
             answer.strip(),
-            decode(row.ids[row.prompt_length :].tolist(), skip_special_tokens=True).strip(),
+            decode(_without_end(run, row), skip_special_tokens=True).strip(),
         )
         for row, answer in zip(rows, answers, strict=False)
     ]

@@ -123,12 +123,18 @@ def of_backbone(model: nn.Module, settings: Mapping[str, Any]) -> str:
     return digest(json.dumps([weights, kept], sort_keys=True, default=str))
 
 
-def when_built(run: Run) -> dict[str, Any]:
-    """What has to agree once everything is loaded and nothing is trained."""
+def when_built(run: Run, tokenizer: str) -> dict[str, Any]:
+    """What has to agree once everything is loaded and nothing is trained.
+
+    Args:
+        run: the run.
+        tokenizer: digest of the tokenizer as it was loaded, before it was used: which process
+            has to tokenise depends on its cache.
+    """
     counts = [run.data.train_counts, run.data.eval_counts, run.data.summary]
     return {
         "federated.num_clients (N)": run.num_clients,
-        "tokenizer": digest(run.tokenizer.backend_tokenizer.to_str()),
+        "tokenizer": tokenizer,
         "backbone": run.backbone.weights_digest,
         "examples of each client": digest(json.dumps(counts)),
         "layout of the adapters": digest(repr(run.clients.layout.pieces)),

@@ -7,7 +7,9 @@ nothing has to be communicated. Needs numpy only.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +95,9 @@ def by_shares(labels: Indices, shares: NDArray[np.float64], seed: int) -> list[I
 
 
 def key_groups(keys: Sequence[str], num_clients: int) -> list[tuple[str, ...]]:
-    """Return the values of a column that each client holds: in sorted order, as even as it goes.
+    """Return the values of a column that each client holds, as even as it goes.
+
+    They are dealt in the order of their texts, numbers too: 10 comes before 2.
 
     Raises:
         UserError: where there are fewer values than clients.
@@ -107,10 +111,33 @@ def key_groups(keys: Sequence[str], num_clients: int) -> list[tuple[str, ...]]:
     return [tuple(values[index] for index in part) for part in place(len(values), num_clients)]
 
 
-def by_key(keys: Sequence[str], groups: Sequence[tuple[str, ...]]) -> list[Indices]:
-    """Give each client the examples whose key is in its group; unknown keys go to nobody."""
-    column = np.asarray(keys, dtype=object)
-    return [np.flatnonzero(np.isin(column, list(group))) for group in groups]
+def by_key(keys: Sequence[str | None], groups: Sequence[tuple[str, ...]]) -> list[Indices]:
+    """Give each client the examples whose key is in its group; None and others go to nobody."""
+    owner: dict[str | None, int] = {
+        key: client for client, group in enumerate(groups) for key in group
+    }
+    client_of_row = np.asarray([owner.get(key, -1) for key in keys], dtype=np.int64)
+    return [np.flatnonzero(client_of_row == client) for client in range(len(groups))]
+
+
+def form_of_key(value: Any) -> str:
+    """The JSON form by which values of a column are told apart: equal for equal values only.
+
+    Types count (1, "1" and true are three values), how a number is written does not (1 and 1.0 are
+    one).
+    """
+    return json.dumps(_plain(value), sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    """The value with each whole number as an int."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value
 
 
 def length_edges(lengths: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -106,7 +106,7 @@ class PartitionSection(Section):
     """Dirichlet concentration: small = skewed, large = even."""
     key: str | None = None
     """Column for by_key and for dirichlet; dirichlet without one splits by the class of an
-    example where it has one, else by length quantile."""
+    example where it has one, else by length quantile. Values keep their types: 1 is not "1"."""
 
 
 class LoraSection(Section):

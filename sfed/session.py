@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from sfed import (
     adapters,
@@ -48,6 +48,7 @@ from sfed.run import Run
 from sfed.runfolder import RunFolder
 from sfed.stopping import StoppedEarlyError, StopRequest
 from sfed.tasks import task_of
+from sfed.tokenizer import identity_of, load_tokenizer
 from sfed.writer import Writer
 
 
@@ -127,7 +128,10 @@ def build(
         )
     name = _model_folder(config, world, console)
     with meetings.together(world, "tokenizer"):
-        tokenizer = _load_tokenizer(config, name)
+        tokenizer, end_mark_source = load_tokenizer(config, name)
+    tokenizer_digest = guards.digest(identity_of(tokenizer))
+    if not task_of(config).is_classification:
+        _say_end_mark(tokenizer, end_mark_source, console)
     console.enter(metrics.READING_SECONDS, f"reading {config.data.task}")
     held = data.load(config, tokenizer, world, num_clients, own)
     for note in held.notes:
@@ -178,7 +182,8 @@ def build(
         rows,
         shared,
     )
-    guards.require_same(world, "what was loaded", guards.when_built(parts))
+    loaded = guards.when_built(parts, tokenizer_digest)
+    guards.require_same(world, "what was loaded", loaded)
     parts = isolation.ensure(parts, console.warn)
     for line in records.header(parts):
         console.say(line)
@@ -194,18 +199,18 @@ def _model_folder(config: Config, world: World, console: Console) -> str:
         return str(school.ensure_backbone(cache, say=console.say))
 
 
-def _load_tokenizer(config: Config, name: str) -> PreTrainedTokenizerFast:
-    shape.read_model_config(config, name)  # names a model that is not there
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=config.backbone.trust_remote_code
+def _say_end_mark(tokenizer: PreTrainedTokenizerFast, source: str, console: Console) -> None:
+    """Say where the end mark of a text task is from, where it is not the tokenizer's own."""
+    if source:
+        console.say(
+            f"the tokenizer names no eos: rows end with {tokenizer.eos_token!r}, as {source} says"
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.name = {name!r} has no readable tokenizer: {reason}") from None
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"model.name = {name!r}: its tokenizer is not a fast one (tokenizer.json)")
-    return tokenizer
+    elif tokenizer.eos_token_id is None:
+        console.warn(
+            "no end mark (eos): the tokenizer names none, nor do generation_config.json and "
+            "config.json one that its vocabulary holds, so no row teaches the adapters to stop; "
+            "set eos_token in tokenizer_config.json of the model"
+        )
 
 
 def _train_and_export(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +14,10 @@ import datasets
 from sfed import demo
 from sfed.cli import UserError
 from sfed.config import Config
-from sfed.tasks import read_rows, task_of
+from sfed.tasks import is_json_list, read_rows, task_of
 
+# Endings of the names of means over clients (records): a part's score has to be told from them.
+_MEANS = ("unweighted", "by_examples")
 DEMO_TRAIN_PER_KIND, DEMO_EVAL_PER_KIND, DEMO_SEED = 400, 64, 0
 Split = Literal["train", "eval"]
 Place = tuple[str, str]
@@ -42,8 +46,14 @@ def source_of(
         UserError: where a file or the hub cannot be read.
     """
     if files:
-        digests = [_file_digest(name, f"data.{split}_files") for name in files]
-        return _file_rows(files, f"data.{split}_files"), repr(digests)
+        key = f"data.{split}_files"
+        if split == "eval":
+            _refuse_twice(files, key)
+        parts = part_names(files)
+        digests = [_file_digest(name, key) for name in files]
+        forms = [is_json_list(Path(name)) for name in files]
+        identity = repr(list(zip(digests, forms, parts, strict=True)))
+        return _file_rows(list(zip(files, parts, strict=True)), key), identity
     if config.data.task == "demo":
         count = DEMO_TRAIN_PER_KIND if split == "train" else DEMO_EVAL_PER_KIND
         rows = demo.rows(split, count, DEMO_SEED)
@@ -62,20 +72,73 @@ def _file_digest(name: str, key: str) -> str:
         raise UserError(f"{key}: {name!r} cannot be read ({error.strerror})") from None
 
 
-def _file_rows(files: tuple[str, ...], key: str) -> Iterator[tuple[Place, Any]]:
+def _file_rows(files: Sequence[tuple[str, str]], key: str) -> Iterator[tuple[Place, Any]]:
+    """Yield the rows of some files, each given with the name of its part."""
     num_rows = 0
-    for name in files:
-        part = _part(Path(name).stem) if len(files) > 1 else ""
+    for name, part in files:
         for where, row in read_rows(Path(name)):
             num_rows += 1
             yield (where, part), row
     if not num_rows:
-        raise UserError(f"{key}: {', '.join(files)} hold no rows")
+        raise UserError(f"{key}: {', '.join(name for name, _ in files)} hold no rows")
 
 
-def _part(name: str) -> str:
-    """The name of a part as scores carry it: mismatched, of validation_mismatched."""
-    return name.removeprefix("validation_")
+def _refuse_twice(files: Sequence[str], key: str) -> None:
+    """Refuse a held-out file that is named twice: its rows would count twice in every score."""
+    paths = [os.path.realpath(name) for name in files]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            first = files[paths.index(path)]
+            same = "" if first == files[i] else f" (also as {first!r})"
+            raise UserError(f"{key}: {files[i]!r} is named twice{same}; name each file once")
+
+
+def part_names(files: Sequence[str]) -> list[str]:
+    """Return the name of each file's part of a held-out set, all distinct; "" for a single file.
+
+    A name is the file's without its suffix. Where two are alike, those of the folders above go
+    before it (easy_test and hard_test of easy/test.jsonl and hard/test.jsonl), then the suffix
+    behind it, then a number.
+    """
+    if len(files) < 2:
+        return [""] * len(files)
+    steps = [[s for s in Path(name).parts if s not in (".", "..", "/")] for name in files]
+    depths = [1] * len(files)
+    while True:
+        names = [_part(own[-depth:]) for own, depth in zip(steps, depths, strict=True)]
+        growing = [i for i in _clashing(names) if depths[i] < len(steps[i])]
+        if not growing:
+            break
+        for i in growing:
+            depths[i] += 1
+    for i in _clashing(names):
+        names[i] += Path(files[i]).suffix.replace(".", "_")
+    while clashing := _clashing(names):
+        later = clashing[-1]
+        names[later] = _next_free(names[later], names)
+    return names
+
+
+def _part(steps: Sequence[str]) -> str:
+    """The name of a part as scores carry it: mismatched, of validation_mismatched.jsonl."""
+    stem = Path(steps[-1]).stem
+    name = "_".join([*steps[:-1], stem.removeprefix("validation_") or stem])
+    # Line breaks and the like would end up in tables and in the names of curves.
+    return "".join(letter if letter.isprintable() else "_" for letter in name)
+
+
+def _clashing(names: Sequence[str]) -> list[int]:
+    """Which names are not their own: given twice, or read as the mean of a score over clients."""
+    means = {f"{name}_{mean}" for name in names for mean in _MEANS} | set(_MEANS)
+    often = Counter(names)
+    return [i for i, name in enumerate(names) if often[name] > 1 or name in means]
+
+
+def _next_free(name: str, names: Sequence[str]) -> str:
+    number = 2
+    while f"{name}_{number}" in names:
+        number += 1
+    return f"{name}_{number}"
 
 
 def _hub_rows(config: Config, split: Split) -> tuple[Iterator[tuple[Place, Any]], str]:
@@ -89,7 +152,7 @@ def _hub_rows(config: Config, split: Split) -> tuple[Iterator[tuple[Place, Any]]
             f"data.task={config.data.task}: {task.hub} cannot be loaded from the hub "
             f"({' '.join(str(error).split())[:200]}); give data.train_files for local files"
         ) from None
-    parts = [_part(name) if len(names) > 1 else "" for name in names]
+    parts = part_names(names)
     source = (
         ((f"{name} row {i}", part), row)
         for name, part, table in zip(names, parts, tables, strict=True)

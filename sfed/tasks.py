@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from sfed.config import Config
 from sfed.scores import final_number
 
 Row = Mapping[str, Any]
+_LIST_OR_LINES = "a .json file holds a list of rows; name it .jsonl if every line is a row"
+# Python also refuses numbers of thousands of digits (ValueError) and deep nesting.
+_NOT_JSON = (ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,31 @@ def _instruction(row: Row) -> Pair:
     return Pair(f"{prompt}### Response:\n", output)
 
 
+# What a row of ``data.task=jsonl`` may be; a column that holds null counts as not there.
+_ALPACA, _WHOLE_TEXT, _PAIR = ("instruction", "output"), ("text",), ("prompt", "completion")
+_FORMS: tuple[tuple[str, ...], ...] = (_ALPACA, _WHOLE_TEXT, _PAIR)
+
+
 def _any_form(row: Row) -> Pair:
-    if "instruction" in row:
+    there = [form for form in _FORMS if any(row.get(key) is not None for key in form)]
+    if len(there) > 1:
+        found = [key for form in there for key in form if row.get(key) is not None]
+        raise ValueError(
+            f"it can be read in {len(there)} ways, since it holds {_listed(found)}; leave the "
+            "columns of one form, or set the others to null"
+            + (" (data.task=alpaca reads instruction, input, output alone)" * (_ALPACA in there))
+        )
+    # Where all are null, the first that is named tells what is wrong with it.
+    named = there or [form for form in _FORMS if any(key in row for key in form)]
+    if named[:1] == [_ALPACA]:
         return _instruction(row)
-    if "text" in row:
+    if named[:1] == [_WHOLE_TEXT]:
         return Pair("", _text(row, "text"))
     return Pair(_text(row, "prompt"), _text(row, "completion"))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:-1])) + f" and {names[-1]!r}"
 
 
 def _worked_answer(row: Row) -> Pair:
@@ -209,22 +231,26 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         UserError: naming file and line where a line is not JSON or not text.
     """
     try:
-        yield from _json_rows(path) if path.suffix == ".json" else _jsonl_rows(path)
+        yield from _json_rows(path) if is_json_list(path) else _jsonl_rows(path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def is_json_list(path: Path) -> bool:
+    """Whether a file is read as one JSON list; otherwise as one row a line."""
+    return path.suffix == ".json"
+
+
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        rows = _parsed(text)
+    except _NOT_JSON as error:
+        raise UserError(f"{path}: not JSON ({error}); {_LIST_OR_LINES}") from None
     if not isinstance(rows, list):
-        raise UserError(
-            f"{path}: a .json file holds a list of rows; name it .jsonl if every line is a row"
-        )
+        raise UserError(f"{path}: {_LIST_OR_LINES}")
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -233,6 +259,25 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    yield f"{path}, line {number}", json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
+                    yield f"{path}, line {number}", _parsed(line)
+                except _NOT_JSON as error:
                     raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+
+
+def _parsed(text: str) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: where it is none, or an object holds a key twice: one of the two values would
+            be lost.
+    """
+    return json.loads(text, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object holds the key {twice!r} twice")
+    return found

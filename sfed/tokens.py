@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import datasets
@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerFast
 from sfed.cli import UserError
 from sfed.config import Config
 from sfed.encoding import encode
-from sfed.partition import Indices
+from sfed.partition import Indices, form_of_key
 from sfed.sources import Place, Split, source_of
 from sfed.tasks import checked_pair, task_of
+from sfed.tokenizer import identity_of, unchanged
 
 # Part of every cache key: raise it when the tokens of a row would come out differently.
-_FORM_OF_TOKENS = "2"
-_CALL_SETTINGS = {"truncation": None, "padding": None}
+_FORM_OF_TOKENS = "3"
 _ROWS_AT_ONCE = 1000
 
 
@@ -47,7 +47,8 @@ class Tokens:
     prompt_lengths: NDArray[np.int32]
     """Leading tokens of a row that are read but not supervised: the prompt, or the first text."""
     keys: tuple[str, ...] | None
-    """The value of ``partition.key`` in each row, where one is configured; else its class."""
+    """The value of ``partition.key`` in each row as text, where one is configured; else its
+    class."""
     targets: NDArray[np.float64]
     """The class, value or final number of each row; NaN where there is none."""
     predicts_targets: bool
@@ -58,6 +59,11 @@ class Tokens:
     """Number of the part that each row belongs to."""
     left_out: int
     """Rows without a completion, or with none of it within ``data.max_tokens``."""
+    cut: int = 0
+    """Rows that are kept and of which ``data.max_tokens`` has cut something off."""
+    key_forms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The JSON forms (``partition.form_of_key``) of the values behind each text of ``keys``: more
+    than one where values of two types read the same."""
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -117,19 +123,22 @@ def tokenise(
     """
     source, identity = source_of(config, split, files)
     try:
-        dataset = datasets.Dataset.from_generator(
-            lambda: _tokenised(config, tokenizer, source),
-            features=datasets.Features(
-                {
-                    "ids": datasets.List(datasets.Value("int32")),
-                    "prompt_length": datasets.Value("int32"),
-                    "key": datasets.Value("string"),
-                    "target": datasets.Value("float64"),
-                    "part": datasets.Value("string"),
-                }
-            ),
-            fingerprint=_digest(config, tokenizer, split, identity),
-        )
+        # A process whose rows are in the cache never calls its tokenizer: both end as they began.
+        with unchanged(tokenizer):
+            dataset = datasets.Dataset.from_generator(
+                lambda: _tokenised(config, tokenizer, source),
+                features=datasets.Features(
+                    {
+                        "ids": datasets.List(datasets.Value("int32")),
+                        "prompt_length": datasets.Value("int32"),
+                        "key": datasets.Value("string"),
+                        "target": datasets.Value("float64"),
+                        "part": datasets.Value("string"),
+                        "is_cut": datasets.Value("bool"),
+                    }
+                ),
+                fingerprint=_digest(config, tokenizer, split, identity),
+            )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
@@ -147,11 +156,8 @@ def _digest(config: Config, tokenizer: PreTrainedTokenizerFast, split: Split, id
         config.data.max_tokens,
         config.partition.key,
     )
-    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    sha.update(repr((_FORM_OF_TOKENS, settings, marks, identity)).encode())
-    # Settings of the latest call, not of the vocabulary: the first call changes them.
-    vocabulary = {**json.loads(tokenizer.backend_tokenizer.to_str()), **_CALL_SETTINGS}
-    sha.update(json.dumps(vocabulary, sort_keys=True).encode())
+    sha.update(repr((_FORM_OF_TOKENS, settings, identity)).encode())
+    sha.update(identity_of(tokenizer).encode())
     return sha.hexdigest()[:32]
 
 
@@ -163,12 +169,9 @@ def _tokenised(
     for some in _batched(rows, _ROWS_AT_ONCE):
         pairs = [checked_pair(task, row, where) for (where, _), row in some]
         encoded = encode(task, config.data.max_tokens, pairs, tokenizer)
-        for ((where, part), row), pair, (ids, prompt_length) in zip(
-            some, pairs, encoded, strict=True
-        ):
+        for ((where, part), row), pair, one in zip(some, pairs, encoded, strict=True):
             yield {
-                "ids": ids,
-                "prompt_length": prompt_length,
+                **one._asdict(),
                 "key": None if key is None else _key_of(row, key, where),
                 "target": pair.target,
                 "part": part,
@@ -187,10 +190,18 @@ def _batched(rows: Iterable[tuple[Place, Any]], size: int) -> Iterator[list[tupl
 
 
 def _key_of(row: Any, key: str, where: str) -> str:
+    """The value of a column as JSON, with its type."""
     if key not in row:
         known = ", ".join(sorted(row))
         raise UserError(f"{where}: no column {key!r} (partition.key); the columns are {known}")
-    return str(row[key])
+    value = json.dumps(row[key], default=str)
+    try:
+        str(json.loads(value)).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: {key!r} (partition.key) holds half a surrogate pair, which is no text"
+        ) from None
+    return value
 
 
 def _as_tokens(config: Config, dataset: datasets.Dataset, split: Split) -> Tokens:
@@ -207,12 +218,14 @@ def _as_tokens(config: Config, dataset: datasets.Dataset, split: Split) -> Token
             "look at the rows"
         )
     targets = dataset.data.column("target").to_numpy().astype(np.float64)[kept]
-    keys: list[str] | None = None
+    keys: tuple[str, ...] | None = None
+    key_forms: dict[str, tuple[str, ...]] = {}
     if config.partition.key is not None:
         column = dataset.data.column("key").to_pylist()
-        keys = [column[row] for row in kept]
+        keys, key_forms = _texts_of_keys([column[row] for row in kept])
     elif task.classes:
-        keys = [task.classes[int(target)] for target in targets]
+        keys = tuple(task.classes[int(target)] for target in targets)
+        key_forms = {name: (name,) for name in task.classes}
     parts, part_of_row = np.unique(
         np.asarray(dataset.data.column("part").to_pylist())[kept], return_inverse=True
     )
@@ -220,10 +233,24 @@ def _as_tokens(config: Config, dataset: datasets.Dataset, split: Split) -> Token
         flat=flat,
         starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         prompt_lengths=dataset.data.column("prompt_length").to_numpy()[kept],
-        keys=None if keys is None else tuple(keys),
+        keys=keys,
         targets=targets,
         predicts_targets=task.is_classification,
         parts=tuple(map(str, parts)),
         part_of_row=part_of_row,
         left_out=len(dataset) - len(kept),
+        cut=int(np.count_nonzero(dataset.data.column("is_cut").to_numpy()[kept])),
+        key_forms=key_forms,
     )
+
+
+def _texts_of_keys(column: list[str]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Return each value, given as JSON, as text, and the forms of the values behind each text."""
+    values = {value: json.loads(value) for value in column}
+    texts = {value: str(inner) for value, inner in values.items()}
+    forms: dict[str, set[str]] = {}
+    for value, inner in values.items():
+        forms.setdefault(texts[value], set()).add(form_of_key(inner))
+    return tuple(texts[value] for value in column), {
+        text: tuple(sorted(some)) for text, some in forms.items()
+    }

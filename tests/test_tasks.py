@@ -100,6 +100,66 @@ def test_a_row_of_another_form_is_refused_with_its_place_and_the_form(task, row,
     assert str(caught.value).endswith(f"expected {TASKS[task].form}")
 
 
+TEXT, PAIR, ALPACA_ROW = (
+    {"text": "t"},
+    {"prompt": "p", "completion": " c"},
+    {"instruction": "i", "output": "o"},
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({**PAIR, **TEXT}, "'text', 'prompt' and 'completion'"),
+        ({**TEXT, "prompt": "p"}, "'text' and 'prompt'"),
+        ({**TEXT, "completion": ""}, "'text' and 'completion'"),
+        ({**PAIR, "text": ""}, "'text', 'prompt' and 'completion'"),
+        ({**ALPACA_ROW, **TEXT}, "'instruction', 'output' and 'text'"),
+        ({**ALPACA_ROW, **PAIR}, "'instruction', 'output', 'prompt' and 'completion'"),
+        ({**TEXT, "output": "o"}, "'output' and 'text'"),
+        ({**TEXT, **PAIR, **ALPACA_ROW}, "in 3 ways"),
+    ],
+)
+def test_a_row_of_two_forms_is_refused_with_its_place_and_columns(row, named):
+    with pytest.raises(UserError) as caught:
+        checked_pair(TASKS["jsonl"], row, "rows.jsonl, line 7")
+    message = str(caught.value)
+    assert message.startswith("rows.jsonl, line 7: it can be read in ")
+    assert named in message and "null" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        ({**PAIR, "text": None}, "p", " c"),
+        ({**PAIR, "instruction": None, "output": None, "input": "x"}, "p", " c"),
+        ({**TEXT, "prompt": None, "completion": None}, "", "t"),
+        ({**TEXT, "input": "a column of another meaning"}, "", "t"),
+    ],
+)
+def test_a_column_of_null_counts_as_not_there(row, prompt, completion):
+    pair = checked_pair(TASKS["jsonl"], row, "here")
+    assert (pair.prompt, pair.completion) == (prompt, completion)
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"text": None}, "'text' holds NoneType"),
+        ({"prompt": "p", "completion": None}, "'completion' holds NoneType"),
+        ({"instruction": None, "text": None}, "'instruction' holds NoneType"),
+    ],
+)
+def test_a_row_of_nulls_is_refused(row, part):
+    with pytest.raises(UserError, match=part):
+        checked_pair(TASKS["jsonl"], row, "here")
+
+
+def test_a_task_with_columns_of_its_own_passes_others_over():
+    row = {**ALPACA_ROW, "input": "", "text": "the whole prompt again"}
+    assert checked_pair(TASKS["alpaca"], row, "here").completion == "o"
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 
@@ -180,3 +240,35 @@ def test_the_published_files_are_read_whole(shared_data, task, file, count):
     assert len(filled) > 0.99 * len(rows)
     pairs = [checked_pair(TASKS[task], row, where) for where, row in filled]
     assert all(pair.prompt and pair.completion for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "a", "text": "b"}',
+        '{"text": "a", "more": {"x": 1, "x": 1}}',
+        '{"text": "a", "n": ' + "9" * 5000 + "}",
+    ],
+)
+def test_a_line_that_loses_something_when_it_is_read_is_named(tmp_path, line):
+    message = mistake_in(save(tmp_path, f'{{"text": "a"}}\n{line}\n'))
+    assert message.startswith(f"{tmp_path / 'rows.jsonl'}, line 2: not JSON")
+    message = mistake_in(save(tmp_path, f"[{line}]", "rows.json"))
+    assert message.startswith(f"{tmp_path / 'rows.json'}: not JSON")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"a": 1}\n{"a": 2}\n', '{"a": 1}\n', '{"a": 1}', '\ufeff{"a": 1}\n\n{"a": 2}']
+)
+def test_lines_in_a_json_file_are_told_to_be_jsonl(tmp_path, content):
+    message = mistake_in(save(tmp_path, content, "rows.json"))
+    assert message.startswith(str(tmp_path / "rows.json")) and "name it .jsonl" in message
+
+
+def test_every_file_may_begin_with_a_byte_order_mark(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "c.json"):
+        row = b'{"a": 1}'
+        path = save(
+            tmp_path, b"\xef\xbb\xbf" + (b"[" + row + b"]" if name[2:] == "json" else row), name
+        )
+        assert [row for _, row in read_rows(path)] == [{"a": 1}]

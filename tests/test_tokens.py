@@ -162,6 +162,52 @@ def test_where_every_row_is_left_out_the_remedy_is_named(tmp_path, tokenizer):
     assert "no row of the train data" in message and "data.max_tokens" in message
 
 
+@pytest.mark.parametrize("template", ["<s> $A", "$A", "<s> $A </s>", "$A </s>"])
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("<s>[INST] q [/INST]", " a</s>"),
+        ("<s> [INST] q [/INST]", " a"),
+        ("<s><s><s>q", " a</s></s>"),
+        ("<s>", "q a</s>"),
+        ("", "<s>q a</s>"),
+        ("", "<s><s>q"),
+        ("q</s>", " a</s></s></s>"),
+        ("q</s>", "</s>"),
+    ],
+)
+def test_marks_that_a_text_holds_already_stand_once(
+    tmp_path, tokenizer, template, prompt, completion
+):
+    tokenizer = with_template(tokenizer, template)
+    path = save(tmp_path, [{"prompt": prompt, "completion": completion}])
+    ((ids, prompt_length),) = rows_of(tokenised(path, tokenizer))
+    bare = (prompt + completion).removeprefix("<s>").removeprefix("<s>").removeprefix("<s>")
+    while bare.endswith("</s></s>"):
+        bare = bare.removesuffix("</s>")
+    if (prompt, completion) == ("q</s>", "</s>"):  # the first belongs to the prompt
+        bare = "q</s></s>"
+    begin = "<s>" if template.startswith("<s>") or "<s>" in prompt + completion else ""
+    assert tokenizer.decode(ids) == begin + bare.removesuffix("</s>") + "</s>"
+    if prompt not in ("", "<s>"):
+        assert tokenizer.decode(ids[:prompt_length]).endswith(prompt.replace("<s>", ""))
+        supervised = completion.replace("</s>", "") + "</s>"
+        assert tokenizer.decode(ids[prompt_length:]) == supervised
+
+
+def test_a_mark_within_a_text_stays(tmp_path, tokenizer):
+    path = save(tmp_path, [{"prompt": "<s>a</s><s>b", "completion": "c</s><s>d"}])
+    ((ids, _),) = rows_of(tokenised(path, tokenizer))
+    assert tokenizer.decode(ids) == "<s>a</s><s>bc</s><s>d</s>"
+
+
+def test_rows_that_are_cut_are_counted(tmp_path, tokenizer):
+    path = save(tmp_path, ROWS)
+    whole, cut = tokenised(path, tokenizer), tokenised(path, tokenizer, max_tokens=12)
+    longer = [ids for ids, prompt_length in rows_of(whole) if len(ids) > 12 > prompt_length]
+    assert whole.cut == 0 and cut.cut == len(longer) > 0
+
+
 # --- tables --------------------------------------------------------------------------------------
 
 
@@ -252,6 +298,20 @@ def test_a_row_without_the_column_of_the_partition_is_named(tmp_path, tokenizer)
     assert message.endswith("the columns are sort, text")
 
 
+def test_a_column_that_holds_half_a_character_is_named(tmp_path, tokenizer):
+    path = save(tmp_path, [{"text": "a", "kind": "b"}, {"text": "a", "kind": "\ud83d"}])
+    assert mistake_in(path, tokenizer, key="kind").startswith(f"{path}, line 2: 'kind'")
+
+
+def test_a_held_out_file_that_is_named_twice_is_refused(tmp_path, tokenizer):
+    path = save(tmp_path, ROWS)
+    again = tmp_path / "folder" / ".." / path.name
+    (tmp_path / "folder").mkdir()
+    for files in ((path, path), (path, save(tmp_path, ROWS, "b.jsonl"), again)):
+        with pytest.raises(UserError, match=r"^data.eval_files: .* is named twice"):
+            tokenise(make_config(path), tokenizer, "eval", tuple(map(str, files)))
+
+
 def test_a_file_that_is_not_there_is_named_with_its_key(tmp_path, tokenizer):
     message = mistake_in(tmp_path / "none.jsonl", tokenizer)
     assert message.startswith("data.train_files: ") and "none.jsonl" in message
@@ -303,6 +363,89 @@ def test_another_setting_is_not_served_from_the_cache(tmp_path, tokenizer, calls
     tokenised(path, tokenizer, max_tokens=300)
     tokenised(path, tokenizer, **{"max_tokens": 300, **settings})
     assert len(calls) == 2
+
+
+LINES = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+
+
+def test_lines_in_a_json_file_are_refused_whatever_the_cache_holds(tmp_path, tokenizer):
+    as_json, as_lines = save(tmp_path, LINES, "rows.json"), save(tmp_path, LINES, "rows.jsonl")
+    before = mistake_in(as_json, tokenizer)
+    assert "name it .jsonl" in before
+    assert len(tokenised(as_lines, tokenizer)) == 2
+    assert mistake_in(as_json, tokenizer) == before
+
+
+def test_a_list_in_a_jsonl_file_is_refused_whatever_the_cache_holds(tmp_path, tokenizer):
+    as_list, as_lines = tmp_path / "list.json", tmp_path / "list.jsonl"
+    for path in (as_list, as_lines):
+        path.write_text(json.dumps(LINES))
+    before = mistake_in(as_lines, tokenizer)
+    assert len(tokenised(as_list, tokenizer)) == 2
+    assert mistake_in(as_lines, tokenizer) == before
+
+
+def parts_of(paths, tokenizer):
+    files = tuple(map(str, paths))
+    table = tokenise(make_config(paths[0]), tokenizer, "eval", files)
+    return [table.parts[number] for number in table.part_of_row]
+
+
+def test_parts_have_the_names_of_the_files_whatever_the_cache_holds(tmp_path, tokenizer):
+    rows = [LINES[:1], [{"text": "of parts"}]]
+    for names in (["a", "b"], ["b", "a"], ["c", "hard_c"], ["a.json", "b"]):
+        paths = [
+            save(tmp_path, own, f"{name}.jsonl") for own, name in zip(rows, names, strict=True)
+        ]
+        assert parts_of(paths, tokenizer) == names
+    assert parts_of(paths[:1], tokenizer) == [""]
+    both = save(tmp_path, rows[0] + rows[1], "both.jsonl")
+    assert parts_of([both], tokenizer) == ["", ""]
+
+
+def test_two_names_of_the_same_bytes_share_the_cache(tmp_path, tokenizer, calls):
+    paths = [save(tmp_path, [{"text": "shared by clients"}], f"{i}.jsonl") for i in range(2)]
+    first, second = (tokenised(path, tokenizer) for path in paths)
+    assert len(calls) == 1
+    assert np.array_equal(first.flat, second.flat) and first.parts == second.parts == ("",)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: setattr(tokenizer, "eos_token", "a"),
+        lambda tokenizer: setattr(tokenizer, "eos_token", None),
+        lambda tokenizer: setattr(tokenizer, "bos_token", "b"),
+        lambda tokenizer: setattr(tokenizer, "split_special_tokens", True),
+        lambda tokenizer: setattr(tokenizer, "truncation_side", "left"),
+        lambda tokenizer: setattr(tokenizer, "sep_token", "</s>"),
+        lambda tokenizer: tokenizer.add_tokens(["the word"]),
+    ],
+)
+def test_a_tokenizer_with_another_setting_is_not_served_from_the_cache(
+    tmp_path, tokenizer, calls, change
+):
+    path = save(tmp_path, [{"text": f"the word and its </s> mark, {tmp_path.name}"}])
+    tokenised(path, tokenizer)
+    change(tokenizer)
+    tokenised(path, tokenizer)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("settings", ["none", "some"])
+def test_tokenising_leaves_the_tokenizer_as_it_was(tmp_path, tokenizer, settings):
+    if settings == "some":
+        tokenizer.backend_tokenizer.enable_truncation(20, stride=1, direction="left")
+        tokenizer.backend_tokenizer.enable_padding(length=20, pad_id=3)
+    rows = [{"sentence": "a long sentence", "label": 1, "more": settings}]
+    path = save(tmp_path, rows)
+    before = tokenizer.backend_tokenizer.to_str()
+    config = cli.validate(
+        {"data": {"task": "glue", "name": "sst2", "train_files": str(path), "max_tokens": 9}}
+    )
+    table = tokenise(config, tokenizer, "train", (str(path),))
+    assert table.lengths.tolist() == [9] and table.cut == 1
+    assert tokenizer.backend_tokenizer.to_str() == before
 
 
 def test_another_tokenizer_is_not_served_from_the_cache(tmp_path, tokenizer, calls):
