@@ -119,7 +119,7 @@ def test_what_a_killed_process_left_half_written_is_removed(
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-def test_only_clients_of_the_cohort_are_written_again(
+def test_a_client_that_rests_is_written_once_more_and_then_has_two_files_in_turn(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
 ) -> None:
     if not has_links:
@@ -128,10 +128,13 @@ def test_only_clients_of_the_cohort_are_written_again(
             raise OSError(errno.EPERM, "Operation not permitted")
 
         monkeypatch.setattr(disk.os, "link", refuse)
-    shape = {"num_clients": 6, "clients_per_round": 2}
-    folder = run(settings(tiny_folder, tmp_path, federated=shape))
+    shape = {"num_clients": 6, "clients_per_round": 2, "num_rounds": ROUNDS + 2}
+    own = settings(tiny_folder, tmp_path, federated=shape)
+    own["output"]["keep_checkpoints"] = ROUNDS + 2
+    folder = run(own)
     taken_part: set[int] = set()
-    before: dict[str, int] = {}
+    before: list[dict[str, int]] = [{}, {}]
+    cohorts: list[set[int]] = [set(), set()]
     for event in runs.rounds(folder)[1:]:
         cohort = {entry["client"] for entry in event["clients"] if "steps" in entry}
         taken_part |= cohort
@@ -142,11 +145,14 @@ def test_only_clients_of_the_cohort_are_written_again(
             "common.safetensors",
             *files,
         }
-        if has_links:
-            same = {name for name, inode in files.items() if before.get(name) == inode}
-            assert same == {f"client-{client:04d}.safetensors" for client in taken_part - cohort}
-        before = files
-    longer = settings(tiny_folder, tmp_path, federated={**shape, "num_rounds": ROUNDS + 2})
+        assert not set(files.values()) & set(before[-1].values()), "a damaged file costs both"
+        if has_links and event["round"] > 2:
+            same = {name for name, inode in files.items() if before[-2].get(name) == inode}
+            rested = taken_part - cohort - cohorts[-1]
+            assert same == {f"client-{client:04d}.safetensors" for client in rested}
+        before.append(files)
+        cohorts.append(cohort)
+    longer = settings(tiny_folder, tmp_path, federated={**shape, "num_rounds": ROUNDS + 4})
     calm = run(settings(tiny_folder, tmp_path, "calm", federated=longer["federated"]))
     assert runs.identical(runs.adapters(calm), runs.adapters(run(longer)))
 
