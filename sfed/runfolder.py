@@ -232,7 +232,7 @@ class RunFolder:
             path.rename(aside / path.name)
         if later:
             names = ", ".join(path.name for path in later)
-            console.warn(f"later than {found.folder.name}, so moved to {aside}: {names}")
+            console.say(f"later than {found.folder.name}, so moved to {aside}: {names}")
 
     def close(self) -> None:
         """Let go of it."""
