@@ -396,7 +396,7 @@ def test_small_multiples_are_drawn(tmp_path: Path) -> None:
                 method=method, rank=rank, seed=seed, rounds=1, num_clients=1,
             )  # fmt: skip
     write_run(tmp_path / "sweep" / "local", method="local", rank=64, num_clients=1, rounds=1)
-    found = comparisons([stories.read_story(run) for run in stories.find_runs(tmp_path / "sweep")])
+    found = comparisons([stories.stories.read_story(run) for run in stories.find_runs(tmp_path / "sweep")])
     sizes = {p.name: struct.unpack(">II", p.png[16:24]) for p in found}
     assert sizes["compare-grad-norm-by-rank"][1] > 700, "two rows"
     assert sizes["final-loss-by-rank"][1] < 600, "one row"
@@ -457,6 +457,21 @@ def test_a_folder_of_runs_stands_for_all_of_them(tmp_path: Path, capsys) -> None
 
 def damage(name: str, text: str):
     return lambda run: (run / name).write_text(text)
+
+
+def test_lines_that_are_no_events_are_named_beside_the_report(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = stories.read_story(run).rounds
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\n[1]\n" + b"[" * 100_000 + b"\n")
+        file.write(b'{"event": "round", "round": 1' + b"0" * 5000 + b"}\n")
+    assert stories.read_story(run).rounds == whole
+    report.main([str(run)])
+    complaints = capsys.readouterr().err
+    first = len(whole) + 1
+    lines = ", ".join(f"line {first + i}" for i in range(4))
+    assert f"metrics.jsonl: 4 lines are no events and are passed over ({lines})" in complaints
 
 
 @pytest.mark.parametrize(
