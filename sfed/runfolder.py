@@ -23,7 +23,7 @@ from sfed.masking import masked
 from sfed.meetings import gather_json, together
 from sfed.metrics import free_name
 from sfed.run import Run
-from sfed.runrecord import Sight, began_with, read_attempt, sight_of
+from sfed.runrecord import Sight, began_with, read_attempt, rounds_of, sight_of
 from sfed.trackers import Journal
 
 
@@ -214,25 +214,24 @@ class RunFolder:
         would not be of this run, or damaged.
         """
         later = resume.later_than(found, self.path / "checkpoints")
-        adapters = self.path / "adapters"
-        is_outgrown = self._one_of_many and (
-            found.facts["finished_rounds"] < self._config.federated.num_rounds
-        )
+        record, finished = self.path / "metrics.jsonl", found.facts["finished_rounds"]
+        is_rewound = self._config.output.resume != "auto" and rounds_of(record) > finished
         # To a sweep, adapters beside more rounds than theirs would pass for the result.
-        is_moved = adapters.exists() and (
-            is_outgrown or (bool(later) and self._config.output.resume != "auto")
-        )
-        if not later and not is_moved:
+        is_outgrown = self._one_of_many and finished < self._config.federated.num_rounds
+        adapters = self.path / "adapters"
+        moved = [*later, *([adapters] if is_outgrown or is_rewound else [])]
+        moved = [path for path in moved if path.exists()]
+        if not moved and not is_rewound:
             return
         aside = free_name(self.path / "set-aside")
         aside.mkdir()
-        if later and (self.path / "metrics.jsonl").exists():
-            shutil.copyfile(self.path / "metrics.jsonl", aside / "metrics.jsonl")
-        for path in (*later, *([adapters] if is_moved else [])):
+        if (later or is_rewound) and record.exists():
+            shutil.copyfile(record, aside / record.name)
+        for path in moved:
             path.rename(aside / path.name)
-        if later:
-            names = ", ".join(path.name for path in later)
-            console.say(f"later than {found.folder.name}, so moved to {aside}: {names}")
+        if later or is_rewound:
+            names = ", ".join([*(path.name for path in moved), f"a copy of {record.name}"])
+            console.say(f"later than {found.folder.name}, so kept in {aside}: {names}")
 
     def close(self) -> None:
         """Let go of it."""

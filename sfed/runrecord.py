@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sfed.checkpoint import by_age
 from sfed.config import Config
-from sfed.metrics import read_metrics
+from sfed.metrics import Metrics, read_metrics
 from sfed.sameness import comparable, differences
 
 
@@ -72,13 +72,26 @@ def read_attempt(folder: Path) -> Attempt:
     """
     config, num_clients, foreign = _read_config(folder / "config.json")
     found = read_metrics(folder / "metrics.jsonl")
+    rounds = _last_round(found)
     if found.odd_lines and not found.events:
         foreign = foreign or found.path.name
-    rounds = max((event.get("round", 0) for event in found.events), default=0)
     # A checkpoint is whole before the next but one begins.
     surely = 2 * (config.output.checkpoint_every_rounds if config else 1)
     has_ended = (folder / "adapters").exists()
     return Attempt(rounds, config, num_clients, has_ended or rounds > surely, foreign)
+
+
+def rounds_of(path: Path) -> int:
+    """Finished rounds that a metrics file reports.
+
+    Raises:
+        OSError: where it is there and cannot be read.
+    """
+    return _last_round(read_metrics(path))
+
+
+def _last_round(found: Metrics) -> int:
+    return max((event.get("round", 0) for event in found.events), default=0)
 
 
 def _read_config(path: Path) -> tuple[Config | None, int, str | None]:

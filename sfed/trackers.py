@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from sfed.cli import UserError
 from sfed.masking import masked
-from sfed.metrics import MetricsFile
+from sfed.metrics import MetricsFile, free_name
 
 # Each of them adds a curve for every number of a client.
 MOST_CLIENTS = 16
@@ -227,6 +227,8 @@ class WeightsAndBiases:
 
 def _run_id(path: Path, *, is_new: bool) -> str:
     """The id of this folder's W&B run."""
-    if is_new or not path.is_file():
+    if is_new and path.is_file():
+        path.rename(free_name(path.with_name(f"{path.name}.old")))
+    if not path.is_file():
         path.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

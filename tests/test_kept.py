@@ -303,6 +303,19 @@ def test_going_on_from_an_older_checkpoint_keeps_the_later_rounds_aside(
     assert runs.identical(runs.adapters(done), runs.adapters(folder))
 
 
+def test_rounds_that_are_reported_after_a_copy_was_made_are_kept_aside(
+    folder: Path, done: Path, tmp_path: Path, go_on: Callable[..., Path]
+) -> None:
+    """The run's own checkpoints are lost, and a copy of an older one is at hand."""
+    copy = shutil.copytree(folder / "checkpoints" / "round-000002", tmp_path / "copy")
+    shutil.rmtree(folder / "checkpoints")
+    before = content(folder)
+    go_on(output={"resume": str(copy)}, federated={"num_rounds": 2})
+    kept = content(folder / "set-aside-1")
+    assert kept.pop("metrics.jsonl") == before["metrics.jsonl"]
+    assert kept == {name: value for name, value in before.items() if name.startswith("adapters/")}
+
+
 def test_a_checkpoint_of_another_run_is_not_gone_on_from_in_this_folder(
     folder: Path, tiny_folder: Path, tmp_path: Path, go_on: Callable[..., Path]
 ) -> None:

@@ -396,7 +396,7 @@ def test_small_multiples_are_drawn(tmp_path: Path) -> None:
                 method=method, rank=rank, seed=seed, rounds=1, num_clients=1,
             )  # fmt: skip
     write_run(tmp_path / "sweep" / "local", method="local", rank=64, num_clients=1, rounds=1)
-    found = comparisons([stories.stories.read_story(run) for run in stories.find_runs(tmp_path / "sweep")])
+    found = comparisons([stories.read_story(run) for run in stories.find_runs(tmp_path / "sweep")])
     sizes = {p.name: struct.unpack(">II", p.png[16:24]) for p in found}
     assert sizes["compare-grad-norm-by-rank"][1] > 700, "two rows"
     assert sizes["final-loss-by-rank"][1] < 600, "one row"
