@@ -89,8 +89,8 @@ class RunFolder:
         before = read_attempt(self.path)
         if before.foreign:
             raise UserError(
-                f"output.name: {self.path} holds a {before.foreign} that no run has written; "
-                f"{remedy}"
+                f"output.name: {self.path} holds a {before.foreign} that is not that of a run, so "
+                f"nothing in it was touched; {remedy}"
             )
         if not before.rounds and not before.had_checkpoint:
             return
@@ -246,8 +246,8 @@ def _unreadable(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"output.dir: the run folder {folder} cannot be read ({error.strerror}: "
-            f"{error.filename}), so nothing was touched; mend that and start again, or choose "
-            "another output.name. All nodes have to see the folder"
+            f"{error.filename or folder}), so nothing was touched; mend that and start again, or "
+            "choose another output.name. All nodes have to see the folder"
         ) from None
 
 

@@ -54,7 +54,7 @@ class Attempt:
     had_checkpoint: bool = False
     """Whether one must have been whole."""
     foreign: str | None = None
-    """Name of a file in the place of a run's that no run has written."""
+    """Name of a file in the place of a run's that is not that of a run."""
 
     def differences(self, config: Config, num_clients: int) -> list[str]:
         """Name what was other than now, as ``sameness.differences``."""
@@ -103,10 +103,12 @@ def _read_config(path: Path) -> tuple[Config | None, int, str | None]:
     try:
         saved = json.loads(path.read_text(encoding="utf-8") or "null")
     except FileNotFoundError:
+        if path.is_symlink():
+            raise
         return None, 0, None
     except (ValueError, RecursionError):
-        return None, 0, None  # damaged
-    if saved is None:
+        return None, 0, path.name
+    if saved is None:  # empty, as a machine leaves it that lost its power
         return None, 0, None
     if not isinstance(saved, dict) or not {"resolved", "versions"} <= saved.keys():
         return None, 0, path.name

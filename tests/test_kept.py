@@ -388,18 +388,19 @@ def test_other_settings_are_refused_with_nothing_touched(
     assert content(folder) == before
 
 
+@pytest.mark.parametrize("text", ['{"hidden_size": 4}\n', "key: value\n"])
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
 def test_a_folder_of_something_else_is_left_as_it_is(
-    tmp_path: Path, go_on: Callable[..., Path], name: str
+    tmp_path: Path, go_on: Callable[..., Path], name: str, text: str
 ) -> None:
     """A model's folder has a config.json too."""
     theirs = tmp_path / "run"
     theirs.mkdir()
-    (theirs / name).write_text('{"hidden_size": 4}\n')
+    (theirs / name).write_text(text)
     (theirs / "tensorboard").mkdir()
     (theirs / "tensorboard" / "curves").write_text("of theirs")
     before = content(theirs)
-    with pytest.raises(UserError, match=f"holds a {name} that no run has written"):
+    with pytest.raises(UserError, match=f"holds a {name} that is not that of a run"):
         go_on()
     assert content(theirs) == before
 
