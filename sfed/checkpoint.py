@@ -7,13 +7,15 @@
         run.json                         rounds, ledger, configuration, size and digest of each file
 
 A client that has never taken part has no file. Tensors are in safetensors files: nothing is ever
-pickled. ``writer`` writes the folders; here is what they are, and how one is found and read.
+pickled. ``writer`` writes the folders and ``resume`` finds the one to go on from;
+here is what they are, and how one is read.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,15 @@ from safetensors.torch import load_file
 
 from sfed.cli import UserError
 from sfed.clients import ClientRows
-from sfed.config import Config
-from sfed.disk import damage
 from sfed.distributed import World
 from sfed.local import Ledger
 from sfed.meetings import together
 from sfed.rows import Parts
-from sfed.sameness import comparable, differences
 
 FACTS = "run.json"
 COMMON = "common.safetensors"
-_FACTS = {"finished_rounds", "bad_rounds", "ledger", "layout_size", "config", "files"}
+FORMAT = 1
+"""Of a checkpoint; one without a number has this."""
 _NAME = re.compile(r"round-(\d{6})(-partial)?")
 
 
@@ -81,37 +81,24 @@ def keyed(prefix: str, parts: Parts) -> Parts:
 
 
 def by_age(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first; a partial one is later than the round it began after."""
-    found = [
-        (int(match[1]), bool(match[2]), path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := _NAME.fullmatch(path.name))
-    ]
-    return [path for _, _, path in sorted(found)]
-
-
-def find(run_folder: Path, resume: str) -> tuple[Found | None, list[str]]:
-    """Return the checkpoint to go on from, and a note about each damaged one that was passed over.
-
-    Args:
-        run_folder: of the run.
-        resume: "auto" for the newest whole one in the run's folder, or a checkpoint folder.
+    """Checkpoint folders, oldest first; a partial one is later than the round it began after.
 
     Raises:
-        UserError: where a folder that was asked for is not a whole checkpoint.
+        OSError: where the folder is there and cannot be read, or is a link that leads nowhere.
     """
-    if resume != "auto":
-        problem = _problem(Path(resume))
-        if problem:
-            raise UserError(f"output.resume = {resume!r}: {problem}")
-        return Found(Path(resume), facts_of(Path(resume))), []
-    notes: list[str] = []
-    for folder in reversed(by_age(run_folder / "checkpoints")):
-        problem = _problem(folder)
-        if not problem:
-            return Found(folder, facts_of(folder)), notes
-        notes.append(f"the checkpoint {folder} is damaged and passed over: {problem}")
-    return None, notes
+    try:
+        found = [(age, path) for path in folder.iterdir() if (age := age_of_name(path.name))]
+    except FileNotFoundError:
+        if folder.is_symlink():
+            raise
+        return []
+    return [path for _, path in sorted(found)]
+
+
+def age_of_name(name: str) -> tuple[int, bool] | None:
+    """Finished rounds, and whether a further one is in flight; None of another name."""
+    match = _NAME.fullmatch(name)
+    return (int(match[1]), bool(match[2])) if match else None
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -120,45 +107,18 @@ def facts_of(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _problem(folder: Path) -> str | None:
-    """What keeps a folder from being a whole checkpoint; None where nothing does."""
-    try:
-        facts = facts_of(folder)
-        for name, known in facts["files"].items():
-            if wrong := damage(folder / name, known):
-                return wrong
-        if missing := sorted(_FACTS - facts.keys()):
-            return f"{FACTS} lacks {', '.join(missing)}"
-        if COMMON not in facts["files"]:
-            return f"{FACTS} does not name {COMMON}"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{FACTS} is not readable ({error})"
-    return None
-
-
-def refuse_other_run(found: Found, config: Config, num_clients: int) -> None:
-    """Refuse to go on with settings under which the numbers would have been others.
-
-    Raises:
-        UserError: naming each key with both values.
-    """
-    changed = differences(found.facts["config"], comparable(config, num_clients))
-    if changed:
-        raise UserError(
-            f"the run in {found.folder.parent.parent} was made with other settings:\n  "
-            + "\n  ".join(changed)
-            + "\nset them back, or choose another output.name, or set output.resume=never to begin "
-            "anew"
-        )
+def age_of(facts: Mapping[str, Any]) -> tuple[int, bool]:
+    """The same as ``age_of_name``, of what ``run.json`` says."""
+    is_within = facts["ledger"] is not None and facts.get("unreported") is None
+    return facts["finished_rounds"], is_within
 
 
 def clients_per_pass(found: Found | None, world: World) -> int | None:
     """How many clients shared a pass when a checkpoint was written by equally many processes."""
     if found is None or found.facts.get("processes") != world.size:
         return None
-    return int(found.facts["clients_per_pass"])
+    shared = found.facts.get("clients_per_pass")
+    return shared if type(shared) is int and shared > 0 else None
 
 
 def load(found: Found, world: World, clients: ClientRows) -> State:
@@ -176,11 +136,16 @@ def load(found: Found, world: World, clients: ClientRows) -> State:
             )
         try:
             _restore(found, clients)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except OSError as error:
+            raise UserError(
+                f"the checkpoint {found.folder} cannot be read ({error.strerror or error}); mend "
+                "what keeps it from being read and start again"
+            ) from None
+        except (SafetensorError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"the checkpoint {found.folder} cannot be read ({reason}); remove this folder to "
-                "go on from the one before it"
+                f"the checkpoint {found.folder} cannot be read ({reason}); output.resume=FOLDER "
+                "goes on from another one"
             ) from None
     ledger = facts["ledger"]
     return State(

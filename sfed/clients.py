@@ -12,7 +12,7 @@ one trains, and the one before goes back meanwhile. The device then holds two gr
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import torch
 
@@ -161,17 +161,27 @@ class ClientRows:
         for parts in self._parts.values():
             yield from parts.values()
 
-    def take_changes(self, *, everything: bool = False) -> tuple[Parts, dict[int, Parts]]:
+    @property
+    def changed(self) -> frozenset[int]:
+        """Those who changed since ``take_changes``."""
+        return frozenset(self._changed)
+
+    def take_changes(
+        self, *, also: Iterable[int] = (), everything: bool = False
+    ) -> tuple[Parts, dict[int, Parts]]:
         """What clients have in common, and all that those hold who changed since the last call.
 
         In host memory that nobody writes to again. What a client holds in host memory is replaced
         and never written to, so it needs no copy.
 
         Args:
-            everything: all that hold something, whether they changed or not.
+            also: clients that are taken whether they changed or not.
+            everything: all that hold something.
         """
+        self._changed |= set(also)
         if everything:
-            self._changed |= {client for client, parts in self._parts.items() if parts}
+            drawn = self.examples_drawn
+            self._changed |= {client for client in self.own if self._parts[client] or drawn[client]}
         with self._ferry.aside():
             common = {name: self._at_rest(part) for name, part in self._common.items()}
             changed = {

@@ -38,9 +38,9 @@ class RunLock:
             UserError: naming who holds it, or where the folder cannot be written.
         """
         path = folder / _NAME
-        if not folder.is_dir() or self._holds(path):
-            return
         try:
+            if not _is_there(folder) or self._holds(path):
+                return
             file = path.open("a+", encoding="utf-8")
         except OSError as error:
             raise UserError(
@@ -87,6 +87,17 @@ class RunLock:
                     "its end, or choose another output.name"
                 )
             time.sleep(_SECONDS_BETWEEN_TRIES)
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether a folder exists; a name that is taken and leads nowhere is an error, not absence."""
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        if folder.is_symlink():
+            raise
+        return False
+    return True
 
 
 def _refusal(file: IO[str]) -> OSError | None:

@@ -6,7 +6,9 @@ import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,8 @@ _PHASES = {
     CHECKPOINT_SECONDS: "checkpoints",
 }
 _BEFORE_TRAINING = "evaluation before training"
+_MOST_NAMED = 8
+_MOST_DIGITS = 18
 
 
 def time_spent(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -83,17 +87,32 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, finished_rounds: int | None) -> None:
-        """Open for appending, without what a lost attempt wrote beyond ``finished_rounds``.
+        """Open for appending, without the events of rounds that are done again.
 
-        None begins an empty file.
+        Lines that are no events are left out too; then the file as it was is kept under another
+        name, which ``note`` gives.
+
+        Args:
+            path: of the file.
+            finished_rounds: events of later rounds are dropped; None begins an empty file.
+
+        Raises:
+            OSError: where the file cannot be read or written.
         """
-        kept = [
-            event
-            for event in (() if finished_rounds is None else read_events(path))
-            if event.get("round", 0) <= (finished_rounds or 0)
+        found = read_metrics(path)
+        self.note: str | None = None
+        """What was found wrong with the file; None where nothing was."""
+        if found.odd_lines:
+            kept = free_name(path.with_name(f"{path.name}.damaged"))
+            shutil.copyfile(path, kept)
+            self.note = f"{found.note}; the file as it was is kept as {kept.name}"
+        lines = [
+            line
+            for event, line in zip(found.events, found.lines, strict=True)
+            if finished_rounds is not None and event.get("round", 0) <= finished_rounds
         ]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(event) for event in kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(lines))
         os.replace(temporary, path)
         self._path = path
         self._file = path.open("ab", buffering=0)
@@ -124,18 +143,91 @@ class MetricsFile:
         self._file.close()
 
 
+@dataclass(frozen=True)
+class Metrics:
+    """What a metrics file holds."""
+
+    path: Path
+    events: list[dict[str, Any]]
+    lines: list[bytes]
+    """The line of each event."""
+    odd_lines: list[int]
+    """Numbers of the lines that are no events, from 1; without a last line that was half written,
+    as a process leaves it that is killed while it writes."""
+
+    @property
+    def note(self) -> str | None:
+        """Say which lines are passed over; None where all are events."""
+        count = len(self.odd_lines)
+        if not count:
+            return None
+        named = ", ".join(f"line {number}" for number in self.odd_lines[:_MOST_NAMED])
+        more = f" and {count - _MOST_NAMED} more" if count > _MOST_NAMED else ""
+        what = "1 line is no event and is" if count == 1 else f"{count} lines are no events and are"
+        return f"{self.path}: {what} passed over ({named}{more})"
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read a metrics file; lines that are no events are passed over and counted.
+
+    Raises:
+        OSError: where the file is there and cannot be read.
+    """
+    found = Metrics(path, [], [], [])
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise
+        return found
+    with file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            event = _event_of(line)
+            if event is None:
+                found.odd_lines.append(number)
+            else:
+                found.events.append(event)
+                found.lines.append(line)
+    return found
+
+
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the events of a metrics file; lines that are damaged or half written are left out."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                event = json.loads(line) if line.endswith("\n") else None
-            except json.JSONDecodeError:
-                event = None
-            if isinstance(event, dict):
-                yield event
+    """Read the events of a metrics file; what is no event is passed over.
+
+    Raises:
+        OSError: where the file is there and cannot be read.
+    """
+    yield from read_metrics(path).events
+
+
+def free_name(path: Path) -> Path:
+    """The first of path-1, path-2, ... that does not exist."""
+    number = 1
+    while os.path.lexists(name := path.with_name(f"{path.name}-{number}")):
+        number += 1
+    return name
+
+
+def _event_of(line: bytes) -> dict[str, Any] | None:
+    """The event in a line; None where it is none.
+
+    An event is an object with a name under ``event``; that of a round has the number of the round.
+    """
+    try:
+        event = json.loads(line.decode(), parse_int=_int)
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, nested too deeply
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    finished = event.get("round", None if event["event"] == "round" else 0)
+    return event if type(finished) is int and finished >= 0 else None
+
+
+def _int(digits: str) -> int | float:
+    """No count of ours is longer; what is would overflow where it meets a float."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
 
 
 def _line(event: dict[str, Any]) -> str:

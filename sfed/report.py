@@ -20,6 +20,7 @@ from sfed import cli, standings, tables
 from sfed.cli import UserError
 from sfed.compare import comparisons, law_pictures
 from sfed.law import Law, laws
+from sfed.masking import mask
 from sfed.pictures import Picture, pictures_of
 from sfed.stories import Story, find_runs, number, read_story
 from sfed.tables import show
@@ -188,6 +189,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("no runs given; name run folders, such as runs/demo, or see --help")
     runs = {run.resolve(): run for folder in given.values() for run in find_runs(folder)}
     stories = [read_story(run) for run in runs.values()]
+    for note in filter(None, (story.note for story in stories)):
+        sys.stderr.write(mask(f"warning: {note}\n"))
     if len(stories) > _SEVERAL:
         each = (
             "" if len(stories) <= _MOST_SECTIONS else ": compared; for one of them, name it alone"

@@ -10,7 +10,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ class Standing:
     """Why the folder may not be gone on with; None where it may."""
     events: Sequence[Mapping[str, Any]] = ()
     """The events of its rounds."""
+    note: str | None = None
+    """What was passed over while reading them; None where nothing was."""
     resolved: Mapping[str, Any] = field(default_factory=dict)
     """What config.json says beside the configuration."""
 
@@ -51,6 +53,16 @@ class Standing:
 
 def stand(cell: Cell, num_processes: int) -> Standing:
     """Look at a cell's run folder."""
+    try:
+        return _stand(cell, num_processes)
+    except OSError as error:
+        return Standing(
+            problem=f"the run folder {cell.folder} cannot be read ({error.strerror}: "
+            f"{error.filename}); mend that and start again"
+        )
+
+
+def _stand(cell: Cell, num_processes: int) -> Standing:
     path, now = cell.folder / "config.json", cell.config
     if not path.is_file():
         return Standing()
@@ -61,8 +73,9 @@ def stand(cell: Cell, num_processes: int) -> Standing:
     except UserError as mistake:
         return Standing(problem=str(mistake))
     changed = differences(_settings(there, num_there), _settings(now, num_clients))
-    events = _rounds(cell.folder / "metrics.jsonl")
-    standing = Standing(events=events, resolved=resolved)
+    found = metrics.read_metrics(cell.folder / "metrics.jsonl")
+    events = [event for event in found.events if event["event"] == "round"]
+    standing = Standing(events=events, note=found.note, resolved=resolved)
     if standing.rounds > now.federated.num_rounds:
         planned = now.federated.num_rounds
         changed.append(f"federated.num_rounds: {standing.rounds} rounds done there, {planned} now")
@@ -76,7 +89,7 @@ def stand(cell: Cell, num_processes: int) -> Standing:
             "begin such runs anew"
         )
     complete = standing.rounds == now.federated.num_rounds and _is_exported(cell, num_clients)
-    return Standing(complete, None, events, resolved)
+    return replace(standing, complete=complete)
 
 
 def _read_config(path: Path) -> tuple[Config, dict[str, Any]]:
@@ -85,7 +98,7 @@ def _read_config(path: Path) -> tuple[Config, dict[str, Any]]:
         resolved = data.pop("resolved")
         data.pop("versions")
         return cli.validate(data), dict(resolved)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not that of a run ({error}); move the folder away") from None
 
 
@@ -93,14 +106,6 @@ def _settings(config: Config, num_clients: int) -> dict[str, Any]:
     """The settings that a cell's figures depend on: the run's, and how it was evaluated."""
     evaluation = {k: v for k, v in flatten(config).items() if k.startswith("evaluation.")}
     return comparable(config, num_clients) | evaluation
-
-
-def _rounds(path: Path) -> list[dict[str, Any]]:
-    return [
-        event
-        for event in metrics.read_events(path)
-        if event.get("event") == "round" and isinstance(event.get("round"), int)
-    ]
 
 
 def _is_exported(cell: Cell, num_clients: int) -> bool:

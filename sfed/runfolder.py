@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from sfed import checkpoint, records, trackers
+from sfed import checkpoint, records, resume, trackers
 from sfed.checkpoint import Found, State
 from sfed.cli import UserError
 from sfed.config import Config
@@ -19,18 +21,26 @@ from sfed.distributed import World
 from sfed.lock import RunLock
 from sfed.masking import masked
 from sfed.meetings import gather_json, together
+from sfed.metrics import free_name
 from sfed.run import Run
-from sfed.sameness import comparable
+from sfed.runrecord import Sight, began_with, read_attempt, rounds_of, sight_of
 from sfed.trackers import Journal
 
 
 class RunFolder:
     """One run's folder; process 0 holds it from the first look to the end."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, one_of_many: bool = False) -> None:
+        """Read nothing yet.
+
+        Args:
+            config: of the run.
+            one_of_many: whether adapters tell a sweep that the run is complete.
+        """
         self.path = Path(config.output.dir) / config.run_name
-        self._config = config
+        self._config, self._one_of_many = config, one_of_many
         self._lock = RunLock()
+        self._seen: Sight | None = None
 
     def look(self, world: World, console: Console) -> tuple[Found | None, int]:
         """Return the checkpoint to go on from, and N. Collective; only the lock is written.
@@ -39,35 +49,78 @@ class RunFolder:
 
         Raises:
             UserError: on every process, where another run holds the folder, or the run in it is
-                another one.
+                another one, or has checkpoints of which none can be read.
         """
-        with together(world, "looking for checkpoints"):
+        with together(world, "looking for checkpoints"), _unreadable(self.path):
             newest, notes = self._newest() if world.is_main else (None, [])
         for note in notes:
             console.warn(note)
         told = gather_json(world, "the newest checkpoint", newest and str(newest))[0]
-        with together(world, "comparing with the run so far"):
+        with together(world, "comparing with the run so far"), _unreadable(self.path):
             found = Found(Path(told), checkpoint.facts_of(Path(told))) if told else None
             num_clients = self._count_clients(found, world, console)
             if found is not None:
-                checkpoint.refuse_other_run(found, self._config, num_clients)
+                resume.refuse_other_run(found, self._config, num_clients)
+            if world.is_main and not self._is_anew:
+                self._refuse_to_overwrite(found, num_clients, console)
         return found, num_clients
 
     def _newest(self) -> tuple[Path | None, list[str]]:
         self._lock.take(self.path)
-        if self._config.output.resume == "never":
+        self._seen = self._sight()
+        if self._is_anew:
             return None, []
-        found, notes = checkpoint.find(self.path, self._config.output.resume)
+        found, notes = resume.find(self.path, self._config.output.resume)
         return None if found is None else found.folder, notes
+
+    def _refuse_to_overwrite(self, found: Found | None, num_clients: int, console: Console) -> None:
+        """Refuse where a start would write over what another run, or a lost one, has left.
+
+        A run that was stopped before its first checkpoint has nothing to lose: its rounds are done
+        again, with the same numbers.
+
+        Raises:
+            UserError: with what is there and the remedy.
+        """
+        inside = self.path / "checkpoints"
+        if found is not None and os.path.realpath(found.folder.parent) == os.path.realpath(inside):
+            return
+        remedy = "choose another output.name, or set output.resume=never to move this folder aside"
+        before = read_attempt(self.path)
+        if before.foreign:
+            raise UserError(
+                f"output.name: {self.path} holds a {before.foreign} that is not that of a run, so "
+                f"nothing in it was touched; {remedy}"
+            )
+        if not before.rounds and not before.had_checkpoint:
+            return
+        changed = before.differences(self._config, num_clients)
+        if changed:
+            raise UserError(
+                f"the run in {self.path} reports {before.rounds} finished rounds and was made with "
+                "other settings:\n  " + "\n  ".join(changed) + f"\nset them back, or {remedy}"
+            )
+        if found is not None:
+            return
+        if before.had_checkpoint:
+            raise UserError(
+                f"no checkpoint of this run can be read, so nothing in {self.path} was touched: "
+                f"metrics.jsonl reports {before.rounds} finished rounds and there is no checkpoint "
+                f"in {inside}; put the checkpoints back and start again, or {remedy}"
+            )
+        console.warn(
+            f"the run in {self.path} was stopped before its first checkpoint: its "
+            f"{before.rounds} reported rounds are done again, with the same numbers"
+        )
 
     def _count_clients(self, found: Found | None, world: World, console: Console) -> int:
         """N as configured; else that of the run's first start; else one client per process."""
         stated = self._config.federated.num_clients
-        if self._config.output.resume == "never":
+        if self._is_anew:
             return stated or world.size
         before: int | None
         if found is None:
-            before = _began_with(self.path / "config.json", self._config)
+            before = began_with(self.path / "config.json", self._config)
         else:
             before = found.facts["config"].get("federated.num_clients")
         if stated is not None or before is None or before == world.size:
@@ -87,24 +140,20 @@ class RunFolder:
             f"each holds at least one client: start at most {before}, or choose another output.name"
         )
 
-    def make(self, parts: Run, state: State | None, console: Console) -> Journal:
+    def make(
+        self, parts: Run, found: Found | None, state: State | None, console: Console
+    ) -> Journal:
         """Make the folder, its own files and trackers; what an older run left is moved aside.
 
         Raises:
-            UserError: where another run holds the folder, or it cannot be written.
+            UserError: where another run holds the folder or has written to it since the look, or
+                it cannot be written.
         """
         folder = self.path
-        self._lock.take(folder)  # another run may have made it meanwhile
         try:
-            if self._config.output.resume == "never" and folder.exists():
-                number = 1
-                while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-                    number += 1
-                folder.rename(aside)
-            if state is None:
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock.take(folder)
+            self._claim()
+            if found is not None:
+                self._set_aside(found, console)
             facts = records.describe_run(parts)
             _write(folder / "config.json", json.dumps(masked(facts), indent=2))
             held = map(json.dumps, masked(parts.data.summary["clients"]))  # a line for each
@@ -117,22 +166,89 @@ class RunFolder:
                 f"output.dir: the run folder {folder} cannot be written ({error.strerror})"
             ) from None
 
+    def _claim(self) -> None:
+        """Make the folder and hold it, as it was at the look.
+
+        A folder that was not there at the look could not be held: another start may have made it
+        while this one was loading, and may even be done.
+
+        Raises:
+            UserError: where another run holds it, or has written to it.
+        """
+        self._lock.take(self.path)
+        self._refuse_changes()
+        if self._is_anew and self._seen is not None:
+            self.path.rename(free_name(self.path.with_name(f"{self.path.name}.old")))
+            self._seen = None
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.take(self.path)
+        if self._seen is None and sight_of(self.path) == Sight():
+            return
+        self._refuse_changes()
+
+    @property
+    def _is_anew(self) -> bool:
+        return self._config.output.resume == "never"
+
+    def _sight(self) -> Sight | None:
+        """What is seen of the folder now; None where it does not exist.
+
+        One that will be moved aside needs not be readable.
+        """
+        if not os.path.lexists(self.path):
+            return None
+        return Sight() if self._is_anew else sight_of(self.path)
+
+    def _refuse_changes(self) -> None:
+        if self._sight() != self._seen:
+            raise UserError(
+                f"output.name: another start has written to {self.path} since this one looked at "
+                "it, so this one has changed nothing; start again to go on from what is there, or "
+                "choose another output.name"
+            )
+
+    def _set_aside(self, found: Found, console: Console) -> None:
+        """Move what is of a later state than the checkpoint that is gone on from out of the way.
+
+        Otherwise these rounds would be there twice, and what is kept as the newest checkpoints
+        would not be of this run, or damaged.
+        """
+        later = resume.later_than(found, self.path / "checkpoints")
+        record, finished = self.path / "metrics.jsonl", found.facts["finished_rounds"]
+        is_rewound = self._config.output.resume != "auto" and rounds_of(record) > finished
+        # To a sweep, adapters beside more rounds than theirs would pass for the result.
+        is_outgrown = self._one_of_many and finished < self._config.federated.num_rounds
+        adapters = self.path / "adapters"
+        moved = [*later, *([adapters] if is_outgrown or is_rewound else [])]
+        moved = [path for path in moved if path.exists()]
+        if not moved and not is_rewound:
+            return
+        aside = free_name(self.path / "set-aside")
+        aside.mkdir()
+        if (later or is_rewound) and record.exists():
+            shutil.copyfile(record, aside / record.name)
+        for path in moved:
+            path.rename(aside / path.name)
+        if later or is_rewound:
+            names = ", ".join([*(path.name for path in moved), f"a copy of {record.name}"])
+            console.say(f"later than {found.folder.name}, so kept in {aside}: {names}")
+
     def close(self) -> None:
         """Let go of it."""
         self._lock.free()
 
 
-def _began_with(path: Path, config: Config) -> int | None:
-    """N of an attempt of this very run that came to no checkpoint."""
+@contextmanager
+def _unreadable(folder: Path) -> Iterator[None]:
+    """Turn a refusal of the system into a plain message."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        num_clients = int(saved.pop("resolved")["num_clients"])
-        del saved["versions"]
-        before = Config.model_validate_json(json.dumps(saved))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # there is none, or it is not one that we wrote
-    is_same = comparable(before, num_clients) == comparable(config, num_clients)
-    return num_clients if is_same else None
+        yield
+    except OSError as error:
+        raise UserError(
+            f"output.dir: the run folder {folder} cannot be read ({error.strerror}: "
+            f"{error.filename or folder}), so nothing was touched; mend that and start again, or "
+            "choose another output.name. All nodes have to see the folder"
+        ) from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -247,7 +247,7 @@ class OutputSection(Section):
     checkpoint_every_rounds: PositiveInt = 1
     """Write a checkpoint after every this many rounds (and at the end)."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; 2 or more hold two files of each client."""
     resume: str = "auto"
     """auto = go on from the newest whole checkpoint; never = begin anew; or a checkpoint folder."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()

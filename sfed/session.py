@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
@@ -63,7 +65,7 @@ def run_session(config: Config, *, one_of_many: bool = False, import_seconds: fl
     world = _join(config)
     quieten(world)
     console = Console(speaks=world.is_main, import_seconds=import_seconds)
-    folder = RunFolder(config)
+    folder = RunFolder(config, one_of_many=one_of_many)
     world.watch.debug_folder = folder.path / "debug"
     try:
         with ending(world):
@@ -224,7 +226,7 @@ def _train_and_export(
         within = " and a part of the next" if state.is_within else ""
         console.say(f"going on after round {state.finished_rounds}{within} ({found.folder})")
     with meetings.together(world, "making the run folder"):
-        log = folder.make(parts, state, console) if world.is_main else None
+        log = folder.make(parts, found, state, console) if world.is_main else None
     if log is not None:
         log.add_to_next(console.end_of_start())
     stop.training_begins(in_step=parts.backbone.sharding.is_sharded)
@@ -269,8 +271,8 @@ def _close(parts: Run, folder: Path, console: Console) -> None:
     """The closing table and where everything is."""
     if not parts.world.is_main:
         return
-    events = list(metrics.read_events(folder / "metrics.jsonl"))
-    evaluated = [event for event in events if event.get(metrics.EVAL_LOSS) is not None]
+    events = metrics.read_metrics(folder / "metrics.jsonl").events
+    evaluated = [event for event in events if _has_losses(event)]
     if evaluated:
         before = evaluated[0] if evaluated[0]["round"] == 0 else None
         held = parts.data.summary["clients"]
@@ -280,3 +282,16 @@ def _close(parts: Run, folder: Path, console: Console) -> None:
     console.say(f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)")
     console.say(f"metrics    {folder / 'metrics.jsonl'}")
     console.where_the_time_went(events)
+
+
+def _has_losses(event: Mapping[str, Any]) -> bool:
+    """Whether an event is that of an evaluated round, with all that a table needs of it."""
+    entries = event.get("clients")
+    return (
+        event["event"] == "round"
+        and isinstance(event.get(metrics.EVAL_LOSS), float)
+        and isinstance(entries, list)
+        and all(
+            isinstance(entry, dict) and {"client", "examples"} <= entry.keys() for entry in entries
+        )
+    )

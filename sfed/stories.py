@@ -35,6 +35,8 @@ class Story:
     """Examples per label of each client, where the partition knows labels."""
     sizes: Mapping[int, int]
     """Training examples of each client."""
+    note: str | None = None
+    """What was passed over while reading; None where nothing was."""
 
     @property
     def name(self) -> str:
@@ -121,7 +123,10 @@ def number(data: Any, dotted: str) -> float | None:
     """Return the finite number under a dotted name; None for anything else."""
     value = look(data, dotted)
     usable = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if usable and math.isfinite(value) else None
+    try:
+        return float(value) if usable and math.isfinite(value) else None
+    except OverflowError:  # an integer beyond all floats
+        return None
 
 
 def held_out(event: Event, kind: str, what: str = LOSS, mean: str = "_unweighted") -> float | None:
@@ -179,14 +184,12 @@ def read_story(folder: Path) -> Story:
             "folder and no folder of runs"
         )
     try:
-        found = list(metrics.read_events(folder / "metrics.jsonl"))
-    except (OSError, UnicodeDecodeError) as error:
+        found = metrics.read_metrics(folder / "metrics.jsonl")
+    except OSError as error:
         raise UserError(f"{folder / 'metrics.jsonl'} is not readable: {error}") from None
-    rounds = {
-        event["round"]: event
-        for event in found
-        if event.get("event") == "round" and isinstance(event.get("round"), int)
-    }
+    if found.odd_lines and not found.events:
+        raise UserError(f"{found.path} is not readable: no line of it is an event")
+    rounds = {event["round"]: event for event in found.events if event["event"] == "round"}
     config = _read_json(folder / "config.json")
     partition = folder / "partition.json"
     parts = clients_of(_read_json(partition)) if partition.is_file() else []
@@ -198,6 +201,7 @@ def read_story(folder: Path) -> Story:
         labels={part["client"]: counts for part in parts if (counts := _counts(part))},
         sizes={part["client"]: len(part.get("train") or ()) for part in parts}
         | {entry["client"]: int(n) for entry in last if (n := number(entry, "examples"))},
+        note=found.note,
     )
 
 

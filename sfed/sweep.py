@@ -8,7 +8,6 @@ Exit codes: 0 all runs are complete (or stopped by SIGTERM with everything on di
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -125,6 +124,8 @@ class _Leader:
     def _look_at_all(self) -> None:
         for cell in self._grid.cells:
             standing = results.stand(cell, self._party.size)
+            if standing.note:
+                self._console.warn(standing.note)
             self._note(cell, "complete" if standing.complete else "not run", standing)
         try:
             results.write_csv(self._grid, self._rows.values())
@@ -147,7 +148,7 @@ class _Leader:
             self._fail(cell, standing, standing.problem)
         else:
             self._say(f"\n{title}{self._eta()}{self._who_waits(cell)}")
-            self._run(index, standing)
+            self._run(index)
         self._write()
 
     def _eta(self) -> str:
@@ -165,11 +166,8 @@ class _Leader:
             "part, the others wait"
         )
 
-    def _run(self, index: int, before: Standing) -> None:
+    def _run(self, index: int) -> None:
         cell, started = self._grid.cells[index], time.monotonic()
-        if before.rounds and (cell.folder / "adapters").exists():
-            # Of a shorter run that was complete: beside more rounds they would pass for the result.
-            shutil.rmtree(cell.folder / "adapters", ignore_errors=True)
         self.order(run=index)
         ends = self._party.run(self._orders, cell.config)
         standing, reason = results.stand(cell, self._party.size), child.main_reason(ends)

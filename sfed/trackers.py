@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 
 from sfed.cli import UserError
 from sfed.masking import masked
-from sfed.metrics import MetricsFile
+from sfed.metrics import MetricsFile, free_name
 
 # Each of them adds a curve for every number of a client.
 MOST_CLIENTS = 16
@@ -117,7 +116,10 @@ def open_journal(
 ) -> Journal:
     """Open the metrics file and start the trackers; arguments and errors as of ``start_all``."""
     started = start_all(names, folder, config, finished_rounds, warn)
-    return Journal(MetricsFile(folder / "metrics.jsonl", finished_rounds), started, warn)
+    file = MetricsFile(folder / "metrics.jsonl", finished_rounds)
+    if file.note:
+        warn(file.note)
+    return Journal(file, started, warn)
 
 
 def start_all(
@@ -156,10 +158,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         logs = folder / "tensorboard"
-        if finished_rounds is None:
-            shutil.rmtree(logs, ignore_errors=True)
-        # What a lost attempt wrote beyond the finished rounds is not shown.
-        purge = None if finished_rounds is None else finished_rounds + 1
+        # What a lost attempt wrote beyond the finished rounds is there and is not shown.
+        purge = 0 if finished_rounds is None else finished_rounds + 1
         writer: Any = SummaryWriter  # has no types
         self._writer = writer(str(logs), purge_step=purge)
         text = json.dumps(config, indent=2)
@@ -227,6 +227,8 @@ class WeightsAndBiases:
 
 def _run_id(path: Path, *, is_new: bool) -> str:
     """The id of this folder's W&B run."""
-    if is_new or not path.is_file():
+    if is_new and path.is_file():
+        path.rename(free_name(path.with_name(f"{path.name}.old")))
+    if not path.is_file():
         path.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

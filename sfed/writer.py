@@ -2,9 +2,13 @@
 
 At the end of a round each process takes hold of what has changed of its clients, and goes on. A
 thread of it then writes and flushes a file for each of these clients into a temporary folder, gives
-the other clients' files of the checkpoint before a second name there, and leaves a note of them
+the other clients' files of an earlier checkpoint a second name there, and leaves a note of them
 all. When the notes of all processes are there, process 0's thread completes the folder and renames
 it: it exists whole or not at all. One checkpoint is under way at a time.
+
+Two checkpoints in a row share no file, so that one damaged file costs one of them: a client that
+rests is written a second time, and then has the two files in turn. Only where a single checkpoint
+is kept, it takes its files from the one before.
 
 The threads meet through the folder, which has to be on a file system that all processes see. They
 leave the launcher's store to the main threads.
@@ -46,9 +50,9 @@ class _Job:
     files: dict[str, dict[str, torch.Tensor]]
     """New files by name."""
     kept: tuple[str, ...]
-    """Names of files that are the same as in the checkpoint before."""
-    before: Path | None
-    """The checkpoint before."""
+    """Names of files that are the same as in an earlier checkpoint."""
+    source: Path | None
+    """The earlier checkpoint."""
     facts: dict[str, Any]
     started: float
 
@@ -56,6 +60,17 @@ class _Job:
     def temporary(self) -> Path:
         """Where the folder grows."""
         return self.folder.with_name(f".{self.folder.name}.tmp")
+
+
+@dataclass(frozen=True)
+class _Written:
+    """An earlier checkpoint, as far as it is this process's."""
+
+    folder: Path
+    names: set[str]
+    """Of its clients' files."""
+    changed: frozenset[int]
+    """Clients that changed between the checkpoint before and this one."""
 
 
 class Writer:
@@ -71,9 +86,11 @@ class Writer:
         """
         self._run = run
         self._parent = run_folder / "checkpoints"
-        self._before = None if found is None else found.folder
         files = () if found is None else found.facts["files"]
-        self._names = {file_of(client) for client in run.clients.own} & set(files)
+        names = {file_of(client) for client in run.clients.own} & set(files)
+        self._earlier = [] if found is None else [_Written(found.folder, names, frozenset())]
+        """The last checkpoints, the newest first: as many as it takes until files are shared."""
+        self._distance = 2 if run.config.output.keep_checkpoints > 1 else 1
         self._under_way: list[Future[float]] = []
         """What this process writes and, on process 0, the completion of the folder."""
         self._is_over = threading.Event()
@@ -104,8 +121,12 @@ class Writer:
         run.world.watch.at(f"the checkpoint {state.name}")
         self._settle()
         folder = self._parent / state.name
-        is_new = self._before is None or not self._before.is_dir()
-        common, changed = run.clients.take_changes(everything=is_new)
+        changed_now = run.clients.changed
+        source = self._source()
+        rested = [] if source is None else [one.changed for one in self._earlier[:-1]]
+        common, changed = run.clients.take_changes(
+            also=frozenset().union(*rested), everything=source is None
+        )
         files = {file_of(c): keyed(f"clients/{c:04d}", parts) for c, parts in changed.items()}
         if run.world.is_main:
             files[COMMON] = keyed("common", common)
@@ -121,16 +142,24 @@ class Writer:
             "clients_per_pass": run.sharing.clients_per_pass,
             "config": comparable(run.config, run.num_clients),
         }
-        kept = () if is_new else tuple(sorted(self._names - files.keys()))
-        job = _Job(folder, files, kept, self._before, facts, time.monotonic())
+        kept = () if source is None else tuple(sorted(source.names - files.keys()))
+        where = None if source is None else source.folder
+        job = _Job(folder, files, kept, where, facts, time.monotonic())
         with together(run.world, "checkpoint"), disk_errors(folder):
             if run.world.is_main:
                 _make_room(job.temporary)
         self._under_way = [_in_thread(lambda: self._write(job))]
         if run.world.is_main:
             self._under_way.append(_in_thread(lambda: self._complete(job)))
-        self._before, self._names = folder, {*kept, *files} - {COMMON}
+        written = _Written(folder, {*kept, *files} - {COMMON}, changed_now)
+        self._earlier = [written, *self._earlier][: self._distance]
         self._blocked_seconds += time.monotonic() - started
+
+    def _source(self) -> _Written | None:
+        """The checkpoint whose files serve a client that rests; None where each is written."""
+        if len(self._earlier) < self._distance or not self._earlier[-1].folder.is_dir():
+            return None
+        return self._earlier[-1]
 
     def finish(self) -> None:
         """Wait until the last checkpoint is whole. Collective.
@@ -167,12 +196,12 @@ class Writer:
         self._under_way = []
 
     def _result_of(self, future: Future[float]) -> None:
-        seconds = self._run.world.deadline_seconds
+        seconds, folder = self._run.world.deadline_seconds, self._earlier[0].folder
         try:
             future.result(seconds)
         except concurrent.futures.TimeoutError:
             raise UserError(
-                f"process {self._run.world.rank}: the checkpoint {self._before} is still being "
+                f"process {self._run.world.rank}: the checkpoint {folder} is still being "
                 f"written after {seconds:g} s (federated.deadline_seconds); set output.dir to a "
                 "faster disk, or a longer deadline"
             ) from None
@@ -184,11 +213,11 @@ class Writer:
                 save_tensors(tensors, job.temporary / name)
                 sync(job.temporary / name)
             for name in job.kept:
-                assert job.before is not None
-                second_name(job.before / name, job.temporary / name)
+                assert job.source is not None
+                second_name(job.source / name, job.temporary / name)
             files = {name: describe(job.temporary / name) for name in job.files}
-            if job.before is not None and job.kept:
-                known = facts_of(job.before)["files"]
+            if job.source is not None and job.kept:
+                known = facts_of(job.source)["files"]
                 files |= {name: known[name] for name in job.kept}
             note = job.temporary / _note(self._run.world.rank)
             unfinished = note.with_suffix(".part")

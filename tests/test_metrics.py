@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed.metrics import MetricsFile, mean, perplexity, read_events
+from sfed.metrics import MetricsFile, mean, perplexity, read_events, read_metrics
 
 numbers = st.floats(min_value=-1e6, max_value=1e6)
 
@@ -83,6 +83,92 @@ def test_a_last_line_that_was_half_written_is_not_read_and_not_kept(path, half):
     assert rounds(path) == [1]
     write(path, [2], finished=1)
     assert path.read_text() == '{"event": "round", "round": 1}\n{"event": "round", "round": 2}\n'
+
+
+ODD_LINES = [
+    b"\xff",
+    b"\xff\xfe{}",
+    b"not JSON",
+    b'{"event": "round", "rou',
+    b"[]",
+    b'[{"event": "round", "round": 2}]',
+    b"17",
+    b"null",
+    b'"round"',
+    b"",
+    b"   ",
+    b"{}",
+    b'{"round": 2}',
+    b'{"event": null, "round": 2}',
+    b'{"event": 7, "round": 2}',
+    b'{"event": "round"}',
+    b'{"event": "round", "round": "2"}',
+    b'{"event": "round", "round": 2.0}',
+    b'{"event": "round", "round": true}',
+    b'{"event": "round", "round": null}',
+    b'{"event": "round", "round": -1}',
+    b'{"event": "round", "round": [2]}',
+    b'{"event": "round", "round": 1' + b"0" * 30 + b"}",
+    b'{"event": "round", "round": 1' + b"0" * 5000 + b"}",
+    b'{"event": "start", "round": "x"}',
+    b"[" * 100_000,
+    b'{"event": "round", "round": 2, "deep": ' + b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b"\x00" * 4096,
+]
+
+
+@pytest.mark.parametrize("odd", ODD_LINES, ids=lambda odd: repr(odd[:40]))
+def test_a_line_that_is_no_event_is_passed_over_counted_and_kept(path, odd):
+    write(path, [0, 1])
+    with path.open("ab") as file:
+        file.write(odd + b'\n{"event": "round", "round": 2}\n' + odd + b"\n")
+    before = path.read_bytes()
+    assert rounds(path) == [0, 1, 2]
+    found = read_metrics(path)
+    assert found.odd_lines == [3, 5]
+    note = f"{path}: 2 lines are no events and are passed over (line 3, line 5)"
+    assert found.note == note
+    for number in (1, 2):
+        file = MetricsFile(path, 1)
+        file.close()
+        assert rounds(path) == [0, 1]
+        assert file.note == f"{note}; the file as it was is kept as metrics.jsonl.damaged-{number}"
+        assert path.with_name(f"metrics.jsonl.damaged-{number}").read_bytes() == before
+        path.write_bytes(before)
+
+
+def test_a_single_odd_line_and_very_many_are_named_in_a_line(path):
+    path.write_bytes(b"odd\n")
+    assert read_metrics(path).note == f"{path}: 1 line is no event and is passed over (line 1)"
+    path.write_bytes(b"odd\n" * 1000)
+    note = read_metrics(path).note
+    assert "1000 lines are no events" in note and "line 8 and 992 more)" in note
+
+
+def test_a_number_beyond_all_floats_is_read_as_infinite(path):
+    path.write_bytes(b'{"event": "round", "round": 1, "train/loss": 1' + b"0" * 400 + b"}\n")
+    (event,) = read_metrics(path).events
+    assert event["train/loss"] == math.inf
+
+
+def test_resuming_keeps_the_bytes_of_each_line(path):
+    line = b'{"round":1,  "event":"round", "x":1.50, "text":"\\u00e9"}\r\n'
+    path.write_bytes(line)
+    write(path, [2], finished=1)
+    assert path.read_bytes() == line + b'{"event": "round", "round": 2}\n'
+
+
+def test_a_file_that_cannot_be_read_is_an_error_and_stays(path, tmp_path):
+    path.symlink_to(tmp_path / "gone")
+    with pytest.raises(OSError, match="No such file"):
+        MetricsFile(path, 1)
+    assert path.is_symlink()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        MetricsFile(path, None)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_nothing_is_read_from_a_file_that_is_not_there(path):

@@ -731,16 +731,25 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
     assert rounds == [0, 1, 2, 3]
 
 
-def test_a_run_of_which_all_checkpoints_are_damaged_begins_anew(folder, tiny_folder, capsys):
+def test_a_run_of_which_all_checkpoints_are_damaged_is_refused_and_left_as_it_is(
+    folder, tiny_folder, capsys
+):
     train.main(written(folder, {"federated.num_rounds": 2}))
-    checkpoints = sorted((folder / "runs" / "run" / "checkpoints").iterdir())
-    for checkpoint in checkpoints:
+    run = folder / "runs" / "run"
+    for checkpoint in (run / "checkpoints").iterdir():
         truncate_shard(checkpoint)
-    capsys.readouterr()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="no checkpoint of this run can be read") as raised:
+        train.main(written(folder, {"federated.num_rounds": 3}))
+    for name in ("round-000001: client-0000.safet", "round-000002: client-0000.safet"):
+        assert name in str(raised.value)
+    assert "output.resume=never" in str(raised.value)
+    del before[run / "lock"]  # says who holds it
+    assert all(path.read_bytes() == content for path, content in before.items())
+    train.main(written(folder, {"output.resume": "never"}))
+    aside = run.with_name("run.old-1")
+    assert all((aside / path.relative_to(run)).read_bytes() == before[path] for path in before)
     assert_next_start_is_good(folder, tiny_folder)
-    said = capsys.readouterr().out
-    assert all(f"{checkpoint} is damaged" in said for checkpoint in checkpoints)
-    assert "before training" in said and "going on" not in said
 
 
 def test_a_damaged_line_of_the_metrics_does_not_keep_a_run_from_going_on(folder):

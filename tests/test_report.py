@@ -459,6 +459,21 @@ def damage(name: str, text: str):
     return lambda run: (run / name).write_text(text)
 
 
+def test_lines_that_are_no_events_are_named_beside_the_report(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = stories.read_story(run).rounds
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\n[1]\n" + b"[" * 100_000 + b"\n")
+        file.write(b'{"event": "round", "round": 1' + b"0" * 5000 + b"}\n")
+    assert stories.read_story(run).rounds == whole
+    report.main([str(run)])
+    complaints = capsys.readouterr().err
+    first = len(whole) + 1
+    lines = ", ".join(f"line {first + i}" for i in range(4))
+    assert f"metrics.jsonl: 4 lines are no events and are passed over ({lines})" in complaints
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [

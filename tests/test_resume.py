@@ -249,14 +249,21 @@ def test_the_number_of_clients_stays_that_of_a_start_without_a_checkpoint(
 ) -> None:
     free = {"num_clients": None, "num_rounds": 1, "deadline_seconds": 30.0}
     runs.run(2, settings(tiny_folder, tmp_path, federated=free))
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    shutil.rmtree(tmp_path / "run" / "adapters")
+    stop_before_the_first_checkpoint(tmp_path / "run")
     runs.run(1, settings(tiny_folder, tmp_path, federated=free))
     assert len(runs.rounds(tmp_path / "run")[-1]["clients"]) == 2
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    stop_before_the_first_checkpoint(tmp_path / "run")
     other = settings(tiny_folder, tmp_path, federated=free, train={**ADAMW, "lr": 1e-3})
     runs.run(1, other)  # another run: it has N of its own
     assert len(runs.rounds(tmp_path / "run")[-1]["clients"]) == 1
+
+
+def stop_before_the_first_checkpoint(run_folder: Path) -> None:
+    """Leave what a run leaves that is killed in its first round."""
+    shutil.rmtree(run_folder / "checkpoints")
+    shutil.rmtree(run_folder / "adapters")
+    metrics = run_folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
 
 
 def test_two_runs_in_one_folder_are_refused_and_the_first_goes_on(

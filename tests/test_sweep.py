@@ -410,6 +410,38 @@ class TestOneProcess:
         straight = tmp_path / "new" / "runs" / "methods" / "sfed-seed1"
         assert runs.identical(runs.adapters(begun), runs.adapters(straight))
 
+    def test_adapters_of_a_shorter_run_are_kept_aside_and_stay_where_a_run_is_refused(
+        self, copied: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        refused, resumed = copied / "sfed-seed0", copied / "sfed-seed1"
+        for file in refused.glob("checkpoints/*/common.safetensors"):
+            file.write_bytes(file.read_bytes()[:-1] + b"?")
+        before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+        assert in_this_process(str(tmp_path / "methods.yaml"), "federated.num_rounds=4") == 1
+        said = " ".join(capfd.readouterr().out.split())
+        assert "sfed-seed0 failed, exit code 2: no checkpoint of this run can be read" in said
+        assert "3 of 4 complete, 1 failed" in said
+        for path, content in before.items():
+            if refused in path.parents and path.name != "lock":
+                assert path.read_bytes() == content, path
+            if resumed / "adapters" in path.parents:
+                aside = resumed / "set-aside-1" / path.relative_to(resumed)
+                assert aside.read_bytes() == content
+        assert len(runs.adapters(resumed)) == 5
+
+    def test_a_folder_that_cannot_be_read_is_one_failed_run(
+        self, copied: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        path = copied / "sfed-seed0" / "metrics.jsonl"
+        path.unlink()
+        path.mkdir()
+        with (copied / "sfed-seed1" / "metrics.jsonl").open("ab") as file:
+            file.write(b"\xff\n")
+        assert in_this_process(str(tmp_path / "methods.yaml")) == 1
+        said = " ".join(capfd.readouterr().out.split())
+        assert "cannot be read (Is a directory" in said
+        assert "3 of 4 complete, 1 failed" in said
+
     def test_never_begins_what_is_not_complete_anew(self, copied: Path, tmp_path: Path) -> None:
         shutil.rmtree(copied / "fedsa-seed0" / "adapters" / "client-0003")
         before = times(copied / "sfed-seed0")

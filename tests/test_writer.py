@@ -119,7 +119,7 @@ def test_what_a_killed_process_left_half_written_is_removed(
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-def test_only_clients_of_the_cohort_are_written_again(
+def test_a_client_that_rests_is_written_once_more_and_then_has_two_files_in_turn(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
 ) -> None:
     if not has_links:
@@ -128,10 +128,13 @@ def test_only_clients_of_the_cohort_are_written_again(
             raise OSError(errno.EPERM, "Operation not permitted")
 
         monkeypatch.setattr(disk.os, "link", refuse)
-    shape = {"num_clients": 6, "clients_per_round": 2}
-    folder = run(settings(tiny_folder, tmp_path, federated=shape))
+    shape = {"num_clients": 6, "clients_per_round": 2, "num_rounds": ROUNDS + 2}
+    own = settings(tiny_folder, tmp_path, federated=shape)
+    own["output"]["keep_checkpoints"] = ROUNDS + 2
+    folder = run(own)
     taken_part: set[int] = set()
-    before: dict[str, int] = {}
+    before: list[dict[str, int]] = [{}, {}]
+    cohorts: list[set[int]] = [set(), set()]
     for event in runs.rounds(folder)[1:]:
         cohort = {entry["client"] for entry in event["clients"] if "steps" in entry}
         taken_part |= cohort
@@ -142,11 +145,14 @@ def test_only_clients_of_the_cohort_are_written_again(
             "common.safetensors",
             *files,
         }
-        if has_links:
-            same = {name for name, inode in files.items() if before.get(name) == inode}
-            assert same == {f"client-{client:04d}.safetensors" for client in taken_part - cohort}
-        before = files
-    longer = settings(tiny_folder, tmp_path, federated={**shape, "num_rounds": ROUNDS + 2})
+        assert not set(files.values()) & set(before[-1].values()), "a damaged file costs both"
+        if has_links and event["round"] > 2:
+            same = {name for name, inode in files.items() if before[-2].get(name) == inode}
+            rested = taken_part - cohort - cohorts[-1]
+            assert same == {f"client-{client:04d}.safetensors" for client in rested}
+        before.append(files)
+        cohorts.append(cohort)
+    longer = settings(tiny_folder, tmp_path, federated={**shape, "num_rounds": ROUNDS + 4})
     calm = run(settings(tiny_folder, tmp_path, "calm", federated=longer["federated"]))
     assert runs.identical(runs.adapters(calm), runs.adapters(run(longer)))
 
@@ -194,3 +200,61 @@ def test_a_disk_that_hangs_ends_the_run_at_the_deadline_and_is_named(
     assert "process 1" in messages[1] and "still being written" in messages[1]
     assert messages[0] and "process 1" in messages[0]
     assert not [name for name in whole(tmp_path / "run") if not name.startswith(".")]
+
+
+def damaged_ones(folder: Path) -> list[set[str]]:
+    """For each file of the newest checkpoint: the kept checkpoints that one flipped bit costs."""
+    checkpoints = sorted((folder / "checkpoints").iterdir())
+    costs = []
+    for file in sorted(checkpoints[-1].glob("*.safetensors")):
+        before = file.read_bytes()
+        with file.open("r+b") as opened:  # in place, as a disk does it: all names see it
+            opened.write(bytes([before[0] ^ 1]))
+        known = {path: json.loads((path / "run.json").read_text())["files"] for path in checkpoints}
+        costs.append(
+            {
+                path.name
+                for path, files in known.items()
+                for name, facts in files.items()
+                if disk.damage(path / name, facts)
+            }
+        )
+        with file.open("r+b") as opened:
+            opened.write(before[:1])
+    return costs
+
+
+@pytest.mark.parametrize("clients_per_pass", [1, 4])
+def test_a_damaged_file_costs_one_of_two_checkpoints_whenever_its_client_trained(
+    tiny_folder: Path, tmp_path: Path, clients_per_pass: int
+) -> None:
+    shape = {"clients_per_round": 1, "clients_per_pass": clients_per_pass}
+
+    def go_on(name: str, num_rounds: int) -> Path:
+        own = settings(tiny_folder, tmp_path, name, federated={**shape, "num_rounds": num_rounds})
+        own["output"]["keep_checkpoints"] = 2
+        return run(own)
+
+    for num_rounds in (2, 3, 4, 6, 9):  # the first checkpoints of a start, and later ones
+        folder = go_on("parts", num_rounds)
+        costs = damaged_ones(folder)
+        assert len(costs) > 1
+        assert costs == [{f"round-{num_rounds:06d}"}] * len(costs)
+    calm = go_on("calm", 9)
+    assert runs.identical(runs.adapters(calm), runs.adapters(folder))
+    newest = [{p.name: p.read_bytes() for p in (f / "checkpoints/round-000009").glob("*.s*")}
+              for f in (calm, folder)]  # fmt: skip
+    assert newest[0] == newest[1]
+
+
+def test_a_client_of_which_only_the_examples_drawn_are_its_own_is_kept_over_a_start(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """All factors are averaged and SGD has no moments; what it has drawn says what comes next."""
+    shape = {"clients_per_round": 1, "averaged": ["A", "B"]}
+    train = {"optimizer": "sgd", "lr": 0.1}
+    calm = run(settings(tiny_folder, tmp_path, "calm", federated=shape, train=train))
+    for num_rounds in range(1, ROUNDS + 1):
+        part = {**shape, "num_rounds": num_rounds}
+        folder = run(settings(tiny_folder, tmp_path, federated=part, train=train))
+    assert runs.identical(runs.adapters(calm), runs.adapters(folder))
