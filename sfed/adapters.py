@@ -299,7 +299,7 @@ def _wrong_targets(model: PreTrainedModel, targets: object, reason: str) -> User
     known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m)})
     return UserError(
         f"lora.target_modules = {_plain(targets)!r}: {reason} The linear layers of this model are "
-        f"{', '.join(known)}"
+        f"{', '.join(known)}; name some of them, or choose another model.name"
     )
 
 

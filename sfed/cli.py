@@ -299,7 +299,7 @@ def _explain(detail: ErrorDetails) -> str:
 
 def _allowed(key: str) -> str:
     meaning = {known: text for known, _, text in list_keys()}.get(key)
-    return f" ({meaning})" if meaning else ""
+    return f" ({' '.join(meaning.split())})" if meaning else ""
 
 
 def suggestion(key: str) -> str:

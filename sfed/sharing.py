@@ -183,5 +183,6 @@ def _told(text: PreTrainedConfig, key: str) -> int:
         return value
     raise UserError(
         f"federated.clients_per_pass = auto: the configuration of this model ({text.model_type}) "
-        f"does not tell {key}, so what a pass needs is not known; set it to a number"
+        f"does not tell {key}, so what a pass needs is not known; set it to a number, or choose "
+        "another model.name"
     )

@@ -313,6 +313,11 @@ def test_a_model_and_a_task_have_no_default(tmp_path, text, words, missing):
     assert all(line.startswith(part) for line, part in zip(lines, missing, strict=True)), message
 
 
+@pytest.mark.parametrize("words", [["lora.rank=4"], [DEMO, "model.name=3", "partition.key=3"]])
+def test_a_mistake_is_one_line_however_long_the_meaning_of_its_key(words):
+    assert all(line.startswith("  ") for line in told(*words).splitlines()[1:])
+
+
 def test_what_is_missing_comes_with_all_other_mistakes():
     message = told("lora.rank=0", "nonsense=1")
     assert message.startswith("4 mistakes")
