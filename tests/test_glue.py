@@ -143,6 +143,39 @@ def test_a_batch_holds_what_the_tokenizer_of_the_model_gives(folder, family, nam
     assert batch.targets.tolist() == [row["label"] for row in rows]
 
 
+MARKS = {"roberta": ("<s>", "</s>"), "bert": ("[CLS]", "[SEP]"), "llama": ("<s>", "")}
+
+
+@pytest.mark.parametrize("family", MARKS)
+@pytest.mark.parametrize("name", ["mnli", "sst2"])
+def test_marks_that_a_text_holds_already_stand_once(folder, tmp_path, family, name):
+    """What a tokenizer puts around its texts itself; a mark within a text is the user's."""
+    first, last = MARKS[family]
+    columns, _ = glue.FORMS[name]
+    bare = [{column: f"a {column[0]}" for column in columns} | {"label": i % 2} for i in range(4)]
+    dressed = [
+        {
+            **row,
+            columns[0]: f"{first * (1 + i)}{row[columns[0]]}",
+            columns[-1]: row[columns[-1]] + last * i,
+        }
+        for i, row in enumerate(bare)
+    ]
+    if len(columns) == 1:
+        dressed = [{**row, "sentence": f"{first}{row['sentence']}{last}"} for row in bare]
+    elif family != "llama":  # one of two texts opens with the mark of the row
+        dressed[1]["hypothesis"] = first + dressed[1]["hypothesis"]
+    tables = [
+        table_of(folder, family, name, glue.save(tmp_path / f"{i}.jsonl", rows))
+        for i, rows in enumerate((bare, dressed))
+    ]
+    assert np.array_equal(tables[0].flat, tables[1].flat)
+    assert np.array_equal(tables[0].prompt_lengths, tables[1].prompt_lengths)
+    within = [{**row, columns[0]: f"a{first}b"} for row in bare]
+    other = table_of(folder, family, name, glue.save(tmp_path / "within.jsonl", within))
+    assert len(other.flat) == len(tables[0].flat)  # "a b" or "a", mark, "b"
+
+
 # --- who holds what ------------------------------------------------------------------------------
 
 
