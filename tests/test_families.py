@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from torch import multiprocessing as mp
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -21,6 +24,8 @@ from sfed.cli import UserError
 from sfed.shape import Sharding
 from sfed.tokens import Row
 from sfed.trialpasses import Case, Numbers, Subject, random_adapter, together
+from tests import glue, runs, tiny
+from tests.processes import on_processes
 
 WORDS = 96
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": WORDS}
@@ -240,3 +245,68 @@ def test_a_family_that_would_be_wrong_is_refused_by_name(family: str) -> None:
     tried = subject_of(made(kind, settings), targets)
     with pytest.raises(UserError, match=words):
         checked(tried)
+
+
+@pytest.fixture(scope="module")
+def deberta_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DeBERTa-v2, whose clients cannot share a pass, with a tokenizer and rows."""
+    folder = tmp_path_factory.mktemp("deberta")
+    tiny.save_bert(folder / "deberta")  # for its tokenizer
+    words = json.loads((folder / "deberta" / "config.json").read_text())["vocab_size"]
+    config = transformers.DebertaV2Config(
+        **{**DEBERTA, "vocab_size": words, "num_labels": 2, "initializer_range": 0.2}
+    )
+    torch.manual_seed(0)
+    transformers.DebertaV2ForSequenceClassification(config).save_pretrained(folder / "deberta")
+    for split, count in (("train", 48), ("eval", 23)):
+        glue.save_rows(folder / f"rte-{split}.jsonl", "rte", count, seed=count)
+    return folder
+
+
+@pytest.mark.dist
+def test_clients_that_cannot_share_a_pass_train_the_same_on_any_number_of_processes_and_sharded(
+    deberta_folder: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for name, num_processes, sharding, clients_per_pass in (
+        ("by hand", 1, "none", 1),
+        ("all asked for", 1, "none", None),
+        ("two", 2, "none", "auto"),
+        ("sharded", 2, "zero3", "auto"),
+    ):
+        given = glue.settings(
+            deberta_folder,
+            "deberta",
+            "rte",
+            tmp_path / name,
+            federated={"num_clients": 4, "clients_per_pass": clients_per_pass},
+            partition={"kind": "iid"},
+            backbone={"sharding": sharding},
+            model={"attention": "eager"},
+        )
+        folder = runs.run(num_processes, given)
+        found[name] = runs.adapters(folder)
+        told = json.loads((folder / "config.json").read_text())["resolved"]
+        assert told["clients_per_pass"] == 1
+        assert ("key_proj" in told["clients_per_pass_reason"]) is (name != "by hand")
+    assert runs.identical(found["by hand"], found["all asked for"])
+    assert runs.relative_difference(found["by hand"], found["two"]) <= 5e-6
+    assert runs.relative_difference(found["by hand"], found["sharded"]) <= 5e-6
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("sharding", ["none", "zero3"])
+def test_a_model_that_is_wrong_is_refused_on_two_processes(
+    tiny_folder: Path, tmp_path: Path, sharding: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder / "model", folder)
+    words = json.loads((folder / "config.json").read_text())["vocab_size"]
+    settings = {key: value for key, value in ENCODER.items() if key != "num_labels"}
+    config = transformers.BertConfig(**{**settings, "vocab_size": words})
+    transformers.BertLMHeadModel(config).save_pretrained(folder)
+    given = tiny.settings(tiny_folder, model={"name": str(folder)}, backbone={"sharding": sharding})
+    given["output"] = {"dir": str(tmp_path), "name": "run"}
+    with pytest.raises(mp.ProcessRaisedException, match="no causal language model"):
+        on_processes(2, runs.train_settings, given)
+    assert not (tmp_path / "run" / "checkpoints").exists()
