@@ -26,4 +26,5 @@ html_title = "sfed"
 html_static_path = ["_static"]
 html_css_files = ["sfed.css"]
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False

@@ -61,7 +61,8 @@ def _type_of(key: str, schema: dict[str, Any]) -> str:
 def _described(kind: dict[str, Any]) -> str:
     """Return a JSON schema in words, such as "integer above 0"."""
     if "anyOf" in kind:
-        return " or ".join(dict.fromkeys(map(_described, kind["anyOf"])))
+        simple_first = sorted(kind["anyOf"], key=lambda one: (one.get("type") == "null", "items" in one))
+        return " or ".join(dict.fromkeys(map(_described, simple_first)))
     if "const" in kind:
         return f"`{kind['const']}`"
     if "enum" in kind:
@@ -77,8 +78,8 @@ def _described(kind: dict[str, Any]) -> str:
 def _described_list(kind: dict[str, Any]) -> str:
     if "prefixItems" in kind:
         return f"list of {len(kind['prefixItems'])} {_described(kind['prefixItems'][0])}s"
-    items = kind.get("items", {})
-    return "list" if not items else f"list of {_described(items)}"
+    items = kind["items"]
+    return f"list of {_described(items)}{'s' if items.get('type') == 'string' and 'enum' not in items else ''}"
 
 
 def _insert(_: Sphinx, page: str, source: list[str]) -> None:
