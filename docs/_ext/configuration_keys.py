@@ -61,8 +61,7 @@ def _type_of(key: str, schema: dict[str, Any]) -> str:
 def _described(kind: dict[str, Any]) -> str:
     """Return a JSON schema in words, such as "integer above 0"."""
     if "anyOf" in kind:
-        simple_first = sorted(kind["anyOf"], key=lambda one: (one.get("type") == "null", "items" in one))
-        return " or ".join(dict.fromkeys(map(_described, simple_first)))
+        return " or ".join(dict.fromkeys(map(_described, sorted(kind["anyOf"], key=_order))))
     if "const" in kind:
         return f"`{kind['const']}`"
     if "enum" in kind:
@@ -75,11 +74,16 @@ def _described(kind: dict[str, Any]) -> str:
     return f"{kind['type']} {' and '.join(bounds)}".rstrip()
 
 
+def _order(kind: dict[str, Any]) -> tuple[bool, bool]:
+    """Sort single values before lists, and null to the end."""
+    return kind.get("type") == "null", kind.get("type") == "array"
+
+
 def _described_list(kind: dict[str, Any]) -> str:
     if "prefixItems" in kind:
         return f"list of {len(kind['prefixItems'])} {_described(kind['prefixItems'][0])}s"
-    items = kind["items"]
-    return f"list of {_described(items)}{'s' if items.get('type') == 'string' and 'enum' not in items else ''}"
+    items = _described(kind["items"])
+    return f"list of {items}{'' if items.startswith('`') else 's'}"
 
 
 def _insert(_: Sphinx, page: str, source: list[str]) -> None:
