@@ -2,7 +2,7 @@
 # docker run --rm --gpus all --shm-size 16g -v "$PWD/runs:/workspace/runs" registry.example.com/sfed:latest
 # The second line runs the embedded demo on all GPUs of the machine. Words after the image's name
 # are torchrun's, for example: --standalone --nproc_per_node 8 -m sfed.train my.yaml
-# More, and how it was tried: launch/README.md, "Container".
+# More, and how it was tried: docs/cluster.md, "Container".
 
 # Any image with Python >= 3.11 or with apt-get to install one. torch's wheels bring CUDA's libraries
 # with them: what they need of the image is the hook by which the driver comes in.
@@ -40,7 +40,7 @@ RUN python -c 'import sys, tomllib; \
         wanted = [line for extra in sys.argv[1].split() for line in extras[extra]]; \
         print(*project["dependencies"], *wanted, sep="\n")' "${EXTRAS}" > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
-COPY README.md ./
+COPY README.md LICENSE ./
 COPY sfed ./sfed
 RUN pip install --no-deps .
 

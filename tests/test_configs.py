@@ -372,7 +372,7 @@ def test_the_glue_tasks_that_the_papers_leave_out_start_too(name, folder, tmp_pa
     assert_trained(run_of(settings, folder, tmp_path), settings)
 
 
-# --- the README's table --------------------------------------------------------------------------
+# --- the table of the documents ------------------------------------------------------------------
 
 LLAMA_2_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
@@ -401,7 +401,7 @@ FULL_SIZE = {
 
 
 @every_paper_base
-def test_the_readme_says_what_a_round_uploads(path):
+def test_the_documents_say_what_a_round_uploads(path):
     """A of the full-size model, whose shapes are there without its weights, in fp32."""
     settings = cli.read_mapping(path)
     lora, federated, train = settings["lora"], settings["federated"], settings["train"]
@@ -413,7 +413,7 @@ def test_the_readme_says_what_a_round_uploads(path):
         if name.rpartition(".")[2] in lora["target_modules"]
     ]
     uploaded = 4 * lora["rank"] * sum(module.in_features for module in adapted)
-    table = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    table = (REPOSITORY / "docs" / "paper-experiments.md").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in table if line.startswith(f"| `{path.name}`")]
     assert f" {uploaded:,} " in line
     counts = (federated["num_clients"], federated["num_rounds"], train["local_steps"])
