@@ -125,6 +125,7 @@ def together(subject: Subject, case: Case, packing: Packing | None = None) -> li
     batch = batches.collate(
         case.rows, case.most_rows, with_targets=subject.has_targets, packing=packing
     ).to(subject.device)
+    assert packing is None or batch.documents is not None, "these rows cannot be packed"
     losses = _losses(subject, case, batch)
     torch.autograd.backward(losses.sum())
     sums_C = losses.detach().view(len(case.rows), -1).sum(dim=1).tolist()

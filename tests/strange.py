@@ -194,20 +194,24 @@ class LeaksThroughDocuments(MeanOverRows):
         return self.proj(x) + 0.5 * functional.pad(x, (0, 0, 1, 0))[:, :-1]
 
 
+def llama(seed: int = 0, **changes: int) -> LlamaForCausalLM:
+    """A LLaMA of three layers, or of other sizes."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": WORDS,
+        "hidden_size": WIDTH,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}, initializer_range=0.2))
+
+
 def model(layer: Callable[[], nn.Module], at: int = 1, seed: int = 0) -> PreTrainedModel:
     """A LLaMA of three layers, with a strange one in the place of the MLP of one of them."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=WIDTH,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    made = LlamaForCausalLM(config)
+    made = llama(seed)
     strange = layer()
     for weight in strange.parameters():
         nn.init.normal_(weight, std=0.2)

@@ -176,3 +176,11 @@ def test_padding_of_packed_rows_has_no_position_beyond_the_documents():
     batch = collate(rows, 3, packing=Packing(64, math.inf))
     assert batch.documents is not None
     assert int(batch.documents.position_ids.max()) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_deep_model_is_not_refused_for_its_round_off(dtype):
+    config = {"num_hidden_layers": 32, "hidden_size": 64, "intermediate_size": 172}
+    tried = subject(strange.llama(**config), dtype=dtype)
+    found = check(tried)
+    assert found == Isolation(clients_share_passes=True, documents_share_rows=True)
