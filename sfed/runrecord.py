@@ -39,7 +39,7 @@ def sight_of(folder: Path) -> Sight:
         record = None
     ordered = by_age(folder / "checkpoints")
     numbers = tuple((path.name, path.lstat().st_ino) for path in ordered)
-    return Sight(record, numbers, (folder / "adapters").exists())
+    return Sight(record, numbers, (folder / "adapters").is_dir())
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read_attempt(folder: Path) -> Attempt:
         foreign = foreign or found.path.name
     # A checkpoint is whole before the next but one begins.
     surely = 2 * (config.output.checkpoint_every_rounds if config else 1)
-    has_ended = (folder / "adapters").exists()
+    has_ended = (folder / "adapters").is_dir()
     return Attempt(rounds, config, num_clients, has_ended or rounds > surely, foreign)
 
 

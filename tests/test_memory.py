@@ -63,6 +63,7 @@ def test_a_trial_of_two_layers_predicts_the_passes_of_the_whole_model(
         ours = trainer(name, load, 16, targets, dtype)
         if checkpointing:
             ours.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+            ours.backbone.training()
         with LiveBytes() as live:
             ours.enter(0)
             loss = ours.losses().sum()

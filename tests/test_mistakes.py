@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from sfed import cli, metrics, train
+from sfed import cli, local, metrics, train
 from sfed.backbone import Backbone
 from sfed.cli import EXIT_MISTAKE, UserError
 from tests import tiny
@@ -775,11 +775,20 @@ def make_sick(
     num_in_pass: int = 4,
 ) -> None:
     """Make the loss or the gradient of these clients of a pass NaN in these training passes."""
-    healthy, count = Backbone.token_losses, itertools.count()
+    healthy, train_round, count = Backbone.token_losses, local.train_round, itertools.count()
+    is_in_round = False
+
+    def train_sick_round(*arguments: Any) -> bool:
+        nonlocal is_in_round
+        is_in_round = True
+        try:
+            return train_round(*arguments)
+        finally:
+            is_in_round = False
 
     def token_losses(self: Backbone, *batch: torch.Tensor):
         losses = healthy(self, *batch)
-        if not self.model.training or next(count) not in passes:
+        if not is_in_round or next(count) not in passes:
             return losses
         factor = torch.ones(num_in_pass, len(losses) // num_in_pass)
         factor[clients] = value
@@ -789,6 +798,7 @@ def make_sick(
         return losses
 
     monkeypatch.setattr(Backbone, "token_losses", token_losses)
+    monkeypatch.setattr(local, "train_round", train_sick_round)
 
 
 def stopped(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
