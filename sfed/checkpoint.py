@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sfed.cli import UserError
 from sfed.clients import ClientRows
 from sfed.distributed import World
-from sfed.local import Ledger
 from sfed.meetings import together
 from sfed.rows import Parts
 
@@ -43,7 +43,7 @@ class State:
     """Where a run is, beside what its clients hold."""
 
     finished_rounds: int
-    ledger: Ledger | None
+    ledger: NDArray[np.float64] | None
     """Sums of the round in flight where a run was stopped within it."""
     bad_rounds: int
     """Rounds so far in which some client turned non-finite."""

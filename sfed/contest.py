@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,6 @@ from sfed import aggregation, distributed, meetings, roundparts
 from sfed.cli import UserError
 from sfed.contestants import Contestant, attach
 from sfed.distributed import World
-from sfed.law import slope
 from sfed.layout import Layout
 from sfed.lineup import VARIANTS, count, line_up, seconds_of_step
 from sfed.meters import (
@@ -70,7 +71,7 @@ def run(options: Options) -> tuple[dict[str, Any], bool]:
         All results, as they go into JSON, and whether this is the process that speaks.
     """
     world = distributed.start(_DEADLINE_SECONDS)
-    quieten(world)
+    quieten(world.rank, world.device.type)
     try:
         config = model_config(options.model, options.model_folder, options.num_layers)
         longest = int(getattr(config, "max_position_embeddings", 2**31))
@@ -118,7 +119,7 @@ def _measure(options: Options, config: PreTrainedConfig, world: World) -> dict[s
     if options.collectives:
         found = roundparts.measure_collectives(world, a_bytes, options.repeat)
         return results | {"collectives": found}
-    model = build(config, workload, world.device)
+    model = build(config, workload.dtype, workload.seed, world.device)
     results["configuration"] |= {
         "weights": sum(weight.numel() for weight in model.parameters()),
         "matmul_weights": matmul_weights(model),
@@ -247,10 +248,13 @@ def _compare(
 
 def _slopes(points: list[dict[str, Any]]) -> dict[str, float]:
     """Log-log slopes of the seconds of a step: 1 = in proportion, 0 = free."""
-    return {
-        key: slope([(p["value"], p["variants"][key]["seconds_per_step"]["median"]) for p in points])
-        for key in _COMPARED
-    }
+    xs = [math.log(point["value"]) for point in points]
+    slopes = {}
+    for key in _COMPARED:
+        timings = [point["variants"][key]["seconds_per_step"] for point in points]
+        ys = [math.log(timing["median"]) for timing in timings]
+        slopes[key] = statistics.linear_regression(xs, ys).slope
+    return slopes
 
 
 def _layout(config: PreTrainedConfig, workload: Workload) -> Layout:
@@ -259,7 +263,7 @@ def _layout(config: PreTrainedConfig, workload: Workload) -> Layout:
     Raises:
         UserError: where a target is no layer of this shape.
     """
-    model = build(config, workload, torch.device("meta"), blank=True)
+    model = build(config, workload.dtype, workload.seed, torch.device("meta"), blank=True)
     try:
         return attach(model, workload).layout
     except UserError as mistake:

@@ -136,6 +136,11 @@ def open_store(
     return dist.PrefixStore(attempt, of_group)
 
 
+def prefixed(store: dist.Store, prefix: str) -> dist.Store:
+    """The same store, in which all keys begin with a prefix."""
+    return dist.PrefixStore(prefix, store)
+
+
 def stop(world: World) -> None:
     """Leave the process group. No collective: it is safe after an error on one process."""
     world.watch.leave()

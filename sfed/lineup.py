@@ -108,7 +108,7 @@ def count(
     exists once for all layers, or once for all tokens, is not in it. Weights are zeros.
     """
     shapes = [with_layers(config, num_layers) for num_layers in (1, 2)]
-    models = [build(shape, workload, device, blank=True) for shape in shapes]
+    models = [build(shape, workload.dtype, workload.seed, device, blank=True) for shape in shapes]
     found = {variant.key: _count(variant, models, workload, device) for variant in variants}
     del models
     gc.collect()  # models refer to themselves in circles

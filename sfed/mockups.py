@@ -136,19 +136,25 @@ def with_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
 
 
 def build(
-    config: PreTrainedConfig, workload: Workload, device: torch.device, *, blank: bool = False
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device,
+    *,
+    blank: bool = False,
 ) -> PreTrainedModel:
     """Make a frozen model where it will be used, without a copy in fp32 or on the host.
 
     Args:
         config: its shape.
-        workload: for the dtype and the seed.
+        dtype: of the weights.
+        seed: of the random weights.
         device: of the weights.
         blank: leave all weights 0: enough for counting, and nearly free on a CPU.
     """
     with torch.device(device), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=workload.dtype, attn_implementation="sdpa"
+            config, dtype=dtype, attn_implementation="sdpa"
         )
     model.tie_weights()
     model.requires_grad_(False)
@@ -157,7 +163,7 @@ def build(
     if blank:
         fill_with_zeros(model)
     else:
-        _randomise(model, workload.seed)
+        _randomise(model, seed)
     return model.train()
 
 

@@ -106,12 +106,10 @@ class Party:
                 signal.signal(number, handler)
 
     def _meet(self) -> _Store:
-        import torch.distributed as dist
-
         from sfed import distributed
 
         store = distributed.open_store(self.rank, self.size, _SECONDS_TO_START)
-        return dist.PrefixStore("sweep", store)
+        return distributed.prefixed(store, "sweep")
 
     def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
         self._is_stopping = True  # nothing else: the handler may interrupt any line

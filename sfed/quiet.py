@@ -10,7 +10,6 @@ import datasets
 import transformers
 
 from sfed import logs
-from sfed.distributed import World
 
 _HARMLESS_WARNINGS = (
     # Gradients are strided views of one flat buffer by design.
@@ -22,11 +21,11 @@ _HARMLESS_WARNINGS = (
 _OWN_HANDLERS = ("transformers", "datasets", "huggingface_hub", "DeepSpeed")
 
 
-def quieten(world: World) -> None:
+def quieten(rank: int, device_type: str) -> None:
     """Only process 0 chats; a warning of any process is kept, with its number (``logs``)."""
-    logs.begin(world.rank)
+    logs.begin(rank)
     # DeepSpeed, which other libraries import too, otherwise announces its own guess.
-    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
     transformers.utils.logging.disable_progress_bar()
     # A table of weights that are new: a new head is expected, anything else is refused by name.
     logging.getLogger("transformers.modeling_utils").addFilter(

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from sfed import checkpoint, records, resume, trackers
+from sfed import checkpoint, resume, trackers
 from sfed.checkpoint import Found, State
 from sfed.cli import UserError
 from sfed.config import Config
@@ -22,7 +23,6 @@ from sfed.lock import RunLock
 from sfed.masking import masked
 from sfed.meetings import gather_json, together
 from sfed.metrics import free_name
-from sfed.run import Run
 from sfed.runrecord import Sight, began_with, read_attempt, rounds_of, sight_of
 from sfed.trackers import Journal
 
@@ -141,9 +141,24 @@ class RunFolder:
         )
 
     def make(
-        self, parts: Run, found: Found | None, state: State | None, console: Console
+        self,
+        facts: Mapping[str, Any],
+        held: Sequence[Any],
+        found: Found | None,
+        state: State | None,
+        console: Console,
     ) -> Journal:
         """Make the folder, its own files and trackers; what an older run left is moved aside.
+
+        Args:
+            facts: what config.json says.
+            held: what partition.json says, an entry for each client.
+            found: the checkpoint that the run goes on from.
+            state: None where the run begins.
+            console: speaks on process 0.
+
+        Returns:
+            The journal of the run.
 
         Raises:
             UserError: where another run holds the folder or has written to it since the look, or
@@ -154,10 +169,9 @@ class RunFolder:
             self._claim()
             if found is not None:
                 self._set_aside(found, console)
-            facts = records.describe_run(parts)
             _write(folder / "config.json", json.dumps(masked(facts), indent=2))
-            held = map(json.dumps, masked(parts.data.summary["clients"]))  # a line for each
-            _write(folder / "partition.json", '{"clients": [\n' + ",\n".join(held) + "\n]}")
+            lines = map(json.dumps, masked(held))  # a line for each client
+            _write(folder / "partition.json", '{"clients": [\n' + ",\n".join(lines) + "\n]}")
             told = None if state is None else state.finished_rounds - bool(state.unreported)
             names = self._config.output.trackers
             return trackers.open_journal(names, folder, facts, told, console.warn)

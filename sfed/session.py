@@ -51,7 +51,7 @@ from sfed.runfolder import RunFolder
 from sfed.stopping import StoppedEarlyError, StopRequest
 from sfed.tasks import task_of
 from sfed.tokenizer import identity_of, load_tokenizer
-from sfed.writer import Writer
+from sfed.writer import RunIdentity, Writer
 
 
 def run_session(config: Config, *, one_of_many: bool = False, import_seconds: float = 0.0) -> None:
@@ -63,7 +63,7 @@ def run_session(config: Config, *, one_of_many: bool = False, import_seconds: fl
         import_seconds: what the imports of this process took, for the record.
     """
     world = _join(config)
-    quieten(world)
+    quieten(world.rank, world.device.type)
     console = Console(speaks=world.is_main, import_seconds=import_seconds)
     folder = RunFolder(config, one_of_many=one_of_many)
     world.watch.debug_folder = folder.path / "debug"
@@ -226,12 +226,18 @@ def _train_and_export(
         within = " and a part of the next" if state.is_within else ""
         console.say(f"going on after round {state.finished_rounds}{within} ({found.folder})")
     with meetings.together(world, "making the run folder"):
-        log = folder.make(parts, found, state, console) if world.is_main else None
+        log = None
+        if world.is_main:
+            held = parts.data.summary["clients"]
+            log = folder.make(records.describe_run(parts), held, found, state, console)
     if log is not None:
         log.add_to_next(console.end_of_start())
     stop.training_begins(in_step=parts.backbone.sharding.is_sharded)
     console.begin_rounds(0 if state is None else state.finished_rounds, total, score_names(parts))
-    with Writer(parts, folder.path, found) as writer:
+    identity = RunIdentity(
+        parts.config, parts.num_clients, parts.gamma, parts.sharing.clients_per_pass
+    )
+    with Writer(identity, world, parts.clients, folder.path, found) as writer:
         finished = federation.train(parts, state, writer, log, console, stop)
         writer.finish()
     console.end_rounds()

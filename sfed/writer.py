@@ -32,10 +32,12 @@ import torch
 
 from sfed.checkpoint import COMMON, FACTS, Found, State, by_age, facts_of, file_of, keyed
 from sfed.cli import UserError
+from sfed.clients import ClientRows
+from sfed.config import Config
 from sfed.disk import describe, disk_errors, replace_folder, save_tensors, second_name, sync
+from sfed.distributed import World
 from sfed.joining import MissingProcessError
 from sfed.meetings import together
-from sfed.run import Run
 from sfed.sameness import comparable
 
 _SECONDS_BETWEEN_LOOKS = 0.02
@@ -73,24 +75,43 @@ class _Written:
     """Clients that changed between the checkpoint before and this one."""
 
 
+@dataclass(frozen=True)
+class RunIdentity:
+    """What every checkpoint says of its run, whatever round it is of."""
+
+    config: Config
+    num_clients: int
+    gamma: float
+    clients_per_pass: int
+
+
 class Writer:
     """Writes the checkpoints of one run. A context manager: it leaves nothing under way."""
 
-    def __init__(self, run: Run, run_folder: Path, found: Found | None) -> None:
+    def __init__(
+        self,
+        identity: RunIdentity,
+        world: World,
+        clients: ClientRows,
+        run_folder: Path,
+        found: Found | None,
+    ) -> None:
         """Write nothing yet.
 
         Args:
-            run: the run.
+            identity: of the run.
+            world: the processes.
+            clients: of this process.
             run_folder: of the run.
             found: the checkpoint that the run goes on from.
         """
-        self._run = run
+        self._identity, self._world, self._clients = identity, world, clients
         self._parent = run_folder / "checkpoints"
         files = () if found is None else found.facts["files"]
-        names = {file_of(client) for client in run.clients.own} & set(files)
+        names = {file_of(client) for client in clients.own} & set(files)
         self._earlier = [] if found is None else [_Written(found.folder, names, frozenset())]
         """The last checkpoints, the newest first: as many as it takes until files are shared."""
-        self._distance = 2 if run.config.output.keep_checkpoints > 1 else 1
+        self._distance = 2 if identity.config.output.keep_checkpoints > 1 else 1
         self._under_way: list[Future[float]] = []
         """What this process writes and, on process 0, the completion of the folder."""
         self._is_over = threading.Event()
@@ -107,7 +128,7 @@ class Writer:
     ) -> None:
         # After an error elsewhere, those who are still alive shall complete what they have begun.
         if self._under_way and not self._is_over.is_set():
-            concurrent.futures.wait(self._under_way[:1], self._run.world.deadline_seconds)
+            concurrent.futures.wait(self._under_way[:1], self._world.deadline_seconds)
             concurrent.futures.wait(self._under_way, _SECONDS_FOR_OTHERS_AFTER_AN_ERROR)
         self._is_over.set()
 
@@ -117,39 +138,39 @@ class Writer:
         Raises:
             UserError: on every process, where the one before failed on any.
         """
-        started, run = time.monotonic(), self._run
-        run.world.watch.at(f"the checkpoint {state.name}")
+        started, identity, world = time.monotonic(), self._identity, self._world
+        world.watch.at(f"the checkpoint {state.name}")
         self._settle()
         folder = self._parent / state.name
-        changed_now = run.clients.changed
+        changed_now = self._clients.changed
         source = self._source()
         rested = [] if source is None else [one.changed for one in self._earlier[:-1]]
-        common, changed = run.clients.take_changes(
+        common, changed = self._clients.take_changes(
             also=frozenset().union(*rested), everything=source is None
         )
         files = {file_of(c): keyed(f"clients/{c:04d}", parts) for c, parts in changed.items()}
-        if run.world.is_main:
+        if world.is_main:
             files[COMMON] = keyed("common", common)
         facts = {
             "finished_rounds": state.finished_rounds,
             "bad_rounds": state.bad_rounds,
             "unreported": state.unreported,
             "ledger": None if state.ledger is None else state.ledger.tolist(),
-            "num_clients": run.num_clients,
-            "gamma": run.gamma,
-            "layout_size": run.clients.layout.size,
-            "processes": run.world.size,
-            "clients_per_pass": run.sharing.clients_per_pass,
-            "config": comparable(run.config, run.num_clients),
+            "num_clients": identity.num_clients,
+            "gamma": identity.gamma,
+            "layout_size": self._clients.layout.size,
+            "processes": world.size,
+            "clients_per_pass": identity.clients_per_pass,
+            "config": comparable(identity.config, identity.num_clients),
         }
         kept = () if source is None else tuple(sorted(source.names - files.keys()))
         where = None if source is None else source.folder
         job = _Job(folder, files, kept, where, facts, time.monotonic())
-        with together(run.world, "checkpoint"), disk_errors(folder):
-            if run.world.is_main:
+        with together(world, "checkpoint"), disk_errors(folder):
+            if world.is_main:
                 _make_room(job.temporary)
         self._under_way = [_in_thread(lambda: self._write(job))]
-        if run.world.is_main:
+        if world.is_main:
             self._under_way.append(_in_thread(lambda: self._complete(job)))
         written = _Written(folder, {*kept, *files} - {COMMON}, changed_now)
         self._earlier = [written, *self._earlier][: self._distance]
@@ -184,7 +205,7 @@ class Writer:
 
     def _settle(self) -> None:
         """Wait for what is under way: first for the files of all processes, then for the folder."""
-        world = self._run.world
+        world = self._world
         try:
             for number in range(2 if self._under_way else 0):
                 with together(world, "the checkpoint of the round before"):
@@ -196,12 +217,12 @@ class Writer:
         self._under_way = []
 
     def _result_of(self, future: Future[float]) -> None:
-        seconds, folder = self._run.world.deadline_seconds, self._earlier[0].folder
+        seconds, folder = self._world.deadline_seconds, self._earlier[0].folder
         try:
             future.result(seconds)
         except concurrent.futures.TimeoutError:
             raise UserError(
-                f"process {self._run.world.rank}: the checkpoint {folder} is still being "
+                f"process {self._world.rank}: the checkpoint {folder} is still being "
                 f"written after {seconds:g} s (federated.deadline_seconds); set output.dir to a "
                 "faster disk, or a longer deadline"
             ) from None
@@ -219,7 +240,7 @@ class Writer:
             if job.source is not None and job.kept:
                 known = facts_of(job.source)["files"]
                 files |= {name: known[name] for name in job.kept}
-            note = job.temporary / _note(self._run.world.rank)
+            note = job.temporary / _note(self._world.rank)
             unfinished = note.with_suffix(".part")
             unfinished.write_text(json.dumps(files), encoding="utf-8")
             unfinished.rename(note)
@@ -232,11 +253,11 @@ class Writer:
             with (job.temporary / FACTS).open("w", encoding="utf-8") as file:
                 json.dump({**job.facts, "files": files}, file)
             sync(job.temporary / FACTS)
-            for process in range(self._run.world.size):
+            for process in range(self._world.size):
                 (job.temporary / _note(process)).unlink()
             sync(job.temporary)
             replace_folder(job.temporary, job.folder)
-            _prune(self._parent, self._run.config.output.keep_checkpoints)
+            _prune(self._parent, self._identity.config.output.keep_checkpoints)
         return time.monotonic() - job.started
 
     def _files_of_all(self, job: _Job) -> dict[str, Any]:
@@ -245,7 +266,7 @@ class Writer:
         Raises:
             MissingProcessError: naming whose is not there before the deadline, or at the end.
         """
-        world = self._run.world
+        world = self._world
         end = time.monotonic() + world.deadline_seconds
         expected = {process: _note(process) for process in range(world.size)}
         while missing := set(expected.values()) - {path.name for path in job.temporary.iterdir()}:

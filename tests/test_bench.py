@@ -27,7 +27,7 @@ LOAD = Workload(3, 2, 12, 4, "all-linear", torch.float32, seed=5)
 
 def line_up(keys: str = "acd", load: Workload = LOAD) -> Any:
     config = mockups.model_config("tiny", None, None)
-    model = mockups.build(config, load, CPU)
+    model = mockups.build(config, load.dtype, load.seed, CPU)
     for weight in model.parameters():  # large enough that adapters have something to change
         weight.mul_(8.0 if weight.dim() > 1 else 1.0)
     return lineup.line_up(model, load, mockups.random_tokens(config, load), keys)
@@ -179,7 +179,7 @@ def test_spread_and_ratios_turn_by_turn() -> None:
 def test_weights_of_matrix_products_of_llama2_7b() -> None:
     config = mockups.model_config("llama2-7b", None, None)
     load = Workload(1, 1, 2, 8, "all-linear", torch.bfloat16)
-    model = mockups.build(config, load, torch.device("meta"), blank=True)
+    model = mockups.build(config, load.dtype, load.seed, torch.device("meta"), blank=True)
     assert mockups.matmul_weights(model) == 6_607_077_376
     assert sum(weight.numel() for weight in model.parameters()) == 6_738_415_616
 
@@ -187,7 +187,7 @@ def test_weights_of_matrix_products_of_llama2_7b() -> None:
 def test_models_are_ready_to_compute() -> None:
     for name in ("tiny", "stories"):
         config = mockups.model_config(name, None, 1)
-        model = mockups.build(config, LOAD, CPU)
+        model = mockups.build(config, LOAD.dtype, LOAD.seed, CPU)
         assert len(model.model.layers) == 1
         loss = model(torch.randint(200, (2, 9)), labels=torch.randint(200, (2, 9))).loss
         assert float(loss) == pytest.approx(math.log(config.vocab_size), rel=0.1)
@@ -342,7 +342,7 @@ def hooked_and_plain() -> tuple[torch.Tensor, torch.Tensor, bool]:
     world, linear = distributed.start(60.0), functional.linear
     try:
         config = mockups.model_config("tiny", None, None)
-        twins = hooks.HookedTwin(mockups.build(config, LOAD, CPU), LOAD, world)
+        twins = hooks.HookedTwin(mockups.build(config, LOAD.dtype, LOAD.seed, CPU), LOAD, world)
         twins.seconds(), twins.seconds()
         is_restored = functional.linear is linear
         return twins._hooked.evaluate(), twins._plain.evaluate(), is_restored

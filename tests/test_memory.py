@@ -37,7 +37,7 @@ def trainer(name: str, load: Load, rank: int, targets: Any, dtype: torch.dtype) 
     """The trainer's own steps on a whole model; only sizes count, so its weights are 0."""
     config = mockups.model_config(name, None, None)
     work = mockups.Workload(load.clients, load.rows, load.tokens, rank, targets, dtype)
-    model = mockups.build(config, work, CPU, blank=True)
+    model = mockups.build(config, work.dtype, work.seed, CPU, blank=True)
     ids = mockups.random_tokens(config, work)
     return Sfed(model, work, ids, clients_per_pass=load.clients)
 
