@@ -1,3 +1,5 @@
 """Federated LoRA fine-tuning on GPU clusters: shared A, private B, one frozen backbone."""
 
-__version__ = "0.1.0"
+from sfed.utils.version import __version__
+
+__all__ = ["__version__"]

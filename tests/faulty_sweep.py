@@ -11,7 +11,8 @@ import signal
 import time
 from typing import Any
 
-from sfed import cli, sweep
+from sfed.sweep import __main__ as sweep
+from sfed.utils import command
 
 
 def _meet_with(fault: str | None) -> None:
@@ -25,16 +26,16 @@ def _meet_with(fault: str | None) -> None:
 
 
 if __name__ == "__mp_main__":
-    from sfed import federation, session
+    from sfed.federated import rounds
 
     _FAULTS = dict(pair.split("=") for pair in os.environ["SFED_FAULT"].split(","))
-    _train = federation.train
+    _train = rounds.train
 
     def _train_with_fault(run: Any, *arguments: Any) -> bool:
         _meet_with(_FAULTS.get(f"{run.config.run_name}:{run.world.rank}"))
         return _train(run, *arguments)
 
-    session.federation.train = _train_with_fault
+    rounds.train = _train_with_fault
 
 if __name__ == "__main__":
-    cli.run_command(sweep.main)
+    command.run_command(sweep.main)

@@ -15,7 +15,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from sfed import cli, session
+from sfed.config import load as config_load
+from sfed.federated import session
 from tests import tiny
 
 # The columns that are read, and the number of classes; 0 = a value.
@@ -104,7 +105,7 @@ def settings(
 def run(folder: Path, family: str, name: str, out: Path, **sections: dict[str, Any]) -> Path:
     """Train in this process and return the run folder."""
     own = settings(folder, family, name, out, **sections)
-    session.run_session(cli.validate(own))
+    session.run_session(config_load.validate(own))
     return Path(own["output"]["dir"]) / own["output"]["name"]
 
 

@@ -19,7 +19,14 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-PRELOAD = ["torch", "torch.distributed", "transformers", "peft", "datasets", "sfed.session"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "transformers",
+    "peft",
+    "datasets",
+    "sfed.federated.session",
+]
 
 
 def free_port() -> int:

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from sfed import cli, session, train
+from sfed.config import load as config_load
+from sfed.federated import preflight, session
+from sfed.utils import command
+from sfed.utils.errors import UserError
 from tests.processes import on_processes
 
 Tensors = dict[str, torch.Tensor]
 
 
 def train_settings(settings: dict[str, Any]) -> None:
-    config = cli.validate(settings)
-    train.check_before_torch(config)
+    config = config_load.validate(settings)
+    preflight.check_before_torch(config)
     session.run_session(config)
 
 
@@ -26,8 +29,8 @@ def train_or_leave(settings: dict[str, Any]) -> None:
     """The same as a command: a mistake is one message and an exit code."""
     try:
         train_settings(settings)
-    except cli.UserError as mistake:
-        cli.leave(str(mistake), cli.EXIT_MISTAKE)
+    except UserError as mistake:
+        command.leave(str(mistake), command.EXIT_MISTAKE)
 
 
 def run(

@@ -7,9 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed import aggregation, distributed, meetings, partition
-from sfed.clients import ClientRows
-from sfed.layout import Layout
+from sfed.clients.store import ClientRows
+from sfed.data import partition
+from sfed.distributed import sync
+from sfed.distributed import world as distributed
+from sfed.lora.layout import Layout
+from sfed.methods import aggregation
 from tests.processes import on_processes
 
 # DESIGN section 8: d = 3, k = 2, r = 2, N = 3.
@@ -32,8 +35,8 @@ def shared(factors: tuple[str, ...], weights: list[float]) -> tuple[int, dict[in
     try:
         clients = three_clients(partition.place(3, world.size)[world.rank])
         sent = aggregation.share(world, clients, factors, weights)
-        meetings.meet(world, "end")  # nobody leaves while another still connects,
-        meetings.part(world)  # and the store not before all have read that
+        sync.meet(world, "end")  # nobody leaves while another still connects,
+        sync.part(world)  # and the store not before all have read that
         return sent, {client: clients.row(client) for client in clients.own}
     finally:
         distributed.stop(world)

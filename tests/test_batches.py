@@ -6,10 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed import batches
-from sfed.batches import Order, collate, draw, empty, supervised_count
-from sfed.losses import IGNORED_LABEL
-from sfed.tokens import Examples, Row, Tokens
+from sfed.data import batches
+from sfed.data.batches import IGNORED_LABEL, Order, collate, draw, empty, supervised_count
+from sfed.data.tokenize import Examples, Row, Tokens
 
 seeds = st.integers(min_value=0, max_value=2**40)
 clients = st.integers(min_value=0, max_value=500)
@@ -18,7 +17,7 @@ sizes = st.integers(min_value=1, max_value=60)
 
 @st.composite
 def rows(draw):
-    """A row of tokens as ``sfed.tokens`` makes them: at least one token is supervised."""
+    """A row of tokens as ``sfed.data.tokenize`` makes them: at least one token is supervised."""
     length = draw(st.integers(2, 40))
     ids = np.arange(1, length + 1, dtype=np.int32) + draw(st.integers(0, 10))
     return Row(ids, draw(st.integers(0, length - 1)))

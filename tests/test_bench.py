@@ -13,11 +13,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sfed import bench, contest, distributed, hooks, lineup, meters, mockups, roundparts
-from sfed.cli import UserError, run_command
-from sfed.lineup import VARIANTS
-from sfed.meters import Operations, SavedBytes, Spread, interleaved
-from sfed.mockups import Workload
+from sfed.bench import __main__ as bench
+from sfed.bench import compare, measure, round_parts, variants, workload
+from sfed.bench.measure import Operations, SavedBytes, Spread, interleaved
+from sfed.bench.variants import VARIANTS
+from sfed.bench.workload import Workload
+from sfed.distributed import world as distributed
+from sfed.models import shapes, synthetic
+from sfed.utils.command import run_command
+from sfed.utils.errors import UserError
 from tests.processes import on_processes
 
 CPU = torch.device("cpu")
@@ -26,11 +30,11 @@ LOAD = Workload(3, 2, 12, 4, "all-linear", torch.float32, seed=5)
 
 
 def line_up(keys: str = "acd", load: Workload = LOAD) -> Any:
-    config = mockups.model_config("tiny", None, None)
-    model = mockups.build(config, load.dtype, load.seed, CPU)
+    config = synthetic.model_config("tiny", None, None)
+    model = synthetic.build(config, load.dtype, load.seed, CPU)
     for weight in model.parameters():  # large enough that adapters have something to change
         weight.mul_(8.0 if weight.dim() > 1 else 1.0)
-    return lineup.line_up(model, load, mockups.random_tokens(config, load), keys)
+    return variants.line_up(model, load, workload.random_tokens(config, load), keys)
 
 
 def losses_of_steps(contestant: Any, steps: int) -> torch.Tensor:
@@ -133,20 +137,20 @@ def test_operations_of_a_known_graph() -> None:
 
 @pytest.mark.slow
 def test_counts_of_peft_on_llama2_7b_are_those_of_the_notes() -> None:
-    config = mockups.model_config("llama2-7b", None, None)
+    config = synthetic.model_config("llama2-7b", None, None)
     load = Workload(1, 1, 8, 16, "all-linear", torch.bfloat16)
-    counts = lineup.count([v for v in VARIANTS if v.key in "ab"], config, load, CPU)
+    counts = variants.count([v for v in VARIANTS if v.key in "ab"], config, load, CPU)
     assert (counts["a"].saved_bytes, counts["a"].operations) == (274_504, 203)
     assert (counts["b"].saved_bytes, counts["b"].operations) == (170_344, 168)
     assert counts["a"].saved_bytes_fixed == counts["b"].saved_bytes_fixed == 0
 
 
 def test_counts_do_not_depend_on_clients_or_tokens() -> None:
-    config = mockups.model_config("tiny", None, None)
+    config = synthetic.model_config("tiny", None, None)
     found = []
     for clients, rows, tokens in ((1, 1, 4), (2, 3, 9)):
         load = Workload(clients, rows, tokens, 4, ("q_proj", "v_proj"), torch.bfloat16)
-        found.append(lineup.count(VARIANTS, config, load, CPU))
+        found.append(variants.count(VARIANTS, config, load, CPU))
     assert found[0] == found[1]
     assert all(one.operations > 0 and one.saved_bytes > 0 for one in found[0].values())
 
@@ -173,21 +177,21 @@ def test_a_budget_ends_the_turns_but_leaves_one() -> None:
 
 def test_spread_and_ratios_turn_by_turn() -> None:
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0, 3)
-    assert meters.ratios([2.0, 6.0, 4.0], [1.0, 2.0, 1.0]) == Spread(3.0, 2.0, 4.0, 3)
+    assert measure.ratios([2.0, 6.0, 4.0], [1.0, 2.0, 1.0]) == Spread(3.0, 2.0, 4.0, 3)
 
 
 def test_weights_of_matrix_products_of_llama2_7b() -> None:
-    config = mockups.model_config("llama2-7b", None, None)
+    config = synthetic.model_config("llama2-7b", None, None)
     load = Workload(1, 1, 2, 8, "all-linear", torch.bfloat16)
-    model = mockups.build(config, load.dtype, load.seed, torch.device("meta"), blank=True)
-    assert mockups.matmul_weights(model) == 6_607_077_376
+    model = synthetic.build(config, load.dtype, load.seed, torch.device("meta"), blank=True)
+    assert synthetic.matmul_weights(model) == 6_607_077_376
     assert sum(weight.numel() for weight in model.parameters()) == 6_738_415_616
 
 
 def test_models_are_ready_to_compute() -> None:
     for name in ("tiny", "stories"):
-        config = mockups.model_config(name, None, 1)
-        model = mockups.build(config, LOAD.dtype, LOAD.seed, CPU)
+        config = synthetic.model_config(name, None, 1)
+        model = synthetic.build(config, LOAD.dtype, LOAD.seed, CPU)
         assert len(model.model.layers) == 1
         loss = model(torch.randint(200, (2, 9)), labels=torch.randint(200, (2, 9))).loss
         assert float(loss) == pytest.approx(math.log(config.vocab_size), rel=0.1)
@@ -195,7 +199,7 @@ def test_models_are_ready_to_compute() -> None:
 
 
 def test_names_of_models_are_those_that_exist() -> None:
-    assert tuple(mockups.SHAPES) == bench.MODELS
+    assert tuple(shapes.SHAPES) == bench.MODELS
 
 
 TINY = ("--model", "tiny", "--clients", "2", "--tokens", "8", "--rank", "2", "--repeat", "2")
@@ -250,7 +254,7 @@ def test_a_comparison_shows_cost_against_clients(
 
 
 def test_a_folder_with_a_config_gives_the_shape(tiny_folder: Path) -> None:
-    config = mockups.model_config("tiny", tiny_folder / "model", 3)
+    config = synthetic.model_config("tiny", tiny_folder / "model", 3)
     assert (config.hidden_size, config.num_hidden_layers) == (32, 3)
 
 
@@ -294,7 +298,7 @@ def test_too_little_memory_is_a_mistake_with_a_remedy(monkeypatch: pytest.Monkey
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(contest, "build", full)
+    monkeypatch.setattr(compare, "build", full)
     with pytest.raises(UserError, match="lower --clients"):
         bench.main([*TINY])
 
@@ -323,7 +327,7 @@ def test_collectives_are_measured_among_two_processes(tmp_path: Path) -> None:
 def gathered() -> tuple[list[float], int]:
     world = distributed.start(30.0)
     whole = distributed.all_gather_flat(world, torch.full((2,), float(world.rank)))
-    number = len(roundparts.measure_collectives(world, 64, 1))
+    number = len(round_parts.measure_collectives(world, 64, 1))
     distributed.stop(world)
     return whole.tolist(), number
 
@@ -341,8 +345,10 @@ def hooked_and_plain() -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Losses after two steps with ZeRO-3's hooks and without; whether torch is as it was."""
     world, linear = distributed.start(60.0), functional.linear
     try:
-        config = mockups.model_config("tiny", None, None)
-        twins = hooks.HookedTwin(mockups.build(config, LOAD.dtype, LOAD.seed, CPU), LOAD, world)
+        config = synthetic.model_config("tiny", None, None)
+        twins = round_parts.HookedTwin(
+            synthetic.build(config, LOAD.dtype, LOAD.seed, CPU), LOAD, world
+        )
         twins.seconds(), twins.seconds()
         is_restored = functional.linear is linear
         return twins._hooked.evaluate(), twins._plain.evaluate(), is_restored

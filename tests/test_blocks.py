@@ -10,10 +10,11 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from sfed import adapters, blocks
-from sfed.layers import Probe
-from sfed.lineup import VARIANTS, count
-from sfed.mockups import Workload, model_config
+from sfed.bench.variants import VARIANTS, count
+from sfed.bench.workload import Workload
+from sfed.lora import adapters, hf_blocks
+from sfed.lora.linear import Probe
+from sfed.models.synthetic import model_config
 
 CLIENTS, ROWS, TOKENS, LORA_RANK, GAMMA = 3, 2, 9, 4, 0.7
 FAMILIES = {
@@ -51,7 +52,7 @@ def make(family="llama", dtype=torch.float32, attention="sdpa"):
 
 def lean(model):
     quick = copy.deepcopy(model)
-    blocks.make_lean(quick)
+    hf_blocks.make_lean(quick)
     return quick
 
 
@@ -280,7 +281,7 @@ def test_a_class_that_only_has_the_name_stays_as_it_is():
     model = make()
     own = model.model.layers[0].self_attn
     own.__class__ = Namesake
-    blocks.make_lean(model)
+    hf_blocks.make_lean(model)
     assert "forward" not in vars(own)
     assert "forward" in vars(model.model.layers[1].self_attn)
 

@@ -28,11 +28,16 @@ from transformers import (
 )
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 
-from sfed import backbone, cli, distributed, local, session, tasks
-from sfed.batches import Order, collate
-from sfed.cli import UserError
-from sfed.heads import StackedHead
-from sfed.seeds import Stream, derive
+from sfed.config import load as config_load
+from sfed.data import tasks
+from sfed.data.batches import Order, collate
+from sfed.distributed import world as distributed
+from sfed.federated import export as federated_export
+from sfed.federated import local, session
+from sfed.lora.head import StackedHead
+from sfed.models import backbone
+from sfed.utils.errors import UserError
+from sfed.utils.rng import Stream, derive
 from tests import glue, runs
 from tests.glue import ALPHA, BATCH, CLIP, HEADS, NAMES, RANK, ROUNDS, SGD, STEPS, N
 from tests.processes import on_processes
@@ -481,7 +486,7 @@ def run_and_logits(
     """A run, and the outputs of the trainer itself for some rows by each adapter that it wrote."""
     rows = glue.read(folder / f"{name}-eval.jsonl")[:5]
     found: dict[str, torch.Tensor] = {}
-    original = session._export
+    original = federated_export.export_adapters
 
     @torch.no_grad()
     def export(parts: Any, run_folder: Path) -> None:
@@ -489,10 +494,10 @@ def run_and_logits(
         pairs = [tasks.checked_pair(parts.task, row, "") for row in rows]
         path = glue.save(out / "some.jsonl", rows)
         assert len(pairs) == len(rows)
-        from sfed import tokens
+        from sfed.data import tokenize
 
-        table = tokens.tokenise(parts.config, parts.tokenizer, "eval", (str(path),))
-        examples = tokens.Examples(table, np.arange(len(rows)))
+        table = tokenize.tokenise(parts.config, parts.tokenizer, "eval", (str(path),))
+        examples = tokenize.Examples(table, np.arange(len(rows)))
         batch = collate([[examples.row(i) for i in range(len(rows))]], 5, with_targets=True)
         shared = parts.clients.load_values(parts.clients.own).clone()
         columns = {f: parts.clients.layout.columns(f) for f in ("B", "head")}
@@ -505,7 +510,7 @@ def run_and_logits(
                 batch.input_ids, batch.is_token, batch.is_second
             )
 
-    monkeypatch.setattr(session, "_export", export)
+    monkeypatch.setattr(session, "export_adapters", export)
     return glue.run(folder, family, name, out, **over), found
 
 
@@ -594,7 +599,7 @@ def trained_classifier(folder: Path, family: str, out: Path, num_labels: int) ->
 
 
 def loaded(settings: dict[str, Any]) -> backbone.Backbone:
-    config = cli.validate(settings)
+    config = config_load.validate(settings)
     world = distributed.start(60.0)
     try:
         return backbone.load(config, config.model.name, world)

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfed import aggregation, distributed
-from sfed import clients as clients_file
-from sfed.clients import ClientRows, groups
-from sfed.layout import Layout
-from sfed.paging import Ferry
-from sfed.rows import MOMENTS, Rows
+from sfed.clients import store as client_store
+from sfed.clients.offload import Ferry
+from sfed.clients.state import MOMENTS, Rows
+from sfed.clients.store import ClientRows, groups
+from sfed.distributed import world as distributed
+from sfed.lora.layout import Layout
+from sfed.methods import aggregation
 from tests import runs, tiny
 
 LAYOUT = Layout.of([("q", 5, 7), ("v", 3, 4)], lora_rank=2)
@@ -202,7 +203,7 @@ def test_copies_that_come_as_late_as_they_may_change_nothing(
     world = distributed.start(30.0)
     try:
         prompt = make(per_pass)
-        monkeypatch.setattr(clients_file, "Ferry", LateFerry)
+        monkeypatch.setattr(client_store, "Ferry", LateFerry)
         late = make(per_pass)
         for clients in (prompt, late):
             for seed, cohort in enumerate([(0, 1, 2, 3, 4, 5), (1, 2, 5), (0, 2, 3, 4)]):
@@ -244,11 +245,12 @@ def test_a_paged_run_ends_with_the_adapters_of_one_that_stays(
     federated = {"num_clients": 5, "num_rounds": 3, "clients_per_pass": 2, **SHAPES[name]}
 
     def run(out: str) -> dict:
-        from sfed import cli, session
+        from sfed.config import load as config_load
+        from sfed.federated import session
 
         output = {"dir": str(tmp_path), "name": out}
         own = tiny.settings(tiny_folder, federated=federated, output=output)
-        session.run_session(cli.validate(own))
+        session.run_session(config_load.validate(own))
         return runs.adapters(tmp_path / out)
 
     paged = run("paged")

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sfed import cli, federation, local, session
+from sfed.config import load as config_load
+from sfed.federated import local, rounds, session
 from tests import tiny
 from tests.processes import on_processes
 
@@ -71,10 +72,10 @@ def counted_run(settings: dict[str, Any]) -> list[tuple[str, str, int, str]]:
     counter = Counter(monkeypatch)
     in_phase(monkeypatch, counter, local, "train_round", "local")
     in_phase(monkeypatch, counter, local, "exchange", "exchange")
-    in_phase(monkeypatch, counter, federation, "_average", "average")
-    in_phase(monkeypatch, counter, federation, "_evaluate_and_report", "evaluate")
-    in_phase(monkeypatch, counter, federation, "prepare", "prepare")
-    session.run_session(cli.validate(settings))
+    in_phase(monkeypatch, counter, rounds, "_average", "average")
+    in_phase(monkeypatch, counter, rounds, "_evaluate_and_report", "evaluate")
+    in_phase(monkeypatch, counter, rounds, "prepare", "prepare")
+    session.run_session(config_load.validate(settings))
     return counter.seen
 
 

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed import cli, config
-from sfed.cli import UserError
-from sfed.config import Config
-from sfed.sections import DEAD_DEEPSPEED_KEYS
+from sfed.config import load as config_load
+from sfed.config import schema
+from sfed.config.schema import DEAD_DEEPSPEED_KEYS, Config
+from sfed.utils import command
+from sfed.utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -73,7 +74,7 @@ def mistake_of(*arguments):
 
 def told(*arguments):
     with pytest.raises(UserError) as caught:
-        cli.parse(arguments)
+        config_load.parse(arguments)
     return str(caught.value)
 
 
@@ -99,53 +100,57 @@ def run_python(*arguments, **environment):
 @given(one_setting)
 def test_key_value_changes_that_key_and_no_other(setting):
     key, value = setting
-    before = cli.parse([]).model_dump()
-    assert cli.parse([DEMO, written(key, value)]).model_dump() == with_value(before, key, value)
+    before = config_load.parse([]).model_dump()
+    assert config_load.parse([DEMO, written(key, value)]).model_dump() == with_value(
+        before, key, value
+    )
     alone = ["model.name=x", "data.task=gsm8k"]
-    before = cli.parse(alone).model_dump()
-    assert cli.parse([*alone, written(key, value)]).model_dump() == with_value(before, key, value)
+    before = config_load.parse(alone).model_dump()
+    assert config_load.parse([*alone, written(key, value)]).model_dump() == with_value(
+        before, key, value
+    )
 
 
 @given(st.lists(one_setting, max_size=5))
 def test_a_dumped_configuration_reads_back_as_the_same(settings):
-    original = cli.parse([DEMO, *(written(key, value) for key, value in settings)])
-    assert cli.validate(json.loads(original.model_dump_json())) == original
-    assert cli.validate(original.model_dump()) == original
+    original = config_load.parse([DEMO, *(written(key, value) for key, value in settings)])
+    assert config_load.validate(json.loads(original.model_dump_json())) == original
+    assert config_load.validate(original.model_dump()) == original
 
 
 def test_overriding_leaves_the_embedded_demo_as_it_is():
-    before = json.dumps(cli.DEMO)
-    cli.parse([DEMO, "lora.rank=3", "train.lr=1", "backbone.deepspeed.x=1"])
-    assert json.dumps(cli.DEMO) == before
+    before = json.dumps(schema.DEMO)
+    config_load.parse([DEMO, "lora.rank=3", "train.lr=1", "backbone.deepspeed.x=1"])
+    assert json.dumps(schema.DEMO) == before
 
 
 def test_no_arguments_mean_the_embedded_demo_with_eight_clients():
-    settings = cli.parse([])
+    settings = config_load.parse([])
     assert (settings.data.task, settings.federated.num_clients) == ("demo", 8)
 
 
 def test_a_file_of_the_demos_task_alone_means_every_default(tmp_path):
-    assert cli.parse([save(tmp_path, "data: {task: demo}\n")]) == Config()
+    assert config_load.parse([save(tmp_path, "data: {task: demo}\n")]) == Config()
 
 
 def test_key_value_goes_over_the_file_wherever_it_stands(tmp_path):
     path = save(tmp_path, "data: {task: demo}\nlora: {rank: 3, alpha: 5.0}\n")
     for arguments in ([path, "lora.rank=4"], ["lora.rank=4", path]):
-        assert cli.parse(arguments).lora == config.LoraSection(rank=4, alpha=5.0)
+        assert config_load.parse(arguments).lora == schema.LoraSection(rank=4, alpha=5.0)
 
 
 def test_the_last_of_two_values_for_a_key_counts():
-    assert cli.parse([DEMO, "lora.rank=4", "lora.rank=5"]).lora.rank == 5
+    assert config_load.parse([DEMO, "lora.rank=4", "lora.rank=5"]).lora.rank == 5
 
 
 def test_a_value_may_itself_hold_an_equals_sign():
-    assert cli.parse([DEMO, "model.name=a=b"]).model.name == "a=b"
+    assert config_load.parse([DEMO, "model.name=a=b"]).model.name == "a=b"
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".1e-3", "+1e-4"])
 def test_a_number_in_scientific_notation_is_a_number(tmp_path, text):
-    assert cli.parse([DEMO, f"train.lr={text}"]).train.lr == 1e-4
-    assert cli.parse([save(tmp_path, f"train:\n  lr: {text}\n"), DEMO]).train.lr == 1e-4
+    assert config_load.parse([DEMO, f"train.lr={text}"]).train.lr == 1e-4
+    assert config_load.parse([save(tmp_path, f"train:\n  lr: {text}\n"), DEMO]).train.lr == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ def test_a_number_in_scientific_notation_is_a_number(tmp_path, text):
     [("[0.5, -0.5]", (0.5, -0.5)), ("[1/2, -1/2]", (0.5, -0.5)), ("[0, -1]", (0, -1))],
 )
 def test_an_exponent_is_a_number_or_a_fraction(text, value):
-    assert cli.parse([DEMO, f"lora.scaling={text}"]).lora.scaling == value
+    assert config_load.parse([DEMO, f"lora.scaling={text}"]).lora.scaling == value
 
 
 @pytest.mark.parametrize("indent", [None, 2, "\t"])
@@ -161,33 +166,33 @@ def test_a_json_file_is_a_configuration(tmp_path, indent):
     settings = {"seed": 3, "model": {"name": "x"}, "data": {"task": "gsm8k"}}
     settings |= {"lora": {"rank": 4, "target_modules": ["q_proj"]}, "train": {"lr": 1e-5}}
     path = save(tmp_path, json.dumps(settings, indent=indent), "config.json")
-    assert cli.parse([path]) == cli.validate(settings)
+    assert config_load.parse([path]) == config_load.validate(settings)
 
 
 def test_a_yaml_merge_key_is_a_mapping_taken_over(tmp_path):
     path = save(tmp_path, "backbone:\n  deepspeed:\n    a: &x {b: 1}\n    c: {<<: *x, d: 2}\n")
-    assert cli.parse([path, DEMO]).backbone.deepspeed["c"] == {"b": 1, "d": 2}
+    assert config_load.parse([path, DEMO]).backbone.deepspeed["c"] == {"b": 1, "d": 2}
 
 
 def test_a_long_value_is_a_value_and_not_the_name_of_a_file():
     files = tuple(f"customer-{i}.jsonl" for i in range(40))
     arguments = [f"data.train_files=[{', '.join(files)}]", "data.task=jsonl"]
-    assert cli.parse(["model.name=x", *arguments]).data.train_files == files
+    assert config_load.parse(["model.name=x", *arguments]).data.train_files == files
 
 
 def test_a_file_with_an_equals_sign_in_its_name_is_read(tmp_path):
     path = save(tmp_path, "lora: {rank: 7}", "rank=7.yaml")
-    assert cli.parse([path, DEMO]).lora.rank == 7
+    assert config_load.parse([path, DEMO]).lora.rank == 7
 
 
 @pytest.mark.parametrize(
     "words", [["--local_rank=3"], ["--local-rank=3"], ["--local_rank", "3"], ["--local-rank", "3"]]
 )
 def test_the_rank_that_the_deepspeed_launcher_adds_is_ignored(words):
-    expected = cli.parse([DEMO, "lora.rank=4"])
-    assert cli.parse([*words, DEMO, "lora.rank=4"]) == expected
-    assert cli.parse([DEMO, "lora.rank=4", *words]) == expected
-    assert cli.parse(words) == cli.parse([])
+    expected = config_load.parse([DEMO, "lora.rank=4"])
+    assert config_load.parse([*words, DEMO, "lora.rank=4"]) == expected
+    assert config_load.parse([DEMO, "lora.rank=4", *words]) == expected
+    assert config_load.parse(words) == config_load.parse([])
 
 
 @pytest.mark.parametrize("name", ["lora", "model", "seed"])
@@ -200,13 +205,15 @@ def test_a_configuration_cannot_be_changed(name):
     ("files", "expected"), [(None, ()), ("a.jsonl", ("a.jsonl",)), (["a", "b"], ("a", "b"))]
 )
 def test_files_come_as_a_tuple_whatever_form_they_were_given_in(files, expected):
-    settings = cli.validate({"data": {"task": "gsm8k", "train_files": files, "eval_files": files}})
+    settings = config_load.validate(
+        {"data": {"task": "gsm8k", "train_files": files, "eval_files": files}}
+    )
     assert settings.files("train") == settings.files("eval") == expected
 
 
 def test_the_run_is_named_after_task_and_method_or_as_asked():
     assert Config().run_name == "demo-sfed"
-    assert cli.validate({"output": {"name": "x"}}).run_name == "x"
+    assert config_load.validate({"output": {"name": "x"}}).run_name == "x"
 
 
 # --- what keys and files stand on ----------------------------------------------------------------
@@ -261,7 +268,7 @@ DEFAULTS = {
     ],
 )
 def test_keys_stand_on_the_demo_or_on_the_defaults_of_help(arguments, expected):
-    found = cli.parse(arguments).model_dump()
+    found = config_load.parse(arguments).model_dump()
     for key, value in expected.items():
         section, _, leaf = key.partition(".")
         assert found[section][leaf] == value, key
@@ -279,7 +286,7 @@ def test_keys_stand_on_the_demo_or_on_the_defaults_of_help(arguments, expected):
     ],
 )
 def test_a_file_stands_on_its_own(tmp_path, text, words, expected):
-    found = cli.parse([save(tmp_path, text), *words]).model_dump()
+    found = config_load.parse([save(tmp_path, text), *words]).model_dump()
     for key, value in expected.items():
         section, _, leaf = key.partition(".")
         assert found[section][leaf] == value, key
@@ -340,8 +347,8 @@ def test_a_model_or_task_of_another_form_is_named_with_its_value(words, part):
 
 def test_the_demos_configuration_can_be_read_and_copied():
     path = REPOSITORY / "configs" / "demo.yaml"
-    assert cli.read_mapping(path) == config.DEMO
-    assert cli.parse([str(path)]) == cli.parse([])
+    assert config_load.read_mapping(path) == schema.DEMO
+    assert config_load.parse([str(path)]) == config_load.parse([])
 
 
 # --- help ----------------------------------------------------------------------------------------
@@ -349,23 +356,23 @@ def test_the_demos_configuration_can_be_read_and_copied():
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["lora.rank=0", "--help"]])
 def test_asking_for_help_gives_no_configuration(arguments):
-    assert cli.parse(arguments) is None
+    assert config_load.parse(arguments) is None
 
 
 def test_help_lists_every_key_of_the_schema_with_default_and_meaning():
     expected = {
         f"{name}.{leaf}": getattr(section, leaf)
         for name, section in Config()
-        if isinstance(section, config.Section)
+        if isinstance(section, schema.Section)
         for leaf in type(section).model_fields
     }
     expected["seed"] = 0
-    listed = {key: (default, meaning) for key, default, meaning in cli.list_keys()}
+    listed = {key: (default, meaning) for key, default, meaning in config_load.list_keys()}
     assert set(listed) == set(expected)
-    lines = cli.help_text("how to start it").splitlines()
+    lines = config_load.help_text("how to start it").splitlines()
     assert lines[0] == "how to start it"
     for key, (default, meaning) in listed.items():
-        if key in config.REQUIRED:
+        if key in schema.REQUIRED:
             assert default == "required"
         else:
             assert json.loads(default) == json.loads(json.dumps(expected[key]))
@@ -376,13 +383,13 @@ def test_help_lists_every_key_of_the_schema_with_default_and_meaning():
 
 
 def test_every_default_in_help_is_accepted_as_a_value_for_its_key():
-    for key, default, _ in cli.list_keys():
-        if key not in config.REQUIRED:
+    for key, default, _ in config_load.list_keys():
+        if key not in schema.REQUIRED:
             words = [f"{key}={default}", "partition.kind=iid"]
-            assert cli.load(None, [DEMO, *words])
-            assert cli.load(None, ["model.name=x", "data.task=gsm8k", words[0]]) == cli.load(
-                None, ["model.name=x", "data.task=gsm8k"]
-            )
+            assert config_load.load(None, [DEMO, *words])
+            assert config_load.load(
+                None, ["model.name=x", "data.task=gsm8k", words[0]]
+            ) == config_load.load(None, ["model.name=x", "data.task=gsm8k"])
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -469,7 +476,7 @@ def test_a_deepspeed_key_without_effect_is_refused_with_ours(key):
     message = mistake_of(f"backbone.deepspeed.{key}={{x: 1}}")
     assert f"backbone.deepspeed.{key} has no effect here" in message
     assert f"use {DEAD_DEEPSPEED_KEYS[key]} instead" in message
-    known = [name for name, _, _ in cli.list_keys()]
+    known = [name for name, _, _ in config_load.list_keys()]
     ours = DEAD_DEEPSPEED_KEYS[key].replace(",", " ").replace(" and ", " ").split()
     assert ours and set(ours) <= set(known)
 
@@ -559,8 +566,9 @@ def test_two_configuration_files_are_refused_by_their_names(tmp_path):
 
 
 def test_modules_that_answer_a_mistake_import_no_torch():
-    modules = "sfed.cli, sfed.config, sfed.methods, sfed.partition, sfed.metrics, sfed.console"
-    modules += ", sfed.tasks, sfed.scaling, sfed.seeds, sfed.train, sfed.logs"
+    modules = "sfed.config.load, sfed.config.schema, sfed.methods.method, sfed.data.partition"
+    modules += ", sfed.observability.metrics, sfed.observability.console, sfed.observability.logs"
+    modules += ", sfed.data.tasks, sfed.methods.scaling, sfed.utils.rng, sfed.train"
     code = f"import sys, {modules}; print({{'torch', 'transformers', 'peft'}} & set(sys.modules))"
     assert run_python("-c", code).stdout == "set()\n"
 
@@ -585,10 +593,11 @@ def test_keys_without_model_and_task_end_the_command_with_code_two(command):
 def test_a_wrong_key_is_answered_without_torch():
     code = inspect.cleandoc("""
         import sys
-        from sfed import cli, train
+        from sfed import train
+        from sfed.utils import command
         sys.argv = ["train", "nonsense=1"]
         try:
-            cli.run_command(train.main)
+            command.run_command(train.main)
         except SystemExit as end:
             print(end.code, {"torch", "transformers", "deepspeed", "numpy"} & set(sys.modules))
     """)
@@ -617,7 +626,7 @@ def test_what_can_be_checked_without_a_model_is_checked_before_torch(arguments, 
     assert f"{part}" in done.stderr
     assert "Traceback" not in done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "sfed.config" in imported and "torch" not in imported
+    assert "sfed.config.schema" in imported and "torch" not in imported
 
 
 def test_more_processes_than_clients_are_refused_before_torch():
@@ -637,10 +646,10 @@ def test_any_other_failure_is_not_disguised_as_a_mistake_of_the_user():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        cli.run_command(broken)
+        command.run_command(broken)
 
 
 def test_default_numbers_are_finite():
-    for key, default, _ in cli.list_keys():
-        value = None if key in config.REQUIRED else json.loads(default)
+    for key, default, _ in config_load.list_keys():
+        value = None if key in schema.REQUIRED else json.loads(default)
         assert not isinstance(value, float) or math.isfinite(value), key

@@ -12,14 +12,19 @@ import torch
 import yaml
 from transformers import AutoModel, LlamaConfig, RobertaConfig
 
-from sfed import cli, grid, methods, metrics, scaling, session
-from sfed.config import Config
+from sfed.config import load as config_load
+from sfed.config.schema import Config
+from sfed.federated import session
+from sfed.methods import method as methods
+from sfed.methods import scaling
+from sfed.observability import metrics
+from sfed.sweep import grid
 from tests import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs"
 PAPER = CONFIGS / "paper"
-GRIDS = sorted(path for path in CONFIGS.rglob("*.yaml") if "grid" in cli.read_mapping(path))
+GRIDS = sorted(path for path in CONFIGS.rglob("*.yaml") if "grid" in config_load.read_mapping(path))
 BASES = sorted(set(CONFIGS.rglob("*.yaml")) - set(GRIDS))
 PAPER_BASES = [path for path in BASES if path.parent == PAPER]
 
@@ -45,7 +50,7 @@ def over(settings: Settings, changes: Settings) -> Settings:
 
 
 def settings_of(path: Path) -> dict[str, Settings]:
-    return cells(path) if path in GRIDS else {"": cli.read_mapping(path)}
+    return cells(path) if path in GRIDS else {"": config_load.read_mapping(path)}
 
 
 def ids(path: Path) -> str:
@@ -58,7 +63,7 @@ every_paper_base = pytest.mark.parametrize("path", PAPER_BASES, ids=ids)
 
 
 def check(settings: Settings) -> Config:
-    config = cli.complete(settings)
+    config = config_load.complete(settings)
     methods.resolve(config)
     return config
 
@@ -71,7 +76,7 @@ def test_a_file_and_each_cell_of_a_grid_is_a_valid_configuration(path):
 
 @every_file
 def test_no_key_is_unknown(path):
-    known = {key for key, _, _ in cli.list_keys()}
+    known = {key for key, _, _ in config_load.list_keys()}
     used = {
         f"{section}.{key}" if section != "seed" else section
         for settings in settings_of(path).values()
@@ -83,15 +88,15 @@ def test_no_key_is_unknown(path):
 
 @every_grid
 def test_a_grid_has_a_name_of_its_own(path):
-    found = cli.read_mapping(path)
+    found = config_load.read_mapping(path)
     if "base" in found:  # a run folder does not hold other runs
-        base = cli.read_mapping(path.parent / found["base"])
+        base = config_load.read_mapping(path.parent / found["base"])
         assert base["output"]["name"] != found["name"]
 
 
 def test_no_two_run_folders_are_one():
-    names = [cli.read_mapping(path)["name"] for path in GRIDS]
-    names += [cli.read_mapping(path)["output"]["name"] for path in PAPER_BASES]
+    names = [config_load.read_mapping(path)["name"] for path in GRIDS]
+    names += [config_load.read_mapping(path)["output"]["name"] for path in PAPER_BASES]
     assert len(set(names)) == len(names)
 
 
@@ -131,7 +136,7 @@ BASELINES = {"sfed", "fedsa", "fedsa-rslora"}
 
 
 def paper(name: str) -> Settings:
-    return cli.read_mapping(PAPER / f"{name}.yaml")
+    return config_load.read_mapping(PAPER / f"{name}.yaml")
 
 
 @pytest.mark.parametrize("task", ["alpaca", "gsm8k"])
@@ -332,13 +337,13 @@ def assert_trained(event: Settings, settings: Settings) -> None:
 
 @pytest.mark.parametrize("path", BASES, ids=ids)
 def test_a_configuration_starts_on_a_tiny_model_of_its_family(path, folder, tmp_path):
-    settings = cli.read_mapping(path)
+    settings = config_load.read_mapping(path)
     assert_trained(run_of(settings, folder, tmp_path), settings)
 
 
 def arms(path: Path) -> dict[str, Settings]:
     """Some cells of a grid, with every variant: all words of a list, the largest of its numbers."""
-    axes = cli.read_mapping(path)["grid"]
+    axes = config_load.read_mapping(path)["grid"]
     wanted = {
         key: values if isinstance(values[0], str) else [max(values)] for key, values in axes.items()
     }
@@ -403,7 +408,7 @@ FULL_SIZE = {
 @every_paper_base
 def test_the_documents_say_what_a_round_uploads(path):
     """A of the full-size model, whose shapes are there without its weights, in fp32."""
-    settings = cli.read_mapping(path)
+    settings = config_load.read_mapping(path)
     lora, federated, train = settings["lora"], settings["federated"], settings["train"]
     with torch.device("meta"):
         model = AutoModel.from_config(FULL_SIZE[settings["model"]["name"]])

@@ -22,10 +22,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sfed import cli, methods, session
-from sfed.batches import Order
-from sfed.console import Console
-from sfed.seeds import Stream, derive
+from sfed.config import load as config_load
+from sfed.data.batches import Order
+from sfed.federated import session
+from sfed.methods import method as methods
+from sfed.observability.console import Console
+from sfed.utils.rng import Stream, derive
 from tests import runs, tiny
 
 N, RANK, ALPHA, ROUNDS, STEPS, BATCH, CLIP = 3, 4, 2.0, 4, 2, 3, 0.5
@@ -76,7 +78,7 @@ def run(folder: Path, out: Path, method: str, **sections: dict[str, Any]) -> Pat
     }
     merged = {key: {**base.get(key, {}), **sections.get(key, {})} for key in base | sections}
     settings = tiny.settings(folder, **merged)
-    session.run_session(cli.validate(settings))
+    session.run_session(config_load.validate(settings))
     return Path(settings["output"]["dir"]) / settings["output"]["name"]
 
 

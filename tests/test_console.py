@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.table import Table
 
-from sfed.console import Console
+from sfed.observability.console import Console
 
 
 def event(losses: list[float]) -> dict:

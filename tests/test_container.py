@@ -83,8 +83,13 @@ def test_the_builder_sees_what_the_package_is_built_of(context):
     needed = [settings["project"]["readme"], hatch["version"]["path"], *wheel["packages"]]
     needed += wheel.get("force-include", {})
     assert [name for name in needed if not (context / name).exists()] == []
-    modules = {path.name for path in (ROOT / "sfed").iterdir() if path.is_file()}
-    assert modules == {path.name for path in (context / "sfed").iterdir()}
+    modules = {
+        path.relative_to(ROOT)
+        for path in (ROOT / "sfed").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    sent = {p.relative_to(context) for p in (context / "sfed").rglob("*") if p.is_file()}
+    assert modules == sent
 
 
 def test_dependencies_are_a_layer_that_code_does_not_touch():

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from sfed import demo, school
+from sfed.data import demo
+from sfed.models import demo as demo_model
 
 ANNOTATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-TINY = school.Recipe(width=16, layers=1, heads=2, intermediate=32, steps=3, warmup=1, batch=4)
+TINY = demo_model.Recipe(width=16, layers=1, heads=2, intermediate=32, steps=3, warmup=1, batch=4)
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(school, "RECIPE", TINY)
-        return school.ensure_backbone(tmp_path_factory.mktemp("cache"))
+        patch.setattr(demo_model, "RECIPE", TINY)
+        return demo_model.ensure_backbone(tmp_path_factory.mktemp("cache"))
 
 
 def load_tokenizer(folder: Path):
@@ -45,7 +46,7 @@ def test_there_are_eight_distinct_kinds():
 
 def test_importing_the_module_imports_no_heavy_library():
     heavy = "{'torch', 'transformers', 'tokenizers'}"
-    assert run_python(f"import sys, sfed.demo; print({heavy} & set(sys.modules))") == "set()\n"
+    assert run_python(f"import sys, sfed.data.demo; print({heavy} & set(sys.modules))") == "set()\n"
 
 
 @pytest.mark.parametrize("kind", demo.KINDS)
@@ -58,7 +59,7 @@ def test_problems_depend_on_kind_and_seed_only(kind):
 
 
 def test_problems_are_the_same_in_every_process():
-    code = "from sfed import demo; print(demo.problems('change', 5, 1))"
+    code = "from sfed.data import demo; print(demo.problems('change', 5, 1))"
     printed = {run_python(code, PYTHONHASHSEED=seed) for seed in ("1", "2")}
     assert printed == {f"{demo.problems('change', 5, 1)}\n"}
 
@@ -175,10 +176,10 @@ def test_prompt_and_completion_are_short_and_tokenize_apart_as_together(backbone
 
 
 def test_backbone_is_cached_under_the_digest_of_its_recipe(backbone, monkeypatch):
-    monkeypatch.setattr(school, "RECIPE", TINY)
+    monkeypatch.setattr(demo_model, "RECIPE", TINY)
     said: list[str] = []
     before = (backbone / "model.safetensors").stat().st_mtime_ns
-    assert school.ensure_backbone(backbone.parent, say=said.append) == backbone
+    assert demo_model.ensure_backbone(backbone.parent, say=said.append) == backbone
     assert (backbone / "model.safetensors").stat().st_mtime_ns == before and not said
     assert [entry.name for entry in backbone.parent.iterdir()] == [backbone.name]
 
@@ -186,9 +187,9 @@ def test_backbone_is_cached_under_the_digest_of_its_recipe(backbone, monkeypatch
 def test_backbone_is_deterministic_and_leaves_torch_as_it_was(backbone, monkeypatch, tmp_path):
     import torch
 
-    monkeypatch.setattr(school, "RECIPE", TINY)
+    monkeypatch.setattr(demo_model, "RECIPE", TINY)
     threads, state, said = torch.get_num_threads(), torch.random.get_rng_state(), []
-    again = school.ensure_backbone(tmp_path / "new" / "cache", say=said.append)
+    again = demo_model.ensure_backbone(tmp_path / "new" / "cache", say=said.append)
     assert again.name == backbone.name and said
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (again / name).read_bytes() == (backbone / name).read_bytes()
@@ -202,9 +203,9 @@ def test_an_interrupted_pretraining_leaves_nothing_behind(monkeypatch, tmp_path)
         (target / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(school, "_build", interrupted)
+    monkeypatch.setattr(demo_model, "_build", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        school.ensure_backbone(tmp_path)
+        demo_model.ensure_backbone(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -217,10 +218,12 @@ def write_marked(target: Path, mark: str) -> None:
 def test_the_slower_of_two_racing_processes_keeps_the_faster_ones_backbone(monkeypatch, tmp_path):
     def overtaken(recipe, target, texts, say):
         write_marked(target, "slower")
-        monkeypatch.setattr(school, "_build", lambda recipe, made, *_: write_marked(made, "faster"))
-        school.ensure_backbone(tmp_path, say=lambda line: None)
+        monkeypatch.setattr(
+            demo_model, "_build", lambda recipe, made, *_: write_marked(made, "faster")
+        )
+        demo_model.ensure_backbone(tmp_path, say=lambda line: None)
 
-    monkeypatch.setattr(school, "_build", overtaken)
-    target = school.ensure_backbone(tmp_path)
+    monkeypatch.setattr(demo_model, "_build", overtaken)
+    target = demo_model.ensure_backbone(tmp_path)
     assert (target / "model.safetensors").read_text() == "faster"
     assert list(tmp_path.iterdir()) == [target]

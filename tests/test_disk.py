@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfed import disk
-from sfed.cli import EXIT_MISTAKE, UserError
-from sfed.metrics import MetricsFile, read_events
+from sfed.lora import tensor_files
+from sfed.observability.metrics import MetricsFile, read_events
+from sfed.utils import files
+from sfed.utils.command import EXIT_MISTAKE
+from sfed.utils.errors import UserError
 from tests import runs, tiny
 from tests.processes import ends_of
 
@@ -23,12 +25,12 @@ PAGE = 4096
 def test_a_file_with_other_bytes_is_damaged(tmp_path: Path):
     path = tmp_path / "file"
     path.write_bytes(bytes(3 * 2**20))
-    known = disk.describe(path)
-    assert disk.damage(path, known) is None
+    known = files.describe(path)
+    assert files.damage(path, known) is None
     path.write_bytes(bytes(3 * 2**20 - 1) + b"\1")
-    assert disk.damage(path, known) == "file holds other bytes than were written"
+    assert files.damage(path, known) == "file holds other bytes than were written"
     path.write_bytes(b"")
-    assert disk.damage(path, known) == f"file has 0 bytes instead of {3 * 2**20}"
+    assert files.damage(path, known) == f"file has 0 bytes instead of {3 * 2**20}"
 
 
 @pytest.mark.parametrize(("mode", "expected"), [(0o755, 0o644), (0o700, 0o600), (0o777, 0o644)])
@@ -36,7 +38,7 @@ def test_tensors_may_be_read_by_whom_their_folder_lets_in(tmp_path: Path, mode: 
     folder = tmp_path / "adapter"
     folder.mkdir()
     folder.chmod(mode)
-    disk.save_tensors({"a": torch.zeros(2)}, folder / "a.safetensors")
+    tensor_files.save_tensors({"a": torch.zeros(2)}, folder / "a.safetensors")
     assert (folder / "a.safetensors").stat().st_mode & 0o777 == expected
 
 

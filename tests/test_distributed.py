@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from sfed import distributed, meetings
+from sfed.distributed import sync
+from sfed.distributed import world as distributed
 from tests.processes import on_processes
 
 
@@ -18,7 +19,7 @@ def read_late() -> str:
         if world.rank == 1:
             time.sleep(2.0)
         word = world.store.get("word/0").decode()
-        meetings.part(world)
+        sync.part(world)
         return word
     finally:
         distributed.stop(world)

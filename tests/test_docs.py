@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from sfed import bench, cli, grid, logs, methods, plan
-from sfed.cli import UserError
-from sfed.config import Config
+from sfed.bench import __main__ as bench
+from sfed.config import load as config_load
+from sfed.config.schema import Config
+from sfed.methods import method as methods
+from sfed.observability import logs
+from sfed.plan import __main__ as plan
+from sfed.sweep import grid
+from sfed.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -98,7 +103,7 @@ def check(call: Call) -> None:
     """
     words = list(call.words)
     if call.module in ("sfed.train", "sfed.sweep"):
-        found = cli.split(logs.take_options(words))
+        found = config_load.split(logs.take_options(words))
         if found is None or found[0] in OF_A_READER:
             return
         path, overrides = found
@@ -107,11 +112,11 @@ def check(call: Call) -> None:
             assert path is not None
             grid.read(Path(path), overrides, call.processes, methods.resolve)
             return
-        check_config(cli.load(path, overrides), call.processes)
+        check_config(config_load.load(path, overrides), call.processes)
     elif call.module == "sfed.plan":
         given = plan._parser().parse_intermixed_args(words)
         path, *overrides = given.words
-        check_config(cli.load(str(ROOT / path), overrides), given.gpus)
+        check_config(config_load.load(str(ROOT / path), overrides), given.gpus)
     elif call.module == "sfed.bench":
         bench._parser().parse_args(words)
     elif call.module == "sfed.report":
@@ -243,7 +248,7 @@ def test_the_reference_of_keys_is_the_schema(monkeypatch: pytest.MonkeyPatch):
     assert "sphinx" not in sys.modules
     text = configuration_keys.keys_as_markdown()
     described = re.findall(r"^`([\w.]+)` — (.+); (.+)\n: (.+)$", text, re.MULTILINE)
-    assert [key for key, *_ in described] == [key for key, *_ in cli.list_keys()]
+    assert [key for key, *_ in described] == [key for key, *_ in config_load.list_keys()]
     types = {key: kind for key, kind, *_ in described}
     assert types["lora.rank"] == "integer above 0"
     assert types["data.eval_fraction"] == "number above 0 and below 1"

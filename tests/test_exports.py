@@ -19,9 +19,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
-from sfed import adapters
-from sfed.adapters import Adapters
-from sfed.cli import UserError
+from sfed.lora import adapters
+from sfed.lora.adapters import Adapters
+from sfed.utils.errors import UserError
 
 LORA_RANK, GAMMA, VOCABULARY = 4, 1.7, 64
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

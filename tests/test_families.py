@@ -17,13 +17,15 @@ from torch import multiprocessing as mp
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from sfed import adapters, heads, isolation
-from sfed.backbone import Backbone
-from sfed.blocks import make_lean
-from sfed.cli import UserError
-from sfed.shape import Sharding
-from sfed.tokens import Row
-from sfed.trialpasses import Case, Numbers, Subject, random_adapter, together
+from sfed.data.tokenize import Row
+from sfed.federated import isolation
+from sfed.federated.trial_passes import Case, Numbers, Subject, random_adapter, together
+from sfed.lora import adapters
+from sfed.lora import head as lora_head
+from sfed.lora.hf_blocks import make_lean
+from sfed.models.backbone import Backbone
+from sfed.models.hf_config import Sharding
+from sfed.utils.errors import UserError
 from tests import glue, runs, tiny
 from tests.processes import on_processes
 
@@ -153,9 +155,9 @@ def subject_of(model: PreTrainedModel, targets: str | tuple[str, ...]) -> Subjec
     if is_classifier:
         template = model.get_submodule("classifier")
         initial = {name: weight.clone() for name, weight in template.named_parameters()}
-        layer = heads.StackedHead(template)
+        layer = lora_head.StackedHead(template)
         model.set_submodule("classifier", layer)
-        head = heads.Head("classifier", layer, initial)
+        head = lora_head.Head("classifier", layer, initial)
     backbone = Backbone(model, head, Sharding("none", "one process"), None)
     attached = adapters.attach(
         model,

@@ -12,7 +12,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from sfed import backbone, cli, local, session
+from sfed.config import load as config_load
+from sfed.federated import local, session
+from sfed.models import backbone
 from tests import runs, tiny
 from tests.processes import on_processes
 
@@ -27,7 +29,7 @@ def with_method(folder: Path, out: Path, method: str, rounds: int, **sections: o
     federated = {"num_clients": 4, "num_rounds": rounds, "method": method}
     name = f"{method}-{rounds}"
     own = settings(folder, out, name, federated=federated, **sections)
-    session.run_session(cli.validate(own))
+    session.run_session(config_load.validate(own))
     return runs.adapters(out / name)
 
 
@@ -69,7 +71,7 @@ def test_what_is_averaged_can_be_overridden_for_ablations(
 ) -> None:
     federated = {"num_clients": 3, "num_rounds": 2, "method": "fedsa", "averaged": averaged}
     own = settings(tiny_folder, tmp_path, "run", federated=federated)
-    session.run_session(cli.validate(own))
+    session.run_session(config_load.validate(own))
     adapters = runs.adapters(tmp_path / "run")
     one, other = adapters["client-0000"], adapters["client-0002"]
     for factor in ("A", "B"):
@@ -117,7 +119,7 @@ def test_who_is_out_of_a_round_keeps_b_and_receives_the_new_a(
 ) -> None:
     federated = {"num_clients": 4, "num_rounds": 1, "clients_per_round": 2}
     one = settings(tiny_folder, tmp_path, "out", federated=federated)
-    session.run_session(cli.validate(one))
+    session.run_session(config_load.validate(one))
     adapters = runs.adapters(tmp_path / "out")
     [_, event] = runs.rounds(tmp_path / "out")
     out = {entry["client"] for entry in event["clients"] if entry["train_loss"] is None}
@@ -199,7 +201,7 @@ def opened(run_settings: dict) -> list[str]:
     """The files of rows that this process opened during a run."""
     seen: list[str] = []
     sys.addaudithook(lambda event, arguments: _note(seen, event, arguments))
-    session.run_session(cli.validate(run_settings))
+    session.run_session(config_load.validate(run_settings))
     return sorted(set(seen))
 
 

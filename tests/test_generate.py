@@ -13,8 +13,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sfed import cli, generate, session
-from sfed.cli import UserError
+from sfed.config import load as config_load
+from sfed.federated import generate, session
+from sfed.utils.errors import UserError
 from tests import runs, tiny
 from tests.processes import on_processes
 from tests.test_conformance import parts_of
@@ -114,7 +115,7 @@ def watched() -> Iterator[tuple[Answers, list[tuple[int, ...]]]]:
 
 def watched_run(own: dict[str, Any]) -> tuple[Answers, list[tuple[int, ...]]]:
     with watched() as (answers, shapes):
-        session.run_session(cli.validate(own))
+        session.run_session(config_load.validate(own))
     return answers, shapes
 
 
@@ -242,7 +243,7 @@ def test_exact_match_is_the_share_of_answers_with_the_right_number(
         ]
         save(tmp_path / "files" / f"held-{client}.jsonl", held)
     asked = scripted(monkeypatch, {question: text for question, _, text in rows})
-    session.run_session(cli.validate(own))
+    session.run_session(config_load.validate(own))
     assert {question for question, *_ in rows} <= set(asked)
     last = runs.rounds(tmp_path / "run")[-1]
     shares = []
@@ -275,7 +276,7 @@ def test_the_answers_of_each_kind_of_adapter_are_scored_apart(tiny_folder, tmp_p
         return [f" #### {i % 10 if calls[-1] == 'personal' else 99}" for i, _ in enumerate(prompts)]
 
     monkeypatch.setattr(generate, "_generate", write)
-    session.run_session(cli.validate(own))
+    session.run_session(config_load.validate(own))
     last = runs.rounds(tmp_path / "run")[-1]
     assert last["eval/global_exact_match"] == 0.0
     assert last["eval/personal_exact_match"] == last["eval/exact_match"] > 0.0
@@ -372,4 +373,4 @@ def test_an_answer_has_at_most_the_tokens_that_were_asked_for(tiny_folder, tmp_p
 def test_a_classifier_that_is_to_write_is_refused():
     data = {"task": "glue", "name": "sst2"}
     with pytest.raises(UserError, match=r"evaluation\.generate"):
-        cli.validate({"data": data, "evaluation": {"generate": True}})
+        config_load.validate({"data": data, "evaluation": {"generate": True}})

@@ -13,10 +13,12 @@ import torch
 from torch.nn import functional
 from transformers import AutoTokenizer
 
-from sfed import cli, metrics, tokens
-from sfed.batches import collate
-from sfed.cli import UserError
-from sfed.config import Config
+from sfed.config import load as config_load
+from sfed.config.schema import Config
+from sfed.data import sources, tokenize
+from sfed.data.batches import collate
+from sfed.observability import metrics
+from sfed.utils.errors import UserError
 from tests import glue, runs
 from tests.glue import NAMES, N
 from tests.test_conformance import parts_of
@@ -28,15 +30,15 @@ def folder(glue_folder: Path) -> Path:
 
 
 def config(folder: Path, family: str, name: str, **data: Any) -> Config:
-    return cli.validate(glue.settings(folder, family, name, folder, data=data))
+    return config_load.validate(glue.settings(folder, family, name, folder, data=data))
 
 
 def table_of(
-    folder: Path, family: str, name: str, path: Path, split: tokens.Split = "train", **data: Any
-) -> tokens.Tokens:
+    folder: Path, family: str, name: str, path: Path, split: sources.Split = "train", **data: Any
+) -> tokenize.Tokens:
     own = config(folder, family, name, **data)
     tokenizer = AutoTokenizer.from_pretrained(folder / family)
-    return tokens.tokenise(own, tokenizer, split, (str(path),))
+    return tokenize.tokenise(own, tokenizer, split, (str(path),))
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ def test_two_long_texts_are_cut_and_keep_their_marks(folder, tmp_path, family, m
     path = glue.save(tmp_path / "rows.jsonl", rows)
     found = table_of(folder, family, "mnli", path, max_tokens=max_tokens)
     tokenizer = AutoTokenizer.from_pretrained(folder / family)
-    examples = tokens.Examples(found, np.arange(3))
+    examples = tokenize.Examples(found, np.arange(3))
     marks = {"roberta": (0, [2, 2], 2), "bert": (2, [3], 3)}[family]
     for place in range(3):
         row = examples.row(place)
@@ -128,7 +130,7 @@ def test_a_batch_holds_what_the_tokenizer_of_the_model_gives(folder, family, nam
     """Ids, what is padding and what belongs to the second text."""
     rows = glue.read(folder / f"{name}-eval.jsonl")[:6]
     found = table_of(folder, family, name, folder / f"{name}-eval.jsonl", "eval")
-    examples = tokens.Examples(found, np.arange(6))
+    examples = tokenize.Examples(found, np.arange(6))
     batch = collate([[examples.row(i) for i in range(6)]], 6, with_targets=True)
     expected = glue.Encoder(folder, family, name).inputs(rows)
     width = expected["input_ids"].shape[1]

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfed import aggregation, cli, guards, session
-from sfed.bits import bit_sum
+from sfed.distributed import world as distributed
+from sfed.distributed.consistency import bit_sum
+from sfed.federated import fingerprints
+from sfed.methods import aggregation
+from sfed.models import backbone
+from sfed.utils import command
 from tests import runs, tiny
 from tests.processes import End, ends_of
 
@@ -33,7 +37,7 @@ def test_any_single_bit_changes_the_sum(dtype: torch.dtype):
 def test_the_sum_of_many_parts_is_the_sum_of_the_whole(monkeypatch: pytest.MonkeyPatch):
     values = torch.randn(1000)
     whole = bit_sum(values.t())
-    monkeypatch.setattr("sfed.bits._MOST_AT_A_TIME", 7)
+    monkeypatch.setattr("sfed.distributed.consistency._MOST_AT_A_TIME", 7)
     assert bit_sum(values) == whole
 
 
@@ -41,13 +45,13 @@ def test_models_with_other_weights_settings_or_shapes_have_other_digests():
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
     settings = {"hidden_size": 4, "_name_or_path": "here"}
-    known = guards.of_backbone(model, settings)
-    assert guards.of_backbone(model, {**settings, "_name_or_path": "there"}) == known
-    assert guards.of_backbone(model, {**settings, "hidden_size": 5}) != known
-    assert guards.of_backbone(torch.nn.Linear(3, 4), settings) != known
+    known = fingerprints.of_backbone(model, settings)
+    assert fingerprints.of_backbone(model, {**settings, "_name_or_path": "there"}) == known
+    assert fingerprints.of_backbone(model, {**settings, "hidden_size": 5}) != known
+    assert fingerprints.of_backbone(torch.nn.Linear(3, 4), settings) != known
     with torch.no_grad():
         model.bias[1] += 1e-7
-    assert guards.of_backbone(model, settings) != known
+    assert fingerprints.of_backbone(model, settings) != known
 
 
 def train(settings: dict, change: str) -> None:
@@ -56,7 +60,7 @@ def train(settings: dict, change: str) -> None:
         if change == "configuration":
             settings["train"] = {**settings["train"], "lr": 0.5}
         if change == "version":
-            guards.__dict__["__version__"] = "0.0.9"
+            fingerprints.__dict__["__version__"] = "0.0.9"
         if change == "weights":
             settings["model"] = {"name": settings["model"]["name"]}
             flip_weights()
@@ -66,19 +70,19 @@ def train(settings: dict, change: str) -> None:
 
 
 def flip_weights() -> None:
-    healthy = session.backbone.load
+    healthy = backbone.load
 
     def load(*arguments: object) -> object:
         loaded = healthy(*arguments)
         next(loaded.model.parameters()).view(torch.int32)[0, 0] ^= 1
         return loaded
 
-    session.backbone.load = load
+    backbone.load = load
 
 
 def flip_mean() -> None:
     """One bit of what came back from the mean of round 2."""
-    healthy, calls = aggregation.all_reduce_sum, []
+    healthy, calls = distributed.all_reduce_sum, []
 
     def all_reduce_sum(flat: torch.Tensor) -> torch.Tensor:
         mean = healthy(flat)
@@ -113,7 +117,9 @@ def test_processes_that_start_differently_stop_with_both_values(
     tiny_folder: Path, tmp_path: Path, change: str, words: str
 ):
     zero, one = differing(tiny_folder, tmp_path, change)
-    assert (zero.code, one.code) == (cli.EXIT_MISTAKE, cli.EXIT_MISTAKE), zero.said + one.said
+    assert (zero.code, one.code) == (command.EXIT_MISTAKE, command.EXIT_MISTAKE), (
+        zero.said + one.said
+    )
     lines = [line for line in zero.said.splitlines() if line.startswith("  ")]
     assert len(lines) == 2, "one fact, one remedy"
     assert words in lines[0] and "on process 0" in lines[0] and "on process 1" in lines[0]

@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sfed import adapters, isolation
-from sfed.backbone import Backbone
-from sfed.batches import collate
-from sfed.blocks import make_lean
-from sfed.cli import UserError
-from sfed.isolation import Isolation
-from sfed.packing import Packing
-from sfed.shape import Sharding
-from sfed.tokens import Row
-from sfed.trialpasses import Subject
+from sfed.data.batches import collate
+from sfed.data.packing import Packing
+from sfed.data.tokenize import Row
+from sfed.federated import isolation
+from sfed.federated.isolation import Isolation
+from sfed.federated.trial_passes import Subject
+from sfed.lora import adapters
+from sfed.lora.hf_blocks import make_lean
+from sfed.models.backbone import Backbone
+from sfed.models.hf_config import Sharding
+from sfed.utils.errors import UserError
 from tests import strange
 
 

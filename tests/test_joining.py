@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from sfed.joining import MissingProcessError, agree_on_attempt
+from sfed.distributed.rendezvous import agree_on_attempt
+from sfed.utils.errors import MissingProcessError
 
 
 class MemoryStore:

@@ -12,8 +12,13 @@ from typing import Any
 
 import pytest
 
-from sfed import cli, data, disk, resume, session
-from sfed.cli import UserError
+from sfed.config import load as config_load
+from sfed.data import splits
+from sfed.federated import session
+from sfed.storage import checkpoint as storage_checkpoint
+from sfed.storage import resume
+from sfed.utils import command, files
+from sfed.utils.errors import UserError
 from tests import runs, tiny
 from tests.processes import ends_of
 
@@ -29,7 +34,7 @@ def settings(tiny_folder: Path, out: Path, **sections: Any) -> dict[str, Any]:
 
 
 def train(own: dict[str, Any]) -> Path:
-    session.run_session(cli.validate(own))
+    session.run_session(config_load.validate(own))
     return Path(own["output"]["dir"]) / own["output"]["name"]
 
 
@@ -159,7 +164,7 @@ def test_a_run_of_which_no_checkpoint_can_be_read_is_refused_and_left_as_it_is(
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, is_meant: Callable[[Path], bool]) -> None:
     """Let the system refuse to read some files."""
-    describe, facts_of = disk.describe, resume.facts_of
+    describe, facts_of = files.describe, storage_checkpoint.facts_of
 
     def refuse(path: Path) -> None:
         if is_meant(path):
@@ -173,7 +178,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, is_meant: Callable[[Pa
         refuse(checkpoint / "run.json")
         return facts_of(checkpoint)
 
-    monkeypatch.setattr(disk, "describe", failing_describe)
+    monkeypatch.setattr(files, "describe", failing_describe)
     monkeypatch.setattr(resume, "facts_of", failing_facts_of)
 
 
@@ -449,7 +454,7 @@ def test_the_later_of_two_starts_does_not_touch_the_finished_run_of_the_earlier(
     """The later one has looked before the earlier made the folder, and loads until it is done."""
     one, two = (settings(tiny_folder, tmp_path, seed=s, federated={"num_rounds": 1}) for s in seeds)
     two["output"]["resume"] = resumes
-    load, folder = data.load, tmp_path / "run"
+    load, folder = splits.load, tmp_path / "run"
     before: dict[str, Any] = {}
 
     def load_slowly(*arguments: Any) -> Any:
@@ -459,7 +464,7 @@ def test_the_later_of_two_starts_does_not_touch_the_finished_run_of_the_earlier(
         before.update(content(folder))
         return load(*arguments)
 
-    monkeypatch.setattr(data, "load", load_slowly)
+    monkeypatch.setattr(splits, "load", load_slowly)
     with pytest.raises(UserError, match=r"another start has written to .*start again"):
         train(two)
     assert before and content(folder) == before
@@ -475,7 +480,7 @@ def test_the_later_of_two_starts_does_not_touch_the_finished_run_of_the_earlier(
 def test_of_two_starts_at_the_same_moment_one_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     own = settings(tiny_folder, tmp_path, federated={"num_rounds": 1})
     ends = ends_of(2, start_alone, own)
-    assert sorted(end.code for end in ends) == [0, cli.EXIT_MISTAKE], ends
+    assert sorted(end.code for end in ends) == [0, command.EXIT_MISTAKE], ends
     winner = next(i for i, end in enumerate(ends) if end.code == 0)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["seed"] == winner

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sfed import cli, methods
+from sfed.config import load as config_load
+from sfed.methods import method as methods
 from tests import manifests, netns, pods, runs, tiny
 from tests.netns import Node
 
@@ -200,7 +201,7 @@ def test_the_configuration_loads_and_has_a_client_for_every_process(name, tmp_pa
     made = pods.pods(job_of(name))
     command = [*made[0]["spec"]["containers"][0]["args"]]
     assert command[0] == "/etc/sfed/sfed.yaml"
-    config = cli.parse([str(tmp_path / "sfed.yaml"), *command[1:]])
+    config = config_load.parse([str(tmp_path / "sfed.yaml"), *command[1:]])
     methods.resolve(config)
     assert config.output.dir == "/workspace/runs"
     assert config.federated.num_clients >= 8 * len(made)
@@ -259,7 +260,7 @@ def test_an_elastic_job_stands_on_its_own_store():
 @pytest.mark.parametrize("name", ["pytorchjob", "pytorchjob-elastic"])
 def test_probes_look_at_the_age_of_the_heartbeat(name, tmp_path):
     where = places(tmp_path)
-    config = cli.validate(configuration())
+    config = config_load.validate(configuration())
     for pod in pods.pods(job_of(name)):
         container = pods.container_of(pod, where)
         heartbeat = Path(container.environment["SFED_HEARTBEAT_FILE"])

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from sfed import cli, data, distributed, partition, tokens
-from sfed.cli import UserError
-from sfed.labels import Chosen, labels_of
+from sfed.config import load as config_load
+from sfed.data import partition, splits, tokenize
+from sfed.data.labels import Chosen, labels_of
+from sfed.distributed import world as distributed
+from sfed.utils.errors import UserError
 from tests import tiny
 
 KIND = ["by_key", "dirichlet"]
@@ -35,7 +37,7 @@ def save(folder, name, values):
 
 
 def labels(folder, tokenizer, train, held_out=None, kind="by_key"):
-    config = cli.validate(
+    config = config_load.validate(
         {
             "data": {"task": "jsonl", "train_files": save(folder, "train.jsonl", train)},
             "partition": {"kind": kind, "key": "site"},
@@ -44,7 +46,7 @@ def labels(folder, tokenizer, train, held_out=None, kind="by_key"):
 
     def chosen(split, values):
         path = save(folder, f"{split}.jsonl", values)
-        table = tokens.tokenise(config, tokenizer, split, (path,))
+        table = tokenize.tokenise(config, tokenizer, split, (path,))
         return Chosen(table, np.arange(len(table)))
 
     return labels_of(
@@ -134,7 +136,7 @@ def test_a_run_gives_rows_of_an_unknown_value_to_nobody_and_says_so(
         partition={"kind": kind, "key": "site"},
         federated={"num_clients": 2},
     )
-    found = data.load(config, tokenizer, world, 2, range(2))
+    found = splits.load(config, tokenizer, world, 2, range(2))
     evaluated = [[held[i] for i in part["eval"]] for part in found.summary["clients"]]
     assert sorted(itertools.chain(*evaluated)) == ["", "b"]
     if kind == "by_key":

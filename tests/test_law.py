@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from sfed import optimizer, scaling
-from sfed.clients import Rows
-from sfed.layout import Layout
-from sfed.sections import TrainSection
+from sfed.clients import optimizer
+from sfed.clients.state import Rows
+from sfed.config.schema import TrainSection
+from sfed.lora.layout import Layout
+from sfed.methods import scaling
 
 WIDTH = 128
 

@@ -10,11 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sfed import adapters
-from sfed.adapters import Adapters
-from sfed.factors import Factors, PassRows
-from sfed.layers import PassContext, StackedLoraLinear
-from sfed.layout import Layout
+from sfed.lora import adapters
+from sfed.lora.adapters import Adapters
+from sfed.lora.factors import Factors, PassRows
+from sfed.lora.layout import Layout
+from sfed.lora.linear import PassContext, StackedLoraLinear
 
 CLIENTS, ROWS, TOKENS, IN, OUT, LORA_RANK, GAMMA = 3, 2, 5, 6, 10, 4, 1.7
 

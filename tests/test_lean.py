@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
-from sfed import adapters, blocks, layers
-from sfed.factors import Factors, PassRows
-from sfed.layout import Layout
+from sfed.lora import adapters, hf_blocks, linear
+from sfed.lora.factors import Factors, PassRows
+from sfed.lora.layout import Layout
 
 FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 FAMILIES |= {"qwen3": Qwen3Config}
@@ -70,7 +70,7 @@ def losses_and_gradients(model: torch.nn.Module, checkpointing: bool = False):
 def test_the_lean_forms_compute_what_the_modules_compute(family, checkpointing):
     model = make(FAMILIES[family](**SIZES))
     quick = copy.deepcopy(model)
-    blocks.make_lean(quick)
+    hf_blocks.make_lean(quick)
     assert any("forward" in vars(module) for module in quick.modules())
     slow_losses, slow_grads = losses_and_gradients(model)
     quick_losses, quick_grads = losses_and_gradients(quick, checkpointing)
@@ -84,7 +84,7 @@ def test_in_bf16_the_lean_forms_are_no_further_from_fp32_than_the_modules_are():
     exact_model = make(LlamaConfig(**SIZES))
     model = copy.deepcopy(exact_model).to(torch.bfloat16)
     quick = copy.deepcopy(model)
-    blocks.make_lean(quick)
+    hf_blocks.make_lean(quick)
     exact = losses_and_gradients(exact_model)[1]
     plain_error = (losses_and_gradients(model)[1] - exact).norm()
     quick_error = (losses_and_gradients(quick)[1] - exact).norm()
@@ -95,7 +95,7 @@ def test_in_bf16_the_lean_forms_are_no_further_from_fp32_than_the_modules_are():
 def test_an_activation_that_is_no_silu_stays_as_it_is():
     model = make(LlamaConfig(**SIZES, hidden_act="gelu"))
     quick = copy.deepcopy(model)
-    blocks.make_lean(quick)
+    hf_blocks.make_lean(quick)
     assert not any("forward" in vars(layer.mlp) for layer in quick.model.layers)
     slow, fast = losses_and_gradients(model), losses_and_gradients(quick)
     torch.testing.assert_close(fast[1], slow[1], rtol=1e-5, atol=1e-7)
@@ -115,7 +115,7 @@ def test_an_adapter_saves_its_input_for_a_and_a_x_for_b(trained):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        (output,) = layers.add_lora((y.clone(),), x, factors, 0.5)
+        (output,) = linear.add_lora((y.clone(),), x, factors, 0.5)
     assert ((2, 7, 5) in shapes) == ("A" in trained)
     assert ((2, 7, 3) in shapes) == ("B" in trained)
     torch.autograd.backward(output.square().sum())
@@ -143,7 +143,7 @@ def saved_bytes(config: LlamaConfig, tokens: int) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = model.to_empty(device="cpu").requires_grad_(False)  # the numbers do not matter
-    blocks.make_lean(model)
+    hf_blocks.make_lean(model)
     _, values, grads = attach(model, num_clients=1, lora_rank=16)
     held = [*model.parameters(), *model.buffers(), values, grads]
     known = {tensor.untyped_storage().data_ptr() for tensor in held}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sfed import lock
-from sfed.cli import UserError
-from sfed.lock import RunLock
+from sfed.storage import run_folder
+from sfed.storage.run_folder import RunLock
+from sfed.utils.errors import UserError
 
 
 def hold(folder: Path, sender: Connection) -> None:
@@ -36,7 +36,7 @@ def holder(tmp_path: Path):
 
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lock, "_SECONDS_TO_FREE", 0.3)
+    monkeypatch.setattr(run_folder, "_SECONDS_TO_FREE", 0.3)
 
 
 def test_a_folder_in_use_is_refused_by_name_and_free_once_its_run_was_killed(

@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from sfed import cli, console, logs, metrics, session
-from sfed.console import Console
-from sfed.logs import LOG
+from sfed.config import load as config_load
+from sfed.federated import build as federated_build
+from sfed.federated import session
+from sfed.observability import console, logs, metrics
+from sfed.observability.console import Console
+from sfed.observability.logs import LOG
+from sfed.utils.errors import UserError
 from tests import runs, tiny
 from tests.processes import on_processes
 
@@ -94,13 +98,13 @@ def test_the_level_holds_for_us_and_for_libraries(level, shown, capsys):
     "arguments", [["--log-level"], ["--log-level=loud"], ["--log-format", "xml"]]
 )
 def test_an_unknown_option_value_is_a_mistake_that_lists_what_is_known(arguments):
-    with pytest.raises(cli.UserError, match=r"one of (info, debug|text, json)"):
+    with pytest.raises(UserError, match=r"one of (info, debug|text, json)"):
         logs.take_options(arguments)
 
 
 def test_an_unknown_value_in_the_environment_is_a_mistake_too(monkeypatch):
     monkeypatch.setenv("SFED_LOG_LEVEL", "loud")
-    with pytest.raises(cli.UserError, match="SFED_LOG_LEVEL"):
+    with pytest.raises(UserError, match="SFED_LOG_LEVEL"):
         logs.begin(0)
 
 
@@ -200,7 +204,7 @@ def _warn_on_each(settings) -> None:
     """A run in which a library warns on each process."""
     path = Path(settings["output"]["dir"]) / f"said-{os.environ['RANK']}"
     sys.stdout = path.open("w", encoding="utf-8")
-    build = session.build
+    build = federated_build.build
 
     def build_and_warn(*arguments):
         warnings.warn("the disk is nearly full", stacklevel=1)
@@ -208,7 +212,7 @@ def _warn_on_each(settings) -> None:
         return build(*arguments)
 
     session.build = build_and_warn
-    session.run_session(cli.validate(settings))
+    session.run_session(config_load.validate(settings))
 
 
 @pytest.mark.dist

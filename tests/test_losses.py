@@ -9,12 +9,16 @@ import transformers
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfed import adapters, backbone, batches, distributed, losses, objective
-from sfed.backbone import Backbone
-from sfed.losses import IGNORED_LABEL, linear_cross_entropy
-from sfed.meters import SavedBytes
-from sfed.shape import Sharding
-from sfed.tokens import Row
+from sfed.bench.measure import SavedBytes
+from sfed.data import batches
+from sfed.data.batches import IGNORED_LABEL
+from sfed.data.tokenize import Row
+from sfed.distributed import world as distributed
+from sfed.lora import adapters
+from sfed.models import backbone, losses, objective
+from sfed.models.backbone import Backbone
+from sfed.models.hf_config import Sharding
+from sfed.models.losses import linear_cross_entropy
 from tests import tiny
 
 

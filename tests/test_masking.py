@@ -4,10 +4,12 @@ import json
 
 import pytest
 
-from sfed import cli
-from sfed.masking import MASK, mask, masked
-from sfed.metrics import MetricsFile, read_events
-from sfed.sameness import comparable
+from sfed.config import load as config_load
+from sfed.config.diff import comparable
+from sfed.observability.metrics import MetricsFile, read_events
+from sfed.utils import command
+from sfed.utils.errors import UserError
+from sfed.utils.redaction import MASK, mask, masked
 
 TOKEN = "hf_" + "aB3dE5gH7jK9mN1pQ3sT5vX7"
 
@@ -57,7 +59,7 @@ def test_values_under_secret_keys_and_secrets_anywhere_are_masked_the_rest_is_ke
 
 def test_two_runs_that_differ_in_a_secret_only_are_the_same_run():
     settings = [
-        comparable(cli.validate({"model": {"name": f"https://{word}@host/m"}}), 2)
+        comparable(config_load.validate({"model": {"name": f"https://{word}@host/m"}}), 2)
         for word in ("ann:old", "ann:new")
     ]
     assert settings[0] == settings[1]
@@ -78,9 +80,9 @@ def test_a_mistake_is_said_without_its_secret(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train", f"model.nmae=https://ann:{TOKEN}@host"])
 
     def refuse(arguments):
-        raise cli.UserError(f"unknown key in {json.dumps(arguments)}")
+        raise UserError(f"unknown key in {json.dumps(arguments)}")
 
     with pytest.raises(SystemExit):
-        cli.run_command(refuse)
+        command.run_command(refuse)
     said = capsys.readouterr().err
     assert TOKEN not in said and "https://***@host" in said

@@ -12,10 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed import cli, distributed, mockups, session, shape, sharing, sizes, trial
-from sfed.contestants import Sfed
-from sfed.memory import ClientState, Cost, Costs, Load, Work, largest
-from sfed.meters import LiveBytes, SavedBytes
+from sfed.bench import workload
+from sfed.bench.measure import SavedBytes
+from sfed.bench.steps import Sfed
+from sfed.config import load as config_load
+from sfed.distributed import world as distributed
+from sfed.federated import session
+from sfed.memory import clients_per_pass, counts, profile
+from sfed.memory.costs import ClientState, Cost, Costs, Load, Work, largest
+from sfed.memory.profile import LiveBytes
+from sfed.models import hf_config, synthetic
 from tests import runs, tiny
 from tests.processes import on_processes
 
@@ -24,7 +30,7 @@ ALL, ATTENTION = "all-linear", ("q_proj", "v_proj")
 
 
 def settings(rank: int, targets: Any, checkpointing: bool = False) -> Any:
-    return cli.validate(
+    return config_load.validate(
         {
             "data": {"task": "gsm8k"},
             "lora": {"rank": rank, "target_modules": targets},
@@ -35,10 +41,10 @@ def settings(rank: int, targets: Any, checkpointing: bool = False) -> Any:
 
 def trainer(name: str, load: Load, rank: int, targets: Any, dtype: torch.dtype) -> Sfed:
     """The trainer's own steps on a whole model; only sizes count, so its weights are 0."""
-    config = mockups.model_config(name, None, None)
-    work = mockups.Workload(load.clients, load.rows, load.tokens, rank, targets, dtype)
-    model = mockups.build(config, work.dtype, work.seed, CPU, blank=True)
-    ids = mockups.random_tokens(config, work)
+    config = synthetic.model_config(name, None, None)
+    work = workload.Workload(load.clients, load.rows, load.tokens, rank, targets, dtype)
+    model = synthetic.build(config, work.dtype, work.seed, CPU, blank=True)
+    ids = workload.random_tokens(config, work)
     return Sfed(model, work, ids, clients_per_pass=load.clients)
 
 
@@ -56,9 +62,9 @@ def test_a_trial_of_two_layers_predicts_the_passes_of_the_whole_model(
 ) -> None:
     """stories has 5 layers and grouped queries, llama-30m 8 and as many keys as queries."""
     config = settings(16, targets, checkpointing)
-    model_config = mockups.model_config(name, None, None)
-    facts = sizes.facts_of(config, model_config)
-    costs = trial.measure(config, model_config, dtype, facts.targets, is_sharded=False)
+    model_config = synthetic.model_config(name, None, None)
+    facts = counts.facts_of(config, model_config)
+    costs = profile.measure(config, model_config, dtype, facts.targets, is_sharded=False)
     for load in (Load(1, 2, 64), Load(4, 1, 40), Load(8, 1, 16)):
         ours = trainer(name, load, 16, targets, dtype)
         if checkpointing:
@@ -86,7 +92,7 @@ def test_the_clients_state_is_what_the_trainer_allocates(
     load = Load(clients, 1, 16)
     ours = trainer("tiny", load, rank, targets, torch.float32)
     config = settings(rank, targets)
-    facts = sizes.facts_of(config, mockups.model_config("tiny", None, None))
+    facts = counts.facts_of(config, synthetic.model_config("tiny", None, None))
     layout = ours.clients.layout
     assert facts.a_numbers + facts.b_numbers == layout.size
     needs = Work(clients, clients, 1, 1, 16, 0).needs(FREE, ClientState(layout.size, 2), clients)
@@ -100,9 +106,9 @@ def test_an_optimizer_step_takes_what_the_trial_says() -> None:
     load = Load(4, 1, 16)
     ours = trainer("tiny", load, 8, ALL, torch.float32)
     config = settings(8, ALL)
-    model_config = mockups.model_config("tiny", None, None)
-    targets = sizes.facts_of(config, model_config).targets
-    costs = trial.measure(config, model_config, torch.float32, targets, is_sharded=False)
+    model_config = synthetic.model_config("tiny", None, None)
+    targets = counts.facts_of(config, model_config).targets
+    costs = profile.measure(config, model_config, torch.float32, targets, is_sharded=False)
     ours.losses().sum().backward()
     with LiveBytes() as live:
         ours.update()
@@ -113,10 +119,10 @@ def test_an_optimizer_step_takes_what_the_trial_says() -> None:
 def test_zero3_keeps_the_inputs_of_linear_layers() -> None:
     """Of a LLaMA layer two norms and the product of gate and up, which else are made again."""
     config = settings(4, ALL)
-    model_config = mockups.model_config("tiny", None, None)
-    targets = sizes.facts_of(config, model_config).targets
+    model_config = synthetic.model_config("tiny", None, None)
+    targets = counts.facts_of(config, model_config).targets
     replica, sharded = (
-        trial.measure(config, model_config, torch.bfloat16, targets, is_sharded=is_sharded)
+        profile.measure(config, model_config, torch.bfloat16, targets, is_sharded=is_sharded)
         for is_sharded in (False, True)
     )
     width = 2 * model_config.hidden_size + model_config.intermediate_size
@@ -213,27 +219,27 @@ def test_costs_travel_as_json() -> None:
 def test_how_the_backbone_is_stored_follows_from_one_rule(
     section: dict[str, Any], processes: int, free: int, kind: str
 ) -> None:
-    backbone = cli.validate({"backbone": section}).backbone
-    chosen = shape.resolve_sharding(backbone, processes, lambda: (1000, free))
+    backbone = config_load.validate({"backbone": section}).backbone
+    chosen = hf_config.resolve_sharding(backbone, processes, lambda: (1000, free))
     assert chosen.kind == kind
 
 
-def _agreed(config: Any, free_of_process: list[list[int]]) -> list[sharing.Sharing]:
+def _agreed(config: Any, free_of_process: list[list[int]]) -> list[clients_per_pass.Sharing]:
     """What is agreed on with so much free memory on each process, one after another."""
     world = distributed.start(60.0)
     costs = dataclasses.replace(FREE, kept=Cost(0, 100, 0, 0, 0))
-    found = sharing.Estimate(Work(4, 4, 1, 1, 8, 0), costs)
+    found = clients_per_pass.Estimate(Work(4, 4, 1, 1, 8, 0), costs)
     agreed = []
     for free in free_of_process:
-        sharing.free_bytes = lambda _, free=free: free[world.rank] * world.size
-        agreed.append(sharing.agree(config, world, found, None, 0))
+        clients_per_pass.free_bytes = lambda _, free=free: free[world.rank] * world.size
+        agreed.append(clients_per_pass.agree(config, world, found, None, 0))
     distributed.stop(world)
     return agreed
 
 
 @pytest.mark.dist
 def test_processes_agree_on_what_fits_the_one_with_the_least_memory() -> None:
-    config = cli.validate({"data": {"task": "gsm8k"}})
+    config = config_load.validate({"data": {"task": "gsm8k"}})
     one, other = on_processes(2, _agreed, config, [[10_000, 230], [20, 10_000], [10_000, 10_000]])
     assert one == other
     some, none, all_of_them = one
@@ -244,8 +250,8 @@ def test_processes_agree_on_what_fits_the_one_with_the_least_memory() -> None:
 
 
 def _train_with(free: int, settings: dict[str, Any]) -> None:
-    sharing.free_bytes = lambda _device: free
-    session.run_session(cli.validate(settings))
+    clients_per_pass.free_bytes = lambda _device: free
+    session.run_session(config_load.validate(settings))
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -281,14 +287,14 @@ def test_what_does_not_fit_into_one_pass_makes_several_with_the_same_numbers(
 def _free_for_two(folder: Path) -> int:
     """Memory in which passes of two clients of the tiny run fit, and of three do not."""
     config = tiny.config(folder)
-    model_config = shape.read_model_config(config, str(folder / "model"))
-    facts = sizes.facts_of(config, model_config)
-    costs = trial.measure(config, model_config, torch.float32, facts.targets, is_sharded=False)
-    state = sharing.state_of(config, facts.a_numbers + facts.b_numbers)
+    model_config = hf_config.read_model_config(config, str(folder / "model"))
+    facts = counts.facts_of(config, model_config)
+    costs = profile.measure(config, model_config, torch.float32, facts.targets, is_sharded=False)
+    state = clients_per_pass.state_of(config, facts.a_numbers + facts.b_numbers)
     lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     # A token per byte, and one at each end.
     longest = max(len(row["prompt"] + row["completion"]) + 2 for row in rows)
-    work = sharing.work_of(config, 4, longest)
+    work = clients_per_pass.work_of(config, 4, longest)
     two, three = (work.needs(costs, state, clients).total for clients in (2, 3))
     return int((two + three) / 2 / 0.9)

@@ -2,9 +2,10 @@
 
 import pytest
 
-from sfed import cli
-from sfed.cli import UserError
-from sfed.methods import METHODS, resolve
+from sfed.config import load as config_load
+from sfed.config import schema
+from sfed.methods.method import METHODS, resolve
+from sfed.utils.errors import UserError
 
 AB, A, B, NONE = ("A", "B"), ("A",), ("B",), ()
 LORA, RSLORA, SFED = (0.0, -1.0), (0.0, -0.5), (0.5, -0.5)
@@ -22,11 +23,11 @@ TABLE = {
 
 
 def resolved(name="sfed", **lora):
-    return resolve(cli.validate({"federated": {"method": name}, "lora": lora}))
+    return resolve(config_load.validate({"federated": {"method": name}, "lora": lora}))
 
 
 def test_the_table_and_the_configuration_know_the_same_methods():
-    allowed = cli.Config.model_fields["federated"].annotation.model_fields["method"].annotation
+    allowed = schema.Config.model_fields["federated"].annotation.model_fields["method"].annotation
     assert set(METHODS) == set(TABLE) == set(allowed.__args__)
 
 

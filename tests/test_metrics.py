@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed.metrics import MetricsFile, mean, perplexity, read_events, read_metrics
+from sfed.observability.metrics import MetricsFile, mean, perplexity, read_events, read_metrics
 
 numbers = st.floats(min_value=-1e6, max_value=1e6)
 

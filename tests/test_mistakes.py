@@ -23,9 +23,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from sfed import cli, local, metrics, train
-from sfed.backbone import Backbone
-from sfed.cli import EXIT_MISTAKE, UserError
+from sfed import train
+from sfed.config import load as config_load
+from sfed.federated import local, preflight
+from sfed.models.backbone import Backbone
+from sfed.observability import metrics
+from sfed.utils.command import EXIT_MISTAKE
+from sfed.utils.errors import UserError
 from tests import tiny
 from tests.processes import free_port, on_processes
 
@@ -617,7 +621,7 @@ def test_a_mistake_in_the_settings_is_explained_before_anything_starts(mistake, 
     arguments = mistake.made_in(folder)
     before = sorted(folder.rglob("*"))
     with pytest.raises(UserError) as raised:
-        train.check_before_torch(cli.parse(arguments))
+        preflight.check_before_torch(config_load.parse(arguments))
     check_words(mistake, str(raised.value), folder)
     assert sorted(folder.rglob("*")) == before
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed import optimizer
-from sfed.clients import ClientRows
-from sfed.layout import Layout
-from sfed.rows import MOMENTS
-from sfed.sections import TrainSection
+from sfed.clients import optimizer
+from sfed.clients.state import MOMENTS
+from sfed.clients.store import ClientRows
+from sfed.config.schema import TrainSection
+from sfed.lora.layout import Layout
 
 LAYOUT = Layout.of([("q", 5, 7), ("v", 3, 4)], lora_rank=2)
 CLIENTS, STEPS = 3, 40

@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import modeling_flash_attention_utils
 
-from sfed import adapters, objective
-from sfed.adapters import Adapters
-from sfed.backbone import Backbone
-from sfed.batches import Batch, collate
-from sfed.blocks import make_lean
-from sfed.layers import Probe
-from sfed.packing import Packing, first_fit_decreasing, pack
-from sfed.shape import Sharding
-from sfed.tokens import Row
+from sfed.data.batches import Batch, collate
+from sfed.data.packing import Packing, first_fit_decreasing, pack
+from sfed.data.tokenize import Row
+from sfed.lora import adapters
+from sfed.lora.adapters import Adapters
+from sfed.lora.hf_blocks import make_lean
+from sfed.lora.linear import Probe
+from sfed.models import objective
+from sfed.models.backbone import Backbone
+from sfed.models.hf_config import Sharding
 from tests import runs, tiny
 
 COMMON = {"vocab_size": 96, "initializer_range": 0.2}

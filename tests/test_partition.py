@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed import partition
-from sfed.cli import UserError
-from sfed.seeds import Stream, derive, generator
+from sfed.data import partition
+from sfed.methods import sampling
+from sfed.utils.errors import UserError
+from sfed.utils.rng import Stream, derive, generator
 
 seeds = st.integers(min_value=0, max_value=2**63)
 few = st.integers(min_value=1, max_value=40)
@@ -35,26 +36,26 @@ def assert_same(first, second):
 @given(seeds, st.integers(0, 1000), few, st.data())
 def test_a_cohort_is_sorted_distinct_and_of_the_size_that_was_asked(seed, round_index, total, data):
     size = data.draw(st.integers(1, total))
-    members = partition.cohort(seed, round_index, total, size)
+    members = sampling.cohort(seed, round_index, total, size)
     assert list(members) == sorted(set(members))
     assert len(members) == size
     assert set(members) <= set(range(total))
-    assert members == partition.cohort(seed, round_index, total, size)
+    assert members == sampling.cohort(seed, round_index, total, size)
 
 
 @pytest.mark.parametrize("size", [None, 5, 6])
 def test_without_a_smaller_number_everybody_takes_part(size):
-    assert partition.cohort(0, 3, 5, size) == (0, 1, 2, 3, 4)
+    assert sampling.cohort(0, 3, 5, size) == (0, 1, 2, 3, 4)
 
 
 def test_cohorts_depend_on_the_round_and_on_the_seed():
-    of_rounds = {partition.cohort(0, round_index, 20, 5) for round_index in range(20)}
-    of_seeds = {partition.cohort(seed, 0, 20, 5) for seed in range(20)}
+    of_rounds = {sampling.cohort(0, round_index, 20, 5) for round_index in range(20)}
+    of_seeds = {sampling.cohort(seed, 0, 20, 5) for seed in range(20)}
     assert len(of_rounds) > 15 and len(of_seeds) > 15
 
 
 def test_over_many_rounds_every_client_takes_part_about_equally_often():
-    members = [partition.cohort(1, round_index, 10, 3) for round_index in range(2000)]
+    members = [sampling.cohort(1, round_index, 10, 3) for round_index in range(2000)]
     often = np.bincount(np.concatenate(members), minlength=10)
     assert often.min() > 500 and often.max() < 700  # 600 expected
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed import cli, session
-from sfed.evaluate import Measured, score_of_part
-from sfed.sources import part_names
+from sfed.config import load as config_load
+from sfed.data.sources import part_names
+from sfed.federated import session
+from sfed.federated.evaluate import Measured, score_of_part
 from tests import runs, tiny
 
 
@@ -107,7 +108,7 @@ def test_a_run_scores_every_part_apart(tiny_folder, tmp_path, monkeypatch, files
         (tmp_path / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
-    monkeypatch.setattr("sfed.scores.matches", lambda text, target: target == 1.0)
+    monkeypatch.setattr("sfed.data.scores.matches", lambda text, target: target == 1.0)
     own = tiny.settings(
         tmp_path,
         model={"name": str(tiny_folder / "model")},
@@ -116,7 +117,7 @@ def test_a_run_scores_every_part_apart(tiny_folder, tmp_path, monkeypatch, files
         train={"local_steps": 1},
         evaluation={"generate": True, "max_new_tokens": 2},
     )
-    session.run_session(cli.validate(own))
+    session.run_session(config_load.validate(own))
     last = runs.rounds(tmp_path / "runs" / "run")[-1]
     assert last["eval/exact_match"] == pytest.approx(2 / 6)
     for part, count in parts.items():

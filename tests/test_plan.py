@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sfed import cli, forecast, plan
-from sfed.cli import UserError
+from sfed.config import load as config_load
+from sfed.plan import __main__ as plan
+from sfed.plan import estimate
+from sfed.utils.errors import UserError
 from tests import runs, tiny
 
 LLAMA = ["model.name=llama2-7b", "data.task=gsm8k", "train.micro_batch_size=1"]
@@ -18,7 +20,7 @@ LLAMA = ["model.name=llama2-7b", "data.task=gsm8k", "train.micro_batch_size=1"]
 def predicted(config, **changes):
     asked = {"gpus": 1, "memory_bytes": 80 * 2**30, "link": "nvlink", "datasheet_flops": 1e15}
     asked |= {"mean_tokens": None, "tokens_per_second": None, **changes}
-    return forecast.predict(config, **asked)
+    return estimate.predict(config, **asked)
 
 
 @pytest.mark.dist
@@ -29,7 +31,7 @@ def test_bytes_per_round_are_those_that_a_run_sends(
     own = tiny.settings(tiny_folder, federated={"method": method, "num_rounds": 1})
     own["output"] = {"dir": str(tmp_path), "name": method}
     uploaded = runs.rounds(runs.run(1, own))[-1]["comm/uploaded_bytes"]
-    assert predicted(cli.validate(own))["upload"]["bytes"] == uploaded
+    assert predicted(config_load.validate(own))["upload"]["bytes"] == uploaded
 
 
 def test_more_tokens_per_second_and_faster_links_take_less_time(tiny_folder: Path) -> None:
@@ -43,7 +45,7 @@ def test_more_tokens_per_second_and_faster_links_take_less_time(tiny_folder: Pat
 
 @pytest.mark.slow
 def test_a_classifier_has_a_plan_too() -> None:
-    found = predicted(cli.load("configs/paper/roberta-large-mnli.yaml"), gpus=5)
+    found = predicted(config_load.load("configs/paper/roberta-large-mnli.yaml"), gpus=5)
     assert found["fits"]
     # 24 layers, query and value, r = 8, 1,024 wide, fp32.
     assert found["upload"]["bytes"] == 24 * 2 * 8 * 1024 * 4

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from sfed import figures as figures_module
-from sfed import groups, report, stories, tables
-from sfed.cli import UserError
-from sfed.compare import comparisons
+from sfed.report import __main__ as report
+from sfed.report import grouping, plotting, series, tables
+from sfed.report.comparison_figures import comparisons
+from sfed.storage import run_record
+from sfed.utils.errors import UserError
 from tests.run_folders import costs, write_events, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
-PERSONAL = stories.held_out_reader("personal")
+PERSONAL = series.held_out_reader("personal")
 SINGLE = {"held-out-loss", "perplexity", "training", "cost", "partition"}
 
 
@@ -148,7 +149,7 @@ def test_the_page_says_where_the_time_went(run: Path) -> None:
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
     """Figures are made but not drawn, which is most of the time; for tests that read words."""
-    monkeypatch.setattr(figures_module, "_png", lambda *_: b"\x89PNG")
+    monkeypatch.setattr(plotting, "_png", lambda *_: b"\x89PNG")
 
 
 class Loads(HTMLParser):
@@ -244,7 +245,7 @@ def test_seeds_are_compared_by_mean_and_standard_deviation(tmp_path: Path) -> No
     # mean 3.4 / 3; squares of deviations add up to 0.046667, over n - 1 = 2: 0.023333
     assert "sfed 3 1.1333 ± 0.1528 1.6333 ± 0.1528" in words
     assert "compare-held-out-loss" in figures(tmp_path / "out")
-    found = groups.group([stories.read_story(folder) for folder in (*seeds, other)])
+    found = grouping.group([run_record.read_story(folder) for folder in (*seeds, other)])
     assert [len(one.stories) for one in found] == [3, 1]
     curve = found[0].curve(PERSONAL)
     assert curve.points == [(0.0, 2.0), (1.0, pytest.approx(1.1333333))]
@@ -254,15 +255,15 @@ def test_seeds_are_compared_by_mean_and_standard_deviation(tmp_path: Path) -> No
 
 def test_a_repetition_with_the_same_seed_is_no_second_seed(tmp_path: Path) -> None:
     twins = [make_run(tmp_path / name, [[2.0, 2.0]]) for name in ("a", "b")]
-    found = groups.group([stories.read_story(folder) for folder in twins])
+    found = grouping.group([run_record.read_story(folder) for folder in twins])
     assert [one.label for one in found] == ["sfed, a", "sfed, b"]
 
 
 def test_the_mean_of_seeds_stops_where_one_of_them_stops(tmp_path: Path) -> None:
     long = make_run(tmp_path / "long", [[2.0], [1.0], [0.5]], seed=0)
     short = make_run(tmp_path / "short", [[2.0], [1.0]], seed=1)
-    (one,) = groups.group([stories.read_story(long), stories.read_story(short)])
-    assert [x for x, _ in one.curve(stories.held_out_reader("global")).points] == [0.0, 1.0]
+    (one,) = grouping.group([run_record.read_story(long), run_record.read_story(short)])
+    assert [x for x, _ in one.curve(series.held_out_reader("global")).points] == [0.0, 1.0]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -396,7 +397,9 @@ def test_small_multiples_are_drawn(tmp_path: Path) -> None:
                 method=method, rank=rank, seed=seed, rounds=1, num_clients=1,
             )  # fmt: skip
     write_run(tmp_path / "sweep" / "local", method="local", rank=64, num_clients=1, rounds=1)
-    found = comparisons([stories.read_story(run) for run in stories.find_runs(tmp_path / "sweep")])
+    found = comparisons(
+        [run_record.read_story(run) for run in run_record.find_runs(tmp_path / "sweep")]
+    )
     sizes = {p.name: struct.unpack(">II", p.png[16:24]) for p in found}
     assert sizes["compare-grad-norm-by-rank"][1] > 700, "two rows"
     assert sizes["final-loss-by-rank"][1] < 600, "one row"
@@ -406,11 +409,11 @@ def test_settings_that_only_move_work_do_not_break_a_sweep(tmp_path: Path) -> No
     for rank in (4, 64):
         settings = {"federated.clients_per_pass": rank, "train.micro_batch_size": rank}
         write_run(tmp_path / f"r{rank}", rank=rank, settings=settings)
-    found = [stories.read_story(tmp_path / f"r{rank}") for rank in (4, 64)]
-    assert [list(one.cells) for one in groups.sweeps(found)] == [[(4.0, 4.0), (4.0, 64.0)]]
+    found = [run_record.read_story(tmp_path / f"r{rank}") for rank in (4, 64)]
+    assert [list(one.cells) for one in grouping.sweeps(found)] == [[(4.0, 4.0), (4.0, 64.0)]]
     write_run(tmp_path / "lr", rank=128, settings={"train.lr": 0.5})
-    found.append(stories.read_story(tmp_path / "lr"))
-    assert [one.label for one in groups.sweeps(found)] == ["sfed, lr = 0.001", "sfed, lr = 0.5"]
+    found.append(run_record.read_story(tmp_path / "lr"))
+    assert [one.label for one in grouping.sweeps(found)] == ["sfed, lr = 0.001", "sfed, lr = 0.5"]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -462,11 +465,11 @@ def damage(name: str, text: str):
 def test_lines_that_are_no_events_are_named_beside_the_report(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = stories.read_story(run).rounds
+    whole = run_record.read_story(run).rounds
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b"\xff\n[1]\n" + b"[" * 100_000 + b"\n")
         file.write(b'{"event": "round", "round": 1' + b"0" * 5000 + b"}\n")
-    assert stories.read_story(run).rounds == whole
+    assert run_record.read_story(run).rounds == whole
     report.main([str(run)])
     complaints = capsys.readouterr().err
     first = len(whole) + 1
@@ -526,7 +529,7 @@ def test_the_command_says_mistakes_plainly_and_helps() -> None:
 
 def test_no_torch_is_imported(run: Path) -> None:
     program = (
-        "import sys; from sfed import report; report.main(sys.argv[1:]);"
+        "import sys; from sfed.report.__main__ import main; main(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'deepspeed', 'matplotlib.pyplot'};"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )

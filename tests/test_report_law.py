@@ -9,36 +9,38 @@ from pathlib import Path
 
 import pytest
 
-from sfed import compare, figures, law, report, standings, stories
-from sfed.groups import BY_CLIENTS, BY_RANK
-from sfed.law import FIRST_GRADIENT, OUTPUT, Theory
+from sfed.report import __main__ as report
+from sfed.report import comparison_figures, comparison_tables, plotting, scaling_law
+from sfed.report.grouping import BY_CLIENTS, BY_RANK
+from sfed.report.scaling_law import FIRST_GRADIENT, OUTPUT, Theory
+from sfed.storage import run_record
 from tests.run_folders import write_events, write_run
 
 RSLORA, SFED, LORA = (0.0, -0.5), (0.5, -0.5), (0.0, -1.0)
 
 
-def grid(folder: Path, clients=(2, 4, 8), ranks=(4, 16, 64), **options) -> list[stories.Story]:
+def grid(folder: Path, clients=(2, 4, 8), ranks=(4, 16, 64), **options) -> list[run_record.Story]:
     """Runs over N and r; every option of ``write_run`` holds for all of them."""
     method = options.get("method", "sfed")
     found = []
     for num_clients, rank in itertools.product(clients, ranks):
         path = folder / f"{method}-{num_clients}-{rank}-{options.get('seed', 0)}"
         found.append(write_run(path, num_clients=num_clients, rank=rank, **options))
-    return [stories.read_story(path) for path in found]
+    return [run_record.read_story(path) for path in found]
 
 
-def by_quantity(runs: list[stories.Story]) -> dict[str, law.Law]:
-    return {one.quantity: one for one in law.laws(runs)}
+def by_quantity(runs: list[run_record.Story]) -> dict[str, scaling_law.Law]:
+    return {one.quantity: one for one in scaling_law.laws(runs)}
 
 
-def change(story: stories.Story, key: str, factor: float | None) -> stories.Story:
+def change(story: run_record.Story, key: str, factor: float | None) -> run_record.Story:
     """Multiply a number in all rounds; None takes it away."""
     path = story.folder / "metrics.jsonl"
     events = [json.loads(line) for line in path.read_text().splitlines()]
     for event in events:
         event[key] = None if factor is None or event[key] is None else event[key] * factor
     write_events(story.folder, events)
-    return stories.read_story(story.folder)
+    return run_record.read_story(story.folder)
 
 
 @pytest.mark.parametrize("n", [-0.5, 0.0, 0.75])
@@ -60,7 +62,7 @@ def test_the_mean_and_the_range_are_over_the_fixed_values(tmp_path: Path) -> Non
     runs = grid(tmp_path, clients=(1, 4), ranks=(4, 16))
     # at N = 4 the larger r doubles the gradient: slope ln 2 / ln 4 there, 0 at N = 1
     runs = [
-        change(one, law.FIRST_NORM, 2.0) if one.folder.name == "sfed-4-16-0" else one
+        change(one, scaling_law.FIRST_NORM, 2.0) if one.folder.name == "sfed-4-16-0" else one
         for one in runs
     ]
     for axis in (BY_CLIENTS, BY_RANK):
@@ -71,13 +73,13 @@ def test_the_mean_and_the_range_are_over_the_fixed_values(tmp_path: Path) -> Non
 def test_least_squares_by_hand() -> None:
     # ln y over ln x at x = 1, e, e^2: 0, 1, 4; slope = (0 * -1 + 4 * 1) / 2
     e = 2.718281828459045
-    assert law.slope([(1.0, 1.0), (e, e), (e**2, e**4)]) == pytest.approx(2.0)
+    assert scaling_law.slope([(1.0, 1.0), (e, e), (e**2, e**4)]) == pytest.approx(2.0)
 
 
 def test_seeds_are_averaged_as_logarithms(tmp_path: Path) -> None:
     first = grid(tmp_path, clients=(4,), ranks=(4, 16), seed=0)
     second = grid(tmp_path, clients=(4,), ranks=(4, 16), seed=1)
-    second[1] = change(second[1], law.FIRST_NORM, 16.0)  # geometric mean: 4 times at r = 16
+    second[1] = change(second[1], scaling_law.FIRST_NORM, 16.0)  # geometric mean: 4 times at r = 16
     found = by_quantity([*first, *second])[FIRST_GRADIENT]
     assert found.fit(BY_RANK).slope == pytest.approx(1.0)
     assert found.fit(BY_CLIENTS) is None, "one N only"
@@ -99,7 +101,7 @@ def test_theory(exponents, start: str, gradient, sgd, adam) -> None:
 
     def predicted(quantity: str, optimizer: str) -> tuple:
         theory = Theory(exponents, start, optimizer, clipped=False)
-        return tuple(law.predict(quantity, theory, axis) for axis in (BY_CLIENTS, BY_RANK))
+        return tuple(scaling_law.predict(quantity, theory, axis) for axis in (BY_CLIENTS, BY_RANK))
 
     assert predicted(FIRST_GRADIENT, "sgd") == predicted(FIRST_GRADIENT, "adamw") == gradient
     assert predicted(OUTPUT, "sgd") == sgd
@@ -108,19 +110,21 @@ def test_theory(exponents, start: str, gradient, sgd, adam) -> None:
 
 def test_no_prediction_where_theory_has_none() -> None:
     apart = Theory(SFED, "apart", "sgd", clipped=False)
-    assert law.predict(FIRST_GRADIENT, apart, BY_CLIENTS) is None
-    assert law.predict(FIRST_GRADIENT, apart, BY_RANK) == 0.0
+    assert scaling_law.predict(FIRST_GRADIENT, apart, BY_CLIENTS) is None
+    assert scaling_law.predict(FIRST_GRADIENT, apart, BY_RANK) == 0.0
     clipped = Theory(SFED, "mean", "sgd", clipped=True)
-    assert law.predict(OUTPUT, clipped, BY_RANK) is None
-    assert law.predict(FIRST_GRADIENT, clipped, BY_RANK) == 0.0, "it is the norm before clipping"
-    assert law.predict(OUTPUT, Theory(SFED, "mean", "adamw", clipped=True), BY_RANK) == 1.0
-    assert law.predict(OUTPUT, Theory(SFED, "mean", "lion", clipped=False), BY_RANK) is None
-    assert law.predict(OUTPUT, Theory(None, "mean", "sgd", clipped=False), BY_RANK) is None
+    assert scaling_law.predict(OUTPUT, clipped, BY_RANK) is None
+    assert scaling_law.predict(FIRST_GRADIENT, clipped, BY_RANK) == 0.0, (
+        "it is the norm before clipping"
+    )
+    assert scaling_law.predict(OUTPUT, Theory(SFED, "mean", "adamw", clipped=True), BY_RANK) == 1.0
+    assert scaling_law.predict(OUTPUT, Theory(SFED, "mean", "lion", clipped=False), BY_RANK) is None
+    assert scaling_law.predict(OUTPUT, Theory(None, "mean", "sgd", clipped=False), BY_RANK) is None
 
 
 def test_what_a_run_is_for_theory(tmp_path: Path) -> None:
     def theory(name: str, **options) -> Theory:
-        return law.theory_of([stories.read_story(write_run(tmp_path / name, **options))])
+        return scaling_law.theory_of([run_record.read_story(write_run(tmp_path / name, **options))])
 
     assert theory("a") == Theory(SFED, "mean", "sgd", clipped=False)
     assert theory("b", method="fedsa", optimizer="adamw") == Theory(LORA, "shared", "adamw", False)
@@ -142,20 +146,22 @@ def test_methods_and_optimizers_are_kept_apart(tmp_path: Path) -> None:
         *grid(tmp_path / "c", ranks=(4, 16), clients=(4,), method="fedsa"),
         *grid(tmp_path / "d", ranks=(4,), clients=(4,), method="fedsa-rslora"),
     ]
-    found = [one for one in law.laws(runs) if one.quantity == FIRST_GRADIENT]
+    found = [one for one in scaling_law.laws(runs) if one.quantity == FIRST_GRADIENT]
     labels = ["sfed, sgd", "sfed, adamw", "fedsa, sgd"]
     assert [one.label for one in found] == labels, "a single run has no slope"
 
 
 def test_numbers_that_are_missing_or_not_positive_are_left_out(tmp_path: Path) -> None:
     runs = grid(tmp_path, clients=(4,), ranks=(4, 16, 64))
-    zero = [change(runs[0], law.FIRST_NORM, 0.0), *runs[1:]]
+    zero = [change(runs[0], scaling_law.FIRST_NORM, 0.0), *runs[1:]]
     assert sorted(by_quantity(zero)[FIRST_GRADIENT].values) == [(4.0, 16.0), (4.0, 64.0)]
-    older = [change(one, law.OUTPUT_RMS, None) for one in zero]
+    older = [change(one, scaling_law.OUTPUT_RMS, None) for one in zero]
     assert list(by_quantity(older)) == [FIRST_GRADIENT]
-    none = [change(one, law.FIRST_NORM, None) for one in older]
-    assert law.laws(none) == []
-    huge = [change(one, law.OUTPUT_RMS, 1e300) for one in grid(tmp_path / "b", (4,), (4, 16))]
+    none = [change(one, scaling_law.FIRST_NORM, None) for one in older]
+    assert scaling_law.laws(none) == []
+    huge = [
+        change(one, scaling_law.OUTPUT_RMS, 1e300) for one in grid(tmp_path / "b", (4,), (4, 16))
+    ]
     assert list(by_quantity(huge)) == [FIRST_GRADIENT], "no overflow"
 
 
@@ -170,10 +176,12 @@ def test_a_run_that_lags_behind_sets_the_round_of_the_output(tmp_path: Path) -> 
 
 
 def test_the_page_has_the_table_and_the_figures(tmp_path: Path, monkeypatch) -> None:
-    drawn = compare.law_pictures(law.laws(grid(tmp_path / "drawn", (2, 4), (4, 16))))
+    drawn = comparison_figures.law_pictures(
+        scaling_law.laws(grid(tmp_path / "drawn", (2, 4), (4, 16)))
+    )
     assert [picture.name for picture in drawn] == ["law-first-gradient", "law-output"]
     assert all(len(picture.png) > 5000 for picture in drawn)
-    monkeypatch.setattr(figures, "_png", lambda *_: b"\x89PNG")  # drawing takes most of the time
+    monkeypatch.setattr(plotting, "_png", lambda *_: b"\x89PNG")  # drawing takes most of the time
     growth = {"gradient": (0.0, 0.0), "output": (0.0, 0.72)}
     grid(tmp_path / "sweep", (2, 4), (4, 16), rounds=2, optimizer="adamw", growth=growth)
     lora = {"gradient": (0.02, -0.5), "output": (0.0, -0.3)}
@@ -191,19 +199,19 @@ def test_the_page_has_the_table_and_the_figures(tmp_path: Path, monkeypatch) -> 
 
 
 def test_one_run_has_no_law(tmp_path: Path) -> None:
-    runs = [stories.read_story(write_run(tmp_path / f"s{seed}", seed=seed)) for seed in range(2)]
-    assert law.laws(runs) == []
-    assert compare.law_pictures([]) == []
+    runs = [run_record.read_story(write_run(tmp_path / f"s{seed}", seed=seed)) for seed in range(2)]
+    assert scaling_law.laws(runs) == []
+    assert comparison_figures.law_pictures([]) == []
 
 
 def test_the_figure_is_drawn_where_most_points_are(tmp_path: Path) -> None:
     runs = [*grid(tmp_path, (2, 4), (4, 16, 64)), *grid(tmp_path, (8,), (16,))]
-    found = law.laws(runs)
-    assert law.fullest(found, BY_CLIENTS) == 16.0
-    assert law.fullest(found, BY_RANK) == 4.0, "the larger of equals"
-    dash = standings.law_table(grid_with_one_n(tmp_path / "one"))
+    found = scaling_law.laws(runs)
+    assert scaling_law.fullest(found, BY_CLIENTS) == 16.0
+    assert scaling_law.fullest(found, BY_RANK) == 4.0, "the larger of equals"
+    dash = comparison_tables.law_table(grid_with_one_n(tmp_path / "one"))
     assert "\N{EN DASH}" in dash
 
 
-def grid_with_one_n(folder: Path) -> list[law.Law]:
-    return law.laws(grid(folder, (4,), (4, 16)))
+def grid_with_one_n(folder: Path) -> list[scaling_law.Law]:
+    return scaling_law.laws(grid(folder, (4,), (4, 16)))

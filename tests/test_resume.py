@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from sfed import cli, evaluate, local, session
+from sfed.data import splits
+from sfed.federated import evaluate, local
+from sfed.utils import command
 from tests import runs, tiny
 from tests.processes import ends_of, free_port
 
@@ -275,7 +277,7 @@ def test_two_runs_in_one_folder_are_refused_and_the_first_goes_on(
     for resume in ("auto", "never"):
         output = {**shape["output"], "resume": resume}
         (end,) = ends_of(1, runs.train_or_leave, {**shape, "output": output})
-        assert end.code == cli.EXIT_MISTAKE, end.said
+        assert end.code == command.EXIT_MISTAKE, end.said
         assert f"another run is using {tmp_path / 'run'} (process {first[0].pid} on " in end.said
     done = len(runs.rounds(tmp_path / "run"))
     wait_for_round(tmp_path / "run", done, first)
@@ -355,7 +357,7 @@ def test_sigterm_before_training_ends_all_processes_at_once(
 
 
 def stop_while_loading(run_settings: dict) -> None:
-    healthy = session.data.load
+    healthy = splits.load
 
     def load(*arguments: object) -> object:
         if os.environ["RANK"] == "1":
@@ -363,7 +365,7 @@ def stop_while_loading(run_settings: dict) -> None:
             time.sleep(60.0)
         return healthy(*arguments)
 
-    session.data.load = load
+    splits.load = load
     runs.train_settings(run_settings)
 
 

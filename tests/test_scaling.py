@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sfed.scaling import EXPONENTS, effective_clients, lora_scaling, peft_alpha
+from sfed.lora.adapters import peft_alpha
+from sfed.methods.scaling import EXPONENTS, effective_clients, lora_scaling
 
 ranks = st.integers(min_value=1, max_value=4096)
 clients = st.integers(min_value=1, max_value=4096)

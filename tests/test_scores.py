@@ -12,8 +12,8 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from sfed.scores import SCORES, final_number, matches, score
-from sfed.tasks import GLUE, TASKS
+from sfed.data.scores import SCORES, final_number, matches, score
+from sfed.data.tasks import GLUE, TASKS
 
 ANSWERS: list[tuple[str, str | None]] = [
     # Text, and the number that it ends in.

@@ -20,7 +20,12 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sfed import cli, report, school, session
+from sfed.config import load as config_load
+from sfed.federated import session
+from sfed.models import demo as demo_model
+from sfed.report import __main__ as report
+from sfed.utils import command
+from sfed.utils.errors import UserError
 from tests import run_folders, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,11 +92,11 @@ def test_the_scan_finds_what_it_looks_for(source):
 
 
 def test_the_source_runs_nobody_elses_code():
-    files = sorted((ROOT / "sfed").glob("*.py"))
+    files = sorted((ROOT / "sfed").rglob("*.py"))
     assert len(files) > 50
-    found = {file.name: bad for file in files if (bad := offences(file.read_text("utf-8")))}
+    found = {str(file): bad for file in files if (bad := offences(file.read_text("utf-8")))}
     assert not found
-    assert issubclass(cli._Loader, yaml.SafeLoader)
+    assert issubclass(config_load._Loader, yaml.SafeLoader)
 
 
 # --- what is installed ----------------------------------------------------------------------------
@@ -212,7 +217,7 @@ def test_a_mistake_with_a_secret_in_it_is_said_without(tmp_path: Path):
         tmp_path, f"model.name=https://ann:{PASSWORD}@host/{TOKEN}", f"modle={KEY}",
         WANDB_API_KEY=KEY,
     )  # fmt: skip
-    assert done.returncode == cli.EXIT_MISTAKE
+    assert done.returncode == command.EXIT_MISTAKE
     assert "modle" in done.stderr and "***" in done.stderr
     assert not [s for s in (TOKEN, PASSWORD, KEY) if s in done.stdout + done.stderr]
 
@@ -253,11 +258,11 @@ def test_code_of_a_model_runs_only_where_it_is_trusted_and_then_that_is_said(
         federated={"num_rounds": 1},
     )
     if trusted:
-        session.run_session(cli.validate(settings))
+        session.run_session(config_load.validate(settings))
         assert "Python code that comes with" in capsys.readouterr().out
     else:
-        with pytest.raises(cli.UserError, match="trust_remote_code"):
-            session.run_session(cli.validate(settings))
+        with pytest.raises(UserError, match="trust_remote_code"):
+            session.run_session(config_load.validate(settings))
     assert (tmp_path / "proof").exists() == trusted
 
 
@@ -276,32 +281,32 @@ def test_weights_that_are_a_pickle_with_code_do_not_run_it(tiny_folder, tmp_path
     settings = tiny.settings(
         tmp_path, data={"train_files": str(tiny_folder / "rows.jsonl")}, federated={"num_rounds": 1}
     )
-    with pytest.raises(cli.UserError, match=r"model\.name .* convert it to safetensors"):
-        session.run_session(cli.validate(settings))
+    with pytest.raises(UserError, match=r"model\.name .* convert it to safetensors"):
+        session.run_session(config_load.validate(settings))
     assert not (tmp_path / "proof").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".x", "", "a\nb"])
 def test_a_run_folder_cannot_be_outside_of_its_place(name):
-    with pytest.raises(cli.UserError, match=r"output\.name"):
-        cli.validate({"output": {"name": name}})
+    with pytest.raises(UserError, match=r"output\.name"):
+        config_load.validate({"output": {"name": name}})
 
 
 # --- other users of the machine -------------------------------------------------------------------
 
 
 def test_the_cache_is_for_this_user_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(school, "_is_complete", lambda target: True)
-    school.ensure_backbone(tmp_path / "cache")
+    monkeypatch.setattr(demo_model, "_is_complete", lambda target: True)
+    demo_model.ensure_backbone(tmp_path / "cache")
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
     (tmp_path / "cache").chmod(0o777)
-    with pytest.raises(cli.UserError, match="XDG_CACHE_HOME"):
-        school.ensure_backbone(tmp_path / "cache")
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        demo_model.ensure_backbone(tmp_path / "cache")
     (tmp_path / "cache").chmod(0o700)
-    monkeypatch.setattr(school.os, "getuid", lambda: 12345)
+    monkeypatch.setattr(demo_model.os, "getuid", lambda: 12345)
     os.chown(tmp_path / "cache", 54321, -1) if os.geteuid() == 0 else pytest.skip("needs root")
-    with pytest.raises(cli.UserError, match="another user"):
-        school.ensure_backbone(tmp_path / "cache")
+    with pytest.raises(UserError, match="another user"):
+        demo_model.ensure_backbone(tmp_path / "cache")
 
 
 # --- the page -------------------------------------------------------------------------------------

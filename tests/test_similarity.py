@@ -13,9 +13,13 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sfed import aggregation, cli, distributed, partition, session
-from sfed.clients import ClientRows
-from sfed.layout import Layout
+from sfed.clients.store import ClientRows
+from sfed.config import load as config_load
+from sfed.data import partition
+from sfed.distributed import world as distributed
+from sfed.federated import session
+from sfed.lora.layout import Layout
+from sfed.methods import aggregation
 from tests import glue, runs, tiny
 from tests.processes import on_processes
 from tests.test_collectives import counted_run, sizes
@@ -111,7 +115,7 @@ def run(folder: Path, out: Path, **sections: dict[str, Any]) -> Path:
     }
     merged = {key: {**base.get(key, {}), **sections.get(key, {})} for key in base | sections}
     settings = tiny.settings(folder, **merged)
-    session.run_session(cli.validate(settings))
+    session.run_session(config_load.validate(settings))
     return out / "run"
 
 

@@ -18,11 +18,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed import cli, grid, party, results, sweep, train
-from sfed.cli import UserError
-from sfed.grid import Grid
-from sfed.naming import name_cells
-from sfed.party import LostProcessError, Party
+from sfed.config import load as config_load
+from sfed.federated import preflight
+from sfed.sweep import __main__ as sweep
+from sfed.sweep import grid, results, workers
+from sfed.sweep.cell_names import name_cells
+from sfed.sweep.grid import Grid
+from sfed.sweep.workers import LostProcessError, Party
+from sfed.utils.errors import UserError
 from tests import runs, tiny
 from tests.processes import free_port
 
@@ -40,7 +43,7 @@ def write(folder: Path, **keys: Any) -> Path:
 
 
 def read(path: Path, *overrides: str, num_processes: int = 1) -> Grid:
-    return grid.read(path, overrides, num_processes, train.check_before_torch)
+    return grid.read(path, overrides, num_processes, preflight.check_before_torch)
 
 
 def names(found: Grid) -> list[str]:
@@ -140,7 +143,7 @@ def test_names_are_unique_and_safe_as_folders(choices: list[dict[str, Any]]) -> 
     assert len({name.lower() for name in made}) == len(choices)
     for name in made:
         section = {"dir": "runs", "name": name}
-        assert cli.validate({"output": section}).run_name == name
+        assert config_load.validate({"output": section}).run_name == name
         assert len(name) < 140
 
 
@@ -255,7 +258,7 @@ def test_what_the_fork_server_imports_leaves_cuda_alone() -> None:
         "def refuse(*_): raise SystemExit('CUDA was asked for')\n"
         "torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = refuse\n"
         "torch.cuda._lazy_init = refuse\n"
-        "import sfed.session\n"
+        "import sfed.federated.session\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -284,7 +287,7 @@ def test_a_process_without_a_sign_of_life_is_lost(monkeypatch: pytest.MonkeyPatc
     some.count("beats/1")
     some._must_live(1)
     some.count("beats/1")
-    monkeypatch.setattr(party, "_SECONDS_OF_SILENCE", 0.0)
+    monkeypatch.setattr(workers, "_SECONDS_OF_SILENCE", 0.0)
     some._must_live(1)
     with pytest.raises(LostProcessError, match="process 1 of the sweep gave no sign"):
         some.hear("what it never says", speaker=1)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sfed.cli import UserError
-from sfed.tasks import TASKS, checked_pair, read_rows
+from sfed.data.tasks import TASKS, checked_pair, read_rows
+from sfed.utils.errors import UserError
 
 ALPACA = "Below is an instruction that describes a task"
 ALPACA_REQUEST = ". Write a response that appropriately completes the request.\n\n"

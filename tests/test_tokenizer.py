@@ -6,8 +6,10 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from sfed import cli, session
-from sfed.tokenizer import identity_of, load_tokenizer
+from sfed.config import load as config_load
+from sfed.data.tokenizer import identity_of
+from sfed.federated import session
+from sfed.models.tokenizer import load_tokenizer
 from tests import runs, tiny
 
 
@@ -32,7 +34,7 @@ def model_without_eos(tiny_folder, folder, *, config=None, generation=None):
 
 
 def loaded(folder, **data):
-    config = cli.validate(
+    config = config_load.validate(
         {"model": {"name": str(folder)}, "data": {"task": "jsonl", "train_files": "x", **data}}
     )
     return load_tokenizer(config, str(folder))
@@ -82,7 +84,7 @@ def test_a_run_says_where_its_end_mark_is_from(tiny_folder, tmp_path, capsys, eo
         evaluation={"generate": True, "max_new_tokens": 2},
         output={"dir": str(tmp_path / "runs"), "name": "run"},
     )
-    session.run_session(cli.validate(own))
+    session.run_session(config_load.validate(own))
     said = capsys.readouterr().out
     if eos is None:
         assert "warning: no end mark (eos)" in said and "eos_token" in said

@@ -8,10 +8,11 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from sfed import cli, demo, sources, tokens
-from sfed.cli import UserError
-from sfed.sources import has_split
-from sfed.tokens import Examples, tokenise
+from sfed.config import load as config_load
+from sfed.data import demo, sources, tokenize
+from sfed.data.sources import has_split
+from sfed.data.tokenize import Examples, tokenise
+from sfed.utils.errors import UserError
 
 ROWS = [
     {"prompt": "x" * 30, "completion": "yz", "kind": "b"},
@@ -37,8 +38,8 @@ def calls(monkeypatch):
         made.append(1)
         return original(*arguments)
 
-    original = tokens._tokenised
-    monkeypatch.setattr(tokens, "_tokenised", counted)
+    original = tokenize._tokenised
+    monkeypatch.setattr(tokenize, "_tokenised", counted)
     return made
 
 
@@ -49,7 +50,7 @@ def save(folder, rows, name="rows.jsonl"):
 
 
 def make_config(path, *, key=None, **data):
-    return cli.validate(
+    return config_load.validate(
         {
             "data": {"task": "jsonl", "train_files": str(path), "max_tokens": 64, **data},
             "partition": {"key": key},
@@ -114,7 +115,7 @@ def test_real_rows_with_a_real_tokenizer_supervise_their_answers(tmp_path, share
     lines = (shared_data / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:50]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
-    config = cli.validate({"data": {"task": "gsm8k", "train_files": str(path)}})
+    config = config_load.validate({"data": {"task": "gsm8k", "train_files": str(path)}})
     table = tokenise(config, real, "train", (str(path),))
     for line, (ids, prompt_length) in zip(lines, rows_of(table), strict=True):
         assert ids[0] == real.bos_token_id and list(ids).count(real.eos_token_id) == 1
@@ -251,7 +252,9 @@ def test_without_a_key_a_table_has_none(tmp_path, tokenizer):
     [("train", sources.DEMO_TRAIN_PER_KIND), ("eval", sources.DEMO_EVAL_PER_KIND)],
 )
 def test_the_demo_gives_each_kind_its_rows(tokenizer, split, per_kind):
-    table = tokenise(cli.parse(["data.task=demo", "data.max_tokens=1000"]), tokenizer, split, ())
+    table = tokenise(
+        config_load.parse(["data.task=demo", "data.max_tokens=1000"]), tokenizer, split, ()
+    )
     assert len(table) == per_kind * len(demo.KINDS)
     assert {kind: table.keys.count(kind) for kind in demo.KINDS} == dict.fromkeys(
         demo.KINDS, per_kind
@@ -270,7 +273,7 @@ def test_the_demo_gives_each_kind_its_rows(tokenizer, split, per_kind):
     ],
 )
 def test_held_out_data_come_from_files_or_from_the_task(data, expected):
-    config = cli.validate({"data": data})
+    config = config_load.validate({"data": data})
     assert has_split(config, "train")
     assert has_split(config, "eval") == expected
 
@@ -440,7 +443,7 @@ def test_tokenising_leaves_the_tokenizer_as_it_was(tmp_path, tokenizer, settings
     rows = [{"sentence": "a long sentence", "label": 1, "more": settings}]
     path = save(tmp_path, rows)
     before = tokenizer.backend_tokenizer.to_str()
-    config = cli.validate(
+    config = config_load.validate(
         {"data": {"task": "glue", "name": "sst2", "train_files": str(path), "max_tokens": 9}}
     )
     table = tokenise(config, tokenizer, "train", (str(path),))

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
-from sfed import cli, metrics, trackers, train
-from sfed.trackers import MOST_CLIENTS, open_journal, scalars_of, start_all
+from sfed.config import load as config_load
+from sfed.federated import preflight
+from sfed.observability import metrics, trackers
+from sfed.observability.trackers import MOST_CLIENTS, open_journal, scalars_of, start_all
+from sfed.utils.errors import UserError
 from tests import runs, tiny
 
 NO_WARNING = pytest.fail
@@ -137,7 +140,7 @@ def test_wandb_gets_the_rounds_and_goes_on_in_the_same_run(wandb, tmp_path):
 
 def test_wandb_without_a_key_is_a_mistake_unless_it_is_offline(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(has_key=False))
-    with pytest.raises(cli.UserError, match="WANDB_MODE=offline"):
+    with pytest.raises(UserError, match="WANDB_MODE=offline"):
         start_all(["wandb"], tmp_path, {}, None, NO_WARNING)
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(has_key=False, mode="offline"))
     assert list(start_all(["wandb"], tmp_path, {}, None, NO_WARNING)) == ["wandb"]
@@ -163,13 +166,13 @@ def test_a_tracker_that_fails_is_named_once_and_the_record_is_whole(wandb, tmp_p
 
 def test_a_tracker_that_is_not_installed_is_a_mistake_before_anything_else(monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    config = cli.validate({"output": {"trackers": ["tensorboard", "wandb"]}})
-    with pytest.raises(cli.UserError) as raised:
-        train.check_before_torch(config)
+    config = config_load.validate({"output": {"trackers": ["tensorboard", "wandb"]}})
+    with pytest.raises(UserError) as raised:
+        preflight.check_before_torch(config)
     for name in ("tensorboard", "wandb"):
         assert f"pip install 'sfed[{name}]'" in str(raised.value)
 
 
 def test_an_unknown_tracker_is_named():
-    with pytest.raises(cli.UserError, match=r"output\.trackers"):
-        cli.validate({"output": {"trackers": ["mlflow"]}})
+    with pytest.raises(UserError, match=r"output\.trackers"):
+        config_load.validate({"output": {"trackers": ["mlflow"]}})

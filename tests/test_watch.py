@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from sfed import cli, local, session, verdict
-from sfed.cli import UserError
-from sfed.verdict import Report
-from sfed.watch import Heartbeat
+from sfed.config import load as config_load
+from sfed.distributed import diagnosis
+from sfed.distributed.diagnosis import Report
+from sfed.distributed.watchdog import Heartbeat
+from sfed.federated import local, session
+from sfed.utils.errors import UserError
 from tests import tiny
 from tests.processes import ends_of
 
@@ -43,13 +45,13 @@ def reports(**changes: dict) -> dict[int, Report]:
     ids=["an error", "a silent process", "others wait", "fewer collectives", "nobody knows"],
 )
 def test_the_cause_is_named_and_nobody_else(found: dict[int, Report], named: list[int]):
-    text = verdict.judge("why", found, 3, None)
+    text = diagnosis.judge("why", found, 3, None)
     assert [peer for peer in range(3) if f"process {peer} " in text] == named
     assert text.startswith("why\n") and "last checkpoint" in text
 
 
 def test_a_store_that_is_gone_is_said():
-    text = verdict.judge("why", {1: Report(place="here", is_waiting=True)}, 3, None)
+    text = diagnosis.judge("why", {1: Report(place="here", is_waiting=True)}, 3, None)
     assert "process 0, 2: out of reach, and so is the store" in text
 
 
@@ -88,7 +90,7 @@ def hang(settings: dict, how: str) -> None:
         healthy(self, number)
 
     local._GroupWork.step = step
-    session.run_session(cli.validate(settings))
+    session.run_session(config_load.validate(settings))
 
 
 EXACT = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}

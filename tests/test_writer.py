@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from sfed import cli, disk, local, session, writer
-from sfed.cli import UserError
+from sfed.config import load as config_load
+from sfed.federated import local, session
+from sfed.lora import tensor_files
+from sfed.storage import checkpoint_writer
+from sfed.utils import files as utils_files
+from sfed.utils.errors import UserError
 from tests import runs, tiny
 from tests.processes import on_processes
 
@@ -28,7 +32,7 @@ def settings(folder: Path, out: Path, name: str = "run", **sections: dict) -> di
 
 
 def run(own: dict) -> Path:
-    session.run_session(cli.validate(own))
+    session.run_session(config_load.validate(own))
     return Path(own["output"]["dir"]) / own["output"]["name"]
 
 
@@ -43,7 +47,7 @@ def test_a_round_is_written_while_the_next_one_trains(
     calm = runs.adapters(run(settings(tiny_folder, tmp_path, "calm")))
     trained = [threading.Event() for _ in range(ROUNDS + 1)]
     trained[ROUNDS].set()
-    save_file, train_round = writer.save_tensors, local.train_round
+    save_file, train_round = tensor_files.save_tensors, local.train_round
 
     def late(tensors: dict, path: Path) -> None:
         finished = int(path.parent.name.removeprefix(".round-").removesuffix(".tmp"))
@@ -55,7 +59,7 @@ def test_a_round_is_written_while_the_next_one_trains(
         trained[round_index].set()
         return done
 
-    monkeypatch.setattr(writer, "save_tensors", late)
+    monkeypatch.setattr(checkpoint_writer, "save_tensors", late)
     monkeypatch.setattr(local, "train_round", note_the_end)
     folder = run(settings(tiny_folder, tmp_path))
     monkeypatch.undo()
@@ -70,20 +74,20 @@ def test_a_round_is_written_while_the_next_one_trains(
 
 
 def fail_on_process_1(own: dict, failing_round: int) -> str:
-    save_file = writer.save_tensors
+    save_file = tensor_files.save_tensors
 
     def full(tensors: dict, path: Path) -> None:
         if os.environ["RANK"] == "1" and path.parent.name == f".round-{failing_round:06d}.tmp":
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path)
 
-    writer.save_tensors = full
+    checkpoint_writer.save_tensors = full
     try:
-        session.run_session(cli.validate(own))
+        session.run_session(config_load.validate(own))
     except UserError as mistake:
         return str(mistake)
     finally:
-        writer.save_tensors = save_file
+        checkpoint_writer.save_tensors = save_file
     return ""
 
 
@@ -127,7 +131,7 @@ def test_a_client_that_rests_is_written_once_more_and_then_has_two_files_in_turn
         def refuse(*_: object) -> None:
             raise OSError(errno.EPERM, "Operation not permitted")
 
-        monkeypatch.setattr(disk.os, "link", refuse)
+        monkeypatch.setattr(utils_files.os, "link", refuse)
     shape = {"num_clients": 6, "clients_per_round": 2, "num_rounds": ROUNDS + 2}
     own = settings(tiny_folder, tmp_path, federated=shape)
     own["output"]["keep_checkpoints"] = ROUNDS + 2
@@ -162,16 +166,16 @@ def test_a_checkpoint_that_vanished_meanwhile_is_not_missed(
 ) -> None:
     shape = {"num_clients": 6, "clients_per_round": 2}
     calm = runs.adapters(run(settings(tiny_folder, tmp_path, "calm", federated=shape)))
-    settle = writer.Writer._settle
+    settle = checkpoint_writer.Writer._settle
 
-    def settle_and_lose(self: writer.Writer) -> None:
+    def settle_and_lose(self: checkpoint_writer.Writer) -> None:
         settle(self)
         for path in (tmp_path / "run" / "checkpoints").glob("round-*"):
             shutil.rmtree(path)
 
-    monkeypatch.setattr(writer.Writer, "_settle", settle_and_lose)
+    monkeypatch.setattr(checkpoint_writer.Writer, "_settle", settle_and_lose)
     short = settings(tiny_folder, tmp_path, federated={**shape, "num_rounds": ROUNDS - 1})
-    monkeypatch.setattr(writer.Writer, "finish", settle)
+    monkeypatch.setattr(checkpoint_writer.Writer, "finish", settle)
     folder = run(short)
     monkeypatch.undo()
     assert whole(folder) == [f"round-{ROUNDS - 1:06d}"]
@@ -183,9 +187,9 @@ def test_a_checkpoint_that_vanished_meanwhile_is_not_missed(
 def hang_on_process_1(own: dict) -> str:
     """What ends a run of two processes of which the second never gets its files to the disk."""
     if os.environ["RANK"] == "1":
-        writer.save_tensors = lambda *_: threading.Event().wait()
+        checkpoint_writer.save_tensors = lambda *_: threading.Event().wait()
     try:
-        session.run_session(cli.validate(own))
+        session.run_session(config_load.validate(own))
     except (UserError, SystemExit) as end:
         return str(end)
     return ""
@@ -216,7 +220,7 @@ def damaged_ones(folder: Path) -> list[set[str]]:
                 path.name
                 for path, files in known.items()
                 for name, facts in files.items()
-                if disk.damage(path / name, facts)
+                if utils_files.damage(path / name, facts)
             }
         )
         with file.open("r+b") as opened:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfed import backbone, distributed
+from sfed.distributed import world as distributed
+from sfed.models import backbone
 from tests import runs, tiny
 from tests.processes import on_processes
 

@@ -18,8 +18,8 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from sfed.cli import validate
-from sfed.config import Config
+from sfed.config.load import validate
+from sfed.config.schema import Config
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 ENCODER = {

@@ -9,8 +9,8 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from sfed.cli import list_keys
-from sfed.config import Config
+from sfed.config.load import list_keys
+from sfed.config.schema import Config
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx

@@ -1,0 +1,153 @@
+"""Bench: ``python -m sfed.bench`` measures the trainer beside stock PEFT, in one run, in turns.
+
+Five ways to make the same step of every client: (a) HF + PEFT as users write it, (b) the same with
+adapters in the backbone's dtype, (c) sfed with one client after another, (d) sfed with all clients
+in one pass, (e) the frozen model alone, the floor. Random weights and tokens; no download. Under
+torchrun ``--collectives`` measures the links among the job's own processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sfed.bench.tables import show
+from sfed.utils import command
+from sfed.utils.errors import UserError
+
+MODELS = ("llama2-7b", "tinyllama", "llama-30m", "stories", "tiny")
+_VALUES = {"clients": (1, 2, 4, 8, 16), "rank": (4, 16, 64, 256)}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python -m sfed.bench --help")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def _compared(text: str) -> tuple[str, tuple[int, ...]]:
+    what, _, listed = text.partition("=")
+    if what not in _VALUES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: say clients or rank, or values such as clients=1,2,4"
+        )
+    values = tuple(map(_positive, listed.split(","))) if listed else _VALUES[what]
+    return what, tuple(sorted(set(values)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m sfed.bench",
+        description="Measure sfed beside HF + PEFT, in turns, on random weights of a given shape.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", choices=MODELS, default="llama-30m", help="shape [llama-30m]")
+    model.add_argument(
+        "--model-config", metavar="FOLDER", type=Path, help="with the config.json of another shape"
+    )
+    add("--layers", metavar="K", type=_positive, help="so many layers of the shape [all]")
+    add("--dtype", choices=("bf16", "fp32"), help="of the backbone [bf16 on a GPU, fp32 on a CPU]")
+    add("--clients", metavar="C", type=_positive, default=8, help="clients [8]")
+    add("--rows", metavar="B", type=_positive, default=1, help="rows of a client and step [1]")
+    add("--tokens", metavar="T", type=_positive, default=128, help="tokens of a row [128]")
+    add("--rank", metavar="r", type=_positive, default=16, help="LoRA rank [16]")
+    add(
+        "--targets",
+        metavar="NAMES",
+        default="all-linear",
+        help="adapted layers: all-linear, or names such as q_proj,v_proj [all-linear]",
+    )
+    add("--repeat", metavar="n", type=_positive, default=7, help="counted turns [7]")
+    add("--seconds", metavar="s", type=_seconds, help="begin no further turn after s seconds")
+    add("--json", metavar="FILE", type=Path, help="write everything here, every sample included")
+    add(
+        "--compare",
+        metavar="WHAT",
+        type=_compared,
+        help="cost against clients or rank, such as clients=1,2,4,8 or rank=4,64",
+    )
+    add(
+        "--collectives",
+        action="store_true",
+        help="measure all_reduce and all_gather among the processes of torchrun",
+    )
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what cannot work, before anything heavy is imported."""
+    if options.tokens < 2:
+        raise UserError("--tokens 1: the first token of a row is never predicted; give at least 2")
+    if options.collectives and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UserError(
+            "--collectives needs at least two processes: torchrun --nproc_per_node 2 -m sfed.bench "
+            "--collectives"
+        )
+    if options.collectives and options.compare:
+        raise UserError("--collectives and --compare exclude each other")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError(f"--json {options.json}: the folder {options.json.parent} does not exist")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Check the arguments, measure, show, write."""
+    given = _parser().parse_args(list(arguments))
+    _check(given)
+    from sfed.bench import compare  # torch and all that is behind it
+
+    varied, values = given.compare or (None, ())
+    targets = given.targets
+    results, is_main = compare.run(
+        compare.Options(
+            model=given.model,
+            model_folder=given.model_config,
+            num_layers=given.layers,
+            dtype=given.dtype,
+            num_clients=given.clients,
+            rows=given.rows,
+            tokens=given.tokens,
+            lora_rank=given.rank,
+            target_modules=targets if targets == "all-linear" else tuple(targets.split(",")),
+            repeat=given.repeat,
+            budget_seconds=given.seconds,
+            collectives=given.collectives,
+            compared=varied,
+            compared_values=values,
+        )
+    )
+    if is_main:
+        show(results)
+        if given.json is not None:
+            _write(given.json, results)
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    command.run_command(main)

@@ -1,0 +1,111 @@
+"""HF + PEFT as users write it: what the trainer is measured against, and so it knows PEFT too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from sfed.bench.steps import GAMMA, TRAIN, Contestant
+from sfed.bench.workload import Workload
+from sfed.lora.adapters import peft_alpha
+from sfed.lora.layout import Layout
+
+
+class StockPeft(Contestant):
+    """HF + PEFT as users write it: one model, an adapter per client, ``set_adapter`` between them.
+
+    The loss comes from ``labels=``, the optimizer is torch.optim.AdamW as it is, one per client.
+    ``use_cache`` is off and no attention mask is given, both in PEFT's favour.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        workload: Workload,
+        input_ids: torch.Tensor,
+        *,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        super().__init__(workload, input_ids)
+        self.num_turns = workload.num_clients
+        targets = workload.target_modules
+        settings = LoraConfig(
+            r=workload.lora_rank,
+            lora_alpha=peft_alpha(GAMMA, workload.lora_rank),
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+        )
+        names = [f"client-{client}" for client in range(workload.num_clients)]
+        self._names = names
+        self.model: PeftModel = get_peft_model(
+            model, settings, names[0], autocast_adapter_dtype=autocast_adapter_dtype
+        )
+        for name in names[1:]:
+            self.model.add_adapter(name, settings, autocast_adapter_dtype=autocast_adapter_dtype)
+        self._parameters = dict(self.model.named_parameters())
+        self._optimizers = [self._make_optimizer(name) for name in names]
+        self._turn = 0
+
+    def _make_optimizer(self, name: str) -> torch.optim.AdamW:
+        own = [weight for key, weight in self._parameters.items() if f".{name}." in key]
+        for weight in own:  # set_adapter turns off all but its own
+            weight.requires_grad_()
+        return torch.optim.AdamW(own, lr=TRAIN.lr, weight_decay=TRAIN.weight_decay)
+
+    def start_from(self, layout: Layout, rows: torch.Tensor) -> None:
+        """Take over the (clients, layout.size) factors that another contestant starts from."""
+        self._layout = layout
+        with torch.no_grad():
+            for client, row in enumerate(rows):
+                for weight, values in self._pieces(client, row):
+                    weight.copy_(values)
+
+    def _pieces(
+        self, client: int, row: torch.Tensor
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        for piece in self._layout.pieces:
+            name = f"base_model.model.{piece.layer}.lora_{piece.factor}.client-{client}.weight"
+            yield self._parameters[name], row[piece.start : piece.end].view(piece.shape)
+
+    def enter(self, turn: int) -> None:
+        """Let this client's adapter be the one that computes and trains."""
+        self._turn = turn
+        self.model.set_adapter(self._names[turn])
+
+    def losses(self) -> torch.Tensor:
+        """The loss that HF computes, one."""
+        self._optimizers[self._turn].zero_grad()
+        ids = self._rows_of(self._turn)
+        loss: torch.Tensor = self.model(input_ids=ids, labels=ids).loss
+        return loss[None]
+
+    def update(self) -> None:
+        """torch.optim.AdamW."""
+        self._optimizers[self._turn].step()
+
+    def leave(self) -> None:
+        """Let go of the gradients: no other client needs them."""
+        self._optimizers[self._turn].zero_grad()
+
+    def frozen(self) -> Iterable[torch.Tensor]:
+        """All parameters: factors are state."""
+        return (*self.model.parameters(), *self.model.buffers())
+
+    def state(self) -> Iterable[torch.Tensor]:
+        """Factors, gradients while they are kept, moments."""
+        for one in self._optimizers:
+            for weight in one.param_groups[0]["params"]:
+                yield weight
+                if weight.grad is not None:
+                    yield weight.grad
+                yield from (v for v in one.state[weight].values() if isinstance(v, torch.Tensor))
+
+    def adapter(self, client: int) -> torch.Tensor:
+        """The factors that PEFT holds, in fp32."""
+        row = torch.empty(self._layout.size)
+        for weight, place in self._pieces(client, row):
+            place.copy_(weight.detach())
+        return row

@@ -1,0 +1,284 @@
+"""The clients of this process: what each holds while it rests, and the rows that are in a pass.
+
+A client's state is its adapter (A, B, and its classification head if any), the optimizer's moments
+for it, how many optimizer steps it has made and how many examples it has drawn. Much of it is the
+same for many clients: A after a mean, B = 0 and no moments of who has never taken part. So what
+clients have in common exists once, and a client holds the parts that are its own.
+
+Where all clients of a process share one pass, they stay on the device. Where fewer do, all of them
+rest in host memory, and those of a pass are brought to the device: the next group while the present
+one trains, and the one before goes back meanwhile. The device then holds two groups, whatever N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+
+import torch
+
+from sfed.clients.offload import Ferry
+from sfed.clients.state import DRAWN, FACTORS, Parts, Rows, part_widths
+from sfed.lora.adapters import Adapters
+from sfed.lora.layout import Layout
+from sfed.utils.rng import Stream, derive
+
+
+class ClientRows:
+    """The state of all clients of this process."""
+
+    def __init__(
+        self,
+        own: range,
+        layout: Layout,
+        device: torch.device,
+        *,
+        clients_per_pass: int,
+        moments: Sequence[str],
+    ) -> None:
+        """Let all clients be zero.
+
+        Args:
+            own: the clients of this process.
+            layout: of a row.
+            device: of the passes.
+            clients_per_pass: most clients in one pass.
+            moments: names of the optimizer's buffers.
+        """
+        self.own = own
+        self.layout = layout
+        self.clients_per_pass = min(clients_per_pass, len(own))
+        self.examples_drawn = dict.fromkeys(own, 0)
+        self._device = device
+        self.moments = tuple(moments)
+        self._ferry = Ferry(device)
+        self._grads = torch.zeros(self.clients_per_pass, layout.size, device=device)
+        self._places: list[Rows] = []
+        """Memory of the device for groups that come and go: one, or two where there are several."""
+        self._stay = self._new_rows() if self.clients_per_pass == len(own) else None
+        self.widths = part_widths(layout, moments)
+        self._common: Parts = {}
+        for factor in layout.factors:
+            self._set_common(factor, torch.zeros(self.widths[factor.lower()], device=device))
+        self._parts: dict[int, Parts] = {client: {} for client in own}
+        self._changed: set[int] = set()
+
+    def passes(
+        self, groups_of_clients: Sequence[tuple[int, ...]], trained: Sequence[str]
+    ) -> Generator[Rows, None, None]:
+        """Bring in groups of clients, one after another; what trained goes back.
+
+        No client is in two of them. Close the iterator, by its end or with ``contextlib.closing``,
+        before anything else reads the clients.
+
+        Args:
+            groups_of_clients: who shares a pass.
+            trained: the factors that change.
+        """
+        try:
+            coming = [self._bring(group, 0) for group in groups_of_clients[:1]]
+            for number in range(len(groups_of_clients)):
+                rows, arrival = coming.pop()
+                self._ferry.wait(arrival)
+                following = groups_of_clients[number + 1 : number + 2]
+                coming = [self._bring(group, (number + 1) % 2) for group in following]
+                try:
+                    yield rows
+                finally:
+                    self._take_back(rows, trained)
+        finally:
+            self._ferry.finish()
+
+    def load(self, clients: Sequence[int]) -> Rows:
+        """Bring these clients to the device; without a copy where they are all of this process."""
+        rows, arrival = self._bring(tuple(clients), 0)
+        self._ferry.wait(arrival)
+        return rows
+
+    def store(self, rows: Rows, trained: Sequence[str]) -> None:
+        """Take rows back that ``load`` brought."""
+        self._take_back(rows, trained)
+        self._ferry.finish()
+
+    def load_values(self, clients: Sequence[int]) -> torch.Tensor:
+        """Bring only the adapters of these clients to the device: (C, layout.size)."""
+        if self._stay is not None and tuple(clients) == tuple(self.own):
+            return self._stay.values
+        values = torch.empty(len(clients), self.layout.size, device=self._device)
+        for factor in self.layout.factors:
+            for row, client in zip(values[:, self.layout.columns(factor)], clients, strict=True):
+                row.copy_(self.factor(client, factor), non_blocking=True)
+        return values
+
+    def factor(self, client: int, factor: str) -> torch.Tensor:
+        """One client's factor, flat, where it rests. Not to be written to."""
+        name = factor.lower()
+        return self._parts[client].get(name, self._common[name])
+
+    def common(self, factor: str) -> torch.Tensor:
+        """The factor of all clients that hold none of their own, flat, where it rests."""
+        return self._common[factor.lower()]
+
+    def holders(self, factor: str) -> list[int]:
+        """The clients whose factor is their own, in order."""
+        return [client for client in self.own if factor.lower() in self._parts[client]]
+
+    def row(self, client: int) -> torch.Tensor:
+        """A copy of one client's adapter, (layout.size,)."""
+        return torch.cat([self.factor(client, factor) for factor in self.layout.factors])
+
+    def give(self, client: int, parts: Parts) -> None:
+        """Make these parts the client's own."""
+        self._changed.add(client)
+        if self._stay is None:
+            self._parts[client] |= {name: self._ferry.keep(part) for name, part in parts.items()}
+            return
+        staying = self._stay.parts(self.layout, self.layout.factors)
+        for name, part in parts.items():
+            self._parts[client][name] = staying[name][client - self.own.start].copy_(part)
+
+    def make_common(self, factor: str, values: torch.Tensor) -> None:
+        """Let all clients have this factor, (numbers of the factor,)."""
+        self._set_common(factor, values)
+        for client, parts in self._parts.items():
+            if parts.pop(factor.lower(), None) is not None:
+                self._changed.add(client)
+
+    def reset_optimizer(self) -> None:
+        """Forget all moments."""
+        for client, parts in self._parts.items():
+            for name in parts.keys() - self._common.keys():
+                del parts[name]
+                self._changed.add(client)
+        if self._stay is not None:
+            for buffer in (self._stay.optimizer_steps, *self._stay.moments.values()):
+                buffer.zero_()
+
+    def memory(self) -> Iterator[torch.Tensor]:
+        """All tensors of the clients, where they rest and where they are in a pass."""
+        yield from self._common.values()
+        for rows in self._places if self._stay is None else (self._stay, *self._places):
+            yield from (rows.values, rows.grads, *rows.moments.values(), rows.optimizer_steps)
+        for parts in self._parts.values():
+            yield from parts.values()
+
+    @property
+    def changed(self) -> frozenset[int]:
+        """Those who changed since ``take_changes``."""
+        return frozenset(self._changed)
+
+    def take_changes(
+        self, *, also: Iterable[int] = (), everything: bool = False
+    ) -> tuple[Parts, dict[int, Parts]]:
+        """What clients have in common, and all that those hold who changed since the last call.
+
+        In host memory that nobody writes to again. What a client holds in host memory is replaced
+        and never written to, so it needs no copy.
+
+        Args:
+            also: clients that are taken whether they changed or not.
+            everything: all that hold something.
+        """
+        self._changed |= set(also)
+        if everything:
+            drawn = self.examples_drawn
+            self._changed |= {client for client in self.own if self._parts[client] or drawn[client]}
+        with self._ferry.aside():
+            common = {name: self._at_rest(part) for name, part in self._common.items()}
+            changed = {
+                client: {name: self._at_rest(part) for name, part in self._parts[client].items()}
+                for client in sorted(self._changed)
+            }
+        self._ferry.finish()
+        for client, parts in changed.items():
+            parts[DRAWN] = torch.tensor([self.examples_drawn[client]])
+        self._changed.clear()
+        return common, changed
+
+    def _at_rest(self, part: torch.Tensor) -> torch.Tensor:
+        return part if self._stay is None else self._ferry.keep(part)
+
+    def restore(self, common: Parts, held: dict[int, Parts]) -> None:
+        """Be as ``take_changes`` found it; clients that are not named hold nothing of their own."""
+        for factor in self.layout.factors:
+            self.make_common(factor, common[factor.lower()])
+        for client, parts in held.items():
+            self.examples_drawn[client] = int(parts[DRAWN])
+            self.give(client, {name: part for name, part in parts.items() if name != DRAWN})
+        self._changed.clear()
+
+    def _set_common(self, factor: str, values: torch.Tensor) -> None:
+        if self._stay is not None:
+            self._common[factor.lower()] = values.to(self._device, copy=True)
+            self._stay.values[:, self.layout.columns(factor)] = self._common[factor.lower()]
+            return
+        with self._ferry.aside():
+            self._common[factor.lower()] = self._ferry.keep(values)
+        self._ferry.finish()
+
+    def _new_rows(self) -> Rows:
+        shape = (self.clients_per_pass, self.layout.size)
+        return Rows(
+            tuple(self.own)[: self.clients_per_pass],
+            torch.zeros(shape, device=self._device),
+            self._grads,
+            {name: torch.zeros(shape, device=self._device) for name in self.moments},
+            torch.zeros(self.clients_per_pass, len(FACTORS), device=self._device),
+        )
+
+    def _bring(self, clients: tuple[int, ...], place: int) -> tuple[Rows, torch.cuda.Event | None]:
+        """Copy a group into one of two places, behind what that place was used for before."""
+        if self._stay is not None and clients == self._stay.clients:
+            return self._stay, None
+        while len(self._places) <= place:
+            self._places.append(self._new_rows())
+        rows = self._places[place].first(clients)
+        with self._ferry.aside():
+            for name, part in rows.parts(self.layout, self.layout.factors).items():
+                for row, client in zip(part, clients, strict=True):
+                    held = self._parts[client].get(name, self._common.get(name))
+                    self._ferry.bring(row, held)
+        return rows, self._ferry.mark()
+
+    def _take_back(self, rows: Rows, trained: Sequence[str]) -> None:
+        """Let clients hold what they have become."""
+        parts = rows.parts(self.layout, self.layout.factors)
+        of_trained = rows.parts(self.layout, trained).keys()
+        with self._ferry.aside():
+            for position, client in enumerate(rows.clients):
+                # What it has held before may have changed too: who turned non-finite starts afresh.
+                names = of_trained | self._parts[client].keys()
+                become = {name: parts[name][position] for name in names}
+                if rows is self._stay:
+                    self._parts[client] |= become
+                    self._changed.add(client)
+                else:
+                    self.give(client, become)
+
+
+def groups(clients: Sequence[int], clients_per_pass: int) -> Iterator[tuple[int, ...]]:
+    """Split clients into consecutive groups of at most ``clients_per_pass``."""
+    for start in range(0, len(clients), clients_per_pass):
+        yield tuple(clients[start : start + clients_per_pass])
+
+
+def initial_a(own: Sequence[int], adapters: Adapters, seed: int) -> Iterator[torch.Tensor]:
+    """Draw each client's first A, from (seed, client): (numbers of A,) on CPU, one at a time."""
+    for client in own:
+        generator = torch.Generator().manual_seed(derive(Stream.INIT_A, seed, client))
+        yield adapters.initial_a(generator)
+
+
+def draw_initial(clients: ClientRows, adapters: Adapters, *, seed: int, independent: bool) -> None:
+    """Give each client its first A, from (seed, client) or from one draw for all; B stays 0.
+
+    Heads start the same on all clients.
+    """
+    if independent:
+        draws = initial_a(clients.own, adapters, seed)
+        for client, a in zip(clients.own, draws, strict=True):
+            clients.give(client, {"a": a})
+    else:
+        generator = torch.Generator().manual_seed(derive(Stream.INIT_A, seed))
+        clients.make_common("A", adapters.initial_a(generator))
+    if adapters.head is not None:
+        clients.make_common("head", adapters.initial_head())

@@ -1,0 +1,49 @@
+"""When two configurations are the same run: equal in all that its numbers depend on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sfed.config.schema import Config
+from sfed.utils.redaction import masked
+
+# Keys that a resumed run may change: they do not change its numbers (beyond round-off).
+_FREE_SECTIONS = ("output", "evaluation", "backbone")
+_FREE_KEYS = (
+    "federated.clients_per_pass",
+    "federated.deadline_seconds",
+    "federated.max_bad_rounds",
+)
+
+
+def comparable(config: Config, num_clients: int) -> dict[str, Any]:
+    """The settings that a run's numbers depend on, flat, with N filled in and no secret in them."""
+    flat = {
+        key: value
+        for key, value in flatten(config).items()
+        if key.partition(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS
+    }
+    flat["federated.num_clients"] = num_clients
+    if config.train.schedule == "constant":
+        del flat["federated.num_rounds"]  # a longer run begins with the same rounds
+    return dict(masked(flat))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """All keys of a configuration as dotted names."""
+    flat: dict[str, Any] = {}
+    for section, values in json.loads(config.model_dump_json()).items():
+        inner = values.items() if isinstance(values, dict) else [(None, values)]
+        flat.update({f"{section}.{key}" if key else section: value for key, value in inner})
+    return flat
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name each key that is not the same, with both values, a line each."""
+    return [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]

@@ -1,0 +1,290 @@
+"""From the command line to a Config: YAML or JSON file, ``key=value`` overrides, help, mistakes.
+
+All mistakes of a configuration are collected into one ``UserError``. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from sfed.config.schema import DEMO, REQUIRED, Config
+from sfed.utils.errors import UserError
+
+_MERGE = "tag:yaml.org,2002:merge"  # the key "<<"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: 1e-4 is a number, a key that stands twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [
+            _MERGE if key.tag == _MERGE else self.construct_object(key, deep=True)
+            for key, _ in node.value
+        ]
+        for position, key in enumerate(keys):
+            if key in keys[:position] and key != _MERGE:
+                line = node.value[position][0].start_mark.line + 1
+                raise UserError(f"line {line}: the key {key!r} stands twice; remove one of them")
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML follows, reads 1e-4 as a string; YAML 1.2 reads it as a number.
+_FLOAT = re.compile(
+    r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$|^\.nan$|^[-+]?\.inf$"
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def parse(arguments: Sequence[str]) -> Config | None:
+    """Read ``[CONFIG.yaml] [key=value ...]``; None where ``--help`` was asked for.
+
+    Raises:
+        UserError: with all mistakes of the configuration at once.
+    """
+    words = split(arguments)
+    return None if words is None else load(*words)
+
+
+def split(arguments: Sequence[str]) -> tuple[str | None, list[str]] | None:
+    """Tell the file from the ``key=value`` overrides; None where ``--help`` was asked for."""
+    path: str | None = None
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            return None
+        if re.fullmatch(r"--local[-_]rank(=\d+)?", word):  # the deepspeed launcher adds it
+            if "=" not in word and rest:
+                rest.pop(0)
+        elif word.startswith("-"):
+            raise UserError(f"unknown option {word!r}; settings are given as key=value, see --help")
+        elif "=" in word and not os.path.isfile(word):
+            overrides.append(word)
+        elif path is not None:
+            raise UserError(
+                f"two configuration files, {path!r} and {word!r}; give one, and key=value for "
+                "what differs"
+            )
+        else:
+            path = word
+    return path, overrides
+
+
+def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file and apply ``key=value`` overrides.
+
+    Args:
+        path: of the file, which stands on its own. Without it the overrides stand on the demo's
+            configuration if they say data.task=demo, or if there are none, and else on nothing.
+        overrides: ``key=value``; the last one for a key counts.
+
+    Raises:
+        UserError: with all mistakes at once; model.name and data.task have no default.
+    """
+    data = _overridden({} if path is None else read_mapping(Path(path)), overrides)
+    if path is None and (not overrides or _task(data) == "demo"):
+        data = _overridden(DEMO, overrides)
+    return complete(data)
+
+
+def _overridden(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        data = overridden(data, override)
+    return data
+
+
+def _task(data: Mapping[str, Any]) -> Any:
+    section = data.get("data")
+    return section.get("task") if isinstance(section, Mapping) else None
+
+
+def complete(data: dict[str, Any]) -> Config:
+    """Check what a person wrote against the schema: ``validate``, and model and task are there.
+
+    Raises:
+        UserError: as ``validate`` does, and one line for each of model.name and data.task that is
+            not set. With data.task=demo the model is the demo's where no other is named.
+    """
+    if _task(data) == "demo" and "model.name" in _unset(data):
+        data = put(data, "model.name", "demo", origin="data.task=demo")
+    return validate(data, required=tuple(REQUIRED))
+
+
+def _unset(data: Mapping[str, Any]) -> list[str]:
+    """The required keys that are not there; a section of another form is a mistake by itself."""
+    unset = []
+    for key in REQUIRED:
+        section, _, leaf = key.partition(".")
+        values = data.get(section, {})
+        if isinstance(values, Mapping) and leaf not in values:
+            unset.append(key)
+    return unset
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file that holds a mapping."""
+    if not path.is_file():
+        raise UserError(f"the configuration file {str(path)!r} does not exist")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            text = text.replace("\t", " ")  # the one thing in which JSON is not YAML
+        data = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable as YAML or JSON: {error}") from None
+    except UserError as mistake:
+        raise UserError(f"{path}, {mistake}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds {type(data).__name__}, not a mapping of keys to values")
+    return data
+
+
+def overridden(data: dict[str, Any], override: str) -> dict[str, Any]:
+    """Return a copy of ``data`` with one ``section.key=value`` applied."""
+    dotted, _, text = override.partition("=")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not readable as YAML") from None
+    return put(data, dotted, value, origin=override)
+
+
+def put(data: dict[str, Any], dotted: str, value: Any, origin: str) -> dict[str, Any]:
+    """Return a copy of ``data`` with the value under a dotted key; ``origin`` asked for it."""
+    *parents, leaf = dotted.split(".")
+    result = node = dict(data)
+    for depth, parent in enumerate(parents):
+        child = node.get(parent) or {}
+        if not isinstance(child, dict):
+            name = ".".join(parents[: depth + 1])
+            raise UserError(f"{origin!r}: {name} is {child!r}, not a section with keys")
+        node[parent] = dict(child)
+        node = node[parent]
+    node[leaf] = value
+    return result
+
+
+def validate(data: dict[str, Any], required: Sequence[str] = ()) -> Config:
+    """Check a mapping against the schema.
+
+    Args:
+        data: sections of keys.
+        required: keys that have to be there; see ``complete``.
+
+    Raises:
+        UserError: one line per mistake: key, value, what is wrong, the nearest known key.
+    """
+    try:
+        text = json.dumps(data, default=str)
+    except (ValueError, RecursionError):
+        raise UserError("the configuration refers to itself (a YAML alias in a circle)") from None
+    except TypeError as error:
+        raise UserError(f"a key of the configuration is not text: {error}") from None
+    unset = [key for key in _unset(data) if key in required]
+    details: list[ErrorDetails] = []
+    try:
+        # JSON mode: strict about types, yet a list may fill a tuple.
+        config = Config.model_validate_json(text)
+    except ValidationError as error:
+        details = _narrowed(error.errors())
+    if "data.task" in unset:  # what must hold between keys depends on it
+        details = [detail for detail in details if detail["loc"]]
+    lines = sorted({_explain(detail) for detail in details})
+    lines = [f"{key}: no default; {REQUIRED[key]}{_allowed(key)}" for key in unset] + lines
+    if lines:
+        count = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise UserError(f"{count} in the configuration\n  " + "\n  ".join(lines))
+    return config
+
+
+def _narrowed(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Keep one entry per key: a union of types reports each branch that did not fit."""
+    return list({_key(detail): detail for detail in reversed(details)}.values())
+
+
+def _key(detail: ErrorDetails) -> str:
+    parts = [str(part) for part in detail["loc"]]
+    depth = 2 if parts and parts[0] in _sections() else 1
+    return ".".join(parts[:depth])
+
+
+def _explain(detail: ErrorDetails) -> str:
+    key, value = _key(detail), detail["input"]
+    if detail["type"] == "extra_forbidden":
+        return f"{key} = {value!r}: unknown key{suggestion(key)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not key or (isinstance(value, dict) and detail["type"] == "value_error"):
+        return f"{key}.{message}" if key else message
+    meaning = "" if detail["type"] == "literal_error" else _allowed(key)  # it lists the words
+    return f"{key} = {json.dumps(value, default=str)}: {message}{meaning}"
+
+
+def _allowed(key: str) -> str:
+    meaning = {known: text for known, _, text in list_keys()}.get(key)
+    return f" ({' '.join(meaning.split())})" if meaning else ""
+
+
+def suggestion(key: str) -> str:
+    """Say which known key is meant by an unknown one, or where all keys are listed."""
+    known = [name for name, _, _ in list_keys()]
+    leaf = key.rpartition(".")[2]
+    near = [name for name in known if name.rpartition(".")[2] == leaf]
+    near = near or difflib.get_close_matches(key, [*known, *_sections()], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else "; see --help for all keys"
+
+
+def _sections() -> tuple[str, ...]:
+    return tuple(name for name in Config.model_fields if name != "seed")
+
+
+def list_keys() -> list[tuple[str, str, str]]:
+    """All keys as (dotted name, default as YAML text, meaning), in the order of the schema.
+
+    A key that has to be set has the default "required".
+    """
+    rows = []
+    defaults = json.loads(Config().model_dump_json())
+    for section, field in Config.model_fields.items():
+        if section == "seed":
+            rows.append(("seed", str(defaults["seed"]), field.description or ""))
+            continue
+        fields = type(getattr(Config(), section)).model_fields
+        for name, inner in fields.items():
+            key = f"{section}.{name}"
+            default = "required" if key in REQUIRED else json.dumps(defaults[section][name])
+            meaning = f"{inner.description or ''}{_choices(inner.annotation)}"
+            rows.append((key, default, meaning))
+    return rows
+
+
+def _choices(annotation: Any) -> str:
+    """The words that a key takes, where its type lists them."""
+    words = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return f" One of {', '.join(words)}." if words else ""
+
+
+def help_text(usage: str) -> str:
+    """The text of ``--help``: usage, then every key with its default and its meaning."""
+    lines = [usage, "", "Keys (default in brackets; required: it has to be set):"]
+    section = ""
+    for key, default, meaning in list_keys():
+        if key.partition(".")[0] != section:
+            section = key.partition(".")[0]
+            lines.append("")
+        lines.append(f"  {key:<32} [{default}]")
+        lines.append(f"      {' '.join(meaning.split())}")
+    return "\n".join(lines)

@@ -1,0 +1,213 @@
+"""Batches of several clients: who reads which examples, and how these lie in rows of one length.
+
+In a pass every client has equally many rows of one width. Padded, a row holds one example, and the
+longest of all sets the width. Packed, a row holds several examples of one client, as documents that
+do not see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sfed.data.packing import Packing, pack, round_up
+from sfed.data.tokenize import Examples, Row
+from sfed.utils.rng import Stream, generator
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Several documents in a row of a batch, of which none sees another."""
+
+    position_ids: torch.Tensor
+    """(rows, tokens) int64: from 0 in each document, those that are padding included."""
+    starts: torch.Tensor
+    """(documents + 1,) int32: first places of the documents in the flattened rows, and the end."""
+
+    def to(self, device: torch.device) -> Documents:
+        """Move to a device."""
+        return Documents(self.position_ids.to(device), self.starts.to(device))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of C clients in order, equally many for each; what is missing is empty rows.
+
+    Args:
+        input_ids: (C * rows, tokens) int64, padded at the right.
+        labels: same shape, ``IGNORED_LABEL`` where nothing is supervised.
+        positions: (supervised,) int64 places in the flattened rows from which a supervised token is
+            predicted; one that is ignored where there is none.
+        targets: (C * rows,) fp32 classes or values to predict, NaN for missing rows; None where the
+            labels are what is learned.
+        is_token: (C * rows, tokens) bool, False on padding; one token of an empty row counts as
+            such, since nothing can be attended to otherwise.
+        is_second: same shape, True on the second of two texts.
+        documents: where the examples of packed rows begin; None where a row is one example.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor | None
+    is_token: torch.Tensor
+    is_second: torch.Tensor
+    documents: Documents | None
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a pass computes, padding included."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device) -> Batch:
+        """Move to a device."""
+        return Batch(
+            self.input_ids.to(device),
+            self.labels.to(device),
+            self.positions.to(device),
+            None if self.targets is None else self.targets.to(device),
+            self.is_token.to(device),
+            self.is_second.to(device),
+            None if self.documents is None else self.documents.to(device),
+        )
+
+
+class Order:
+    """The endless order in which one client reads its examples: a fresh shuffle per epoch.
+
+    Position p is example p mod n of epoch p div n, so what a client reads depends on
+    (seed, client, position) and on nothing else.
+    """
+
+    def __init__(self, seed: int, client: int, num_examples: int) -> None:
+        self._words = (seed, client)
+        self._num_examples = num_examples
+        self._epoch = -1
+        self._shuffle: NDArray[np.int64] = np.arange(0)
+
+    def at(self, position: int) -> int:
+        """The example at a position."""
+        epoch, place = divmod(position, self._num_examples)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._shuffle = generator(Stream.ORDER, *self._words, epoch).permutation(
+                self._num_examples
+            )
+        return int(self._shuffle[place])
+
+
+def draw(examples: Examples, order: Order, start: int, count: int) -> list[Row]:
+    """Return the rows at positions start .. start + count - 1 of a client's order."""
+    return [examples.row(order.at(position)) for position in range(start, start + count)]
+
+
+def supervised_count(rows: Sequence[Row]) -> float:
+    """What a mean loss is taken over: rows with a target, or tokens of the completions.
+
+    A row's first token is never predicted.
+    """
+    return float(
+        sum(len(row.ids) - max(row.prompt_length, 1) if row.target is None else 1 for row in rows)
+    )
+
+
+def collate(
+    rows_by_client: Sequence[Sequence[Row]],
+    rows_per_client: int,
+    *,
+    with_targets: bool = False,
+    packing: Packing | None = None,
+) -> Batch:
+    """Lay the examples of C clients into rows as long as the longest, and a multiple of 8.
+
+    Args:
+        rows_by_client: the examples of each client.
+        rows_per_client: rows of a padded batch, at least as many as a client has examples.
+        with_targets: whether the examples' targets are what is learned.
+        packing: lay several examples into a row where that is cheaper; None = never.
+    """
+    lengths_by_client = [[len(row.ids) for row in rows] for rows in rows_by_client]
+    longest = max((length for lengths in lengths_by_client for length in lengths), default=2)
+    width = round_up(longest)
+    lines_by_client = [[[number] for number in range(len(rows))] for rows in rows_by_client]
+    packed = None
+    if packing is not None:
+        packed = pack(lengths_by_client, rows_per_client, packing)
+    if packed is not None:
+        width, lines_by_client = packed
+        rows_per_client = max(map(len, lines_by_client))
+    filling = _Filling(len(rows_by_client) * rows_per_client, width)
+    for client, (rows, lines) in enumerate(zip(rows_by_client, lines_by_client, strict=True)):
+        for place, line in enumerate(lines, start=client * rows_per_client):
+            filling.fill(place, [rows[number] for number in line])
+    return filling.batch(with_targets=with_targets, is_packed=packed is not None)
+
+
+class _Filling:
+    """The arrays of a batch while examples are laid into them, on the host."""
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        shape = (num_rows, width)
+        self._input_ids = np.zeros(shape, dtype=np.int64)
+        self._labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
+        self._targets = np.full(num_rows, np.nan, dtype=np.float32)
+        self._is_token = np.zeros(shape, dtype=bool)
+        self._is_token[:, 0] = True
+        self._is_second = np.zeros(shape, dtype=bool)
+        self._position_ids = np.tile(np.arange(width), (num_rows, 1))
+        self._predicted_from = [np.zeros(0, dtype=np.int64)]
+
+    def fill(self, place: int, rows: Sequence[Row]) -> None:
+        """Lay examples into a row of the batch, one behind the other."""
+        width, start = self._labels.shape[1], 0
+        for row in rows:
+            length, prompt = len(row.ids), row.prompt_length
+            here = slice(start, start + length)
+            self._input_ids[place, here] = row.ids
+            self._is_token[place, here] = True
+            self._is_second[place, start + prompt : start + length] = True
+            self._position_ids[place, here] = np.arange(length)
+            if row.target is None:
+                self._labels[place, start + prompt : start + length] = row.ids[prompt:]
+                # Nothing predicts the first token of an example, not even the one before it.
+                before = np.arange(start + max(prompt, 1), start + length) - 1
+                self._predicted_from.append(place * width + before)
+            else:
+                self._targets[place] = row.target
+            start += length
+        # Padding counts as documents no longer than the row's own: a position that no document
+        # has would change the rotary embeddings of all, where these follow the largest.
+        longest = max((len(row.ids) for row in rows), default=width)
+        self._position_ids[place, start:] = np.arange(width - start) % longest
+
+    def batch(self, *, with_targets: bool, is_packed: bool) -> Batch:
+        """The filled batch."""
+        positions = np.concatenate(self._predicted_from)
+        # A pass without any still goes through the head, as under ZeRO-3 all processes must.
+        positions = positions if len(positions) else np.zeros(1, dtype=np.int64)
+        return Batch(
+            torch.from_numpy(self._input_ids),
+            torch.from_numpy(self._labels),
+            torch.from_numpy(positions),
+            torch.from_numpy(self._targets) if with_targets else None,
+            torch.from_numpy(self._is_token),
+            torch.from_numpy(self._is_second),
+            self._documents() if is_packed else None,
+        )
+
+    def _documents(self) -> Documents:
+        starts = np.append(np.flatnonzero(self._position_ids == 0), self._position_ids.size)
+        return Documents(
+            torch.from_numpy(self._position_ids), torch.from_numpy(starts.astype(np.int32))
+        )
+
+
+def empty(num_clients: int, *, with_targets: bool = False) -> Batch:
+    """The smallest batch there is: for a pass that only keeps other processes company."""
+    return collate([[] for _ in range(num_clients)], 1, with_targets=with_targets)

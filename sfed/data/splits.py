@@ -1,0 +1,283 @@
+"""Which client of this process holds which tokenised rows.
+
+With one common pool every process computes the same split of everything. Under
+``partition.kind=by_file`` a process opens the files of its own clients and no others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from sfed.config.schema import Config
+from sfed.data import partition, scores
+from sfed.data.labels import Chosen, Labels, labels_of
+from sfed.data.partition import Indices
+from sfed.data.sources import Split, has_split
+from sfed.data.tasks import task_of
+from sfed.data.tokenize import Examples, Tokens, tokenise
+from sfed.distributed.sync import first_of_node_first, gather_json, together
+from sfed.distributed.world import World
+from sfed.utils.errors import UserError
+from sfed.utils.rng import Stream, generator
+
+_LEAST_TRAIN_EXAMPLES = 2
+_DIRICHLET_TRIES = 100
+_MOST_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of this process's clients, and the counts of everybody's."""
+
+    train: dict[int, Examples]
+    held_out: dict[int, Examples]
+    train_counts: tuple[int, ...]
+    eval_counts: tuple[int, ...]
+    summary: dict[str, Any]
+    """What ``partition.json`` records."""
+    notes: tuple[str, ...]
+    """What a person should know, such as rows that were left out."""
+    parts: tuple[str, ...]
+    """Names of the parts of the held-out set; one empty name where there are none."""
+
+
+def load(
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World,
+    num_clients: int,
+    own_clients: range,
+) -> Data:
+    """Tokenise, split over the clients, hold out. Collective.
+
+    Raises:
+        UserError: on every process, where a file, a line or the split is wrong on any.
+    """
+    with together(world, "reading the data"):
+        if config.partition.kind == "by_file":
+            held = _split_by_file(config, tokenizer, world, num_clients, own_clients)
+        else:
+            held = _split_one_pool(config, tokenizer, world, num_clients)
+        _require_examples(held.train, config)
+        held.notes += _note_on_unscored(held.held_out, config)
+    return _assemble(held, config, world, num_clients, own_clients)
+
+
+@dataclass
+class _Held:
+    """A split under way: client -> its rows, for all clients or only for this process's."""
+
+    train: dict[int, Examples]
+    held_out: dict[int, Examples]
+    labels: dict[int, list[str]] | None
+    notes: list[str]
+
+
+def _require_examples(parts: dict[int, Examples], config: Config) -> None:
+    least = _LEAST_TRAIN_EXAMPLES
+    short = {client: len(examples) for client, examples in parts.items() if len(examples) < least}
+    if short:
+        some = [f"client {client} holds {count}" for client, count in short.items()]
+        more = f" and {len(some) - _MOST_NAMED} more too few" if len(some) > _MOST_NAMED else ""
+        shown = ", ".join(some[:_MOST_NAMED]) + more
+        remedy = {
+            "dirichlet": f"raise partition.concentration (now {config.partition.concentration:g}), "
+            "lower federated.num_clients or give more data",
+            "by_file": "give more rows in the files of these clients",
+        }.get(config.partition.kind, "lower federated.num_clients or give more data")
+        raise UserError(
+            f"each client needs at least {least} training examples, but {shown}; {remedy}"
+        )
+
+
+def _split_one_pool(
+    config: Config, tokenizer: PreTrainedTokenizerFast, world: World, num_clients: int
+) -> _Held:
+    """Split one common pool; every process computes the same split of everything."""
+    section, seed = config.data, config.seed
+    with first_of_node_first(world, "tokenising"):
+        pool = tokenise(config, tokenizer, "train", config.files("train"))
+        held_pool = None
+        if has_split(config, "eval"):
+            held_pool = tokenise(config, tokenizer, "eval", config.files("eval"))
+    train = Chosen(pool, partition.subset(len(pool), section.max_train_examples, seed))
+    held_out = None
+    if held_pool is not None:
+        rows = partition.subset(len(held_pool), section.max_eval_examples, seed)
+        held_out = Chosen(held_pool, rows)
+    held = _deal(config, train, held_out, num_clients)
+    held.notes += [*_notes("train", pool), *_notes("held-out", held_pool)]
+    if held_pool is None:
+        for client, own in held.train.items():
+            kept, out = partition.hold_out(own.indices, section.eval_fraction, seed, client)
+            if section.max_eval_examples is not None:
+                out = out[: max(1, section.max_eval_examples // num_clients)]
+            held.train[client], held.held_out[client] = Examples(pool, kept), Examples(pool, out)
+    return held
+
+
+def _deal(config: Config, train: Chosen, held_out: Chosen | None, num_clients: int) -> _Held:
+    """Deal training and held-out rows by the same rule, so that both follow one distribution."""
+    kind, seed = config.partition.kind, config.seed
+    eval_rows = np.arange(0) if held_out is None else held_out.rows
+    labels: Labels | None = None
+    if kind == "iid":
+        parts = partition.iid(len(train.rows), num_clients, seed)
+        eval_parts = partition.iid(len(eval_rows), num_clients, seed + 1)
+    else:
+        labels = labels_of(config, train, held_out)
+        if kind == "by_key":
+            parts, eval_parts = _by_key(labels, num_clients)
+        else:
+            parts, eval_parts = _by_shares(config, labels, num_clients)
+    held = _Held({}, {}, None if labels is None else {}, [] if labels is None else labels.notes)
+    for client, part in enumerate(parts):
+        held.train[client] = Examples(train.table, train.rows[part])
+        if held_out is not None:
+            held.held_out[client] = Examples(held_out.table, eval_rows[eval_parts[client]])
+        if held.labels is not None and labels is not None:
+            held.labels[client] = [labels.names[label] for label in labels.of_train[part]]
+    return held
+
+
+def _by_key(labels: Labels, num_clients: int) -> tuple[list[Indices], list[Indices]]:
+    """Positions of each client's training and held-out rows: the values of a column, dealt."""
+    keys = [labels.names[label] for label in labels.of_train]
+    eval_keys = [labels.names[label] if label >= 0 else None for label in labels.of_eval]
+    groups = partition.key_groups(keys, num_clients)
+    return partition.by_key(keys, groups), partition.by_key(eval_keys, groups)
+
+
+def _by_shares(
+    config: Config, labels: Labels, num_clients: int
+) -> tuple[list[Indices], list[Indices]]:
+    """The same by shares of each label, drawn until every client has enough to train on."""
+    concentration, seed = config.partition.concentration, config.seed
+    for attempt in range(_DIRICHLET_TRIES):
+        draw = seed + attempt * 1_000_003
+        shares = partition.dirichlet_shares(len(labels.names), num_clients, concentration, draw)
+        parts = partition.by_shares(labels.of_train, shares, seed)
+        if min(map(len, parts)) >= _LEAST_TRAIN_EXAMPLES:
+            break
+    return parts, partition.by_shares(labels.of_eval, shares, seed)
+
+
+def _split_by_file(
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World,
+    num_clients: int,
+    own_clients: range,
+) -> _Held:
+    """Read the files of this process's clients, and no others."""
+    held = _Held({}, {}, None, [])
+    train_names = _client_files(config, "train", num_clients)
+    eval_names = _client_files(config, "eval", num_clients)
+    for client in own_clients:
+        table = tokenise(config, tokenizer, "train", (train_names[client],))
+        rows = partition.subset(len(table), config.data.max_train_examples, config.seed)
+        held.notes += _notes(f"client {client}'s train", table)
+        if eval_names:
+            eval_table = tokenise(config, tokenizer, "eval", (eval_names[client],))
+            limit = config.data.max_eval_examples
+            chosen = partition.subset(len(eval_table), limit, config.seed)
+            held.held_out[client] = Examples(eval_table, chosen)
+        else:
+            fraction = config.data.eval_fraction
+            rows, out = partition.hold_out(rows, fraction, config.seed, client)
+            held.held_out[client] = Examples(table, out)
+        held.train[client] = Examples(table, rows)
+    return held
+
+
+def _client_files(config: Config, split: Split, num_clients: int) -> list[str]:
+    """Return one file per client, from a pattern with {client} or from a list in order."""
+    files = config.files(split)
+    if len(files) == 1 and "{client}" in files[0]:
+        return [files[0].replace("{client}", str(client)) for client in range(num_clients)]
+    if files and len(files) != num_clients:
+        raise UserError(
+            f"partition.kind=by_file: data.{split}_files names {len(files)} files for "
+            f"{num_clients} clients; give one per client, or set federated.num_clients"
+        )
+    return list(files)
+
+
+def _notes(what: str, table: Tokens | None) -> list[str]:
+    """What ``data.max_tokens`` has taken away, and what is empty."""
+    notes = []
+    if table is not None and table.left_out:
+        notes.append(
+            f"{table.left_out} {what} examples have no completion, or none of it within "
+            "data.max_tokens, and are left out"
+        )
+    if table is not None and table.cut:
+        notes.append(
+            f"{table.cut} {what} examples are longer than data.max_tokens and are cut there"
+        )
+    return notes
+
+
+def _note_on_unscored(held_out: dict[int, Examples], config: Config) -> list[str]:
+    """Answers that are to be scored and end in no number."""
+    task = task_of(config)
+    if not (config.evaluation.generate and task.scores):
+        return []
+    count = sum(int(np.isnan(examples.targets).sum()) for examples in held_out.values())
+    whose = f" of clients {min(held_out)} to {max(held_out)}" if held_out else ""
+    what = f"have no number after {scores.ANSWER_MARK} and are not scored"
+    return [f"{count} held-out examples{whose} {what}"] if count else []
+
+
+def _evaluated(examples: Examples, config: Config, client: int) -> Examples:
+    """The held-out examples that are evaluated, the longest first.
+
+    So a batch has little padding, also where some clients have few: they are done early.
+    """
+    limit, indices = config.evaluation.max_examples, examples.indices
+    if limit is not None and limit < len(indices):
+        drawn = generator(Stream.SUBSET, config.seed, client).permutation(len(indices))[:limit]
+        indices = indices[np.sort(drawn)]
+    chosen = Examples(examples.table, indices)
+    return Examples(examples.table, indices[np.argsort(-chosen.lengths, kind="stable")])
+
+
+def _assemble(
+    held: _Held, config: Config, world: World, num_clients: int, own_clients: range
+) -> Data:
+    """Let everybody know everybody's counts, and keep what belongs to this process."""
+    entries = {
+        client: {
+            "client": client,
+            "train": [int(index) for index in held.train[client].indices],
+            "eval": [int(index) for index in held.held_out[client].indices],
+            "labels": _histogram(held.labels[client]) if held.labels else None,
+        }
+        for client in held.train
+    }
+    tables: dict[int, Any] = entries
+    if len(entries) < num_clients:  # by file: a process has read its own clients only
+        shared = gather_json(world, "sharing the partition", list(entries.values()))
+        tables = {entry["client"]: entry for other in shared for entry in other}
+    limit = config.evaluation.max_examples or sys.maxsize
+    notes = gather_json(world, "sharing notes", held.notes)
+    return Data(
+        train={client: held.train[client] for client in own_clients},
+        held_out={c: _evaluated(held.held_out[c], config, c) for c in own_clients},
+        train_counts=tuple(len(tables[client]["train"]) for client in range(num_clients)),
+        eval_counts=tuple(min(len(tables[c]["eval"]), limit) for c in range(num_clients)),
+        summary={"clients": [tables[client] for client in range(num_clients)]},
+        notes=tuple(sorted({note for some in notes for note in some})),
+        parts=held.held_out[own_clients.start].table.parts,
+    )
+
+
+def _histogram(labels: Sequence[str]) -> dict[str, int]:
+    return dict(sorted(Counter(labels).items()))

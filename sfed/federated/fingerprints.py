@@ -1,0 +1,110 @@
+"""Against silent divergence: what has to be the same on all processes is compared.
+
+Before training: configuration, versions, tokenizer, backbone, data, N, layout of the adapters. In
+each round: what was averaged. Only digests are sent, and where they differ the values.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from sfed.clients.store import ClientRows
+from sfed.config.diff import flatten
+from sfed.config.schema import Config
+from sfed.distributed.consistency import bit_sum, by_value, digest
+from sfed.distributed.sync import gather_json
+from sfed.distributed.world import World
+from sfed.federated.context import Run
+from sfed.utils.errors import DivergedError
+from sfed.utils.version import __version__
+
+_LIBRARIES = ("torch", "transformers", "peft", "deepspeed")
+
+
+def require_same_mean(
+    world: World, clients: ClientRows, factors: Sequence[str], finished_rounds: int
+) -> None:
+    """Compare what was averaged with all other processes: 8 bytes each. Collective.
+
+    Args:
+        world: the processes.
+        clients: of this process.
+        factors: what was averaged.
+        finished_rounds: including the round of this mean.
+
+    Raises:
+        DivergedError: on every process, with the values of each.
+    """
+    if not factors or world.size == 1:
+        return
+    row = clients.row(clients.own.start)
+    sums = {factor: bit_sum(row[clients.layout.columns(factor)]) for factor in factors}
+    found = gather_json(world, "comparing the mean", list(sums.values()))
+    lines = [
+        f"  {factor}: {values}"
+        for i, factor in enumerate(sums)
+        if (values := by_value([f"{one[i]:016x}" for one in found]))
+    ]
+    if lines:
+        raise DivergedError(
+            "\n".join(
+                [
+                    f"round {finished_rounds}: after the mean the processes hold different values:",
+                    *lines,
+                    "  one of these machines has altered a number (memory, network or device). "
+                    "Nothing of this round was written; look at the machine that stands alone, "
+                    "then start the same command again: it goes on from the last checkpoint",
+                ]
+            )
+        )
+
+
+def at_start(config: Config) -> dict[str, Any]:
+    """What has to agree before anything is loaded."""
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {**flatten(config), "sfed": __version__, "python": python, **versions}
+
+
+def of_backbone(model: nn.Module, settings: Mapping[str, Any]) -> str:
+    """A digest of a frozen model: shapes and, of a replica, the bits; before adapters are attached.
+
+    Shares of ZeRO-3 differ by nature, and all come from what process 0 has read.
+
+    Args:
+        model: the model.
+        settings: its configuration.
+    """
+    weights = [
+        (name, list(parameter.ds_shape))
+        if hasattr(parameter, "ds_shape")
+        else (name, list(parameter.shape), str(parameter.dtype), bit_sum(parameter))
+        for name, parameter in sorted(model.named_parameters())
+    ]
+    kept = {key: value for key, value in settings.items() if key != "_name_or_path"}
+    return digest(json.dumps([weights, kept], sort_keys=True, default=str))
+
+
+def when_built(run: Run, tokenizer: str) -> dict[str, Any]:
+    """What has to agree once everything is loaded and nothing is trained.
+
+    Args:
+        run: the run.
+        tokenizer: digest of the tokenizer as it was loaded, before it was used: which process
+            has to tokenise depends on its cache.
+    """
+    counts = [run.data.train_counts, run.data.eval_counts, run.data.summary]
+    return {
+        "federated.num_clients (N)": run.num_clients,
+        "tokenizer": tokenizer,
+        "backbone": run.backbone.weights_digest,
+        "examples of each client": digest(json.dumps(counts)),
+        "layout of the adapters": digest(repr(run.clients.layout.pieces)),
+        "gamma": run.gamma,
+    }

@@ -1,0 +1,174 @@
+"""Answers that the adapters write: batched greedy generation, for exact match and for samples."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import GenerationConfig
+
+from sfed.clients.store import groups
+from sfed.data import scores
+from sfed.data.tokenize import Row
+from sfed.distributed.shutdown import StopRequest
+from sfed.distributed.sync import gather_json
+from sfed.federated.context import Run
+
+_SAMPLES_PER_CLIENT = 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer beside what was expected."""
+
+    prompt: str
+    answer: str
+    expected: str
+
+
+def write_answers(
+    run: Run, shared_row: torch.Tensor | None, outcomes_CE3: torch.Tensor, stop: StopRequest
+) -> tuple[dict[int, list[Sample]], bool]:
+    """Let every client's adapter, or one for all, answer held-out prompts. Collective.
+
+    Tasks whose answers can be scored answer all of them, others only a few as samples. Under a
+    sharded backbone all processes generate equally often, and for equally many tokens.
+
+    Args:
+        run: the run.
+        shared_row: (1, layout.size) of one adapter for all; None = each client's own.
+        outcomes_CE3: (own clients, examples, 3): prediction (1 right, 0 wrong), target (1, or NaN
+            for what has no number) and part are filled in, for tasks that are scored.
+        stop: asks before each batch whether to stop here.
+
+    Returns:
+        Samples by client, of all processes; whether this process was stopped.
+    """
+    own, size = run.clients.own, run.config.evaluation.batch_size
+    samples: dict[int, list[Sample]] = {client: [] for client in own}
+    done, stopped = 0, False
+    for group in groups(own, run.clients_per_pass(own)):
+        run.adapters.bind(run.clients.load_values(group) if shared_row is None else shared_row)
+        places = [_places(run, client) for client in group]
+        for start in range(0, max(map(len, places)), size):
+            if stopped := stopped or stop.due(f"generation, batch {done + 1}"):
+                break
+            some = [list(own_places)[start : start + size] for own_places in places]
+            answers = _answer(run, group, some)
+            for client, which, texts in zip(group, some, answers, strict=True):
+                _note(run, client, which, texts, outcomes_CE3[client - own.start])
+                if start == 0:
+                    samples[client] = _samples(run, client, which, texts)
+            done += 1
+    for number in range(done, _planned(run) if run.backbone.sharding.is_sharded else done):
+        if stopped := stopped or stop.due(f"generation, keeping company in batch {number + 1}"):
+            break
+        run.adapters.bind(run.clients.load_values(own[:1]))
+        _generate(run, [[0]])
+    shared = gather_json(
+        run.world,
+        "samples",
+        [[client, [asdict(one) for one in some]] for client, some in samples.items()],
+    )
+    samples = {client: [Sample(**one) for one in some] for each in shared for client, some in each}
+    return samples, stopped
+
+
+def _places(run: Run, client: int) -> range:
+    """Which of a client's held-out examples are answered; known to every process for all."""
+    count = run.data.eval_counts[client]
+    if run.task.scores:
+        return range(count)
+    # The longest come first: some from the middle.
+    first = max(0, (count - _SAMPLES_PER_CLIENT) // 2)
+    return range(first, min(count, first + _SAMPLES_PER_CLIENT))
+
+
+def _planned(run: Run) -> int:
+    """The most batches that any process makes."""
+    size = run.config.evaluation.batch_size
+    return max(
+        sum(
+            max(-(-len(_places(run, client)) // size) for client in group)
+            for group in groups(own, run.clients_per_pass(own))
+        )
+        for own in run.placement()
+    )
+
+
+def _answer(run: Run, group: tuple[int, ...], places: list[list[int]]) -> list[list[str]]:
+    """Return the answers of each client of the group to its examples at these places."""
+    rows_per_client = max(map(len, places))
+    prompts: list[list[int]] = []
+    for client, which in zip(group, places, strict=True):
+        examples = run.data.held_out[client]
+        rows = [examples.row(place) for place in which]
+        own = [row.ids[: max(1, row.prompt_length)].tolist() for row in rows]
+        prompts += own + [[0]] * (rows_per_client - len(own))
+    texts = _generate(run, prompts)
+    return [
+        texts[i * rows_per_client : i * rows_per_client + len(which)]
+        for i, which in enumerate(places)
+    ]
+
+
+def _generate(run: Run, prompts: list[list[int]]) -> list[str]:
+    """Return the greedy continuation of each prompt up to its end mark."""
+    longest, end = max(map(len, prompts)), run.tokenizer.eos_token_id
+    pad = end if run.tokenizer.pad_token_id is None else run.tokenizer.pad_token_id
+    # Padded at the left: what is written follows the prompt at once.
+    ids = torch.tensor([[pad or 0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    room = max(1, run.backbone.context_tokens - longest)
+    written = run.backbone.model.generate(
+        input_ids=ids.to(run.world.device),
+        attention_mask=mask.to(run.world.device),
+        generation_config=GenerationConfig(
+            do_sample=False,
+            max_new_tokens=min(run.config.evaluation.max_new_tokens, room),
+            eos_token_id=end,
+            pad_token_id=pad or 0,
+        ),
+        synced_gpus=run.backbone.sharding.is_sharded and run.world.size > 1,
+    )
+    return [_text(run, answer) for answer in written[:, longest:].tolist()]
+
+
+def _text(run: Run, ids: list[int]) -> str:
+    """The text of some tokens up to the end mark, which need not be a special token."""
+    end = run.tokenizer.eos_token_id
+    if end in ids:
+        ids = ids[: ids.index(end)]
+    text: str = run.tokenizer.decode(ids, skip_special_tokens=True)
+    return text
+
+
+def _note(
+    run: Run, client: int, places: list[int], answers: list[str], outcomes_E3: torch.Tensor
+) -> None:
+    """Note which answers are right."""
+    examples = run.data.held_out[client]
+    for place, answer in zip(places, answers, strict=True) if run.task.scores else ():
+        target = float(examples.targets[place])
+        is_right = float(scores.matches(answer, target))
+        has_number = 1.0 if target == target else torch.nan
+        outcomes_E3[place] = torch.tensor([is_right, has_number, float(examples.parts[place])])
+
+
+def _without_end(run: Run, row: Row) -> list[int]:
+    """The tokens of what is to be written."""
+    ids: list[int] = row.ids[row.prompt_length :].tolist()
+    return ids[:-1] if ids[-1:] == [run.tokenizer.eos_token_id] else ids
+
+
+def _samples(run: Run, client: int, places: list[int], answers: list[str]) -> list[Sample]:
+    rows = [run.data.held_out[client].row(place) for place in places[:_SAMPLES_PER_CLIENT]]
+    decode = run.tokenizer.decode
+    return [
+        Sample(
+            decode(row.ids[: row.prompt_length].tolist(), skip_special_tokens=True),
+            answer.strip(),
+            decode(_without_end(run, row), skip_special_tokens=True).strip(),
+        )
+        for row, answer in zip(rows, answers, strict=False)
+    ]

@@ -1,0 +1,51 @@
+"""Checks of a configuration that need no torch and no model.
+
+They run before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sfed.config.schema import Config
+from sfed.methods import method as methods
+from sfed.observability import trackers
+from sfed.utils.errors import UserError
+
+
+def check_before_torch(config: Config, num_processes: int | None = None) -> None:
+    """Refuse early what needs no model: missing files, too many processes, unstable methods.
+
+    Args:
+        config: the configuration.
+        num_processes: that hold its clients; None = all of the launcher.
+
+    Raises:
+        UserError: with all mistakes at once.
+    """
+    mistakes: list[str] = []
+    try:
+        methods.resolve(config)
+    except UserError as mistake:
+        mistakes.append(str(mistake))
+    num_processes = num_processes or int(os.environ.get("WORLD_SIZE", "1"))
+    num_clients = config.federated.num_clients
+    if num_clients is not None and num_clients < num_processes:
+        mistakes.append(
+            f"federated.num_clients = {num_clients} is less than the {num_processes} processes; "
+            "every process holds at least one client: start fewer processes or raise it"
+        )
+    mistakes += [
+        f"data.{split}_files: {name!r} {'is a folder' if Path(name).is_dir() else 'does not exist'}"
+        for split in ("train", "eval")
+        for name in config.files(split)
+        if "{client}" not in name and not Path(name).is_file()
+    ]
+    if config.output.resume not in ("auto", "never") and not Path(config.output.resume).is_dir():
+        mistakes.append(
+            f"output.resume = {config.output.resume!r}: neither auto nor never nor a folder"
+        )
+    mistakes += trackers.mistakes(config.output.trackers)
+    if mistakes:
+        raise UserError("\n".join(mistakes))

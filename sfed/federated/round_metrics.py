@@ -1,0 +1,255 @@
+"""What a run says about itself: header, ``config.json``, the events of ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from sfed.federated.context import Run
+from sfed.federated.evaluate import Evaluation, Measured, score_names
+from sfed.federated.round_stats import (
+    FIRST_NORM,
+    IS_BAD,
+    LOSS_SUM,
+    NORM_SUM,
+    SLOTS,
+    STEPS,
+    SUPERVISED,
+    TOKENS,
+    Ledger,
+)
+from sfed.methods.aggregation import message_bytes
+from sfed.models.hf_config import dtype_name
+from sfed.observability import metrics
+from sfed.utils.version import __version__
+
+_VERSIONS = ("torch", "transformers", "peft", "deepspeed", "datasets", "safetensors", "numpy")
+
+
+def header(run: Run) -> list[str]:
+    """What this run is, in plain words, a line each."""
+    method, layout, world = run.method, run.clients.layout, run.world
+    of_clients, of_rank = method.exponents
+    averaged = run.averaged_in(0)
+    start = "independent, averaged before the first step" if method.independent_init else "shared"
+    return [
+        f"{method.name}: {run.num_clients} clients on {world.size} "
+        f"process{'es' if world.size > 1 else ''} ({world.device.type}), "
+        f"{sum(run.data.train_counts):,} training and {sum(run.data.eval_counts):,} held-out "
+        "examples",
+        f"gamma = {method.alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gamma:.4g} with "
+        f"N = {run.num_clients}, r = {run.config.lora.rank}; A starts {start}",
+        f"adapter: {layout.size:,} numbers per client; a round sends "
+        f"{' and '.join(averaged) or 'nothing'} ({message_bytes(layout, averaged):,} bytes)",
+        f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
+        f"rows: padded ({run.why_padded})" if run.why_padded else "rows: short sequences packed",
+        *_passes(run),
+        f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data, "
+        "global = A with the mean of B on everybody's",
+    ]
+
+
+def _passes(run: Run) -> list[str]:
+    """Who shares a pass, where not all clients of a process do."""
+    widest = max(run.placement(), key=len)
+    sharing = run.clients_per_pass(widest)
+    if sharing == len(widest):
+        return []
+    of_all = f"{sharing} of a process's {len(widest)} clients"
+    return [f"passes: {of_all} share one: {run.sharing.reason}"]
+
+
+def _loss_unit(run: Run) -> str:
+    regresses = run.task.is_classification and not run.task.classes
+    return "squared error" if regresses else f"nats per {run.task.loss_unit}"
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    """What ``config.json`` keeps: the resolved configuration and all it was run with."""
+    return {
+        **json.loads(run.config.model_dump_json()),
+        "resolved": {
+            "num_clients": run.num_clients,
+            "gamma": run.gamma,
+            "alpha": run.method.alpha,
+            "scaling_exponents": list(run.method.exponents),
+            "independent_init": run.method.independent_init,
+            "scores": list(score_names(run)),
+            "loss_unit": run.task.loss_unit,
+            "dtype": dtype_name(run.config, run.world),
+            "sharding": run.backbone.sharding.kind,
+            "sharding_reason": run.backbone.sharding.reason,
+            "backbone_digest": run.backbone.weights_digest,
+            "clients_per_pass": run.clients.clients_per_pass,
+            "clients_per_pass_reason": run.sharing.reason,
+            "padded_reason": run.why_padded,
+            "adapter_parameters": run.clients.layout.size,
+            "world_size": run.world.size,
+            "device": str(run.world.device.type),
+        },
+        "versions": {
+            "sfed": __version__,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            **{name: importlib.metadata.version(name) for name in _VERSIONS},
+        },
+    }
+
+
+@dataclass
+class Facts:
+    """What was measured of a round on this process, beside losses: seconds, bytes, similarity."""
+
+    uploaded_bytes: int = 0
+    similarity: dict[str, float | None] = field(default_factory=dict)
+    """Mean cosine between two clients before the mean, of "a" and of "b"."""
+    similarity_bytes: int = 0
+    local_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    """For the slowest process, after the own clients were done."""
+    aggregate_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+    """How long the checkpoint of the round before held this process up."""
+    checkpoint_write_seconds: float | None = None
+    """How long it took, behind this round, to be whole; None where there was none or it is not."""
+    round_seconds: float = 0.0
+
+
+def round_event(
+    run: Run,
+    finished_rounds: int,
+    ledger: Ledger | None,
+    evaluation: Evaluation | None,
+    facts: Facts,
+) -> dict[str, Any]:
+    """Build the event of a round; ``finished_rounds`` 0 is the state before any training.
+
+    Values that were not measured in this round are None. Losses are means over supervised
+    tokens, or over examples for classification.
+    """
+    event: dict[str, Any] = {"event": "round", "round": finished_rounds}
+    event.update(_training(run, ledger))
+    event.update(_held_out(run, evaluation))
+    for name in ("a", "b"):
+        event[f"adapter/{name}_similarity"] = facts.similarity.get(name)
+    event[metrics.UPLOADED_BYTES] = facts.uploaded_bytes
+    event[metrics.EVALUATION_BYTES] = facts.similarity_bytes + (
+        evaluation.communicated_bytes if evaluation else 0
+    )
+    event[metrics.ROUND_SECONDS] = facts.round_seconds
+    event[metrics.LOCAL_SECONDS] = facts.local_seconds
+    event[metrics.WAIT_SECONDS] = facts.wait_seconds
+    event[metrics.AGGREGATE_SECONDS] = facts.aggregate_seconds
+    event[metrics.EVALUATE_SECONDS] = facts.evaluate_seconds
+    event[metrics.CHECKPOINT_SECONDS] = facts.checkpoint_seconds
+    event[metrics.CHECKPOINT_WRITE_SECONDS] = facts.checkpoint_write_seconds
+    tokens = 0.0 if ledger is None else float(ledger[:, TOKENS].sum())
+    speed = tokens / facts.local_seconds if facts.local_seconds else None
+    event[metrics.TOKENS_PER_SECOND] = speed
+    slots = 0.0 if ledger is None else float(ledger[:, SLOTS].sum())
+    event[metrics.FILL] = tokens / slots if slots else None
+    event[metrics.PEAK_BYTES] = peak_bytes(run.world.device)
+    event["clients"] = [
+        _client(run, client, ledger, evaluation) for client in range(run.num_clients)
+    ]
+    return event
+
+
+def _training(run: Run, ledger: Ledger | None) -> dict[str, Any]:
+    if ledger is None:
+        return {metrics.TRAIN_LOSS: None, metrics.GRAD_NORM: None, "adapter/first_grad_norm": None}
+    good = ledger[ledger[:, IS_BAD] == 0]
+    good = good[good[:, STEPS] > 0]
+    sums = good.sum(axis=0)
+    num = max(1, len(good))
+    return {
+        metrics.TRAIN_LOSS: float(sums[LOSS_SUM] / sums[SUPERVISED]) if sums[SUPERVISED] else None,
+        metrics.GRAD_NORM: float(sums[NORM_SUM] / sums[STEPS]) if sums[STEPS] else None,
+        "adapter/first_grad_norm": float(sums[FIRST_NORM] / num) if len(good) else None,
+    }
+
+
+def _held_out(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
+    """Losses and scores of each adapter kind over everything, and their means over clients."""
+    event: dict[str, Any] = {metrics.EVAL_LOSS: None, metrics.EVAL_PERPLEXITY: None}
+    names = score_names(run)
+    event.update({f"eval/{name}": None for name in names})
+    for number, (kind, measured) in enumerate(evaluation.kinds.items() if evaluation else ()):
+        values = _over_clients(run, measured.loss)
+        if number == 0:
+            event["adapter/output_rms"] = measured.output_rms()
+            event[metrics.EVAL_LOSS] = values[""]
+            if run.task.loss_unit == "token":
+                event[metrics.EVAL_PERPLEXITY] = metrics.perplexity(values[""])
+        event.update({f"eval/{kind}_loss{mean}": value for mean, value in values.items()})
+        for name in names:
+            values = _over_clients(run, partial(measured.score, name))
+            event.update({f"eval/{kind}_{name}{mean}": value for mean, value in values.items()})
+            if number == 0:
+                event[f"eval/{name}"] = values[""]
+    return event
+
+
+def _over_clients(
+    run: Run, measure: Callable[[int | None], float | None]
+) -> dict[str, float | None]:
+    """A number over everything that is held out, and its means over the clients that have it."""
+    pairs = [
+        (value, float(run.data.train_counts[client]))
+        for client in range(run.num_clients)
+        if (value := measure(client)) is not None
+    ]
+    values, examples = [value for value, _ in pairs], [count for _, count in pairs]
+    return {
+        "": measure(None),
+        "_unweighted": metrics.mean(values),
+        "_by_examples": metrics.mean(values, examples),
+    }
+
+
+def _client(
+    run: Run, client: int, ledger: Ledger | None, evaluation: Evaluation | None
+) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "client": client,
+        "train_loss": None,
+        "eval_loss": None,
+        "examples": run.data.train_counts[client],
+    }
+    if ledger is not None and ledger[client, STEPS] > 0:
+        sums = ledger[client]
+        entry["steps"] = int(sums[STEPS])
+        entry["excluded"] = bool(sums[IS_BAD])
+        if sums[SUPERVISED] and not sums[IS_BAD]:
+            entry["train_loss"] = float(sums[LOSS_SUM] / sums[SUPERVISED])
+            entry["grad_norm"] = float(sums[NORM_SUM] / sums[STEPS])
+    if evaluation is not None:
+        for number, (kind, measured) in enumerate(evaluation.kinds.items()):
+            entry.update(_client_held_out(run, client, kind, measured))
+            if number == 0:  # the main kind
+                entry["eval_loss"] = measured.loss(client)
+                if samples := measured.samples.get(client):
+                    entry["samples"] = [asdict(sample) for sample in samples]
+    return entry
+
+
+def _client_held_out(run: Run, client: int, kind: str, measured: Measured) -> dict[str, Any]:
+    entry: dict[str, Any] = {f"{kind}_loss": measured.loss(client)}
+    for name in score_names(run):
+        entry[f"{kind}_{name}"] = measured.score(name, client)
+    return entry
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory so far: of the device on CUDA, of this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,306 @@
+"""The adapted linear layer: the factors of C clients stacked, one pass for all of them.
+
+Shape suffixes: C clients, M rows of one client (its sequences' tokens), R LoRA rank, I in, O out.
+
+    h = W0 x + gamma * B_c A_c x      for the rows of client c         (LoRA, arXiv 2106.09685)
+
+Layers that read the same x (q, k, v; gate, up) are computed together: their A are one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import Function
+
+from sfed.lora.factors import Factors
+from sfed.lora.ops import Recipe, recipe_of
+
+
+@dataclass
+class PassContext:
+    """What all adapted layers of a model need to know of the pass that is under way."""
+
+    dropout_seeds: tuple[int, ...] | None = None
+    """One seed per client of the pass; None = no dropout."""
+    probe: Probe | None = None
+    """Where the adapters' outputs are measured; None = nowhere."""
+
+
+@dataclass
+class Probe:
+    """Measures the adapters' outputs gamma * B A x of one pass, row by row."""
+
+    is_counted: torch.Tensor
+    """(rows, T) bool: the tokens that count."""
+    sum_squares: torch.Tensor
+    """(rows,) sum over tokens and layers of the mean square over a layer's outputs."""
+    count: torch.Tensor
+    """(rows,) tokens times layers."""
+
+    @staticmethod
+    def of(is_counted: torch.Tensor) -> Probe:
+        """A probe that has seen nothing yet."""
+        nothing = torch.zeros(len(is_counted), device=is_counted.device)
+        return Probe(is_counted, nothing, nothing.clone())
+
+    def measure(self, output: torch.Tensor) -> None:
+        """Add one layer's output, (rows, T, O); layers that see no tokens are left out."""
+        if output.shape[:-1] == self.is_counted.shape:
+            squares = output.float().square().mean(dim=-1)
+            self.sum_squares += squares.where(self.is_counted, 0.0).sum(dim=1)
+            self.count += self.is_counted.sum(dim=1)
+
+
+class StackedLoraLinear(nn.Module):
+    """A frozen linear layer with the low-rank adapters of C clients.
+
+    The rows of a batch are those of client 0, then client 1, and so on, equally many for each; the
+    adapters are a batched matrix product over the client dimension. The factors are fp32 and
+    computed in the dtype of the input, which is never cast up.
+
+    The layer does not own its factors: ``Siblings.bind`` points it at rows of the flat buffers.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        lora_scaling: float,
+        dropout: float,
+        layer_index: int,
+        context: PassContext,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_scaling = lora_scaling
+        self.dropout = dropout
+        self.context = context
+        self.factors: Factors | None = None
+        self.siblings = Siblings((self,))
+        self.weight_reads = 0
+        """How often the model has read the weight; one that reads it in the place of a call gets
+        no adapter."""
+        self._layer_index = layer_index
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen weight, for models that look at its dtype."""
+        self.weight_reads += 1
+        weight = self.base_layer.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The frozen bias."""
+        bias = self.base_layer.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        return bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return W0 x + gamma B A x, with x of shape (C * B, T, I) or (C * B * T, I)."""
+        (y,) = project(x, (self,))
+        return y
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        """Inverted dropout whose masks are a function of each client's seed and this layer only.
+
+        So a client's masks do not depend on who shares the pass, and a recomputation under
+        gradient checkpointing draws the same ones. Without seeds nothing is dropped.
+        """
+        seeds = self.context.dropout_seeds
+        if seeds is None:
+            return x
+        keep = torch.empty_like(x)
+        generator = torch.Generator(device=x.device)
+        for seed, rows in zip(seeds, keep.view(len(seeds), -1), strict=True):
+            generator.manual_seed((seed + 0x9E3779B97F4A7C15 * (self._layer_index + 1)) % 2**63)
+            rows.bernoulli_(1.0 - self.dropout, generator=generator)
+        return x * keep / (1.0 - self.dropout)
+
+
+class Siblings:
+    """Adapted layers of one module that read the same input, and their factors."""
+
+    def __init__(self, layers: tuple[StackedLoraLinear, ...]) -> None:
+        self.layers = layers
+        self.factors: Factors | None = None
+        for layer in layers:
+            layer.siblings = self
+
+    def bind(self, factors: Factors) -> None:
+        """Use these factors from now on; in the order of the layers."""
+        self.factors = factors
+        for place, layer in enumerate(self.layers):
+            layer.factors = factors.only(place)
+
+
+def project(x: torch.Tensor, layers: Sequence[nn.Module]) -> tuple[torch.Tensor, ...]:
+    """Return W0 x + gamma B A x of layers that read the same x; W0 x of those without adapters.
+
+    Args:
+        x: (C * B, T, I) or (C * B * T, I).
+        layers: linear layers, adapted or not.
+    """
+    outputs = {
+        layer: layer.base_layer(x) if isinstance(layer, StackedLoraLinear) else layer(x)
+        for layer in layers
+    }
+    for adapted in _computed_together(layers):
+        first = adapted[0]
+        factors = first.factors if len(adapted) == 1 else first.siblings.factors
+        if factors is not None:
+            ys, x_lora = tuple(outputs[layer] for layer in adapted), first.drop(x)
+            later = None
+            if x_lora is x and x.requires_grad:  # then the frozen layers give it a gradient too
+                later = _InputGradient()
+                x.register_hook(later)  # type: ignore[no-untyped-call]
+            added = add_lora(ys, x_lora, factors, first.lora_scaling, later)
+            outputs.update(zip(adapted, added, strict=True))
+    for layer in layers:
+        _measure(layer, x)
+    return tuple(outputs.values())
+
+
+def _computed_together(layers: Sequence[nn.Module]) -> list[tuple[StackedLoraLinear, ...]]:
+    """All siblings at once, or one by one where some are missing or each has dropout masks."""
+    adapted = tuple(layer for layer in layers if isinstance(layer, StackedLoraLinear))
+    has_masks = bool(adapted) and adapted[0].context.dropout_seeds is not None
+    if adapted and adapted == adapted[0].siblings.layers and not has_masks:
+        return [adapted]
+    return [(layer,) for layer in adapted]
+
+
+def _measure(layer: nn.Module, x: torch.Tensor) -> None:
+    """Show the adapter's output to the probe, where there is one."""
+    if isinstance(layer, StackedLoraLinear) and layer.factors and layer.context.probe:
+        a_CRI, (b_COR,) = layer.factors.in_dtype(x.dtype)
+        xa_CMR = torch.bmm(x.reshape(len(a_CRI), -1, x.shape[-1]), a_CRI.transpose(1, 2))
+        output_CMO = torch.bmm(xa_CMR, b_COR.transpose(1, 2)) * layer.lora_scaling
+        layer.context.probe.measure(output_CMO.reshape(*x.shape[:-1], -1))
+
+
+class _InputGradient:
+    """Adds gamma * H A to what the frozen layers say the gradient of x is.
+
+    A hook of x, called when they all have said it. The sum is memory of their own making that
+    nobody else holds, so it is added to in place: no tensor as large as x more, no kernel more.
+    """
+
+    def __init__(self) -> None:
+        self.added: tuple[torch.Tensor, torch.Tensor, float] | None = None
+
+    def __call__(self, grad: torch.Tensor) -> torch.Tensor | None:
+        if self.added is None:
+            return None
+        (h_CMR, a_CRI, lora_scaling), self.added = self.added, None
+        grad_CMI = _by_client(grad, a_CRI).baddbmm_(h_CMR, a_CRI, alpha=lora_scaling)
+        return grad_CMI.view(grad.shape)
+
+
+def add_lora(
+    ys: tuple[torch.Tensor, ...],
+    x: torch.Tensor,
+    factors: Factors,
+    lora_scaling: float,
+    later: _InputGradient | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Add gamma * B_c A_c x to the frozen layers' outputs, in place, and return them.
+
+    Args:
+        ys: outputs of the frozen layers, which nobody else reads.
+        x: their input, of C * M rows.
+        factors: of these layers.
+        lora_scaling: gamma.
+        later: who adds the adapters' part to the gradient of x; None = autograd.
+    """
+    a_CRI, b_COR = factors.in_dtype(x.dtype)
+    added: tuple[torch.Tensor, ...] = _AddLora.apply(  # type: ignore[no-untyped-call]
+        (factors, lora_scaling, recipe_of(x), later), x, a_CRI, *b_COR, *ys
+    )
+    return added
+
+
+class _AddLora(Function):
+    """y_l + gamma * B_l A_l x of the layers l that read the same x.
+
+    With G_l the gradient of y_l and H_l = G_l B_l, which is R wide, and H of all layers side by
+    side; gamma is a factor of these products and costs nothing:
+
+        grad x = sum_l G_l W_l + gamma * H A          grad A_l = gamma * H_l^T x
+        grad y_l = G_l                                grad B_l = gamma * G_l^T (A_l x)
+
+    Gradients of factors are added where ``Factors`` says and not handed to autograd. Saves A x for
+    the gradient of B, and for that of A x itself or what it is made of.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        means: tuple[Factors, float, Recipe | None, _InputGradient | None],
+        x: torch.Tensor,
+        a_CRI: torch.Tensor,
+        *b_and_y: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.factors, ctx.lora_scaling, recipe, ctx.later = means
+        ctx.make = None if recipe is None else recipe.make
+        ctx.x_shape, num_layers = x.shape, len(b_and_y) // 2
+        b_COR, ys = b_and_y[:num_layers], b_and_y[num_layers:]
+        xa_CMR = torch.bmm(_by_client(x, a_CRI), a_CRI.transpose(1, 2))
+        kept = (x,) if recipe is None else recipe.inputs
+        ctx.save_for_backward(
+            a_CRI,
+            *b_COR,
+            xa_CMR if ctx.factors.grad_b is not None else None,
+            *(kept if ctx.factors.grad_a is not None else ()),
+        )
+        # A frozen layer keeps its input and weight and not its output: it may be written over.
+        return tuple(
+            _by_client(y.detach(), b)
+            .baddbmm_(part, b.transpose(1, 2), alpha=ctx.lora_scaling)
+            .view(y.shape)
+            for y, b, part in zip(ys, b_COR, xa_CMR.chunk(num_layers, dim=2), strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        factors, gamma, num_layers = ctx.factors, ctx.lora_scaling, len(grads)
+        a_CRI, *rest = ctx.saved_tensors
+        b_COR, h_CMR, kept = rest[:num_layers], rest[num_layers], rest[num_layers + 1 :]
+        factors.rows.collect()
+        if h_CMR is None:
+            rows = grads[0].numel() // grads[0].shape[-1] // len(a_CRI)
+            h_CMR = a_CRI.new_empty(len(a_CRI), rows, a_CRI.shape[1])
+        for layer, part in enumerate(h_CMR.chunk(num_layers, dim=2)):
+            grad_CMO = _by_client(grads[layer], a_CRI)
+            if factors.grad_b is not None:
+                _add_product(factors.grad_b[layer], grad_CMO.transpose(1, 2), part, gamma)
+            torch.bmm(grad_CMO, b_COR[layer], out=part)  # over A x, which nobody needs any more
+        if factors.grad_a is not None:
+            x_CMI = _by_client(kept[0] if ctx.make is None else ctx.make(*kept), a_CRI)
+            _add_product(factors.grad_a, h_CMR.transpose(1, 2), x_CMI, gamma)
+        grad_x = None
+        if ctx.later is not None:
+            ctx.later.added = (h_CMR, a_CRI, gamma)
+        elif ctx.needs_input_grad[1]:
+            grad_x = torch.bmm(h_CMR, a_CRI).mul_(gamma).view(ctx.x_shape)
+        return None, grad_x, None, *(None for _ in b_COR), *grads
+
+
+def _by_client(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """(C * M rows in any shape, width) as (C, M, width)."""
+    return rows.reshape(len(factor), -1, rows.shape[-1])
+
+
+def _add_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float
+) -> None:
+    """Add factor * left right to the total, in place and in one kernel where dtypes agree."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right, alpha=factor)
+    else:
+        total.add_(torch.bmm(left, right), alpha=factor)

@@ -1,0 +1,189 @@
+"""How many clients of a process share a pass: as configured, or as many as fit.
+
+All processes use one limit, since how many passes each of them makes follows from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from sfed.clients.state import MOMENTS
+from sfed.config.schema import Config
+from sfed.data.splits import Data
+from sfed.distributed.sync import gather_json, together
+from sfed.distributed.world import World
+from sfed.memory import counts, profile
+from sfed.memory.costs import ClientState, Costs, Work
+from sfed.models.hf_config import DTYPES, choose_sharding, dtype_name, free_bytes, read_model_config
+from sfed.utils.errors import UserError
+from sfed.utils.text import size_text
+
+# More than any pass keeps: bytes per token, layer and unit of width, and per number of an adapter.
+_GENEROUS_PER_UNIT, _GENEROUS_PER_NUMBER = 64, 32
+_ALL = 2**31
+# Where so much more than that is free, a pass need not be measured.
+_CAREFREE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The agreement."""
+
+    clients_per_pass: int
+    reason: str
+    is_doubtful: bool = False
+    """Whether not even one client is sure to fit."""
+
+    def of(self, own: range) -> int:
+        """Most clients in one pass of a process that holds these."""
+        return min(len(own), self.clients_per_pass)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What has been found out before the backbone is loaded."""
+
+    work: Work
+    costs: Costs
+
+
+def estimate(
+    config: Config,
+    name: str,
+    world: World,
+    held: Data,
+    placement: list[range],
+    before: int | None,
+) -> Estimate | None:
+    """Measure what a pass costs, where that matters. Collective.
+
+    Before the backbone is loaded: with DeepSpeed at work every model that is made gets sharded.
+
+    Args:
+        config: of the run.
+        name: hub id or folder of the model.
+        world: the processes.
+        held: the rows of this process's clients.
+        placement: the clients of each process.
+        before: what the run that is resumed agreed on; None where it begins.
+
+    Returns:
+        None where the limit does not depend on it: all clients of a process fit without any doubt,
+        or it is configured, or known from before.
+    """
+    own_clients = max(map(len, placement))
+    if own_clients == 1 or _settled(config, before):
+        return None
+    rows = (
+        some[client] for some in (held.train, held.held_out) for client in placement[world.rank]
+    )
+    longest = max((int(max(examples.lengths, default=0)) for examples in rows), default=0)
+    known = gather_json(world, "rows and memory", [longest, _free(world)])
+    model_config = read_model_config(config, name)
+    work = work_of(config, own_clients, max(tokens for tokens, _ in known))
+    carefree = _CAREFREE_SHARE * min(free for _, free in known)
+    if _generous_bytes(config, model_config, work) <= carefree:
+        return None
+    dtype = DTYPES[dtype_name(config, world)]
+    is_sharded = choose_sharding(config, model_config, dtype, world).is_sharded
+    costs: Costs | None = None
+    with together(world, "measuring a pass"):
+        if world.is_main:
+            targets = counts.facts_of(config, model_config).targets
+            costs = profile.measure(config, model_config, dtype, targets, is_sharded=is_sharded)
+    told = gather_json(world, "costs of a pass", costs and dataclasses.asdict(costs))[0]
+    return Estimate(work, Costs.of_json(told))
+
+
+def agree(
+    config: Config,
+    world: World,
+    found: Estimate | None,
+    before: int | None,
+    numbers: int,
+) -> Sharing:
+    """Let as many clients share a pass as fit on the process with the least memory. Collective.
+
+    Args:
+        config: of the run.
+        world: the processes.
+        found: what a pass costs; None where the limit does not depend on it.
+        before: what the run that is resumed agreed on. With other groups of clients its numbers
+            would differ by round-off from those of a run that was never stopped.
+        numbers: of a client's row.
+    """
+    if known := _settled(config, before):
+        return known
+    in_round = config.federated.clients_per_round or _ALL
+    if found is None:
+        return Sharing(in_round, "all of a process fit")
+    free = min(gather_json(world, "free memory beside the backbone", _free(world)))
+    work, costs, state = found.work, found.costs, state_of(config, numbers)
+    fitting = work.most_clients(costs, state, free)
+    needed = size_text(work.needs(costs, state, max(1, fitting)).total)
+    of_pass = f"{work.train_rows} rows of up to {work.tokens} tokens each"
+    if fitting:
+        reason = f"{of_pass} need about {needed} of the {size_text(free)} that are free"
+        return Sharing(fitting, reason)
+    reason = f"even one, with {of_pass}, needs about {needed}, and {size_text(free)} are free"
+    return Sharing(1, reason, is_doubtful=True)
+
+
+def _settled(config: Config, before: int | None) -> Sharing | None:
+    """The limit where it depends on no memory."""
+    asked, in_round = config.federated.clients_per_pass, config.federated.clients_per_round or _ALL
+    if asked != "auto":
+        return Sharing(min(asked or _ALL, in_round), "as configured")
+    return None if before is None else Sharing(min(before, in_round), "as before the stop")
+
+
+def state_of(config: Config, numbers: int) -> ClientState:
+    """What the trainer holds of a client whose row has so many numbers."""
+    return ClientState(numbers, len(MOMENTS) if config.train.optimizer == "adamw" else 0)
+
+
+def work_of(config: Config, own_clients: int, tokens: int) -> Work:
+    """What a process does that holds so many clients and reads rows of so many tokens."""
+    return Work(
+        own_clients=own_clients,
+        round_clients=min(own_clients, config.federated.clients_per_round or own_clients),
+        train_rows=config.train.micro_batch_size or config.train.batch_size,
+        eval_rows=config.evaluation.batch_size,
+        tokens=tokens,
+        new_tokens=config.evaluation.max_new_tokens if config.evaluation.generate else 0,
+    )
+
+
+def _free(world: World) -> int:
+    return free_bytes(world.device) // world.processes_per_device
+
+
+def _generous_bytes(config: Config, model_config: PreTrainedConfig, work: Work) -> int:
+    """More than all clients of a process need in one pass, whatever the architecture."""
+    text = model_config.get_text_config()
+    hidden, layers = _told(text, "hidden_size"), _told(text, "num_hidden_layers")
+    width = hidden + int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    row_tokens = work.tokens + work.new_tokens
+    # Attention without a fused kernel keeps a square of scores for each head, else a mask.
+    is_eager = config.model.attention == "eager"
+    scores = row_tokens * (_told(text, "num_attention_heads") if is_eager else 1)
+    per_token = layers * (_GENEROUS_PER_UNIT * width + 16 * scores)
+    per_token += 16 * _told(text, "vocab_size")
+    numbers = layers * 8 * width * config.lora.rank
+    tokens = max(work.train_rows, work.eval_rows) * row_tokens
+    return work.round_clients * (tokens * per_token + _GENEROUS_PER_NUMBER * numbers)
+
+
+def _told(text: PreTrainedConfig, key: str) -> int:
+    """A dimension as the model's configuration tells it."""
+    value = getattr(text, key, None)
+    if isinstance(value, int):
+        return value
+    raise UserError(
+        f"federated.clients_per_pass = auto: the configuration of this model ({text.model_type}) "
+        f"does not tell {key}, so what a pass needs is not known; set it to a number, or choose "
+        "another model.name"
+    )

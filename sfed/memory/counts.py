@@ -1,0 +1,82 @@
+"""A model and the adapters on it in numbers, without memory for either."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sfed.config.schema import Config
+from sfed.lora import adapters
+from sfed.lora.adapters import Adapters
+from sfed.lora.head import Head
+from sfed.models import heads, synthetic
+from sfed.models.hf_config import auto_class
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A model and the adapters on it, in numbers."""
+
+    num_weights: int
+    matmul_weights: int
+    """P_mm: of all matrix products of a pass, the vocabulary's head included."""
+    a_numbers: int
+    """Of one client."""
+    b_numbers: int
+    head_numbers: int
+    """Of a classification head; 0 where there is none."""
+    targets: tuple[str, ...]
+    """Names of the adapted layers, without the number of the transformer's layer."""
+
+    @property
+    def numbers(self) -> int:
+        """Of a client's row."""
+        return self.a_numbers + self.b_numbers + self.head_numbers
+
+
+def facts_of(config: Config, model_config: PreTrainedConfig) -> Facts:
+    """Count weights and the numbers of the adapters, without memory for either.
+
+    Raises:
+        UserError: where a target of the adapters does not exist.
+    """
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class(config).from_config(model_config)
+    model.tie_weights()
+    num_weights = sum(weight.numel() for weight in model.parameters())
+    matmul_weights = synthetic.matmul_weights(model)
+    head_name, head_numbers = heads.name_of(config, model), 0
+    if head_name is not None:  # as if it had been taken off
+        head = model.get_submodule(head_name)
+        head_numbers = sum(weight.numel() for weight in head.parameters())
+        model.set_submodule(head_name, nn.Identity())
+    attached = attach(config, model, None, config.lora.target_modules, config.lora.rank)
+    columns = [attached.layout.columns(factor) for factor in ("A", "B")]
+    a_numbers, b_numbers = (some.stop - some.start for some in columns)
+    targets = {re.sub(r"^.*\.\d+\.", "", name) for name in attached.layers}
+    return Facts(
+        num_weights, matmul_weights, a_numbers, b_numbers, head_numbers, tuple(sorted(targets))
+    )
+
+
+def attach(
+    config: Config,
+    model: PreTrainedModel,
+    head: Head | None,
+    targets: tuple[str, ...] | str,
+    lora_rank: int,
+) -> Adapters:
+    """Put the trainer's layers into a model that is there to be counted only."""
+    return adapters.attach(
+        model,
+        head,
+        lora_rank=lora_rank,
+        lora_scaling=1.0,
+        dropout=config.lora.dropout,
+        target_modules=targets,
+        base_name="trial",
+    )

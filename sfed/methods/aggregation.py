@@ -1,0 +1,175 @@
+"""The federated mean: one flat buffer, one collective, nothing else leaves a client.
+
+mean = sum_i p_i x_i,   sum_i p_i = 1 over the clients of the round          (FedAvg, 1602.05629)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from sfed.clients.store import ClientRows
+from sfed.distributed.world import World, all_reduce_sum
+from sfed.lora.layout import Layout
+
+
+def normalised_weights(
+    num_clients: int, participants: Sequence[int], example_counts: Sequence[int] | None
+) -> list[float]:
+    """Return each client's weight in the mean, 0 for who does not take part.
+
+    Args:
+        num_clients: N.
+        participants: the clients of the mean.
+        example_counts: (N,) training examples for weights in proportion to them; None = equal.
+    """
+    weights = [0.0] * num_clients
+    for client in participants:
+        weights[client] = 1.0 if example_counts is None else float(example_counts[client])
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def weighted_sum(rows: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Return sum_i w_i x_i, added up in order, one row at a time: (M,) in the rows' dtype.
+
+    In fp64, so that it matters little which clients are on one process.
+
+    Args:
+        rows: at least one, (M,) fp32 each, made or read as they are needed. A row of weight 0 may
+            hold NaN, which 0 * NaN would spread.
+        weights: one for each row.
+    """
+    total: torch.Tensor | None = None
+    for row, weight in zip(rows, weights, strict=True):
+        total = torch.zeros_like(row, dtype=torch.float64) if total is None else total
+        if weight > 0:
+            total.add_(row, alpha=weight)
+    assert total is not None
+    return total.to(row.dtype)
+
+
+def mean_over_clients(world: World, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Add up the weighted sums of all processes, whose weights sum to 1 together.
+
+    Collective: one all_reduce of one flat fp32 buffer, whose size does not depend on the number of
+    clients. The result is bitwise the same on every process.
+
+    Args:
+        world: the processes.
+        sums: this process's ``weighted_sum`` of each factor, (M,) fp32.
+
+    Returns:
+        (M,) fp32 on the processes' device, one for each sum.
+    """
+    flat = all_reduce_sum(torch.cat([one.to(world.device) for one in sums]))
+    return list(torch.split(flat, [len(one) for one in sums]))
+
+
+def share(
+    world: World, clients: ClientRows, factors: Sequence[str], weights: Sequence[float]
+) -> int:
+    """Replace the given factors of every client by their weighted mean. Collective.
+
+    Who did not take part receives the mean too, and keeps what is not averaged.
+
+    Args:
+        world: the processes.
+        clients: of this process.
+        factors: what is averaged: some of A, B and head, or nothing.
+        weights: (N,) of all clients, summing to 1.
+
+    Returns:
+        Bytes of the message.
+    """
+    if not factors:
+        return 0
+    means = mean_over_clients(world, [_own_sum(clients, f, weights) for f in factors])
+    for factor, mean in zip(factors, means, strict=True):
+        clients.make_common(factor, mean)
+    return message_bytes(clients.layout, factors)
+
+
+def share_draws(
+    world: World, clients: ClientRows, draws: Iterable[torch.Tensor], weights: Sequence[float]
+) -> int:
+    """Give every client the weighted mean of A's that are drawn one at a time. Collective.
+
+    Args:
+        world: the processes.
+        clients: of this process.
+        draws: an A for each of them, (numbers of A,) fp32; none is kept.
+        weights: (N,) of all clients, summing to 1.
+
+    Returns:
+        Bytes of the message.
+    """
+    own_weights = [weights[client] for client in clients.own]
+    [mean] = mean_over_clients(world, [weighted_sum(draws, own_weights)])
+    clients.make_common("A", mean)
+    return message_bytes(clients.layout, ("A",))
+
+
+def _own_sum(clients: ClientRows, factor: str, weights: Sequence[float]) -> torch.Tensor:
+    """The weighted sum over this process's clients; those that hold nothing cost nothing."""
+    holders = clients.holders(factor)
+    rest = math.fsum(weights[client] for client in set(clients.own) - set(holders))
+    rows = [clients.common(factor), *(clients.factor(client, factor) for client in holders)]
+    return weighted_sum(rows, [rest, *(weights[client] for client in holders)])
+
+
+def message_bytes(layout: Layout, factors: Sequence[str]) -> int:
+    """Bytes of the message that averages these factors, in fp32."""
+    return sum(4 * (layout.columns(f).stop - layout.columns(f).start) for f in factors)
+
+
+def global_row(world: World, clients: ClientRows, weights: Sequence[float]) -> torch.Tensor:
+    """Return the global adapter (A, mean B, mean head): (layout.size,). Collective.
+
+    Exact once A is the same on all clients: mean_i(B_i A) = (mean_i B_i) A. The mean of the heads
+    is FedAvg's, which is not exact. Only evaluation and export ask for it; training never does. A
+    is not communicated.
+    """
+    averaged = personal_factors(clients.layout)
+    means = mean_over_clients(world, [_own_sum(clients, f, weights) for f in averaged])
+    row = clients.row(clients.own.start).to(world.device)
+    for factor, mean in zip(averaged, means, strict=True):
+        row[clients.layout.columns(factor)] = mean
+    return row
+
+
+def similarity(world: World, clients: ClientRows) -> dict[str, float | None]:
+    """Return the mean cosine between two clients' A, and between their B. Collective.
+
+    From the sum s of the n clients' unit vectors: (|s|^2 - n) / (n (n - 1)). Asked for between
+    local training and the mean, which makes all A the same; for evaluation only. None where fewer
+    than two clients hold anything but zeros.
+    """
+    sums: list[torch.Tensor] = []
+    for factor in ("A", "B"):
+        holders = clients.holders(factor)
+        units, num = torch.zeros_like(clients.common(factor)), 0
+        # Those with nothing of their own are all alike.
+        walk = [(clients.common(factor), len(clients.own) - len(holders))]
+        walk += [(clients.factor(client, factor), 1) for client in holders]
+        for row, times in walk:
+            norm = float(torch.linalg.vector_norm(row))
+            if 0 < norm < math.inf:
+                units.add_(row / norm, alpha=times)
+                num += times
+        sums += [units, torch.full_like(units[:1], num)]
+    flat = all_reduce_sum(torch.cat(sums).to(world.device))
+    found: dict[str, float | None] = {}
+    widths = [len(units) + 1 for units in sums[::2]]
+    for name, part in zip("ab", torch.split(flat, widths), strict=True):
+        count = float(part[-1])
+        square = float(part[:-1].double().square().sum())
+        found[name] = (square - count) / (count * (count - 1)) if count > 1 else None
+    return found
+
+
+def personal_factors(layout: Layout) -> tuple[str, ...]:
+    """The factors of which the global adapter holds a mean."""
+    return tuple(factor for factor in layout.factors if factor != "A")

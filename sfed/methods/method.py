@@ -1,0 +1,121 @@
+"""The federated LoRA methods as data. Nothing outside this file asks for a method by name.
+
+========== =========================== ================ ================= ============
+name       trained                     averaged         gamma             init of A
+========== =========================== ================ ================= ============
+sfed       A, B                        A                alpha*sqrt(N/r)   independent
+fedsa      A, B                        A                alpha/r           shared
+fedsa-rs.. A, B                        A                alpha/sqrt(r)     shared
+rolora     B, then A, in turns         what was trained alpha/r           shared
+ffa        B                           B                alpha/r           shared
+fedit      A, B                        A, B             alpha/r           shared
+local      A, B                        nothing          alpha/r           shared
+========== =========================== ================ ================= ============
+
+SFed-LoRA arXiv 2603.08058; FedSA-LoRA 2410.01463; RoLoRA 2502.01755; FFA-LoRA 2403.12313;
+FedIT 2305.05644. Exact definitions in the tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sfed.config.schema import Config
+from sfed.methods.scaling import EXPONENTS
+from sfed.utils.errors import UserError
+
+Factor = Literal["A", "B"]
+Factors = tuple[Factor, ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method trains and averages in a round, and how its adapters start and scale."""
+
+    name: str
+    trained: tuple[Factors, ...]
+    """Factors that train, one entry per round in turn."""
+    averaged: tuple[Factors, ...]
+    """Factors that are averaged over the clients, one entry per round in turn."""
+    exponents: tuple[float, float]
+    """gamma = alpha * N**exponents[0] * r**exponents[1]."""
+    independent_init: bool
+    """Each client draws its own A and all of them are averaged before the first step."""
+    alpha: float
+    """LoRA alpha in this method's own formula."""
+
+    def trained_in(self, round_index: int) -> Factors:
+        """Factors that train in this 0-based round."""
+        return self.trained[round_index % len(self.trained)]
+
+    def averaged_in(self, round_index: int) -> Factors:
+        """Factors that are averaged at the end of this 0-based round."""
+        return self.averaged[round_index % len(self.averaged)]
+
+    @property
+    def averages_a_at_start(self) -> bool:
+        """Whether the clients' independent A's are averaged before the first step ("round 0")."""
+        return self.independent_init and self.has_global_adapter
+
+    @property
+    def has_global_adapter(self) -> bool:
+        """Whether (A, mean B) means something: A is the same on all clients between rounds."""
+        return any("A" in factors for factors in self.averaged) or not any(
+            "A" in factors for factors in self.trained
+        )
+
+
+_AB: Factors = ("A", "B")
+_LORA, _RSLORA, _SFED = EXPONENTS["lora"], EXPONENTS["rslora"], EXPONENTS["sfed"]
+
+# Alpha is what each method's own formula makes of it: at r = 8 these give gamma = 2, 1.4 and,
+# with N = 8, 2. RoLoRA begins with B: while B = 0 the gradient of A is zero.
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("sfed", (_AB,), (("A",),), _SFED, independent_init=True, alpha=2.0),
+        Method("fedsa", (_AB,), (("A",),), _LORA, independent_init=False, alpha=16.0),
+        Method("fedsa-rslora", (_AB,), (("A",),), _RSLORA, independent_init=False, alpha=4.0),
+        Method("rolora", (("B",), ("A",)), (("B",), ("A",)), _LORA, False, alpha=16.0),
+        Method("ffa", (("B",),), (("B",),), _LORA, independent_init=False, alpha=16.0),
+        Method("fedit", (_AB,), (_AB,), _LORA, independent_init=False, alpha=16.0),
+        Method("local", (_AB,), ((),), _LORA, independent_init=False, alpha=16.0),
+    )
+}
+
+
+def resolve(config: Config) -> Method:
+    """Return the configured method with the overrides for ablations applied.
+
+    Raises:
+        UserError: where gamma grows with N although no mean of independent A's shrinks with N:
+            outputs would grow as N and gradients as sqrt(N).
+    """
+    base, lora = METHODS[config.federated.method], config.lora
+    exponents = base.exponents
+    if isinstance(lora.scaling, tuple):
+        exponents = lora.scaling
+    elif lora.scaling != "auto":
+        exponents = EXPONENTS[lora.scaling]
+    averaged = base.averaged
+    if config.federated.averaged != "auto":
+        averaged = (tuple(factor for factor in _AB if factor in config.federated.averaged),)
+    method = Method(
+        base.name,
+        base.trained,
+        averaged,
+        exponents,
+        base.independent_init if lora.init == "auto" else lora.init == "independent",
+        base.alpha if lora.alpha is None else lora.alpha,
+    )
+    if exponents[0] > 0 and not method.averages_a_at_start and not lora.allow_unstable:
+        what = "one shared draw" if not method.independent_init else "no mean of A at the start"
+        key = "lora.init=shared" if not method.independent_init else "a method that keeps A apart"
+        raise UserError(
+            f"{key} with a gamma that grows with N (N^{exponents[0]:g}): the factor makes up for "
+            f"the variance that a mean of N independent draws of A loses, and with {what} nothing "
+            "is lost, so the adapter's output would grow with N. Set lora.init=independent and "
+            "average A, or set lora.scaling=rslora, or lora.allow_unstable=true to see it"
+        )
+    return method

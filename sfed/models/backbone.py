@@ -1,0 +1,252 @@
+"""The frozen backbone: how it is loaded, and passes through it.
+
+ZeRO-3 without an optimizer stores the frozen weights once over all processes: each keeps a share
+and gathers a layer when a pass needs it. The adapters are attached afterwards, so DeepSpeed never
+sees them and nothing of them is sharded, averaged or sent. The model is called directly; the
+DeepSpeed engine is only kept alive for its hooks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sfed.config.schema import Config
+from sfed.data.batches import Documents
+from sfed.data.packing import Packing
+from sfed.distributed.world import World
+from sfed.lora.head import Head
+from sfed.lora.hf_blocks import make_lean
+from sfed.models import heads
+from sfed.models.deepspeed import gathered_whole, prepare_deepspeed, shard
+from sfed.models.hf_config import (
+    CANNOT_LOAD,
+    DTYPES,
+    Sharding,
+    auto_class,
+    cannot_load,
+    choose_sharding,
+    dtype_name,
+    read_model_config,
+)
+from sfed.models.losses import TokenLosses
+from sfed.utils.errors import UserError
+
+# A token's 4 * 12 d^2 FLOPs of matrix products, and 12 d w of attention to w places, which runs at
+# about half their rate under a mask, are even at w = 2 d.
+_EVEN_WIDTH_OF_HIDDEN = 2
+_UNBOUNDED = 2**31
+
+
+class Backbone:
+    """A frozen language model or encoder and how it is stored."""
+
+    def __init__(
+        self, model: PreTrainedModel, head: Head | None, sharding: Sharding, keep_alive: Any
+    ) -> None:
+        self.model = model
+        self.head = head
+        self.sharding = sharding
+        self._keep_alive = keep_alive
+        self.weights_digest = ""
+        """Of the model as it was loaded; see ``guards.of_backbone``."""
+        self._losses = TokenLosses(model) if head is None else None
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence that the model was made for."""
+        text = self.model.config.get_text_config()
+        positions = int(getattr(text, "max_position_embeddings", None) or _UNBOUNDED)
+        positions = positions if positions > 0 else _UNBOUNDED  # XLNet says -1
+        for name, module in self.model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                # RoBERTa counts positions from behind the one of the padding.
+                return positions - (0 if module.padding_idx is None else module.padding_idx + 1)
+        return positions
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def logits_at_a_time(self, num_words: int) -> int | None:
+        """Tokens whose logits exist at once where there are so many words; None = all."""
+        return None if self._losses is None else self._losses.logits_at_a_time(num_words)
+
+    def keep_documents_in_rows_of_their_own(self) -> None:
+        """Never pack: rows of several documents were found to be wrong."""
+        self.packing = None
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """What rows of several documents may be and cost; None where these would see each other."""
+        if self._losses is None or not self._losses.keeps_documents_apart:
+            return None
+        even = _EVEN_WIDTH_OF_HIDDEN * self.model.config.get_text_config().hidden_size
+        if self.model.config._attn_implementation == "flash_attention_2":
+            even = math.inf
+        return Packing(self.context_tokens, even)
+
+    def token_losses(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        positions: torch.Tensor,
+        documents: Documents | None = None,
+    ) -> torch.Tensor:
+        """Return each row's summed cross-entropy in nats over its supervised tokens.
+
+        Args:
+            input_ids: (rows, tokens) int64, padded at the right. A causal model cannot see what
+                comes later, so padding needs no mask.
+            labels: (rows, tokens) int64, ``IGNORED_LABEL`` where nothing is supervised.
+            positions: (supervised,) int64 places in the flattened rows from which a supervised
+                token is predicted, one before it; at least one, which may be ignored.
+            documents: where several lie in a row; None = a row is one document.
+
+        Returns:
+            (rows,) fp32 sums; divide by the number of supervised tokens.
+        """
+        assert self._losses is not None, "a classifier has no vocabulary"
+        return self._losses(input_ids, labels, positions, documents)
+
+    def outputs(
+        self,
+        input_ids: torch.Tensor,
+        is_token: torch.Tensor,
+        is_second: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the classification head's outputs.
+
+        Args:
+            input_ids: (rows, tokens) int64, padded at the right with anything.
+            is_token: same shape, False on padding.
+            is_second: same shape, True on the second of two texts.
+            position_ids: same shape int64; None = as the model counts.
+
+        Returns:
+            (rows, outputs) fp32.
+        """
+        settings = self.model.config
+        marks = {} if position_ids is None else {"position_ids": position_ids}
+        if getattr(settings, "type_vocab_size", 0) > 1:
+            marks["token_type_ids"] = is_second.long()
+        logits: torch.Tensor = self.model(
+            # LLaMA and RoBERTa look for the padding in the tokens themselves.
+            input_ids=input_ids.masked_fill(~is_token, settings.pad_token_id),
+            attention_mask=is_token.long(),
+            **marks,
+        ).logits
+        return logits.float()
+
+    def training(self) -> None:
+        """Prepare for passes with gradients.
+
+        A frozen backbone is used as it is, in evaluation mode: in training mode it may drop layers,
+        shake routers or collect statistics, and a client's numbers would depend on chance and on
+        who shares its pass. Only checkpointed layers ask for training mode, to recompute.
+        """
+        self.model.eval()
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
+
+    def evaluating(self) -> None:
+        """Prepare for passes without gradients."""
+        self.release()
+        self.model.eval()
+
+    def release(self) -> None:
+        """Let go of weights that ZeRO-3's prefetcher left gathered. Between phases, not passes."""
+        if not self.sharding.is_sharded:
+            return
+        _, engine = self._keep_alive
+        engine.optimizer.get_param_coordinator()._clean_inflight_param_registry()
+        for parameter in self.model.parameters():
+            if hasattr(parameter, "ds_id") and not parameter.ds_persist:
+                parameter.ds_active_sub_modules.clear()
+                if parameter.ds_status.name == "AVAILABLE":
+                    parameter.partition()
+
+    def stored_bytes(self) -> int:
+        """Bytes of frozen weights that this process stores between passes."""
+        return sum(
+            shard.numel() * shard.element_size()
+            for shard in (getattr(p, "ds_tensor", p) for p in self.model.parameters())
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of the weights (this process's shares), to show that a run leaves them alone."""
+        sha = hashlib.sha256()
+        for name, parameter in sorted(self.model.named_parameters()):
+            stored = getattr(parameter, "ds_tensor", parameter).detach().cpu().contiguous()
+            sha.update(name.encode())
+            sha.update(stored.view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
+
+def load(config: Config, name: str, world: World) -> Backbone:
+    """Load and freeze the backbone, sharded over the processes or as a replica. Collective.
+
+    Args:
+        config: the run's configuration.
+        name: hub id or folder of the model.
+        world: the processes.
+
+    Raises:
+        UserError: where the model cannot be found or is not one for the task.
+    """
+    model_config = read_model_config(config, name)
+    dtype = DTYPES[dtype_name(config, world)]
+    sharding = choose_sharding(config, model_config, dtype, world)
+    settings, into_shards = None, None
+    if sharding.is_sharded:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        settings = prepare_deepspeed(config, model_config, dtype)
+        # While it lives, from_pretrained loads straight into shards; it must outlive the model.
+        into_shards = HfDeepSpeedConfig(settings)
+    try:
+        model, loading = auto_class(config).from_pretrained(
+            name,
+            config=model_config,
+            dtype=dtype,
+            attn_implementation=config.model.attention,
+            trust_remote_code=config.backbone.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # of a head with other classes; see heads.take_off
+            key_mapping=heads.passing_over(config, name) if sharding.is_sharded else None,
+        )
+    except CANNOT_LOAD as error:
+        raise UserError(cannot_load(name, error)) from None
+    model.requires_grad_(False)
+    make_lean(model)
+    head = heads.take_off(config, model, loading, gathered_whole)
+    keep_alive = None
+    if settings is None:
+        model.to(world.device)
+    else:
+        keep_alive = (into_shards, shard(model, settings))
+    if config.backbone.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loaded = Backbone(model, head, sharding, keep_alive)
+    loaded.release()
+    return loaded
+
+
+def hooked(model: PreTrainedModel, config: Config) -> Backbone:
+    """Shard a frozen model that is in memory, as ``load`` does while it reads one. Collective.
+
+    It is for measurements: a process has to hold the whole model first. DeepSpeed puts another
+    function in the place of torch's ``linear``, for this process and for good.
+    """
+    settings = prepare_deepspeed(config, model.config, model.dtype)
+    keep_alive = (None, shard(model, settings))
+    return Backbone(model, None, Sharding("zero3", "as asked for"), keep_alive)

@@ -1,0 +1,99 @@
+"""DeepSpeed's ZeRO-3 for a frozen backbone: settings, hooks, gathering. Only here is it used."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sfed.config.schema import Config
+from sfed.models.hf_config import auto_class
+from sfed.utils.errors import UserError
+
+
+def deepspeed_settings(
+    config: Config, model_config: PreTrainedConfig, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Build the DeepSpeed configuration: our defaults, then the user's raw keys over them.
+
+    DeepSpeed's own defaults keep everything gathered for any model below a billion parameters, so
+    the bounds follow the model's size: at most about three layers are gathered at a time.
+    """
+    with torch.device("meta"):
+        model = auto_class(config).from_config(model_config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    layer = total // max(1, getattr(model_config, "num_hidden_layers", 1))
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_max_live_parameters": 3 * layer,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_param_persistence_threshold": min(100_000, total // 1000),
+    }
+    if config.backbone.offload == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # demanded by DeepSpeed, used for nothing here
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": zero,
+    }
+    return _merged(settings, config.backbone.deepspeed)
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = [key for key in over if isinstance(over[key], dict) and isinstance(base.get(key), dict)]
+    return {**base, **over, **{key: _merged(base[key], over[key]) for key in both}}
+
+
+def gathered_whole(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Gather parameters that ``from_pretrained`` has loaded into shards. Collective where so."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(parameters)
+    return gathered
+
+
+def prepare_deepspeed(
+    config: Config, model_config: PreTrainedConfig, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Let DeepSpeed join the processes that are there, and check its settings; returns them."""
+    import deepspeed  # heavy, and only needed here
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Otherwise the first start on a CPU compiles a C++ extension for most of a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # What a launcher would have set; DeepSpeed reads them even where the group exists.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    deepspeed.init_distributed(dist.get_backend())  # adopts the group that exists
+    settings = deepspeed_settings(config, model_config, dtype)
+    try:
+        deepspeed.DeepSpeedConfig(settings)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        deepspeed.DeepSpeedConfigError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"backbone.deepspeed is refused by DeepSpeed: {reason}") from None
+    return settings
+
+
+def shard(model: PreTrainedModel, settings: dict[str, Any]) -> Any:
+    """Install ZeRO-3's gather hooks; returns the engine, which must outlive the model."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    return engine

@@ -1,0 +1,174 @@
+"""The shape of the backbone before any weight is read: configuration, dtype, how it is stored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+
+from sfed.config.schema import BackboneSection, Config
+from sfed.data.tasks import task_of
+from sfed.distributed.sync import gather_json
+from sfed.distributed.world import World
+from sfed.utils.errors import UserError
+from sfed.utils.text import size_text
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# What transformers raises for weights that are not there, damaged, of another model or hostile.
+CANNOT_LOAD = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
+# A replica may take this share of the memory that is free when the run starts; the rest is for
+# adapters, activations and logits.
+_REPLICA_SHARE = 0.5
+# Words in the names of probabilities with which a model in training mode leaves things to chance.
+_OF_CHANCE = ("dropout", "pdrop", "layerdrop", "drop_path", "stochastic_depth", "jitter")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the backbone is stored, and why."""
+
+    kind: str
+    reason: str
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a pass gathers weights, so that all processes must make equally many."""
+        return self.kind == "zero3"
+
+
+def dtype_name(config: Config, world: World) -> str:
+    """Resolve ``model.dtype``: CPUs compute bf16 several times slower than fp32."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "bf16" if world.device.type == "cuda" else "fp32"
+
+
+def auto_class(config: Config) -> Any:
+    """The kind of model that the task needs."""
+    is_classification = task_of(config).is_classification
+    return AutoModelForSequenceClassification if is_classification else AutoModelForCausalLM
+
+
+def read_model_config(config: Config, name: str) -> PreTrainedConfig:
+    """Read the model's own configuration, with its dropouts set to 0 and as many outputs as needed.
+
+    A frozen backbone is used as it is: its own dropout would make a client's numbers depend on who
+    shares its pass. ``lora.dropout`` regularises the adapters.
+
+    Raises:
+        UserError: where it cannot be found.
+    """
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path and not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"model.name = {name!r}: there is no model folder with a config.json; give a folder "
+            "or a hub id such as meta-llama/Llama-2-7b-hf"
+        )
+    try:
+        model_config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, trust_remote_code=config.backbone.trust_remote_code
+        )
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(cannot_load(name, error)) from None
+    return fitted(config, model_config)
+
+
+def fitted(config: Config, model_config: PreTrainedConfig) -> PreTrainedConfig:
+    """Set chance to 0 and as many outputs as the task needs, in place; returns it."""
+    for part in (model_config, model_config.get_text_config()):
+        for key, value in part.to_dict().items():
+            if isinstance(value, float) and any(word in key for word in _OF_CHANCE):
+                setattr(part, key, 0.0)
+    task = task_of(config)
+    if task.is_classification:
+        model_config.num_labels = task.num_outputs
+        if model_config.pad_token_id is None:  # LLaMA finds the end of a row by it
+            eos = model_config.eos_token_id
+            model_config.pad_token_id = eos[0] if isinstance(eos, list) else eos or 0
+    return model_config
+
+
+def classes_of_checkpoint(config: Config, name: str) -> int:
+    """Outputs of the head that a checkpoint may have come with, by its config.json."""
+    remote = config.backbone.trust_remote_code
+    return int(AutoConfig.from_pretrained(name, trust_remote_code=remote).num_labels)
+
+
+def cannot_load(name: str, error: Exception) -> str:
+    """The message of a model that transformers refuses, with its reason in one line."""
+    reason = " ".join(str(error).split())[:300]
+    if "trust_remote_code" in str(error):
+        reason = (
+            "it comes with Python code of its own, which is not run unless "
+            "backbone.trust_remote_code=true; set it only if you trust the author"
+        )
+    if isinstance(error, UnpicklingError):
+        reason = "its weights are a pickle that holds more than tensors; convert it to safetensors"
+    return f"model.name = {name!r} cannot be loaded for this task: {reason}"
+
+
+def choose_sharding(
+    config: Config, model_config: PreTrainedConfig, dtype: torch.dtype, world: World
+) -> Sharding:
+    """Resolve ``backbone.sharding`` and say why. Collective: every process decides the same."""
+
+    def sizes() -> tuple[int, int]:
+        share = free_bytes(world.device) // world.processes_per_device
+        free = min(gather_json(world, "free memory", share))
+        return stored_bytes(config, model_config, dtype), free
+
+    return resolve_sharding(config.backbone, world.size, sizes)
+
+
+def resolve_sharding(
+    section: BackboneSection, num_processes: int, sizes: Callable[[], tuple[int, int]]
+) -> Sharding:
+    """Resolve ``backbone.sharding`` and say why.
+
+    A replica makes local steps free of communication, so ``auto`` picks it wherever it fits.
+
+    Args:
+        section: of the configuration.
+        num_processes: of the run.
+        sizes: tells the bytes of a replica and those that are free for each process; not asked
+            where the answer does not depend on them.
+    """
+    if section.sharding != "auto":
+        return Sharding(section.sharding, "as configured")
+    if section.offload == "cpu":
+        return Sharding("zero3", "backbone.offload=cpu keeps shards in host memory")
+    if num_processes == 1:
+        return Sharding("none", "one process has nobody to share with")
+    needed, free = sizes()
+    allowed = int(_REPLICA_SHARE * free)
+    told = f"{size_text(needed)} of weights, {size_text(allowed)} free for them on each process"
+    if needed <= allowed:
+        return Sharding("none", f"a replica each, since it fits: {told}")
+    return Sharding("zero3", f"stored once over all processes, since a replica is too much: {told}")
+
+
+def stored_bytes(config: Config, model_config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of a replica of the backbone."""
+    with torch.device("meta"):
+        model = auto_class(config).from_config(model_config)
+    return dtype.itemsize * sum(int(p.numel()) for p in model.parameters())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that nobody uses."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,45 @@
+"""What other libraries say: only what a person who trains can use."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import datasets
+import transformers
+
+from sfed.observability import logs
+
+_HARMLESS_WARNINGS = (
+    # Gradients are strided views of one flat buffer by design.
+    "grad and param do not obey the gradient layout contract",
+)
+
+
+# Libraries that print their own log lines, each in a form of its own.
+_OWN_HANDLERS = ("transformers", "datasets", "huggingface_hub", "DeepSpeed")
+
+
+def quieten(rank: int, device_type: str) -> None:
+    """Only process 0 chats; a warning of any process is kept, with its number (``logs``)."""
+    logs.begin(rank)
+    # DeepSpeed, which other libraries import too, otherwise announces its own guess.
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    transformers.utils.logging.disable_progress_bar()
+    # A table of weights that are new: a new head is expected, anything else is refused by name.
+    logging.getLogger("transformers.modeling_utils").addFilter(
+        lambda record: "LOAD REPORT" not in record.getMessage()
+    )
+    datasets.disable_progress_bars()
+    for name in _OWN_HANDLERS:
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.setLevel(logging.NOTSET)  # as the level of all of them is
+        library.propagate = True
+    logging.captureWarnings(True)
+    # Announcements of other libraries' futures are no business of a person who trains.
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    for known in _HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=known)

@@ -1,0 +1,63 @@
+"""Report: ``python -m sfed.report RUN [RUN ...]`` turns run folders into one ``report.html``.
+
+A folder of runs stands for all runs in it. The page holds its figures and loads nothing. It works
+on a run that is still going on. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from sfed.report.page import MOST_SECTIONS, write_report
+from sfed.storage.run_record import find_runs, read_story
+from sfed.utils import command
+from sfed.utils.errors import UserError
+from sfed.utils.redaction import mask
+
+_SEVERAL = 8
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python -m sfed.report --help")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the run folders, write the report, say where it is."""
+    parser = _Parser(
+        prog="python -m sfed.report",
+        description="Make one self-contained report.html, and figures/*.png, of run folders.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", type=Path, help="a run folder, or a folder of run folders"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where to write; default: the one folder that is given, or ./report for several",
+    )
+    options = parser.parse_args(list(arguments))
+    given = {folder.resolve(): folder for folder in options.runs}
+    if not given:
+        raise UserError("no runs given; name run folders, such as runs/demo, or see --help")
+    runs = {run.resolve(): run for folder in given.values() for run in find_runs(folder)}
+    stories = [read_story(run) for run in runs.values()]
+    for note in filter(None, (story.note for story in stories)):
+        sys.stderr.write(mask(f"warning: {note}\n"))
+    if len(stories) > _SEVERAL:
+        each = "" if len(stories) <= MOST_SECTIONS else ": compared; for one of them, name it alone"
+        sys.stdout.write(f"drawing  {len(stories)} runs{each}\n")
+        sys.stdout.flush()
+    out = options.out or (Path("report") if len(given) > 1 else next(iter(given)))
+    path = write_report(stories, out)
+    sys.stdout.write(f"report   {path}\nfigures  {path.parent / 'figures'}\n")
+
+
+if __name__ == "__main__":
+    command.run_command(main)

@@ -1,0 +1,201 @@
+"""What of a run is worth a picture. Needs no torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sfed.observability import metrics
+from sfed.report import plotting
+from sfed.report.plotting import Bars, Curve, Panel
+from sfed.storage.run_record import KINDS, LOSS, Story, clients_of, natural, number, words_of
+
+PERPLEXITY, ROUND = "perplexity per token", "round"
+BYTES = {"federated message": metrics.UPLOADED_BYTES, "for evaluation": metrics.EVALUATION_BYTES}
+SECONDS = {
+    "local training": metrics.LOCAL_SECONDS,
+    "aggregate": metrics.AGGREGATE_SECONDS,
+    "evaluate": metrics.EVALUATE_SECONDS,
+}
+SIMILARITIES = {"A": "adapter/a_similarity", "B": "adapter/b_similarity"}
+OUTPUT_RMS = "adapter/output_rms"
+_MOST_CLIENT_LINES = 12
+_MOST_LABELS = 16
+
+Change = Callable[[float | None], float | None]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure that is ready to be written and shown."""
+
+    name: str
+    caption: str
+    png: bytes
+    folded: str = ""
+    """Where it stays folded away on the page until it is asked for: under this heading."""
+
+
+def pictures_of(story: Story) -> list[Picture]:
+    """All figures of one run for which there are numbers."""
+    thin = "each client thin" if len(story.sizes) <= _MOST_CLIENT_LINES else "clients in grey"
+    made = [
+        *(
+            curves(
+                f"score-{file_name(score)}",
+                f"Held-out {words_of(score)}: mean over clients thick, {thin}. Higher is better.",
+                [_held_out_panel(story, kind, score, words_of(score)) for kind in KINDS],
+            )
+            for score in story.scores
+        ),
+        curves(
+            "held-out-loss",
+            f"Held-out loss: mean over clients thick, {thin}.",
+            [_held_out_panel(story, kind, LOSS, f"held-out loss ({story.unit})") for kind in KINDS],
+        ),
+        curves(
+            "perplexity",
+            f"Held-out perplexity, exp(loss): exp of the mean loss thick, {thin}.",
+            [_held_out_panel(story, kind, LOSS, PERPLEXITY, metrics.perplexity) for kind in KINDS],
+        )
+        if story.by_token
+        else None,
+        curves(
+            "training",
+            f"Training: mean (loss over all, norm over steps) thick, {thin}.",
+            [
+                _panel(
+                    story,
+                    "training loss of the round",
+                    story.unit,
+                    metrics.TRAIN_LOSS,
+                    "train_loss",
+                ),
+                _panel(
+                    story, "gradient before clipping", "L2 norm", metrics.GRAD_NORM, "grad_norm"
+                ),
+            ],
+        ),
+        _adapters(story),
+        _costs(story),
+        _partition(story),
+    ]
+    return [picture for picture in made if picture is not None]
+
+
+def curves(name: str, caption: str, panels: Sequence[Panel], folded: str = "") -> Picture | None:
+    """A picture of the panels that have curves; None where none has."""
+    shown = [panel for panel in panels if panel.curves]
+    share_y = len({panel.y_label for panel in shown}) == 1
+    png = plotting.curves(shown, share_y=share_y) if shown else b""
+    return Picture(name, caption, png, folded) if shown else None
+
+
+def file_name(text: str) -> str:
+    """Text as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)
+
+
+def _held_out_panel(
+    story: Story, kind: str, what: str, y_label: str, change: Change | None = None
+) -> Panel:
+    keys = f"eval/{kind}_{what}_unweighted", f"{kind}_{what}"
+    return _panel(story, KINDS[kind], y_label, *keys, change)
+
+
+def _panel(
+    story: Story,
+    title: str,
+    y_label: str,
+    mean_key: str,
+    client_key: str,
+    change: Change | None = None,
+) -> Panel:
+    """The mean thick and each client thin; clients in grey and without names where many."""
+    lines: dict[int, list[tuple[float, float]]] = {}
+    for event in story.rounds:
+        entries = [(-1, number(event, mean_key))]
+        entries += [(entry["client"], number(entry, client_key)) for entry in clients_of(event)]
+        for client, value in entries:
+            value = change(value) if change else value
+            if value is not None:
+                lines.setdefault(client, []).append((float(event["round"]), value))
+    role = "client" if len(story.sizes) <= _MOST_CLIENT_LINES else "crowd"
+    curves = [
+        Curve("mean over clients", line, role="mean")
+        if client < 0
+        else Curve("each client" if role == "crowd" else story.title(client), line, role=role)
+        for client, line in sorted(lines.items())
+    ]
+    return Panel(title, y_label, curves, log=change is not None)
+
+
+def _adapters(story: Story) -> Picture | None:
+    """How alike the clients' factors are, and how large the adapters' output is."""
+    similar = [_line(story, f"clients' {factor}", key) for factor, key in SIMILARITIES.items()]
+    size = [_line(story, "output of the adapters", OUTPUT_RMS)]
+    panels = [
+        Panel(
+            "how alike the clients are", "mean pairwise cosine", [c for c in similar if c.points]
+        ),
+        Panel("size of the output", "root mean square", [c for c in size if c.points]),
+    ]
+    caption = (
+        "Adapters: mean cosine over all pairs of clients, of A and of B, after local training and "
+        "before the mean; root mean square of gamma B A x over tokens and layers."
+    )
+    return curves("adapters", caption, panels)
+
+
+def _line(story: Story, label: str, key: str) -> Curve:
+    pairs = [(float(event["round"]), number(event, key)) for event in story.rounds]
+    return Curve(label, [(x, y) for x, y in pairs if y is not None])
+
+
+def _costs(story: Story) -> Picture | None:
+    panels = [
+        _bars(story, "bytes sent", "MiB", BYTES, 2.0**20),
+        _bars(story, "time of the round", "s", SECONDS, 1.0),
+    ]
+    shown = [panel for panel in panels if any(map(any, panel.parts.values()))]
+    caption = (
+        "What a round costs: the federated message and, apart from it, what evaluation sends to "
+        "put the global adapter together and to compare the clients; seconds of its parts. "
+        "Round 0 is the state before training."
+    )
+    return Picture("cost", caption, plotting.stacked(shown)) if shown else None
+
+
+def _bars(story: Story, title: str, unit: str, keys: Mapping[str, str], of: float) -> Bars:
+    parts = {
+        label: [(number(event, key) or 0.0) / of for event in story.rounds]
+        for label, key in keys.items()
+    }
+    return Bars(title, ROUND, unit, [float(e["round"]) for e in story.rounds], parts)
+
+
+def _partition(story: Story) -> Picture | None:
+    if not any(story.sizes.values()):
+        return None
+    clients = sorted(story.sizes)
+    totals = Counter[str]()
+    for counts in story.labels.values():
+        totals.update(counts)
+    common = [label for label, _ in totals.most_common()]
+    if len(common) > _MOST_LABELS:
+        common = common[: _MOST_LABELS - 1]
+    parts = {
+        label: [float(story.labels.get(c, {}).get(label, 0)) for c in clients]
+        for label in sorted(common, key=natural)
+    }
+    rest = [
+        max(0.0, float(story.sizes[c]) - sum(heights[i] for heights in parts.values()))
+        for i, c in enumerate(clients)
+    ]
+    if any(rest):
+        parts["other labels" if parts else "examples"] = rest
+    title = "training examples of each client" + (" by label" if common else "")
+    bars = Bars(title, "client", "examples", [float(c) for c in clients], parts)
+    return Picture("partition", "Which client holds what.", plotting.stacked([bars]))

@@ -1,0 +1,249 @@
+"""The tables of one run as HTML: facts, means, clients, samples. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from html import escape
+
+from sfed.observability import metrics
+from sfed.report.series import last_samples
+from sfed.storage.run_record import (
+    KINDS,
+    LOSS,
+    Event,
+    Story,
+    clients_of,
+    held_out,
+    look,
+    number,
+    words_of,
+)
+from sfed.utils.text import duration
+
+MEANS = {"unweighted": "_unweighted", "by training examples": "_by_examples", "pooled": ""}
+MOST_SAMPLED_CLIENTS, MOST_SAMPLES, MOST_CHARACTERS = 8, 2, 600
+NONE = "\N{EN DASH}"
+
+
+def table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    words: int = 1,
+    over: Sequence[tuple[str, int]] = (),
+    name: str = "plain",
+) -> str:
+    """A table of cells that are HTML already; all columns but the first ``words`` are numbers.
+
+    ``over`` are headings over several columns, with how many each spans; ``name`` is the table's
+    class.
+    """
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        inner = "".join(
+            f"<{tag}{'' if i < words else ' class=n'}>{cell}</{tag}>"
+            for i, cell in enumerate(cells)
+        )
+        return f"<tr>{inner}</tr>"
+
+    spans = "".join(f"<th class=over colspan={span}>{text}</th>" for text, span in over)
+    top = f"<tr>{spans}</tr>" if over else ""
+    body = "\n".join(line("td", row) for row in rows)
+    return (
+        f"<div class=wide><table class={name}><thead>{top}{line('th', head)}</thead>\n"
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def show(value: float | None, form: str = ".4f") -> str:
+    """A number as text, a dash for None."""
+    if value is None:
+        return NONE
+    return f"{value:.4g}" if form == ".4f" and abs(value) >= 1e4 else f"{value:{form}}"
+
+
+def what_of(story: Story, what: str) -> str:
+    """The name of a score, or the loss and its unit, as HTML."""
+    return f"loss ({story.unit})" if what == LOSS else escape(words_of(what))
+
+
+def clients_tables(story: Story) -> str:
+    """Each client before training and after the last evaluated round: scores, then the loss."""
+    if not story.evaluated:
+        return "<p>No round has been evaluated yet.</p>"
+    # The main score and the loss side by side, further scores below them.
+    shown = [*story.scores[:1], LOSS, *story.scores[1:]]
+    tables = [_clients_table(story, shown[i : i + 2]) for i in range(0, len(shown), 2)]
+    scores = "Scores: higher is better. " if story.scores else ""
+    return (
+        f"<h3>Each client after round {story.evaluated[-1]['round']}</h3>{''.join(tables)}"
+        f"<p class=note>{scores}Loss in {story.unit}. Before = before any training; global = the "
+        "global adapter on this client's data.</p>"
+    )
+
+
+def _clients_table(story: Story, shown: Sequence[str]) -> str:
+    last, first = story.evaluated[-1], story.evaluated[0]
+    before = clients_of(first) if first["round"] == 0 else []
+    old = {entry["client"]: entry for entry in before}
+    rows = [
+        [
+            str(entry["client"]),
+            escape(story.holds(entry["client"])) or NONE,
+            show(number(entry, "examples"), ",.0f"),
+            *(
+                cell
+                for what in shown
+                for cell in _before_and_after(old.get(entry["client"], {}), entry, what)
+            ),
+        ]
+        for entry in clients_of(last)
+    ]
+    head = ["client", "holds", "examples"]
+    parts = ["before", "after", "change", "global"] * len(shown)
+    over = [("", len(head)), *((what_of(story, what), 4) for what in shown)]
+    return table([*head, *parts], rows, words=2, over=over)
+
+
+def _before_and_after(old: Event, new: Event, what: str) -> list[str]:
+    """Before, after, change (of a loss in per cent, of a score as it is) and the global adapter."""
+    key = "eval_loss" if what == LOSS else _personal_key(new, what)
+    was, now = number(old, key), number(new, key)
+    change = None if was is None or now is None else now - was
+    text = show(change, "+.4f")
+    if what == LOSS:
+        text = f"{100 * change / was:+.1f} %" if was and change is not None else NONE
+    return [show(was), show(now), text, show(number(new, f"global_{what}"))]
+
+
+def _personal_key(entry: Event, what: str) -> str:
+    personal = f"personal_{what}"
+    return personal if personal in entry else f"global_{what}"
+
+
+def means_table(story: Story) -> str:
+    """Means over clients after the last evaluated round, and the best round beside them."""
+    if not story.evaluated:
+        return ""
+    last = story.evaluated[-1]
+    rows = []
+    for what in story.held:
+        named = ""
+        for kind, meaning in KINDS.items():
+            means = [held_out(last, kind, what, mean) for mean in MEANS.values()]
+            if all(mean is None for mean in means):
+                continue
+            cells = [show(mean) for mean in means]
+            name = "" if named == what else what_of(story, what)
+            named = what
+            rows.append([name, meaning, *cells, _best(story, kind, what)])
+    head = ["", "adapter and data", *MEANS, "best round, unweighted"]
+    return (
+        f"<h3>Means over clients after round {last['round']}</h3>{table(head, rows, words=2)}"
+        "<p class=note>Unweighted: each client counts the same. Pooled: over all held-out "
+        f"{_pooled_over(story)} together. The "
+        "result is that of the last round; the best round is chosen with the held-out data itself, "
+        "and so looks too good.</p>"
+    )
+
+
+def _pooled_over(story: Story) -> str:
+    if not story.by_token:
+        return "examples"
+    return "tokens (loss) or examples (scores)" if story.scores else "tokens"
+
+
+def _best(story: Story, kind: str, what: str) -> str:
+    known = [(x, e["round"]) for e in story.evaluated if (x := held_out(e, kind, what)) is not None]
+    if not known:
+        return NONE
+    # the first of equal rounds, whichever way is better
+    best, at = min(known) if what == LOSS else max(known, key=lambda pair: (pair[0], -pair[1]))
+    return f"{show(best)} (round {at})"
+
+
+def samples_table(story: Story) -> str:
+    """Generated text of the last round that has some, a few clients and samples."""
+    at_round, samples = last_samples(story)
+    clients = list(dict.fromkeys(client for client, _ in samples))[:MOST_SAMPLED_CLIENTS]
+    rows = [
+        [
+            escape(story.title(client)),
+            *(_text(sample.get(name)) for name in ("prompt", "expected", "answer")),
+        ]
+        for client in clients
+        for sample in [one for owner, one in samples if owner == client][:MOST_SAMPLES]
+    ]
+    if not rows:
+        return ""
+    head = ["client", "prompt", "expected", "answer"]
+    html = table(head, rows, words=len(head), name="samples")
+    return f"<h3>Generated after round {at_round}</h3>{html}"
+
+
+def _text(value: object) -> str:
+    text = value if isinstance(value, str) else ""
+    cut = text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "..."
+    return f"<div class=text>{escape(cut)}</div>" if text else NONE
+
+
+def facts_table(story: Story) -> str:
+    """What was run, in two columns."""
+    config, last = story.config, story.rounds[-1] if story.rounds else {}
+    speeds = [v for e in story.rounds if (v := number(e, metrics.TOKENS_PER_SECOND))]
+    peaks = [v for e in story.rounds if (v := number(e, metrics.PEAK_BYTES))]
+    model, task, kind = (
+        str(look(config, name) or NONE) for name in ("model.name", "data.task", "partition.kind")
+    )
+    facts = {
+        "rounds": story.progress,
+        "model, data, partition": f"{model}, {task}, {kind}",
+        "seed": show(number(config, "seed"), ".0f"),
+        "training examples": show(float(sum(story.sizes.values())) or None, ",.0f"),
+        "numbers in an adapter": show(number(config, "resolved.adapter_parameters"), ",.0f"),
+        "processes": f"{show(number(config, 'resolved.world_size'), '.0f')} "
+        f"({look(config, 'resolved.device') or NONE}, {look(config, 'resolved.dtype') or NONE})",
+        "training loss of the last round": show(number(last, metrics.TRAIN_LOSS)),
+        "time of all rounds": duration(total(story, metrics.ROUND_SECONDS)),
+        "sent by the federation": mebibytes(total(story, metrics.UPLOADED_BYTES)),
+        "median speed": f"{statistics.median(speeds):,.0f} tokens/s" if speeds else NONE,
+        "most memory of a process": mebibytes(max(peaks)) if peaks else NONE,
+    }
+    return table(["", ""], [[escape(name), escape(text)] for name, text in facts.items()], words=2)
+
+
+def time_table(story: Story) -> str:
+    """Where the time of a run went, over all its starts."""
+    spent = metrics.time_spent(story.rounds)
+    whole = math.fsum(spent.values())
+    rows = [
+        [escape(phase), f"{seconds:,.1f} s", f"{100 * seconds / whole:.1f} %"]
+        for phase, seconds in spent.items()
+    ]
+    if not rows:
+        return ""
+    html = table(["phase", "time", "share"], rows)
+    return f"<h3>Where the time went</h3>{html}<p class=note>As process 0 measured it.</p>"
+
+
+def total(story: Story, key: str) -> float:
+    """The sum of a number over all rounds."""
+    return math.fsum(number(event, key) or 0.0 for event in story.rounds)
+
+
+def mebibytes(size: float) -> str:
+    """Bytes as MiB with three digits."""
+    return f"{size / 2**20:.3g} MiB" if size < 1000 * 2**20 else f"{size / 2**20:,.0f} MiB"
+
+
+def excluded_note(story: Story) -> str:
+    """Who was left out of a mean because its numbers were not finite."""
+    left_out = [
+        f"client {entry['client']} in round {event['round']}"
+        for event in story.rounds
+        for entry in clients_of(event)
+        if entry.get("excluded") is True
+    ]
+    text = ", ".join(left_out[:20]) + (", ..." if len(left_out) > 20 else "")
+    return f"<p><b>Left out of the mean, not finite:</b> {text}.</p>" if left_out else ""

@@ -1,0 +1,184 @@
+"""Checkpoints: a round is on disk whole or not at all, and any number of processes goes on from it.
+
+    checkpoints/round-000010/            after 10 finished rounds
+    checkpoints/round-000010-partial/    stopped by SIGTERM within the 11th
+        common.safetensors               what all clients share: common/a, ...
+        client-0003.safetensors          what is client 3's own: clients/0003/b, ...
+        run.json                         rounds, ledger, configuration, size and digest of each file
+
+A client that has never taken part has no file. Tensors are in safetensors files: nothing is ever
+pickled.
+``checkpoint_writer`` writes the folders and ``resume`` finds the one to go on from;
+here is what they are, and how one is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sfed.clients.state import Parts
+from sfed.clients.store import ClientRows
+from sfed.distributed.sync import together
+from sfed.distributed.world import World
+from sfed.utils.errors import UserError
+
+FACTS = "run.json"
+COMMON = "common.safetensors"
+FORMAT = 1
+"""Of a checkpoint; one without a number has this."""
+_NAME = re.compile(r"round-(\d{6})(-partial)?")
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run is, beside what its clients hold."""
+
+    finished_rounds: int
+    ledger: NDArray[np.float64] | None
+    """Sums of the round in flight where a run was stopped within it."""
+    bad_rounds: int
+    """Rounds so far in which some client turned non-finite."""
+    unreported: dict[str, Any] | None = None
+    """Where a run was stopped while it evaluated the last finished round: what was measured of that
+    round until then. The ledger is of that round, which has no event yet."""
+
+    @property
+    def is_within(self) -> bool:
+        """Whether a round is in flight."""
+        return self.ledger is not None and self.unreported is None
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return f"round-{self.finished_rounds:06d}{'-partial' if self.is_within else ''}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+
+def file_of(client: int) -> str:
+    """Name of the file that holds what is a client's own."""
+    return f"client-{client:04d}.safetensors"
+
+
+def keyed(prefix: str, parts: Parts) -> Parts:
+    """The tensors of a file; with prefixes, names are unique over all files of a checkpoint."""
+    return {f"{prefix}/{name}": tensor for name, tensor in parts.items()}
+
+
+def by_age(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first; a partial one is later than the round it began after.
+
+    Raises:
+        OSError: where the folder is there and cannot be read, or is a link that leads nowhere.
+    """
+    try:
+        found = [(age, path) for path in folder.iterdir() if (age := age_of_name(path.name))]
+    except FileNotFoundError:
+        if folder.is_symlink():
+            raise
+        return []
+    return [path for _, path in sorted(found)]
+
+
+def age_of_name(name: str) -> tuple[int, bool] | None:
+    """Finished rounds, and whether a further one is in flight; None of another name."""
+    match = _NAME.fullmatch(name)
+    return (int(match[1]), bool(match[2])) if match else None
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What a whole checkpoint says about itself."""
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return facts
+
+
+def age_of(facts: Mapping[str, Any]) -> tuple[int, bool]:
+    """The same as ``age_of_name``, of what ``run.json`` says."""
+    is_within = facts["ledger"] is not None and facts.get("unreported") is None
+    return facts["finished_rounds"], is_within
+
+
+def clients_per_pass(found: Found | None, world: World) -> int | None:
+    """How many clients shared a pass when a checkpoint was written by equally many processes."""
+    if found is None or found.facts.get("processes") != world.size:
+        return None
+    shared = found.facts.get("clients_per_pass")
+    return shared if type(shared) is int and shared > 0 else None
+
+
+def load(found: Found, world: World, clients: ClientRows) -> State:
+    """Read this process's clients from a checkpoint of any number of processes. Collective.
+
+    Raises:
+        UserError: where the files do not hold what the run needs.
+    """
+    facts = found.facts
+    with together(world, "loading the checkpoint"):
+        if facts["layout_size"] != clients.layout.size:
+            raise UserError(
+                f"{found.folder} holds adapters of {facts['layout_size']} numbers and this model "
+                f"has {clients.layout.size}; it belongs to another model"
+            )
+        try:
+            _restore(found, clients)
+        except OSError as error:
+            raise UserError(
+                f"the checkpoint {found.folder} cannot be read ({error.strerror or error}); mend "
+                "what keeps it from being read and start again"
+            ) from None
+        except (SafetensorError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"the checkpoint {found.folder} cannot be read ({reason}); output.resume=FOLDER "
+                "goes on from another one"
+            ) from None
+    ledger = facts["ledger"]
+    return State(
+        facts["finished_rounds"],
+        None if ledger is None else np.asarray(ledger, dtype=np.float64),
+        facts["bad_rounds"],
+        facts.get("unreported"),
+    )
+
+
+def _restore(found: Found, clients: ClientRows) -> None:
+    common = _read(found.folder / COMMON, "common/", clients)
+    if missing := {factor.lower() for factor in clients.layout.factors} - common.keys():
+        raise ValueError(f"{COMMON} lacks {', '.join(sorted(missing))}")
+    held: dict[int, Parts] = {}
+    for client in clients.own:
+        if file_of(client) in found.facts["files"]:
+            path = found.folder / file_of(client)
+            held[client] = _read(path, f"clients/{client:04d}/", clients)
+    clients.restore(common, held)
+
+
+def _read(path: Path, prefix: str, clients: ClientRows) -> Parts:
+    """Read one file.
+
+    Raises:
+        ValueError: where a tensor is none that the run knows.
+    """
+    parts: Parts = {}
+    for name, tensor in load_file(path).items():
+        short = name.removeprefix(prefix)
+        if tensor.shape != (clients.widths.get(short),):
+            raise ValueError(f"{path.name}: {name} of shape {tuple(tensor.shape)} has no place")
+        parts[short] = tensor
+    return parts

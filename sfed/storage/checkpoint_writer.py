@@ -1,0 +1,333 @@
+"""Writing checkpoints behind the next round.
+
+At the end of a round each process takes hold of what has changed of its clients, and goes on. A
+thread of it then writes and flushes a file for each of these clients into a temporary folder, gives
+the other clients' files of an earlier checkpoint a second name there, and leaves a note of them
+all. When the notes of all processes are there, process 0's thread completes the folder and renames
+it: it exists whole or not at all. One checkpoint is under way at a time.
+
+Two checkpoints in a row share no file, so that one damaged file costs one of them: a client that
+rests is written a second time, and then has the two files in turn. Only where a single checkpoint
+is kept, it takes its files from the one before.
+
+The threads meet through the folder, which has to be on a file system that all processes see. They
+leave the launcher's store to the main threads.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from sfed.clients.store import ClientRows
+from sfed.config.diff import comparable
+from sfed.config.schema import Config
+from sfed.distributed.sync import together
+from sfed.distributed.world import World
+from sfed.lora.tensor_files import save_tensors
+from sfed.storage.checkpoint import COMMON, FACTS, Found, State, by_age, facts_of, file_of, keyed
+from sfed.utils.errors import MissingProcessError, UserError
+from sfed.utils.files import describe, replace_folder, second_name, sync
+
+_SECONDS_BETWEEN_LOOKS = 0.02
+_SECONDS_FOR_OTHERS_AFTER_AN_ERROR = 10.0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One checkpoint, as far as this process writes it."""
+
+    folder: Path
+    files: dict[str, dict[str, torch.Tensor]]
+    """New files by name."""
+    kept: tuple[str, ...]
+    """Names of files that are the same as in an earlier checkpoint."""
+    source: Path | None
+    """The earlier checkpoint."""
+    facts: dict[str, Any]
+    started: float
+
+    @property
+    def temporary(self) -> Path:
+        """Where the folder grows."""
+        return self.folder.with_name(f".{self.folder.name}.tmp")
+
+
+@dataclass(frozen=True)
+class _Written:
+    """An earlier checkpoint, as far as it is this process's."""
+
+    folder: Path
+    names: set[str]
+    """Of its clients' files."""
+    changed: frozenset[int]
+    """Clients that changed between the checkpoint before and this one."""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What every checkpoint says of its run, whatever round it is of."""
+
+    config: Config
+    num_clients: int
+    gamma: float
+    clients_per_pass: int
+
+
+class Writer:
+    """Writes the checkpoints of one run. A context manager: it leaves nothing under way."""
+
+    def __init__(
+        self,
+        identity: RunIdentity,
+        world: World,
+        clients: ClientRows,
+        run_folder: Path,
+        found: Found | None,
+    ) -> None:
+        """Write nothing yet.
+
+        Args:
+            identity: of the run.
+            world: the processes.
+            clients: of this process.
+            run_folder: of the run.
+            found: the checkpoint that the run goes on from.
+        """
+        self._identity, self._world, self._clients = identity, world, clients
+        self._parent = run_folder / "checkpoints"
+        files = () if found is None else found.facts["files"]
+        names = {file_of(client) for client in clients.own} & set(files)
+        self._earlier = [] if found is None else [_Written(found.folder, names, frozenset())]
+        """The last checkpoints, the newest first: as many as it takes until files are shared."""
+        self._distance = 2 if identity.config.output.keep_checkpoints > 1 else 1
+        self._under_way: list[Future[float]] = []
+        """What this process writes and, on process 0, the completion of the folder."""
+        self._is_over = threading.Event()
+        self._blocked_seconds = 0.0
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # After an error elsewhere, those who are still alive shall complete what they have begun.
+        if self._under_way and not self._is_over.is_set():
+            concurrent.futures.wait(self._under_way[:1], self._world.deadline_seconds)
+            concurrent.futures.wait(self._under_way, _SECONDS_FOR_OTHERS_AFTER_AN_ERROR)
+        self._is_over.set()
+
+    def save(self, state: State) -> None:
+        """Begin a checkpoint, after the end of the one before. Collective.
+
+        Raises:
+            UserError: on every process, where the one before failed on any.
+        """
+        started, identity, world = time.monotonic(), self._identity, self._world
+        world.watch.at(f"the checkpoint {state.name}")
+        self._settle()
+        folder = self._parent / state.name
+        changed_now = self._clients.changed
+        source = self._source()
+        rested = [] if source is None else [one.changed for one in self._earlier[:-1]]
+        common, changed = self._clients.take_changes(
+            also=frozenset().union(*rested), everything=source is None
+        )
+        files = {file_of(c): keyed(f"clients/{c:04d}", parts) for c, parts in changed.items()}
+        if world.is_main:
+            files[COMMON] = keyed("common", common)
+        facts = {
+            "finished_rounds": state.finished_rounds,
+            "bad_rounds": state.bad_rounds,
+            "unreported": state.unreported,
+            "ledger": None if state.ledger is None else state.ledger.tolist(),
+            "num_clients": identity.num_clients,
+            "gamma": identity.gamma,
+            "layout_size": self._clients.layout.size,
+            "processes": world.size,
+            "clients_per_pass": identity.clients_per_pass,
+            "config": comparable(identity.config, identity.num_clients),
+        }
+        kept = () if source is None else tuple(sorted(source.names - files.keys()))
+        where = None if source is None else source.folder
+        job = _Job(folder, files, kept, where, facts, time.monotonic())
+        with together(world, "checkpoint"), disk_errors(folder):
+            if world.is_main:
+                _make_room(job.temporary)
+        self._under_way = [_in_thread(lambda: self._write(job))]
+        if world.is_main:
+            self._under_way.append(_in_thread(lambda: self._complete(job)))
+        written = _Written(folder, {*kept, *files} - {COMMON}, changed_now)
+        self._earlier = [written, *self._earlier][: self._distance]
+        self._blocked_seconds += time.monotonic() - started
+
+    def _source(self) -> _Written | None:
+        """The checkpoint whose files serve a client that rests; None where each is written."""
+        if len(self._earlier) < self._distance or not self._earlier[-1].folder.is_dir():
+            return None
+        return self._earlier[-1]
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is whole. Collective.
+
+        Raises:
+            UserError: on every process, where it failed on any.
+        """
+        started = time.monotonic()
+        self._settle()
+        self._blocked_seconds += time.monotonic() - started
+
+    def take_seconds(self) -> tuple[float, float | None]:
+        """How long checkpoints held up the run since this was asked last; how long one was written.
+
+        The second is the time until the newest one was whole, None where it is not yet, and, on
+        other processes than the first, until its own part was.
+        """
+        blocked, self._blocked_seconds = self._blocked_seconds, 0.0
+        last = self._under_way[-1] if self._under_way else None
+        is_whole = last is not None and last.done() and last.exception() is None
+        return blocked, last.result() if last is not None and is_whole else None
+
+    def _settle(self) -> None:
+        """Wait for what is under way: first for the files of all processes, then for the folder."""
+        world = self._world
+        try:
+            for number in range(2 if self._under_way else 0):
+                with together(world, "the checkpoint of the round before"):
+                    for future in self._under_way[number : number + 1]:
+                        self._result_of(future)
+        except UserError:
+            self._is_over.set()
+            raise
+        self._under_way = []
+
+    def _result_of(self, future: Future[float]) -> None:
+        seconds, folder = self._world.deadline_seconds, self._earlier[0].folder
+        try:
+            future.result(seconds)
+        except concurrent.futures.TimeoutError:
+            raise UserError(
+                f"process {self._world.rank}: the checkpoint {folder} is still being "
+                f"written after {seconds:g} s (federated.deadline_seconds); set output.dir to a "
+                "faster disk, or a longer deadline"
+            ) from None
+
+    def _write(self, job: _Job) -> float:
+        """Write this process's files and a note of them; in the thread."""
+        with disk_errors(job.folder):
+            for name, tensors in job.files.items():
+                save_tensors(tensors, job.temporary / name)
+                sync(job.temporary / name)
+            for name in job.kept:
+                assert job.source is not None
+                second_name(job.source / name, job.temporary / name)
+            files = {name: describe(job.temporary / name) for name in job.files}
+            if job.source is not None and job.kept:
+                known = facts_of(job.source)["files"]
+                files |= {name: known[name] for name in job.kept}
+            note = job.temporary / _note(self._world.rank)
+            unfinished = note.with_suffix(".part")
+            unfinished.write_text(json.dumps(files), encoding="utf-8")
+            unfinished.rename(note)
+        return time.monotonic() - job.started
+
+    def _complete(self, job: _Job) -> float:
+        """Make the folder whole when all have written; in the thread of process 0."""
+        with disk_errors(job.folder):
+            files = self._files_of_all(job)
+            with (job.temporary / FACTS).open("w", encoding="utf-8") as file:
+                json.dump({**job.facts, "files": files}, file)
+            sync(job.temporary / FACTS)
+            for process in range(self._world.size):
+                (job.temporary / _note(process)).unlink()
+            sync(job.temporary)
+            replace_folder(job.temporary, job.folder)
+            _prune(self._parent, self._identity.config.output.keep_checkpoints)
+        return time.monotonic() - job.started
+
+    def _files_of_all(self, job: _Job) -> dict[str, Any]:
+        """Wait for the notes of all processes.
+
+        Raises:
+            MissingProcessError: naming whose is not there before the deadline, or at the end.
+        """
+        world = self._world
+        end = time.monotonic() + world.deadline_seconds
+        expected = {process: _note(process) for process in range(world.size)}
+        while missing := set(expected.values()) - {path.name for path in job.temporary.iterdir()}:
+            if self._is_over.wait(_SECONDS_BETWEEN_LOOKS) or time.monotonic() > end:
+                names = ", ".join(str(p) for p, name in expected.items() if name in missing)
+                raise MissingProcessError(
+                    f"the checkpoint {job.folder}: process {names} of {world.size} did not write "
+                    f"its part within {world.deadline_seconds:g} s (federated.deadline_seconds)"
+                )
+        files: dict[str, Any] = {}
+        for name in expected.values():
+            files |= json.loads((job.temporary / name).read_text(encoding="utf-8"))
+        return files
+
+
+def _in_thread(work: Callable[[], float]) -> Future[float]:
+    """Do it beside the main thread. A disk that hangs does not keep the process from its end."""
+    future: Future[float] = Future()
+
+    def do() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001  (the main thread raises it)
+            future.set_exception(error)
+
+    threading.Thread(target=do, name="checkpoint", daemon=True).start()
+    return future
+
+
+def _note(process: int) -> str:
+    return f"process-{process:04d}.json"
+
+
+def _make_room(temporary: Path) -> None:
+    """Make the folder, and remove what a process that died while writing has left."""
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    for left in temporary.parent.glob(".round-*.tmp"):
+        shutil.rmtree(left)
+    temporary.mkdir()
+
+
+def _prune(parent: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, and partial ones that a later one supersedes."""
+    ordered = by_age(parent)
+    newest = ordered[-1:]
+    whole = [path for path in ordered if not path.name.endswith("-partial")]
+    for path in ordered:
+        if path not in newest and path not in whole[-keep:]:
+            shutil.rmtree(path)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a refusal of the disk into a plain message."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the checkpoint {folder} cannot be written ({' '.join(str(error).split())[:300]}); "
+            "make room or set output.dir, then start again: the run goes on from the last whole "
+            "checkpoint"
+        ) from None

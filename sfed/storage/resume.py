@@ -1,0 +1,193 @@
+"""Which checkpoint a run goes on from: the newest whole one, and never past one that may be whole.
+
+Damage is what is in a checkpoint: a file that is missing or holds other bytes than were written.
+Then the checkpoint before is taken. Where the system does not let a checkpoint be read (rights, a
+mount that is gone, a disk that returns errors), nothing is known about it: the start is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import numpy as np
+
+from sfed.config.diff import comparable, differences
+from sfed.config.schema import Config
+from sfed.storage.checkpoint import (
+    COMMON,
+    FACTS,
+    FORMAT,
+    Found,
+    age_of,
+    age_of_name,
+    by_age,
+    facts_of,
+)
+from sfed.utils.errors import UserError
+from sfed.utils.files import damage
+
+_FACTS: dict[str, tuple[type, ...]] = {
+    "finished_rounds": (int,),
+    "bad_rounds": (int,),
+    "ledger": (list, NoneType),
+    "layout_size": (int,),
+    "config": (dict,),
+    "files": (dict,),
+}
+"""What run.json has to say, and of which type."""
+
+
+def find(run_folder: Path, resume: str) -> tuple[Found | None, list[str]]:
+    """Return the checkpoint to go on from, and a note about each damaged one that was passed over.
+
+    Args:
+        run_folder: of the run.
+        resume: "auto" for the newest whole one in the run's folder, or a checkpoint folder.
+
+    Raises:
+        UserError: where a folder that was asked for is not a whole checkpoint; where there are
+            checkpoints and none can be read; where the system keeps a newer one from being read.
+    """
+    if resume != "auto":
+        problem, _ = _look_at(Path(resume))
+        if problem:
+            raise UserError(f"output.resume = {resume!r}: {problem}")
+        return Found(Path(resume), facts_of(Path(resume))), []
+    try:
+        folders = by_age(run_folder / "checkpoints")
+    except OSError as error:
+        reason = f"{run_folder / 'checkpoints'} cannot be read ({error.strerror})"
+        raise UserError(_no_checkpoint(run_folder, [reason])) from None
+    problems: list[tuple[Path, str]] = []
+    is_kept_from_us = False
+    for folder in reversed(folders):
+        problem, is_damage = _look_at(folder)
+        if not problem and is_kept_from_us:
+            raise UserError(_newest_unreadable(problems, folder))
+        if not problem:
+            notes = [f"the checkpoint {one} is damaged and passed over: {p}" for one, p in problems]
+            return Found(folder, facts_of(folder)), notes
+        is_kept_from_us |= not is_damage
+        problems.append((folder, problem))
+    if problems:
+        raise UserError(_no_checkpoint(run_folder, [f"{one.name}: {p}" for one, p in problems]))
+    return None, []
+
+
+def _no_checkpoint(run_folder: Path, reasons: Sequence[str]) -> str:
+    return (
+        f"no checkpoint of this run can be read, so nothing in {run_folder} was touched:\n  "
+        + "\n  ".join(reasons)
+        + "\nmend what keeps them from being read, or put back a copy, and start again; "
+        "output.resume=FOLDER goes on from a checkpoint elsewhere, output.resume=never moves this "
+        "run aside and begins anew"
+    )
+
+
+def _newest_unreadable(problems: Sequence[tuple[Path, str]], older: Path) -> str:
+    lines = "\n  ".join(f"{folder.name}: {problem}" for folder, problem in problems)
+    return (
+        "the newest checkpoint of this run cannot be read, so nothing in "
+        f"{older.parent.parent} was touched:\n  {lines}\nthat is not damage, after which the one "
+        "before would be taken: mend what keeps it from being read and start again, or go on from "
+        f"the one before with output.resume={older}"
+    )
+
+
+def later_than(found: Found, parent: Path) -> list[Path]:
+    """The checkpoints in a folder that are of a later state than one that is gone on from.
+
+    Raises:
+        OSError: as of ``by_age``.
+    """
+    age = age_of(found.facts)
+    return [path for path in by_age(parent) if (age_of_name(path.name) or age) > age]
+
+
+def refuse_other_run(found: Found, config: Config, num_clients: int) -> None:
+    """Refuse to go on with settings under which the numbers would have been others.
+
+    Raises:
+        UserError: naming each key with both values.
+    """
+    changed = differences(found.facts["config"], comparable(config, num_clients))
+    if changed:
+        raise UserError(
+            f"the run in {found.folder.parent.parent} was made with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nset them back, or choose another output.name, or set output.resume=never to begin "
+            "anew"
+        )
+
+
+class _UnknownFormatError(Exception):
+    """A checkpoint is of a format that this version does not know."""
+
+
+def _look_at(folder: Path) -> tuple[str | None, bool]:
+    """What keeps a folder from being a whole checkpoint, and whether that is damage of it."""
+    try:
+        return _damage(folder), True
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})", False
+    except _UnknownFormatError as error:
+        return str(error), False
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the content of a checkpoint; None where nothing is.
+
+    Raises:
+        OSError: where it cannot be read; a file that is missing is damage.
+    """
+    file = folder / FACTS
+    try:
+        facts = facts_of(folder)
+        if wrong := _wrong_facts(facts) or _wrong_name(folder.name, facts):
+            return wrong
+        for name, known in facts["files"].items():
+            file = folder / name
+            if wrong := damage(file, known):
+                return wrong
+    except OSError as error:
+        leads_nowhere = any(path.is_symlink() and not path.exists() for path in (file, folder))
+        if isinstance(error, FileNotFoundError) and not leads_nowhere:
+            return f"{file.name} is missing"
+        raise OSError(error.errno, error.strerror, str(file)) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{FACTS} is not readable ({type(error).__name__}: {error})"
+    return None
+
+
+def _wrong_facts(facts: Any) -> str | None:
+    """What keeps ``run.json`` from being that of a checkpoint.
+
+    Raises:
+        _UnknownFormatError: where a later version of sfed has written it.
+    """
+    if not isinstance(facts, dict):
+        return f"{FACTS} holds {type(facts).__name__}, not an object"
+    if facts.get("format", FORMAT) != FORMAT:
+        raise _UnknownFormatError(
+            f"{FACTS} is of format {facts['format']!r} and this version of sfed reads {FORMAT}; "
+            "use the version that wrote it, or a later one"
+        )
+    if missing := sorted(_FACTS.keys() - facts.keys()):
+        return f"{FACTS} lacks {', '.join(missing)}"
+    for name, kinds in _FACTS.items():
+        if type(facts[name]) not in kinds:
+            return f"{FACTS}: {name} is {type(facts[name]).__name__}"
+    if COMMON not in facts["files"]:
+        return f"{FACTS} does not name {COMMON}"
+    if facts["ledger"] is not None and np.asarray(facts["ledger"], dtype=np.float64).ndim != 2:
+        return f"{FACTS}: ledger is no table"
+    return None
+
+
+def _wrong_name(name: str, facts: Mapping[str, Any]) -> str | None:
+    if age_of_name(name) in (None, age_of(facts)):
+        return None
+    return f"{FACTS} is of another checkpoint, after {facts['finished_rounds']} rounds"

@@ -1,0 +1,217 @@
+"""Run folders as they are on disk, finished or still going on. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfed.observability import metrics
+from sfed.utils.errors import UserError
+
+Event = Mapping[str, Any]
+KINDS = {
+    "personal": "each client's own adapter, its own data",
+    "global": "global adapter, everybody's data",
+}
+LOSS = "loss"
+_SQUARED_ERROR_SCORES = ("pearson", "spearman")
+
+
+@dataclass(frozen=True)
+class Story:
+    """What a run folder tells."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    rounds: Sequence[Event]
+    """Events of the rounds in order; 0 is the state before any training."""
+    labels: Mapping[int, Mapping[str, int]]
+    """Examples per label of each client, where the partition knows labels."""
+    sizes: Mapping[int, int]
+    """Training examples of each client."""
+    note: str | None = None
+    """What was passed over while reading; None where nothing was."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.folder.name
+
+    @property
+    def evaluated(self) -> list[Event]:
+        """The rounds with a held-out loss or score."""
+        return [
+            event
+            for event in self.rounds
+            if any(held_out(event, kind, what) is not None for kind in KINDS for what in self.held)
+        ]
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of the task's scores, the main one first; none where losses are all there is."""
+        names = look(self.config, "resolved.scores")
+        return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+    @property
+    def held(self) -> list[str]:
+        """All that is measured on held-out data: scores, then the loss."""
+        return [*self.scores, LOSS]
+
+    @property
+    def by_token(self) -> bool:
+        """Whether losses are nats per token, so that exp(loss) is a perplexity."""
+        return look(self.config, "resolved.loss_unit") in (None, "token")
+
+    @property
+    def unit(self) -> str:
+        """Unit of the losses."""
+        if self.by_token:
+            return "nats/token"
+        main = self.scores[:1]
+        return "squared error" if main and main[0] in _SQUARED_ERROR_SCORES else "nats/example"
+
+    @property
+    def method(self) -> str:
+        """Name of the federated method."""
+        return str(look(self.config, "federated.method") or "method unknown")
+
+    @property
+    def num_clients(self) -> float | None:
+        """Number of clients, N."""
+        given = number(self.config, "resolved.num_clients")
+        return given or number(self.config, "federated.num_clients") or len(self.sizes) or None
+
+    @property
+    def progress(self) -> str:
+        """Rounds done of rounds planned."""
+        done = self.rounds[-1]["round"] if self.rounds else 0
+        planned = number(self.config, "federated.num_rounds")
+        if planned is None:
+            return f"{done} rounds done"
+        going = "" if done >= planned else " so far (still going on, or stopped)"
+        return f"{done} of {planned:g} rounds{going}"
+
+    def title(self, client: int) -> str:
+        """The client's number, and what it holds where that is one thing."""
+        one = len(self.labels.get(client, {})) == 1
+        return f"{client} {self.holds(client)}" if one else f"client {client}"
+
+    def holds(self, client: int) -> str:
+        """What a client holds, in a few words."""
+        counts = sorted(self.labels.get(client, {}).items(), key=lambda item: -item[1])
+        total = sum(count for _, count in counts)
+        if len(counts) == 1:
+            return counts[0][0]
+        words = [f"{label} {100 * count / total:.0f} %" for label, count in counts[:3] if count]
+        return ", ".join(words) + (", ..." if len(counts) > 3 else "")
+
+
+def look(data: Any, dotted: str) -> Any:
+    """Return the value under a dotted name; None where there is none."""
+    for part in dotted.split("."):
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def number(data: Any, dotted: str) -> float | None:
+    """Return the finite number under a dotted name; None for anything else."""
+    value = look(data, dotted)
+    usable = isinstance(value, int | float) and not isinstance(value, bool)
+    try:
+        return float(value) if usable and math.isfinite(value) else None
+    except OverflowError:  # an integer beyond all floats
+        return None
+
+
+def held_out(event: Event, kind: str, what: str = LOSS, mean: str = "_unweighted") -> float | None:
+    """A held-out loss or score of a round: mean over clients, unweighted unless told otherwise."""
+    return number(event, f"eval/{kind}_{what}{mean}")
+
+
+def words_of(score: str) -> str:
+    """The name of a score as words."""
+    return " ".join(score.replace("_", " ").split())
+
+
+def clients_of(event: Event) -> list[Event]:
+    """The clients of a round that have a number."""
+    entries = event.get("clients")
+    return [
+        entry
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("client"), int)
+    ]
+
+
+def read_story(folder: Path) -> Story:
+    """Read a run folder.
+
+    Raises:
+        UserError: where it is missing, is no run folder, or is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"the run folder {str(folder)!r} does not exist")
+    if not (folder / "metrics.jsonl").is_file():
+        raise UserError(
+            f"{str(folder)!r} holds no metrics.jsonl and no folder in it does, so it is no run "
+            "folder and no folder of runs"
+        )
+    try:
+        found = metrics.read_metrics(folder / "metrics.jsonl")
+    except OSError as error:
+        raise UserError(f"{folder / 'metrics.jsonl'} is not readable: {error}") from None
+    if found.odd_lines and not found.events:
+        raise UserError(f"{found.path} is not readable: no line of it is an event")
+    rounds = {event["round"]: event for event in found.events if event["event"] == "round"}
+    config = _read_json(folder / "config.json")
+    partition = folder / "partition.json"
+    parts = clients_of(_read_json(partition)) if partition.is_file() else []
+    last = clients_of(rounds[max(rounds)]) if rounds else []
+    return Story(
+        folder=folder.resolve(),
+        config=config,
+        rounds=[rounds[key] for key in sorted(rounds)],
+        labels={part["client"]: counts for part in parts if (counts := _counts(part))},
+        sizes={part["client"]: len(part.get("train") or ()) for part in parts}
+        | {entry["client"]: int(n) for entry in last if (n := number(entry, "examples"))},
+        note=found.note,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} is not readable: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged, it is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds {type(value).__name__}, not an object")
+    return value
+
+
+def _counts(part: Event) -> dict[str, int]:
+    labels = part.get("labels")
+    pairs = labels.items() if isinstance(labels, dict) else ()
+    return {str(label): count for label, count in pairs if isinstance(count, int) and count > 0}
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The folder itself, or the run folders in it; what a newer run put aside is left out."""
+    if (folder / "metrics.jsonl").is_file():
+        return [folder]
+    inside = (path.parent for path in folder.glob("*/metrics.jsonl"))
+    kept = [run for run in inside if not re.search(r"\.old-\d+$", run.name)]
+    return sorted(kept, key=lambda run: natural(run.name)) or [folder]
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """Sort key that puts label 7 before label 28."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)
+    ]

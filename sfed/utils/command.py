@@ -1,0 +1,65 @@
+"""How a command of sfed runs: messages for users, and exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import NoReturn
+
+from sfed.utils.errors import UserError
+from sfed.utils.redaction import mask
+
+EXIT_MISTAKE = 2
+_SECONDS_FOR_PROCESS_0 = 3.0
+
+
+def run_command(command: Callable[[Sequence[str]], None]) -> None:
+    """Run ``command(sys.argv[1:])`` and turn a user's mistake into one message and exit code 2.
+
+    Only process 0 speaks: under a launcher every process meets the same mistake. Nothing that the
+    command makes can be written by everybody, whatever the umask, and no traceback shows a secret.
+    """
+    os.umask(os.umask(0) | stat.S_IWOTH)
+    sys.excepthook = print_masked
+    try:
+        command(sys.argv[1:])
+    except UserError as mistake:
+        leave(str(mistake), EXIT_MISTAKE)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        sys.exit(1)
+    except SystemExit as end:
+        if not isinstance(end.code, str):
+            raise
+        # It has lost another process, and a thread may wait for that one, in a call that does not
+        # come back; Python's own way out would trip over it.
+        sys.stdout.flush()
+        sys.stderr.write(mask(f"{end.code}\n"))
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def print_masked(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print a traceback, as Python does, without secrets."""
+    sys.stderr.write(mask("".join(traceback.format_exception(kind, error, trace))))
+
+
+def leave(message: str, code: int) -> NoReturn:
+    """End this process; process 0 says why.
+
+    A launcher ends all processes as soon as one has failed, so the others leave a little later:
+    otherwise process 0 might be ended before it has spoken.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(mask(f"sfed: {message}"), file=sys.stderr, flush=True)
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_SECONDS_FOR_PROCESS_0)
+    sys.exit(code)

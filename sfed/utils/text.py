@@ -1,0 +1,20 @@
+"""Sizes and durations as text."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """Say a duration in words: 45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size_text(num_bytes: float) -> str:
+    """A size as people read it."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.1f} GiB"
+    return f"{num_bytes / 2**20:.1f} MiB"
