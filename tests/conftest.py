@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import glue, netns, tiny
+from tests.support import glue, netns, tiny
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("ci")

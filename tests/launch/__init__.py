@@ -1,0 +1,1 @@
+"""Launchers, containers and clusters."""

@@ -1,0 +1,69 @@
+"""Property 9: what leaves a process, counted where every collective must pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import tiny
+from tests.support.counting import counted_run, sizes
+from tests.support.processes import on_processes
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero3"])
+@pytest.mark.parametrize("method", ["sfed", "fedit", "local"])
+def test_a_round_sends_one_message_of_exactly_the_averaged_factors(
+    tiny_folder: Path, tmp_path: Path, sharding: str, method: str
+) -> None:
+    settings = tiny.settings(
+        tiny_folder,
+        output={"dir": str(tmp_path), "name": "run"},
+        backbone={"sharding": sharding},
+        federated={"num_clients": 4, "num_rounds": 3, "method": method},
+        evaluation={"adapters": ["personal"]},
+    )
+    num_a, num_b = sizes(tiny_folder)
+    expected = {"sfed": [num_a], "fedit": [num_a + num_b], "local": []}[method]
+    for seen in on_processes(2, counted_run, settings):
+        reductions = [(p, n) for p, kind, n, _ in seen if "reduce" in kind]
+        assert [n for p, n in reductions if p == "average"] == 3 * expected
+        # The round-0 mean of SFed; nothing else is ever reduced, in no phase.
+        start = [num_a] if method == "sfed" else []
+        assert [n for p, n in reductions if p == "prepare"] == start
+        assert len(reductions) == 3 * len(expected) + len(start)
+        # Local steps: under ZeRO-3 gathers of frozen weights, otherwise silence.
+        in_local = {kind for p, kind, _, _ in seen if p == "local"}
+        if sharding == "none":
+            assert in_local == set()
+        else:
+            assert in_local <= {
+                "allgather",
+                "_allgather_base",
+                "broadcast",
+                "allgather_into_tensor_coalesced",
+            }
+            # DeepSpeed compares the order of modules once, in small integers.
+            sent = [
+                (n, dtype) for p, kind, n, dtype in seen if p == "local" and kind == "broadcast"
+            ]
+            assert all(dtype == "torch.int64" for _, dtype in sent)
+
+
+def test_b_is_reduced_only_when_the_global_adapter_is_asked_for(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    settings = tiny.settings(
+        tiny_folder,
+        output={"dir": str(tmp_path), "name": "run"},
+        evaluation={"adapters": ["personal", "global"], "every_rounds": 3},
+    )
+    num_a, num_b = sizes(tiny_folder)
+    for seen in on_processes(2, counted_run, settings):
+        reductions = [(p, n) for p, kind, n, _ in seen if "reduce" in kind]
+        assert [n for p, n in reductions if p == "average"] == [num_a] * 3
+        assert [n for p, n in reductions if p == "evaluate"] == [
+            num_b
+        ]  # not before training: B = 0

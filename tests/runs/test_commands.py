@@ -1,0 +1,96 @@
+"""What a person types: the demo under torchrun, the deepspeed launcher, real data and models."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import runs
+from tests.support.processes import free_port
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(*words: str, folder: Path, seconds: float = 240.0) -> str:
+    """Run a command in ``folder``; returns what it printed."""
+    done = subprocess.run(
+        words,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def torchrun(num: int, *words: str, folder: Path) -> str:
+    port = f"--master_port={free_port()}"
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num}", port]
+    return command(*launcher, "-m", "sfed.train", *words, folder=folder)
+
+
+def test_the_demo_learns_on_two_processes(tmp_path: Path) -> None:
+    output = torchrun(2, folder=tmp_path)
+    assert "8 clients on 2 processes" in output
+    events = runs.rounds(tmp_path / "runs" / "demo")
+    first, last = events[0], events[-1]
+    for before, after in zip(first["clients"], last["clients"], strict=True):
+        assert after["personal_loss"] < 0.8 * before["personal_loss"]
+        assert after["personal_loss"] < after["global_loss"], "each client has its own style"
+    assert last["eval/global_loss"] < first["eval/global_loss"]
+    again = torchrun(2, folder=tmp_path)
+    assert "going on after round 5" in again
+
+
+def test_torchrun_and_deepspeed_write_the_same_adapters(tmp_path: Path, shared_data: Path) -> None:
+    real = [
+        str(ROOT / "configs" / "gsm8k.yaml"),
+        f"model.name={shared_data / 'models' / 'stories260K'}",
+        f"data.train_files={shared_data / 'gsm8k' / 'train.jsonl'}",
+        f"data.eval_files={shared_data / 'gsm8k' / 'test.jsonl'}",
+        "data.max_train_examples=400",
+        "data.max_tokens=256",
+        "backbone.sharding=zero3",
+        "federated.num_rounds=2",
+        "train.local_steps=2",
+        "train.lr=3e-3",
+        "evaluation.max_examples=8",
+    ]
+    torchrun(2, *real, "output.name=torchrun", folder=tmp_path)
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus=2"]
+    launcher += [f"--master_port={free_port()}", "--module", "sfed.train"]
+    command(*launcher, *real, "output.name=deepspeed", folder=tmp_path)
+    one, other = (runs.adapters(tmp_path / "runs" / name) for name in ("torchrun", "deepspeed"))
+    assert runs.identical(one, other)
+    events = runs.rounds(tmp_path / "runs" / "torchrun")
+    assert events[-1]["eval/loss"] < events[0]["eval/loss"]
+
+
+def test_alpaca_by_length_quantiles_learns_on_a_real_model(
+    tmp_path: Path, shared_data: Path
+) -> None:
+    torchrun(
+        1,
+        str(ROOT / "configs" / "alpaca.yaml"),
+        f"model.name={shared_data / 'models' / 'stories260K'}",
+        f"data.train_files={shared_data / 'alpaca' / 'alpaca_5000.json'}",
+        "data.max_train_examples=600",
+        "data.max_tokens=256",
+        "federated.num_clients=4",
+        "federated.num_rounds=2",
+        "train.local_steps=4",
+        "train.lr=5e-3",
+        "evaluation.max_examples=8",
+        folder=tmp_path,
+    )
+    events = runs.rounds(tmp_path / "runs" / "alpaca-sfed")
+    assert events[-1]["eval/loss"] < events[0]["eval/loss"]

@@ -1,0 +1,169 @@
+"""What breaks between two nodes, which are network namespaces: how a run ends or goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import netns, runs, tiny
+from tests.support.netns import Node
+
+pytestmark = [pytest.mark.netns, pytest.mark.dist, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+Nodes = tuple[Node, Node]
+SGD = {"optimizer": "sgd", "lr": 0.1, "local_steps": 10, "batch_size": 4}
+DEADLINE = 8.0
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Without it a fresh torchrun waits in vain for the address of a master that is there already."""
+
+
+class Job:
+    """One run on two nodes, its logs and its commands."""
+
+    def __init__(
+        self, nodes: Nodes, tiny_folder: Path, folder: Path, steps: int = 10, **federated: Any
+    ) -> None:
+        self.nodes, self.folder = nodes, folder
+        self.settings = tiny.settings(
+            tiny_folder,
+            output={"dir": str(folder), "name": "run"},
+            train={**SGD, "local_steps": steps},
+            evaluation={"adapters": ["personal"], "every_rounds": 10},
+            federated={"num_rounds": 40, "deadline_seconds": DEADLINE, **federated},
+        )
+        self.run_folder = folder / "run"
+        self._config = folder / "config.json"
+        self._config.write_text(json.dumps(self.settings))
+
+    def log(self, node: int) -> str:
+        return (self.folder / f"node-{node}.log").read_text()
+
+    def _start(self, node: int, words: list[str], **environment: str) -> subprocess.Popen[bytes]:
+        return self.nodes[node].start(
+            *(sys.executable, "-m", *words, str(self._config)),
+            folder=self.folder,
+            log=self.folder / f"node-{node}.log",
+            environment={"PYTHONPATH": str(ROOT), **environment},
+        )
+
+    def plain(self, node: int) -> subprocess.Popen[bytes]:
+        """One process per node, as srun starts them."""
+        return self._start(
+            node,
+            ["sfed.train"],
+            RANK=str(node),
+            WORLD_SIZE="2",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="sfed-node-0",
+            MASTER_PORT="29500",
+        )
+
+    def torchrun(self, node: int, nnodes: str, restarts: int) -> subprocess.Popen[bytes]:
+        """One agent with one process per node."""
+        words = ["torch.distributed.run", "--nnodes", nnodes, "--nproc_per_node", "1"]
+        words += ["--rdzv_id", "job", "--rdzv_backend", "c10d"]
+        words += ["--rdzv_endpoint", "sfed-node-0:29400", "--rdzv_conf", "last_call_timeout=3"]
+        words += ["--max-restarts", str(restarts), "-m", "sfed.train"]
+        return self._start(node, words, **OWN_STORE)
+
+    def wait_for_round(self, number: int) -> None:
+        path = self.run_folder / "metrics.jsonl"
+
+        def has_come() -> bool:
+            return path.is_file() and f'"round": {number},' in path.read_text()
+
+        try:
+            netns.wait_until(has_come, seconds=90.0)
+        except TimeoutError:
+            raise TimeoutError(f"no round {number}:\n{self.log(0)}\n{self.log(1)}") from None
+
+    def undisturbed(self, num_processes: int) -> dict[str, runs.Tensors]:
+        output = {"dir": str(self.folder), "name": "calm"}
+        return runs.adapters(runs.run(num_processes, {**self.settings, "output": output}))
+
+
+def test_a_partition_ends_both_sides_soon_after_the_deadline(
+    nodes: Nodes, tiny_folder: Path, tmp_path: Path
+) -> None:
+    # So many steps that by round 6 each process has told where it is, on a fast machine too.
+    job = Job(nodes, tiny_folder, tmp_path, steps=40, num_clients=2, num_rounds=20)
+    started = [job.plain(0), job.plain(1)]
+    job.wait_for_round(6)
+    nodes[1].pull()
+    begin = time.monotonic()
+    codes = netns.wait(started, seconds=90.0)
+    assert time.monotonic() - begin < DEADLINE + 40.0
+    assert all(codes), "neither side may end well"
+    assert "process 1" in job.log(0) and "no sign of life; last seen at round " in job.log(0)
+    assert "process 0: out of reach, and so is the store" in job.log(1)
+    nodes[1].plug()
+    again = [job.plain(0), job.plain(1)]
+    assert netns.wait(again, seconds=120.0) == [0, 0], job.log(0)
+    assert runs.identical(job.undisturbed(2), runs.adapters(job.run_folder))
+
+
+def test_a_node_that_is_lost_for_good_leaves_its_clients_to_the_others(
+    nodes: Nodes, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """N is null: two at the first start, and two it stays, on one process."""
+    job = Job(nodes, tiny_folder, tmp_path, num_clients=None)
+    agents = [job.torchrun(node, "1:2", restarts=3) for node in range(2)]
+    job.wait_for_round(3)
+    nodes[1].kill()
+    assert netns.wait(agents[:1], seconds=150.0) == [0], job.log(0)
+    assert "N stays 2, one client for each process of the first start" in job.log(0)
+    assert [event["round"] for event in runs.rounds(job.run_folder)] == list(range(41))
+    calm = job.undisturbed(2)
+    assert runs.relative_difference(calm, runs.adapters(job.run_folder)) <= 1e-5
+
+
+def test_a_node_that_is_lost_and_comes_back_is_taken_in_again(
+    nodes: Nodes, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Its torchrun counts no restart, the other one's counts one: they find each other anyway."""
+    job = Job(nodes, tiny_folder, tmp_path, num_clients=2)
+    agents = [job.torchrun(node, "2", restarts=3) for node in range(2)]
+    job.wait_for_round(3)
+    nodes[1].kill()
+    agents[1] = job.torchrun(1, "2", restarts=3)
+    assert netns.wait(agents, seconds=150.0) == [0, 0], job.log(0) + job.log(1)
+    assert "going on after round" in job.log(0)
+    assert runs.identical(job.undisturbed(2), runs.adapters(job.run_folder))
+
+
+def test_without_the_rendezvous_host_the_others_end_and_a_restart_goes_on(
+    nodes: Nodes, tiny_folder: Path, tmp_path: Path
+) -> None:
+    job = Job(nodes, tiny_folder, tmp_path, num_clients=2)
+    agents = [job.torchrun(node, "2", restarts=3) for node in range(2)]
+    job.wait_for_round(3)
+    nodes[0].kill()
+    (code,) = netns.wait(agents[1:], seconds=90.0)
+    assert code == 1
+    again = [job.torchrun(node, "2", restarts=0) for node in range(2)]
+    assert netns.wait(again, seconds=150.0) == [0, 0], job.log(0) + job.log(1)
+    assert runs.identical(job.undisturbed(2), runs.adapters(job.run_folder))
+
+
+def test_sigterm_to_one_nodes_torchrun_stops_the_run_with_everything_written(
+    nodes: Nodes, tiny_folder: Path, tmp_path: Path
+) -> None:
+    job = Job(nodes, tiny_folder, tmp_path, num_clients=2)
+    agents = [job.torchrun(node, "2", restarts=0) for node in range(2)]
+    job.wait_for_round(2)
+    agents[1].send_signal(signal.SIGTERM)
+    # torchrun ends with 1 after SIGTERM; on the other node the run is not done, and nobody waits.
+    assert netns.wait(agents, seconds=60.0) == [1, 1]
+    assert "stopped as asked" in job.log(0)
+    again = [job.torchrun(node, "2", restarts=0) for node in range(2)]
+    assert netns.wait(again, seconds=150.0) == [0, 0], job.log(0) + job.log(1)
+    assert runs.identical(job.undisturbed(2), runs.adapters(job.run_folder))

@@ -1,0 +1,1 @@
+"""Every configuration and command that is shipped."""

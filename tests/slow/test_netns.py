@@ -1,0 +1,71 @@
+"""The two nodes that other tests stand on are two nodes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import netns
+from tests.support.netns import Node
+
+pytestmark = [pytest.mark.netns, pytest.mark.dist]
+
+SEND = """
+import socket, sys
+if sys.argv[1] == "listen":
+    with socket.create_server((socket.gethostname(), 7000)) as server:
+        print("listening", flush=True)
+        connection, _ = server.accept()
+        received = 0
+        while chunk := connection.recv(1 << 16):
+            received += len(chunk)
+        print(socket.gethostname(), received)
+else:
+    with socket.create_connection((sys.argv[1], 7000), timeout=20) as connection:
+        connection.sendall(bytes(1_000_000))
+"""
+
+
+def test_bytes_between_two_nodes_go_through_the_cable_by_name(
+    nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    one, other = nodes
+    python = [sys.executable, "-c", SEND]
+    log = tmp_path / "one.log"
+    listener = one.start(*python, "listen", folder=tmp_path, log=log)
+    netns.wait_for_text(log, "listening", seconds=20.0)
+    before = one.sent_bytes(), other.sent_bytes()
+    sender = other.start(*python, one.hostname, folder=tmp_path, log=tmp_path / "other.log")
+    assert netns.wait([listener, sender], seconds=20.0) == [0, 0]
+    assert log.read_text().splitlines()[-1] == "sfed-node-0 1000000"
+    assert 1_000_000 < other.sent_bytes() - before[1] < 1_050_000
+    assert one.sent_bytes() - before[0] < 50_000
+
+
+def test_a_killed_node_leaves_nothing_running_and_spares_the_other(
+    nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    one, other = nodes
+    orphan = ["sh", "-c", "sleep 60 & sleep 60"]
+    killed, spared = (n.start(*orphan, folder=tmp_path, log=tmp_path / "log") for n in nodes)
+    netns.wait_until(lambda: len(one.process_ids()) == len(other.process_ids()) == 3, seconds=20.0)
+    one.kill()
+    assert one.process_ids() == []
+    assert killed.returncode == -9
+    assert spared.poll() is None
+    assert len(other.process_ids()) == 3
+
+
+def test_a_machine_that_makes_no_nodes_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(netns.NoNodesError, match="only root makes"), netns.two_nodes(tmp_path):
+        pass
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    missing = "not installed: ip, tc"
+    with pytest.raises(netns.NoNodesError, match=missing), netns.two_nodes(tmp_path):
+        pass

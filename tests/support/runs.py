@@ -1,0 +1,91 @@
+"""Whole runs of the trainer on several processes, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from sfed.config import load as config_load
+from sfed.federated import preflight, session
+from sfed.utils import command
+from sfed.utils.errors import UserError
+from tests.support.processes import on_processes
+
+Tensors = dict[str, torch.Tensor]
+
+
+def train_settings(settings: dict[str, Any]) -> None:
+    config = config_load.validate(settings)
+    preflight.check_before_torch(config)
+    session.run_session(config)
+
+
+def train_or_leave(settings: dict[str, Any]) -> None:
+    """The same as a command: a mistake is one message and an exit code."""
+    try:
+        train_settings(settings)
+    except UserError as mistake:
+        command.leave(str(mistake), command.EXIT_MISTAKE)
+
+
+def run(
+    num_processes: int,
+    settings: dict[str, Any],
+    *,
+    deadline_seconds: float = 180.0,
+    environment: Mapping[str, str] | None = None,
+) -> Path:
+    """Run the settings on this many processes and return the run folder."""
+    on_processes(
+        num_processes,
+        train_settings,
+        settings,
+        deadline_seconds=deadline_seconds,
+        environment=environment,
+    )
+    return Path(settings["output"]["dir"]) / settings["output"]["name"]
+
+
+def adapters(run_folder: Path) -> dict[str, Tensors]:
+    """The exported adapters by name of their folder."""
+    return {
+        folder.name: load_file(folder / "adapter_model.safetensors")
+        for folder in sorted((run_folder / "adapters").iterdir())
+    }
+
+
+def rounds(run_folder: Path) -> list[dict[str, Any]]:
+    """The round events of a run."""
+    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == "round"]
+
+
+def factors(tensors: Tensors, factor: str) -> Tensors:
+    """Only the A, or only the B factors of an adapter."""
+    return {name: tensor for name, tensor in tensors.items() if f".lora_{factor}." in name}
+
+
+def relative_difference(one: dict[str, Tensors], other: dict[str, Tensors]) -> float:
+    """Largest difference over the largest number, tensor by tensor, over all clients."""
+    assert one.keys() == other.keys()
+    worst = 0.0
+    for client, tensors in one.items():
+        for name, tensor in tensors.items():
+            scale = max(float(tensor.abs().max()), 1e-12)
+            worst = max(worst, float((tensor - other[client][name]).abs().max()) / scale)
+    return worst
+
+
+def identical(one: dict[str, Tensors], other: dict[str, Tensors]) -> bool:
+    """Whether all adapters are equal bit by bit."""
+    assert one.keys() == other.keys()
+    return all(
+        torch.equal(tensor, other[client][name])
+        for client, tensors in one.items()
+        for name, tensor in tensors.items()
+    )

@@ -1,0 +1,1 @@
+"""Tests of single files, in the folders of ``sfed/``."""

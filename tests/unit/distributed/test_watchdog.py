@@ -1,0 +1,144 @@
+"""Who hangs is named, with the place; nobody waits longer than the deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from sfed.config import load as config_load
+from sfed.distributed import diagnosis
+from sfed.distributed.diagnosis import Report
+from sfed.distributed.watchdog import Heartbeat
+from sfed.federated import local, session
+from sfed.utils.errors import UserError
+from tests.support import tiny
+from tests.support.processes import ends_of
+
+DEADLINE = 6.0
+
+
+def reports(**changes: dict) -> dict[int, Report]:
+    found = {
+        peer: Report(place="round 3, step 7 of 9", seconds=60.0, collectives=40, pid=100 + peer)
+        for peer in range(3)
+    }
+    for peer, values in changes.items():
+        for name, value in values.items():
+            setattr(found[int(peer[1:])], name, value)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [
+        (reports(p1={"reason": "MemoryError: no"}, p2={"is_silent": True}), [1]),
+        (reports(p2={"is_silent": True, "place": "x"}, p0={"is_waiting": True}), [2]),
+        (reports(p0={"is_waiting": True}, p2={"is_waiting": True}), [1]),
+        (reports(p1={"collectives": 39}), [1]),
+        (reports(), [0, 1, 2]),
+    ],
+    ids=["an error", "a silent process", "others wait", "fewer collectives", "nobody knows"],
+)
+def test_the_cause_is_named_and_nobody_else(found: dict[int, Report], named: list[int]):
+    text = diagnosis.judge("why", found, 3, None)
+    assert [peer for peer in range(3) if f"process {peer} " in text] == named
+    assert text.startswith("why\n") and "last checkpoint" in text
+
+
+def test_a_store_that_is_gone_is_said():
+    text = diagnosis.judge("why", {1: Report(place="here", is_waiting=True)}, 3, None)
+    assert "process 0, 2: out of reach, and so is the store" in text
+
+
+def test_the_heartbeat_is_renewed_by_the_loop_alone(tmp_path: Path):
+    path = tmp_path / "heartbeat"
+    beat = Heartbeat(str(path))
+    os.utime(path, (1.0, 1.0))
+    beat.renew()
+    assert path.stat().st_mtime == 1.0, "at most once a second"
+    beat._last -= 2.0
+    beat.renew()
+    assert path.stat().st_mtime > 1.0
+    Heartbeat(None).renew()
+
+
+def test_a_heartbeat_that_cannot_be_written_is_a_mistake(tmp_path: Path):
+    with pytest.raises(UserError, match=r"SFED_HEARTBEAT_FILE = '.*absent/x' cannot be written"):
+        Heartbeat(str(tmp_path / "absent" / "x"))
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+
+def hang(settings: dict, how: str) -> None:
+    """Train; process 1 hangs before the second step of round 2."""
+    healthy = local._GroupWork.step
+
+    def step(self: local._GroupWork, number: int) -> None:
+        if self._round_index == 1 and number == 1 and os.environ["RANK"] == "1":
+            if how == "stopped":
+                time.sleep(2.5)  # until it has told where it is
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if how == "failed":
+                raise MemoryError("no room")
+            time.sleep(3600)
+        healthy(self, number)
+
+    local._GroupWork.step = step
+    session.run_session(config_load.validate(settings))
+
+
+EXACT = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "backbone", "words"),
+    [
+        ("asleep", {"sharding": "none"}, "has been at round 2, step 2 of 3 for"),
+        ("asleep", {"sharding": "zero3", **EXACT}, "has been at round 2, step 2 of 3 for"),
+        (
+            "stopped",
+            {"sharding": "none"},
+            "gives no sign of life; last seen at round 2, step 2 of 3",
+        ),
+        (
+            "stopped",
+            {"sharding": "zero3", **EXACT},
+            "gives no sign of life; last seen at round 2, step 2 of 3",
+        ),
+        ("failed", {"sharding": "none"}, "ended at round 2, step 2 of 3: MemoryError: no room"),
+    ],
+    ids=["asleep", "asleep in zero3", "stopped", "stopped in zero3", "failed"],
+)
+def test_a_process_that_hangs_or_fails_is_named_with_its_place(
+    tiny_folder: Path, tmp_path: Path, how: str, backbone: dict, words: str
+):
+    settings = tiny.settings(
+        tiny_folder,
+        output={"dir": str(tmp_path), "name": "run"},
+        backbone=backbone,
+        federated={"num_clients": 2, "num_rounds": 3, "deadline_seconds": DEADLINE},
+        evaluation={"adapters": ["personal"], "every_rounds": 3},
+    )
+    survivor, culprit = ends_of(2, hang, settings, how, grace_seconds=9.0)
+    assert survivor.code == 1 and culprit.code in (1, -signal.SIGKILL)
+    (line,) = [line for line in survivor.said.splitlines() if line.startswith("  process ")]
+    assert line.startswith("  process 1 (pid ") and words in line
+    assert "goes on from the last checkpoint" in survivor.said
+    if how == "asleep":
+        assert "in sleep" not in line and "tests/unit/distributed/test_watchdog.py" in line, (
+            "where it hangs"
+        )
+        assert words in culprit.said, "a process that can, says so itself"
+    if how != "failed":
+        record = json.loads((tmp_path / "run" / "debug" / "process-0000.json").read_text())
+        assert record["report"]["stack"]
+        kinds = {one["profiling_name"] for one in record["flight_recorder"]["entries"]}
+        assert any(kind.startswith("gloo:") for kind in kinds)

@@ -1,0 +1,300 @@
+"""What is predicted of memory is what is measured, and as many clients share a pass as fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfed.bench import workload
+from sfed.bench.measure import SavedBytes
+from sfed.bench.steps import Sfed
+from sfed.config import load as config_load
+from sfed.distributed import world as distributed
+from sfed.federated import session
+from sfed.memory import clients_per_pass, counts, profile
+from sfed.memory.costs import ClientState, Cost, Costs, Load, Work, largest
+from sfed.memory.profile import LiveBytes
+from sfed.models import hf_config, synthetic
+from tests.support import runs, tiny
+from tests.support.processes import on_processes
+
+CPU = torch.device("cpu")
+ALL, ATTENTION = "all-linear", ("q_proj", "v_proj")
+
+
+def settings(rank: int, targets: Any, checkpointing: bool = False) -> Any:
+    return config_load.validate(
+        {
+            "data": {"task": "gsm8k"},
+            "lora": {"rank": rank, "target_modules": targets},
+            "backbone": {"gradient_checkpointing": checkpointing},
+        }
+    )
+
+
+def trainer(name: str, load: Load, rank: int, targets: Any, dtype: torch.dtype) -> Sfed:
+    """The trainer's own steps on a whole model; only sizes count, so its weights are 0."""
+    config = synthetic.model_config(name, None, None)
+    work = workload.Workload(load.clients, load.rows, load.tokens, rank, targets, dtype)
+    model = synthetic.build(config, work.dtype, work.seed, CPU, blank=True)
+    ids = workload.random_tokens(config, work)
+    return Sfed(model, work, ids, clients_per_pass=load.clients)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "dtype", "checkpointing"),
+    [
+        ("stories", ALL, torch.float32, False),
+        ("stories", ALL, torch.bfloat16, True),
+        ("stories", ATTENTION, torch.bfloat16, False),
+        ("llama-30m", ALL, torch.bfloat16, False),
+    ],
+)
+def test_a_trial_of_two_layers_predicts_the_passes_of_the_whole_model(
+    name: str, targets: Any, dtype: torch.dtype, checkpointing: bool
+) -> None:
+    """stories has 5 layers and grouped queries, llama-30m 8 and as many keys as queries."""
+    config = settings(16, targets, checkpointing)
+    model_config = synthetic.model_config(name, None, None)
+    facts = counts.facts_of(config, model_config)
+    costs = profile.measure(config, model_config, dtype, facts.targets, is_sharded=False)
+    for load in (Load(1, 2, 64), Load(4, 1, 40), Load(8, 1, 16)):
+        ours = trainer(name, load, 16, targets, dtype)
+        if checkpointing:
+            ours.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+            ours.backbone.training()
+        with LiveBytes() as live:
+            ours.enter(0)
+            loss = ours.losses().sum()
+            kept = live.now
+            torch.autograd.backward(loss)
+        needs = Work(load.clients, load.clients, load.rows, 1, load.tokens, 0).needs(
+            costs, ClientState(ours.clients.layout.size, 2), load.clients
+        )
+        assert costs.kept.of(load) == pytest.approx(kept, rel=0.05), load
+        peak = needs.copies + needs.activations + max(needs.logits, needs.transient)
+        assert live.peak <= 1.05 * peak, load
+        assert peak <= 1.15 * live.peak, load
+
+
+@pytest.mark.parametrize(("clients", "rank"), [(1, 4), (4, 16), (8, 2)])
+@pytest.mark.parametrize("targets", [ALL, ATTENTION])
+def test_the_clients_state_is_what_the_trainer_allocates(
+    clients: int, rank: int, targets: Any
+) -> None:
+    load = Load(clients, 1, 16)
+    ours = trainer("tiny", load, rank, targets, torch.float32)
+    config = settings(rank, targets)
+    facts = counts.facts_of(config, synthetic.model_config("tiny", None, None))
+    layout = ours.clients.layout
+    assert facts.a_numbers + facts.b_numbers == layout.size
+    needs = Work(clients, clients, 1, 1, 16, 0).needs(FREE, ClientState(layout.size, 2), clients)
+    rows = ours.rows
+    assert needs.values == rows.values.nbytes
+    assert needs.gradients == rows.grads.nbytes
+    assert needs.moments == sum(moment.nbytes for moment in rows.moments.values())
+
+
+def test_an_optimizer_step_takes_what_the_trial_says() -> None:
+    load = Load(4, 1, 16)
+    ours = trainer("tiny", load, 8, ALL, torch.float32)
+    config = settings(8, ALL)
+    model_config = synthetic.model_config("tiny", None, None)
+    targets = counts.facts_of(config, model_config).targets
+    costs = profile.measure(config, model_config, torch.float32, targets, is_sharded=False)
+    ours.losses().sum().backward()
+    with LiveBytes() as live:
+        ours.update()
+    predicted = costs.optimizer_per_number * ours.clients.layout.size * load.clients
+    assert live.peak == pytest.approx(predicted, rel=0.1, abs=1024)
+
+
+def test_zero3_keeps_the_inputs_of_linear_layers() -> None:
+    """Of a LLaMA layer two norms and the product of gate and up, which else are made again."""
+    config = settings(4, ALL)
+    model_config = synthetic.model_config("tiny", None, None)
+    targets = counts.facts_of(config, model_config).targets
+    replica, sharded = (
+        profile.measure(config, model_config, torch.bfloat16, targets, is_sharded=is_sharded)
+        for is_sharded in (False, True)
+    )
+    width = 2 * model_config.hidden_size + model_config.intermediate_size
+    more = sharded.kept_by_layer.per_token - replica.kept_by_layer.per_token
+    assert more == width * torch.bfloat16.itemsize
+
+
+def test_saved_bytes_and_live_bytes_agree_on_what_a_pass_keeps() -> None:
+    ours = trainer("tiny", Load(2, 2, 24), 4, ALL, torch.float32)
+    with SavedBytes(ours.frozen()) as saved, LiveBytes() as live:
+        loss = ours.losses().sum()
+        kept = live.now
+    del loss
+    assert kept == pytest.approx(saved.total, rel=0.02)
+
+
+NOTHING = Cost(0, 0, 0, 0, 0)
+FREE = Costs(NOTHING, NOTHING, NOTHING, NOTHING, 0, 1, 0, 0)
+_sizes = st.floats(min_value=0, max_value=1e6)
+_costs = st.builds(Cost, _sizes, _sizes, _sizes, _sizes, _sizes)
+_all_costs = st.builds(
+    Costs,
+    kept=_costs,
+    kept_by_layer=_costs,
+    transient=_costs,
+    forward=_costs,
+    logits_per_token=st.integers(0, 10**6),
+    logits_at_a_time=st.integers(1, 10**5),
+    cache_per_token=st.integers(0, 10**6),
+    optimizer_per_number=st.floats(min_value=0, max_value=20),
+)
+_works = st.builds(
+    Work,
+    own_clients=st.just(64),
+    round_clients=st.integers(1, 64),
+    train_rows=st.integers(1, 16),
+    eval_rows=st.integers(1, 16),
+    tokens=st.integers(2, 4096),
+    new_tokens=st.integers(0, 512),
+)
+_states = st.builds(ClientState, numbers=st.integers(1, 10**8), moments=st.sampled_from([0, 2]))
+
+
+@given(_all_costs, _works, _states, st.integers(1, 63))
+def test_memory_grows_with_clients_tokens_and_the_size_of_an_adapter(
+    costs: Costs, work: Work, state: ClientState, clients: int
+) -> None:
+    needed = work.needs(costs, state, clients).total
+    if clients + 1 < work.round_clients:  # all of a round need no second group
+        assert work.needs(costs, state, clients + 1).total >= needed
+    longer = dataclasses.replace(work, tokens=work.tokens + 1)
+    assert longer.needs(costs, state, clients).total >= needed
+    larger = dataclasses.replace(state, numbers=state.numbers + 1)
+    assert work.needs(costs, larger, clients).total >= needed
+
+
+@given(_all_costs, _works, _states, st.integers(0, 10**11))
+def test_as_many_clients_share_a_pass_as_fit_and_no_more(
+    costs: Costs, work: Work, state: ClientState, free: int
+) -> None:
+    most = work.round_clients
+    found = work.most_clients(costs, state, free)
+
+    def fits(clients: int) -> bool:
+        return work.needs(costs, state, clients).total <= 0.9 * free
+
+    assert 0 <= found <= most
+    assert found == 0 or fits(found)
+    assert found == most or not fits(found + 1)
+    assert (found > 0) == any(fits(clients) for clients in range(1, most + 1))
+
+
+@given(st.integers(0, 100), st.integers(0, 100))
+def test_the_largest_that_fits_is_found(limit: int, edge: int) -> None:
+    assert largest(lambda count: count <= edge, limit) == min(limit, edge)
+
+
+def test_costs_travel_as_json() -> None:
+    costs = dataclasses.replace(FREE, kept=Cost(1, 2.5, 3, 4, 5), cache_per_token=7)
+    assert Costs.of_json(json.loads(json.dumps(dataclasses.asdict(costs)))) == costs
+
+
+@pytest.mark.parametrize(
+    ("section", "processes", "free", "kind"),
+    [
+        ({}, 1, 0, "none"),
+        ({}, 8, 2000, "none"),
+        ({}, 8, 1999, "zero3"),
+        ({"sharding": "none"}, 8, 0, "none"),
+        ({"sharding": "zero3"}, 1, 10**12, "zero3"),
+        ({"offload": "cpu"}, 8, 10**12, "zero3"),
+    ],
+)
+def test_how_the_backbone_is_stored_follows_from_one_rule(
+    section: dict[str, Any], processes: int, free: int, kind: str
+) -> None:
+    backbone = config_load.validate({"backbone": section}).backbone
+    chosen = hf_config.resolve_sharding(backbone, processes, lambda: (1000, free))
+    assert chosen.kind == kind
+
+
+def _agreed(config: Any, free_of_process: list[list[int]]) -> list[clients_per_pass.Sharing]:
+    """What is agreed on with so much free memory on each process, one after another."""
+    world = distributed.start(60.0)
+    costs = dataclasses.replace(FREE, kept=Cost(0, 100, 0, 0, 0))
+    found = clients_per_pass.Estimate(Work(4, 4, 1, 1, 8, 0), costs)
+    agreed = []
+    for free in free_of_process:
+        clients_per_pass.free_bytes = lambda _, free=free: free[world.rank] * world.size
+        agreed.append(clients_per_pass.agree(config, world, found, None, 0))
+    distributed.stop(world)
+    return agreed
+
+
+@pytest.mark.dist
+def test_processes_agree_on_what_fits_the_one_with_the_least_memory() -> None:
+    config = config_load.validate({"data": {"task": "gsm8k"}})
+    one, other = on_processes(2, _agreed, config, [[10_000, 230], [20, 10_000], [10_000, 10_000]])
+    assert one == other
+    some, none, all_of_them = one
+    assert (some.clients_per_pass, some.is_doubtful) == (2, False)
+    assert (none.clients_per_pass, none.is_doubtful) == (1, True)
+    assert "even one" in none.reason
+    assert all_of_them.of(range(4)) == 4
+
+
+def _train_with(free: int, settings: dict[str, Any]) -> None:
+    clients_per_pass.free_bytes = lambda _device: free
+    session.run_session(config_load.validate(settings))
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    facts: dict[str, Any] = json.loads((newest / "run.json").read_text(encoding="utf-8"))
+    return facts
+
+
+@pytest.mark.dist
+def test_what_does_not_fit_into_one_pass_makes_several_with_the_same_numbers(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Two of four clients fit. Resumed with plenty of memory, it stays two: bit for bit."""
+
+    def settings(name: str, **federated: Any) -> dict[str, Any]:
+        own = tiny.settings(tiny_folder, federated={"num_clients": 4, **federated})
+        own["output"] = {"dir": str(tmp_path), "name": name}
+        return own
+
+    needed = _free_for_two(tiny_folder)
+    on_processes(1, _train_with, needed, settings("auto", num_rounds=1))
+    assert _facts(tmp_path / "auto")["clients_per_pass"] == 2
+    on_processes(1, _train_with, 10**12, settings("auto", num_rounds=2))
+    assert _facts(tmp_path / "auto")["clients_per_pass"] == 2
+    on_processes(1, _train_with, 10**12, settings("two", num_rounds=2, clients_per_pass=2))
+    on_processes(1, _train_with, 10**12, settings("all", num_rounds=2))
+    assert _facts(tmp_path / "all")["clients_per_pass"] > 4
+    auto, two, whole = (runs.adapters(tmp_path / name) for name in ("auto", "two", "all"))
+    assert runs.identical(auto, two)
+    assert runs.relative_difference(auto, whole) < 1e-3
+
+
+def _free_for_two(folder: Path) -> int:
+    """Memory in which passes of two clients of the tiny run fit, and of three do not."""
+    config = tiny.config(folder)
+    model_config = hf_config.read_model_config(config, str(folder / "model"))
+    facts = counts.facts_of(config, model_config)
+    costs = profile.measure(config, model_config, torch.float32, facts.targets, is_sharded=False)
+    state = clients_per_pass.state_of(config, facts.a_numbers + facts.b_numbers)
+    lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    # A token per byte, and one at each end.
+    longest = max(len(row["prompt"] + row["completion"]) + 2 for row in rows)
+    work = clients_per_pass.work_of(config, 4, longest)
+    two, three = (work.needs(costs, state, clients).total for clients in (2, 3))
+    return int((two + three) / 2 / 0.9)

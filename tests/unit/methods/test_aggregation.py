@@ -1,0 +1,144 @@
+"""Property 1: the federated mean is the formula, on non-square layers, for every placement."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfed.clients.store import ClientRows
+from sfed.data import partition
+from sfed.distributed import sync
+from sfed.distributed import world as distributed
+from sfed.lora.layout import Layout
+from sfed.methods import aggregation
+from tests.support.processes import on_processes
+
+# DESIGN section 8: d = 3, k = 2, r = 2, N = 3.
+A = torch.tensor([[[1.0, 2], [3, 4]], [[2, 0], [0, 2]], [[-1, 1], [1, -1]]])
+B = torch.tensor([[[1.0, 0], [0, 1], [1, 1]], [[0, 1], [1, 0], [2, 2]], [[1, 1], [1, 1], [0, 1]]])
+LAYOUT = Layout.of([("layer", 2, 3)], lora_rank=2)
+MEAN_A = [[2 / 3, 1], [4 / 3, 5 / 3]]
+MEAN_B = [[2 / 3, 2 / 3], [2 / 3, 2 / 3], [1, 4 / 3]]
+
+
+def three_clients(own: range) -> ClientRows:
+    clients = ClientRows(own, LAYOUT, torch.device("cpu"), clients_per_pass=len(own), moments=())
+    for client in own:
+        clients.give(client, {"a": A[client].flatten(), "b": B[client].flatten()})
+    return clients
+
+
+def shared(factors: tuple[str, ...], weights: list[float]) -> tuple[int, dict[int, torch.Tensor]]:
+    world = distributed.start(30.0)
+    try:
+        clients = three_clients(partition.place(3, world.size)[world.rank])
+        sent = aggregation.share(world, clients, factors, weights)
+        sync.meet(world, "end")  # nobody leaves while another still connects,
+        sync.part(world)  # and the store not before all have read that
+        return sent, {client: clients.row(client) for client in clients.own}
+    finally:
+        distributed.stop(world)
+
+
+def rows_after(num: int, factors: tuple[str, ...], weights: list[float]) -> dict:
+    rows: dict[int, torch.Tensor] = {}
+    for _, held in on_processes(num, shared, factors, weights):
+        rows.update(held)
+    return {c: (row[:4].view(2, 2), row[4:].view(3, 2)) for c, row in rows.items()}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("counts", "participants", "mean_a", "mean_b"),
+    [
+        (None, (0, 1, 2), MEAN_A, MEAN_B),
+        ((10, 20, 70), (0, 1, 2), [[-0.2, 0.9], [1.0, 0.1]], [[0.8, 0.9], [0.9, 0.8], [0.5, 1.2]]),
+        (None, (0, 2), [[0, 1.5], [2, 1.5]], [[1, 0.5], [0.5, 1], [0.5, 1]]),
+        ((10, 20, 70), (0, 2), [[-0.75, 1.125], [1.25, -0.375]], None),
+    ],
+    ids=["uniform", "by examples", "two of three", "two of three by examples"],
+)
+def test_the_mean_is_the_worked_example(
+    num_processes: int, counts: tuple | None, participants: tuple, mean_a: list, mean_b: list | None
+) -> None:
+    weights = aggregation.normalised_weights(3, participants, counts)
+    after = rows_after(num_processes, ("A", "B"), weights)
+    for client in range(3):
+        torch.testing.assert_close(after[client][0], torch.tensor(mean_a))
+        if mean_b is not None:
+            torch.testing.assert_close(after[client][1], torch.tensor(mean_b))
+
+
+@pytest.mark.dist
+def test_sharing_a_leaves_every_b_alone_and_gives_the_worked_products() -> None:
+    after = rows_after(2, ("A",), [1 / 3] * 3)
+    for client, (a, b) in after.items():
+        assert torch.equal(b, B[client])
+        torch.testing.assert_close(a, torch.tensor(MEAN_A))
+    product = after[0][1] @ after[0][0]
+    torch.testing.assert_close(product, torch.tensor([[2 / 3, 1], [4 / 3, 5 / 3], [2, 8 / 3]]))
+    # mean_i(B_i A) = (mean_i B_i) A exactly, once A is shared; before that it is not.
+    mean_of_products = torch.stack([b @ a for a, b in after.values()]).mean(dim=0)
+    mean_b = torch.stack([b for _, b in after.values()]).mean(dim=0)
+    torch.testing.assert_close(mean_of_products, mean_b @ after[0][0])
+    unshared = torch.einsum("cor,cri->oi", B, A) / 3
+    torch.testing.assert_close(unshared, torch.tensor([[1 / 3, 4 / 3], [5 / 3, 4 / 3], [3, 3]]))
+    assert not torch.allclose(unshared, B.mean(dim=0) @ A.mean(dim=0))
+
+
+@pytest.mark.dist
+def test_the_message_is_exactly_the_shared_factor_whatever_the_number_of_clients() -> None:
+    for factors, numbers in ((("A",), 4), (("B",), 6), (("A", "B"), 10), ((), 0)):
+        for num_processes in (1, 3):
+            for sent, _ in on_processes(num_processes, shared, factors, [1 / 3] * 3):
+                assert sent == 4 * numbers
+
+
+def test_a_client_of_weight_zero_cannot_spread_nan() -> None:
+    world = distributed.start(30.0)
+    try:
+        rows = torch.tensor([[1.0, 2], [float("nan"), float("inf")], [3, 6]])
+        total = aggregation.weighted_sum(rows, [0.5, 0.0, 0.5])
+        [mean] = aggregation.mean_over_clients(world, [total])
+    finally:
+        distributed.stop(world)
+    assert torch.equal(mean, torch.tensor([2.0, 4.0]))
+
+
+@given(
+    counts=st.lists(st.integers(1, 10**6), min_size=1, max_size=12),
+    data=st.data(),
+)
+def test_weights_sum_to_one_over_the_participants_and_are_zero_elsewhere(
+    counts: list[int], data: st.DataObject
+) -> None:
+    chosen = data.draw(st.sets(st.sampled_from(range(len(counts))), min_size=1))
+    for given_counts in (None, counts):
+        weights = aggregation.normalised_weights(len(counts), sorted(chosen), given_counts)
+        assert abs(sum(weights) - 1.0) < 1e-9
+        assert {i for i, weight in enumerate(weights) if weight > 0} == chosen
+
+
+@given(order=st.permutations(range(5)), seed=st.integers(0, 1000))
+def test_the_mean_does_not_depend_on_the_order_of_the_clients(order: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(5, 7, generator=generator)
+    weights = torch.rand(5, generator=generator)
+    weights /= weights.sum()
+    world = distributed.start(30.0)
+    try:
+        straight, mixed = aggregation.mean_over_clients(
+            world,
+            [
+                aggregation.weighted_sum(rows, weights.tolist()),
+                aggregation.weighted_sum(rows[order], weights[order].tolist()),
+            ],
+        )
+    finally:
+        distributed.stop(world)
+    torch.testing.assert_close(straight, mixed, rtol=1e-5, atol=1e-6)
+    assert bool((straight <= rows.max(dim=0).values + 1e-5).all())
+    assert bool((straight >= rows.min(dim=0).values - 1e-5).all())

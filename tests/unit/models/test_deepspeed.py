@@ -1,0 +1,104 @@
+"""Property 5: a backbone stored once over all processes trains the same adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfed.distributed import world as distributed
+from sfed.models import backbone
+from tests.support import runs, tiny
+from tests.support.processes import on_processes
+
+pytestmark = pytest.mark.dist
+
+# The persistence threshold of 0 lets nothing stay gathered, however small.
+EXACT = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+SGD = {"optimizer": "sgd", "lr": 0.1, "local_steps": 3, "batch_size": 4}
+
+
+def train(folder: Path, out: Path, num: int, sharding: str, **sections: object) -> dict:
+    sections.setdefault("train", SGD)
+    own = {"sharding": sharding, **sections.pop("backbone", {})}
+    output = {"dir": str(out), "name": f"{sharding}-{num}"}
+    settings = tiny.settings(folder, output=output, backbone=own, **sections)
+    return runs.adapters(runs.run(num, settings))
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_zero3_trains_the_adapters_of_a_replica(
+    tiny_folder: Path, tmp_path: Path, num_processes: int
+) -> None:
+    plain = train(tiny_folder, tmp_path, 1, "none")
+    sharded = train(tiny_folder, tmp_path, num_processes, "zero3", backbone=EXACT)
+    assert runs.relative_difference(plain, sharded) <= 5e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("gradient checkpointing", {"backbone": {"gradient_checkpointing": True}}),
+        ("accumulation", {"train": {**SGD, "micro_batch_size": 2}}),
+        ("dropout", {"lora": {"rank": 4, "dropout": 0.2}}),
+        ("cpu offload", {"backbone": {"offload": "cpu"}}),
+        ("two targets", {"lora": {"rank": 4, "target_modules": ["q_proj", "v_proj"]}}),
+        (
+            "unequal clients, so that one process keeps the other company",
+            {
+                "train": {**SGD, "local_steps": None, "local_epochs": 1},
+                "partition": {"kind": "dirichlet", "key": "kind", "concentration": 0.5},
+            },
+        ),
+        (
+            "partial participation",
+            {"federated": {"num_clients": 4, "num_rounds": 3, "clients_per_round": 1}},
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_zero3_agrees_under(tiny_folder: Path, tmp_path: Path, name: str, sections: dict) -> None:
+    of_backbone = sections.pop("backbone", {})
+    none = {key: value for key, value in of_backbone.items() if key != "offload"}
+    plain = train(tiny_folder, tmp_path, 1, "none", backbone=none, **sections)
+    own = {**EXACT, **of_backbone}
+    sharded = train(tiny_folder, tmp_path, 2, "zero3", backbone=own, **sections)
+    assert runs.relative_difference(plain, sharded) <= 5e-6
+
+
+def test_zero3_equals_replicas_bit_for_bit_in_bf16(tiny_folder: Path, tmp_path: Path) -> None:
+    """The same processes and passes, bf16 backbone, fp32 factors: gathering changes no bit."""
+    model = {"name": str(tiny_folder / "model"), "dtype": "bf16"}
+    plain = train(tiny_folder, tmp_path, 2, "none", model=model)
+    sharded = train(tiny_folder, tmp_path, 2, "zero3", backbone=EXACT, model=model)
+    assert runs.identical(plain, sharded)
+    assert {t.dtype for t in plain["client-0000"].values()} == {torch.float32}
+
+
+def stored(folder: Path, sharding: str) -> tuple[int, str, str]:
+    """Bytes of frozen weights on this process and their digest before and after passes."""
+    config = tiny.config(folder, backbone={"sharding": sharding, **EXACT})
+    world = distributed.start(60.0)
+    try:
+        own = backbone.load(config, config.model.name, world)
+        before = own.digest()
+        size = own.stored_bytes()
+        ids = torch.randint(2, 200, (2, 9))
+        own.training()
+        own.token_losses(ids, ids, torch.arange(ids.numel() - 1))
+        own.evaluating()
+        own.token_losses(ids, ids, torch.arange(ids.numel() - 1))
+        own.release()
+        return size, before, own.digest()
+    finally:
+        distributed.stop(world)
+
+
+def test_each_process_stores_its_share_and_the_weights_never_change(tiny_folder: Path) -> None:
+    (whole, before, after), *_ = on_processes(1, stored, tiny_folder, "none")
+    assert before == after
+    for num in (2, 4):
+        for size, before, after in on_processes(num, stored, tiny_folder, "zero3"):
+            assert size == pytest.approx(whole / num, rel=0.01)
+            assert before == after

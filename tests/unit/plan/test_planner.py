@@ -1,0 +1,102 @@
+"""The plan: what it predicts is what a run does; mistakes are answered as in the trainer."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from sfed.config import load as config_load
+from sfed.plan import __main__ as plan
+from sfed.plan import estimate
+from sfed.utils.errors import UserError
+from tests.support import runs, tiny
+
+LLAMA = ["model.name=llama2-7b", "data.task=gsm8k", "train.micro_batch_size=1"]
+
+
+def predicted(config, **changes):
+    asked = {"gpus": 1, "memory_bytes": 80 * 2**30, "link": "nvlink", "datasheet_flops": 1e15}
+    asked |= {"mean_tokens": None, "tokens_per_second": None, **changes}
+    return estimate.predict(config, **asked)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("method", ["sfed", "fedit", "local"])
+def test_bytes_per_round_are_those_that_a_run_sends(
+    tiny_folder: Path, tmp_path: Path, method: str
+) -> None:
+    own = tiny.settings(tiny_folder, federated={"method": method, "num_rounds": 1})
+    own["output"] = {"dir": str(tmp_path), "name": method}
+    uploaded = runs.rounds(runs.run(1, own))[-1]["comm/uploaded_bytes"]
+    assert predicted(config_load.validate(own))["upload"]["bytes"] == uploaded
+
+
+def test_more_tokens_per_second_and_faster_links_take_less_time(tiny_folder: Path) -> None:
+    config = tiny.config(tiny_folder, backbone={"sharding": "zero3"})
+    slow = predicted(config, gpus=2, link="100gbe", tokens_per_second=10.0)["round"]
+    fast = predicted(config, gpus=2, link="nvlink", tokens_per_second=100.0)["round"]
+    assert slow["compute_seconds_per_pass"] == pytest.approx(10 * fast["compute_seconds_per_pass"])
+    assert slow["gather_seconds_per_pass"] > fast["gather_seconds_per_pass"] > 0
+    assert slow["mean_seconds"] > fast["mean_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_a_classifier_has_a_plan_too() -> None:
+    found = predicted(config_load.load("configs/paper/roberta-large-mnli.yaml"), gpus=5)
+    assert found["fits"]
+    # 24 layers, query and value, r = 8, 1,024 wide, fp32.
+    assert found["upload"]["bytes"] == 24 * 2 * 8 * 1024 * 4
+
+
+def test_what_does_not_fit_is_told_with_what_would(tiny_folder: Path, capsys) -> None:
+    """2 GiB, of which the driver has one, are too little for rows as long as these."""
+    words = [
+        f"model.name={tiny_folder / 'model'}",
+        "data.task=gsm8k",
+        "data.max_tokens=128",
+        "train.batch_size=4096",
+        "evaluation.batch_size=1",
+        "federated.num_clients=1",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        plan.main([*words, "--gpus", "1", "--gpu-memory", "2GiB"])
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "It does not fit" in said
+    assert "train.micro_batch_size=" in said
+
+
+def test_a_plan_is_shown_and_written(tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "plan.json"
+    words = [f"model.name={tiny_folder / 'model'}", "data.task=gsm8k", "--json", str(file)]
+    plan.main([*words, "--gpus", "2", "--link", "pcie"])
+    assert "It fits" in capsys.readouterr().out
+    results = json.loads(file.read_text(encoding="utf-8"))
+    assert results["fits"]
+    assert results["needed_bytes"] <= results["gpu_memory_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["lora.rnk=4"], "did you mean lora.rank?"),
+        (["lora.rank=4"], "set model.name, or data.task=demo"),
+        (["data.task=gsm8k"], "set model.name, or data.task=demo"),
+        (["model.name=llama2-7b"], "data.task: no default"),
+        (["lora.rank=4", "--gpu-memory", "80"], "no size such as 80GiB"),
+        (["lora.rank=4", "--gpus", "0"], "whole number"),
+        (["lora.rank=4", "--gpu", "8"], "--gpu"),
+        ([*LLAMA, "federated.num_clients=3"], "give --gpus 3"),
+        (["data.task=demo"], "give a CONFIG"),
+        (["model.name=demo", "data.task=gsm8k"], "give a CONFIG"),
+        ([*LLAMA, "--json", "nowhere/at/all.json"], "does not exist"),
+    ],
+)
+def test_mistakes_are_answered_before_anything_heavy_is_imported(
+    words: list[str], told: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        plan.main(words)

@@ -1,0 +1,264 @@
+"""Checkpoints behind the next round: whole or absent, and of the round's end whatever follows."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from sfed.config import load as config_load
+from sfed.federated import local, session
+from sfed.lora import tensor_files
+from sfed.storage import checkpoint_writer
+from sfed.utils import files as utils_files
+from sfed.utils.errors import UserError
+from tests.support import runs, tiny
+from tests.support.processes import on_processes
+
+ROUNDS = 4
+DEADLINE = 20.0
+
+
+def settings(folder: Path, out: Path, name: str = "run", **sections: dict) -> dict:
+    federated = {"num_clients": 4, "num_rounds": ROUNDS, "deadline_seconds": DEADLINE}
+    output = {"dir": str(out), "name": name, "keep_checkpoints": ROUNDS}
+    sections = {"federated": {**federated, **sections.pop("federated", {})}, **sections}
+    return tiny.settings(folder, output=output, **sections)
+
+
+def run(own: dict) -> Path:
+    session.run_session(config_load.validate(own))
+    return Path(own["output"]["dir"]) / own["output"]["name"]
+
+
+def whole(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_round_is_written_while_the_next_one_trains(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file waits until the next round has trained; each checkpoint gives the same end."""
+    calm = runs.adapters(run(settings(tiny_folder, tmp_path, "calm")))
+    trained = [threading.Event() for _ in range(ROUNDS + 1)]
+    trained[ROUNDS].set()
+    save_file, train_round = tensor_files.save_tensors, local.train_round
+
+    def late(tensors: dict, path: Path) -> None:
+        finished = int(path.parent.name.removeprefix(".round-").removesuffix(".tmp"))
+        assert trained[finished].wait(DEADLINE), "training waits for the checkpoint"
+        save_file(tensors, path)
+
+    def note_the_end(run_: object, round_index: int, *arguments: object) -> bool:
+        done = train_round(run_, round_index, *arguments)
+        trained[round_index].set()
+        return done
+
+    monkeypatch.setattr(checkpoint_writer, "save_tensors", late)
+    monkeypatch.setattr(local, "train_round", note_the_end)
+    folder = run(settings(tiny_folder, tmp_path))
+    monkeypatch.undo()
+    assert whole(folder) == [f"round-{number:06d}" for number in range(1, ROUNDS + 1)]
+    assert runs.identical(calm, runs.adapters(folder))
+    events = runs.rounds(folder)
+    assert all(event["time/checkpoint_seconds"] >= 0 for event in events)
+    for number in range(ROUNDS, 0, -1):
+        again = settings(tiny_folder, tmp_path, f"from-{number}")
+        again["output"]["resume"] = str(folder / "checkpoints" / f"round-{number:06d}")
+        assert runs.identical(calm, runs.adapters(run(again))), number
+
+
+def fail_on_process_1(own: dict, failing_round: int) -> str:
+    save_file = tensor_files.save_tensors
+
+    def full(tensors: dict, path: Path) -> None:
+        if os.environ["RANK"] == "1" and path.parent.name == f".round-{failing_round:06d}.tmp":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    checkpoint_writer.save_tensors = full
+    try:
+        session.run_session(config_load.validate(own))
+    except UserError as mistake:
+        return str(mistake)
+    finally:
+        checkpoint_writer.save_tensors = save_file
+    return ""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("failing_round", [2, ROUNDS])
+def test_a_full_disk_is_every_processes_mistake_and_leaves_no_half_checkpoint(
+    tiny_folder: Path, tmp_path: Path, failing_round: int
+) -> None:
+    calm = runs.adapters(runs.run(2, settings(tiny_folder, tmp_path, "calm")))
+    own = settings(tiny_folder, tmp_path)
+    messages = on_processes(2, fail_on_process_1, own, failing_round)
+    assert messages[0] == messages[1]
+    assert f"round-{failing_round:06d} cannot be written" in messages[0]
+    assert "No space left" in messages[0]
+    folder = tmp_path / "run"
+    ready = [name for name in whole(folder) if not name.startswith(".")]
+    assert ready == [f"round-{number:06d}" for number in range(1, failing_round)]
+    runs.run(2, own)
+    assert whole(folder) == [f"round-{number:06d}" for number in range(1, ROUNDS + 1)]
+    assert runs.identical(calm, runs.adapters(folder))
+
+
+def test_what_a_killed_process_left_half_written_is_removed(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    own = settings(tiny_folder, tmp_path, federated={"num_rounds": 2})
+    folder = run(own)
+    left = folder / "checkpoints" / ".round-000007.tmp"
+    shutil.copytree(folder / "checkpoints" / "round-000002", left)
+    (left / "process-0000.json").write_text("{}")
+    run(settings(tiny_folder, tmp_path, federated={"num_rounds": 3}))
+    assert whole(folder) == [f"round-{number:06d}" for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_client_that_rests_is_written_once_more_and_then_has_two_files_in_turn(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    if not has_links:
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(utils_files.os, "link", refuse)
+    shape = {"num_clients": 6, "clients_per_round": 2, "num_rounds": ROUNDS + 2}
+    own = settings(tiny_folder, tmp_path, federated=shape)
+    own["output"]["keep_checkpoints"] = ROUNDS + 2
+    folder = run(own)
+    taken_part: set[int] = set()
+    before: list[dict[str, int]] = [{}, {}]
+    cohorts: list[set[int]] = [set(), set()]
+    for event in runs.rounds(folder)[1:]:
+        cohort = {entry["client"] for entry in event["clients"] if "steps" in entry}
+        taken_part |= cohort
+        checkpoint = folder / "checkpoints" / f"round-{event['round']:06d}"
+        files = {path.name: path.stat().st_ino for path in checkpoint.glob("client-*")}
+        assert files.keys() == {f"client-{client:04d}.safetensors" for client in taken_part}
+        assert set(json.loads((checkpoint / "run.json").read_text())["files"]) == {
+            "common.safetensors",
+            *files,
+        }
+        assert not set(files.values()) & set(before[-1].values()), "a damaged file costs both"
+        if has_links and event["round"] > 2:
+            same = {name for name, inode in files.items() if before[-2].get(name) == inode}
+            rested = taken_part - cohort - cohorts[-1]
+            assert same == {f"client-{client:04d}.safetensors" for client in rested}
+        before.append(files)
+        cohorts.append(cohort)
+    longer = settings(tiny_folder, tmp_path, federated={**shape, "num_rounds": ROUNDS + 4})
+    calm = run(settings(tiny_folder, tmp_path, "calm", federated=longer["federated"]))
+    assert runs.identical(runs.adapters(calm), runs.adapters(run(longer)))
+
+
+def test_a_checkpoint_that_vanished_meanwhile_is_not_missed(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"num_clients": 6, "clients_per_round": 2}
+    calm = runs.adapters(run(settings(tiny_folder, tmp_path, "calm", federated=shape)))
+    settle = checkpoint_writer.Writer._settle
+
+    def settle_and_lose(self: checkpoint_writer.Writer) -> None:
+        settle(self)
+        for path in (tmp_path / "run" / "checkpoints").glob("round-*"):
+            shutil.rmtree(path)
+
+    monkeypatch.setattr(checkpoint_writer.Writer, "_settle", settle_and_lose)
+    short = settings(tiny_folder, tmp_path, federated={**shape, "num_rounds": ROUNDS - 1})
+    monkeypatch.setattr(checkpoint_writer.Writer, "finish", settle)
+    folder = run(short)
+    monkeypatch.undo()
+    assert whole(folder) == [f"round-{ROUNDS - 1:06d}"]
+    assert runs.identical(
+        calm, runs.adapters(run(settings(tiny_folder, tmp_path, federated=shape)))
+    )
+
+
+def hang_on_process_1(own: dict) -> str:
+    """What ends a run of two processes of which the second never gets its files to the disk."""
+    if os.environ["RANK"] == "1":
+        checkpoint_writer.save_tensors = lambda *_: threading.Event().wait()
+    try:
+        session.run_session(config_load.validate(own))
+    except (UserError, SystemExit) as end:
+        return str(end)
+    return ""
+
+
+@pytest.mark.dist
+def test_a_disk_that_hangs_ends_the_run_at_the_deadline_and_is_named(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    own = settings(tiny_folder, tmp_path, federated={"deadline_seconds": 4.0})
+    messages = on_processes(2, hang_on_process_1, own, deadline_seconds=60.0)
+    assert "process 1" in messages[1] and "still being written" in messages[1]
+    assert messages[0] and "process 1" in messages[0]
+    assert not [name for name in whole(tmp_path / "run") if not name.startswith(".")]
+
+
+def damaged_ones(folder: Path) -> list[set[str]]:
+    """For each file of the newest checkpoint: the kept checkpoints that one flipped bit costs."""
+    checkpoints = sorted((folder / "checkpoints").iterdir())
+    costs = []
+    for file in sorted(checkpoints[-1].glob("*.safetensors")):
+        before = file.read_bytes()
+        with file.open("r+b") as opened:  # in place, as a disk does it: all names see it
+            opened.write(bytes([before[0] ^ 1]))
+        known = {path: json.loads((path / "run.json").read_text())["files"] for path in checkpoints}
+        costs.append(
+            {
+                path.name
+                for path, files in known.items()
+                for name, facts in files.items()
+                if utils_files.damage(path / name, facts)
+            }
+        )
+        with file.open("r+b") as opened:
+            opened.write(before[:1])
+    return costs
+
+
+@pytest.mark.parametrize("clients_per_pass", [1, 4])
+def test_a_damaged_file_costs_one_of_two_checkpoints_whenever_its_client_trained(
+    tiny_folder: Path, tmp_path: Path, clients_per_pass: int
+) -> None:
+    shape = {"clients_per_round": 1, "clients_per_pass": clients_per_pass}
+
+    def go_on(name: str, num_rounds: int) -> Path:
+        own = settings(tiny_folder, tmp_path, name, federated={**shape, "num_rounds": num_rounds})
+        own["output"]["keep_checkpoints"] = 2
+        return run(own)
+
+    for num_rounds in (2, 3, 4, 6, 9):  # the first checkpoints of a start, and later ones
+        folder = go_on("parts", num_rounds)
+        costs = damaged_ones(folder)
+        assert len(costs) > 1
+        assert costs == [{f"round-{num_rounds:06d}"}] * len(costs)
+    calm = go_on("calm", 9)
+    assert runs.identical(runs.adapters(calm), runs.adapters(folder))
+    newest = [{p.name: p.read_bytes() for p in (f / "checkpoints/round-000009").glob("*.s*")}
+              for f in (calm, folder)]  # fmt: skip
+    assert newest[0] == newest[1]
+
+
+def test_a_client_of_which_only_the_examples_drawn_are_its_own_is_kept_over_a_start(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """All factors are averaged and SGD has no moments; what it has drawn says what comes next."""
+    shape = {"clients_per_round": 1, "averaged": ["A", "B"]}
+    train = {"optimizer": "sgd", "lr": 0.1}
+    calm = run(settings(tiny_folder, tmp_path, "calm", federated=shape, train=train))
+    for num_rounds in range(1, ROUNDS + 1):
+        part = {**shape, "num_rounds": num_rounds}
+        folder = run(settings(tiny_folder, tmp_path, federated=part, train=train))
+    assert runs.identical(runs.adapters(calm), runs.adapters(folder))
