@@ -262,3 +262,17 @@ def test_the_pages_load_nothing_from_elsewhere():
     assert re.findall(r"(?:href|src|url\()=?[\"']?https?:", picture) == []
     style = text_of(DOCS / "_static" / "sfed.css")
     assert "http" not in style and "@import" not in style
+
+
+def test_the_architecture_page_lists_every_file_and_no_other() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    folder, listed = "", set()
+    for line in text[text.index("## Files") :].splitlines():
+        if heading := re.fullmatch(r"### `(\w+)/`", line):
+            folder = heading[1]
+        elif line.startswith("| `"):
+            names = re.findall(r"`([\w/]+\.py)`", line.split(" | ")[0])
+            listed |= {name if "/" in name or not folder else f"{folder}/{name}" for name in names}
+    source = ROOT / "sfed"
+    files = {str(path.relative_to(source)) for path in source.rglob("*.py")}
+    assert listed == {name for name in files if not name.endswith(("__init__.py", "__main__.py"))}
