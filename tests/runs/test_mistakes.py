@@ -921,7 +921,7 @@ def run_command(*command: str, **environment: str) -> subprocess.CompletedProces
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=600,
     )
 
 

@@ -102,7 +102,7 @@ def test_a_process_killed_in_the_middle_of_a_round_costs_nothing_but_that_round(
     assert not (folder / "adapters").exists()
     assert len(runs.rounds(folder)) < 31
     again = start(2, disturbed, tmp_path)
-    outputs = [process.communicate(timeout=90)[0] for process in again]
+    outputs = [process.communicate(timeout=600)[0] for process in again]
     assert [process.returncode for process in again] == [0, 0], outputs
     assert "going on after round" in outputs[0]
     assert runs.identical(runs.adapters(calm), runs.adapters(folder))
@@ -138,7 +138,7 @@ def test_sigterm_finishes_the_step_writes_and_exits_0(
     processes = start(2, disturbed, tmp_path)
     wait_for_round(folder, 2, processes)
     processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=90)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [1, 0], outputs
     assert "stopped as asked" in outputs[0]
     assert not (folder / "adapters").exists()

@@ -265,7 +265,7 @@ def test_what_the_fork_server_imports_leaves_cuda_alone() -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
 
@@ -506,7 +506,7 @@ def faulty(path: Path, faults: str) -> subprocess.CompletedProcess[str]:
         env=environment(SFED_FAULT=faults),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
