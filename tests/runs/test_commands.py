@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def command(*words: str, folder: Path, seconds: float = 240.0) -> str:
+def command(*words: str, folder: Path, seconds: float = 900.0) -> str:
     """Run a command in ``folder``; returns what it printed."""
     done = subprocess.run(
         words,
