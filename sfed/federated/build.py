@@ -16,7 +16,7 @@ from sfed.data.tasks import task_of
 from sfed.data.tokenizer import identity_of
 from sfed.distributed import consistency, sync
 from sfed.distributed.world import World
-from sfed.federated import context, fingerprints, isolation, round_metrics
+from sfed.federated import context, fingerprints, round_metrics, shared_passes
 from sfed.federated.context import Run
 from sfed.lora import adapters
 from sfed.memory import clients_per_pass
@@ -140,7 +140,7 @@ def build(
     )
     loaded = fingerprints.when_built(parts, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
-    parts = isolation.ensure(parts, console.warn)
+    parts = shared_passes.ensure(parts, console.warn)
     for line in round_metrics.header(parts):
         console.say(line)
     return parts

@@ -18,13 +18,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sfed.data.tokenize import Row
-from sfed.federated import isolation
-from sfed.federated.trial_passes import Case, Numbers, Subject, random_adapter, together
 from sfed.lora import adapters
 from sfed.lora import head as lora_head
 from sfed.lora.hf_blocks import make_lean
+from sfed.models import isolation
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding
+from sfed.models.trial_passes import Case, Numbers, Subject, random_adapter, together
 from sfed.utils.errors import UserError
 from tests.support import glue, runs, tiny
 from tests.support.processes import on_processes

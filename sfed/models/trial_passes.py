@@ -62,9 +62,10 @@ class Subject:
 
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) -> list[int]:
-    """The tokens that stand for text, not for padding, images or roles."""
+    """The tokens that stand for text, not for padding, images or roles; all where none is left."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return [i for i in range(min(len(tokenizer), vocabulary_size)) if i not in special]
+    known = range(min(len(tokenizer), vocabulary_size))
+    return [i for i in known if i not in special] or list(known)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from torch import nn
 from sfed.data.batches import collate
 from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
-from sfed.federated import isolation
-from sfed.federated.isolation import Isolation
-from sfed.federated.trial_passes import Subject
 from sfed.lora import adapters
 from sfed.lora.hf_blocks import make_lean
+from sfed.models import isolation
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding
+from sfed.models.isolation import Isolation
+from sfed.models.trial_passes import Subject
 from sfed.utils.errors import UserError
 from tests.support import strange
 
