@@ -22,6 +22,7 @@ from sfed.data.partition import Indices
 from sfed.data.sources import Split, has_split
 from sfed.data.tasks import task_of
 from sfed.data.tokenize import Examples, Tokens, tokenise
+from sfed.data.tokenizer import identity_of
 from sfed.distributed.sync import first_of_node_first, gather_json, together
 from sfed.distributed.world import World
 from sfed.utils.errors import UserError
@@ -101,12 +102,12 @@ def _split_one_pool(
     config: Config, tokenizer: PreTrainedTokenizerFast, world: World, num_clients: int
 ) -> _Held:
     """Split one common pool; every process computes the same split of everything."""
-    section, seed = config.data, config.seed
+    section, seed, identity = config.data, config.seed, identity_of(tokenizer)
     with first_of_node_first(world, "tokenising"):
-        pool = tokenise(config, tokenizer, "train", config.files("train"))
+        pool = tokenise(config, tokenizer, "train", config.files("train"), identity)
         held_pool = None
         if has_split(config, "eval"):
-            held_pool = tokenise(config, tokenizer, "eval", config.files("eval"))
+            held_pool = tokenise(config, tokenizer, "eval", config.files("eval"), identity)
     train = Chosen(pool, partition.subset(len(pool), section.max_train_examples, seed))
     held_out = None
     if held_pool is not None:
@@ -180,12 +181,13 @@ def _split_by_file(
     held = _Held({}, {}, None, [])
     train_names = _client_files(config, "train", num_clients)
     eval_names = _client_files(config, "eval", num_clients)
+    identity = identity_of(tokenizer)
     for client in own_clients:
-        table = tokenise(config, tokenizer, "train", (train_names[client],))
+        table = tokenise(config, tokenizer, "train", (train_names[client],), identity)
         rows = partition.subset(len(table), config.data.max_train_examples, config.seed)
         held.notes += _notes(f"client {client}'s train", table)
         if eval_names:
-            eval_table = tokenise(config, tokenizer, "eval", (eval_names[client],))
+            eval_table = tokenise(config, tokenizer, "eval", (eval_names[client],), identity)
             limit = config.data.max_eval_examples
             chosen = partition.subset(len(eval_table), limit, config.seed)
             held.held_out[client] = Examples(eval_table, chosen)
