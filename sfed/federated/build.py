@@ -75,19 +75,9 @@ def build(
             f"{num_clients} clients"
         )
     placement = partition.place(num_clients, world.size)
-    own = placement[world.rank]
-    method = methods.resolve(config)
-    if config.backbone.trust_remote_code:
-        console.warn(
-            "backbone.trust_remote_code = true: Python code that comes with "
-            f"{config.model.name} runs here, with all your rights"
-        )
+    own, method = placement[world.rank], methods.resolve(config)
     name = _model_folder(config, world, console)
-    with sync.together(world, "tokenizer"):
-        tokenizer, end_mark_source = load_tokenizer(config, name)
-    tokenizer_digest = consistency.digest(identity_of(tokenizer))
-    if not task_of(config).is_classification:
-        _say_end_mark(tokenizer, end_mark_source, console)
+    tokenizer, tokenizer_digest = _tokenizer(config, name, world, console)
     console.enter(metrics.READING_SECONDS, f"reading {config.data.task}")
     held = splits.load(config, tokenizer, world, num_clients, own)
     for note in held.notes:
@@ -99,21 +89,11 @@ def build(
         frozen = backbone.load(config, name, world)
         check_rows_fit(config, held, frozen, own)
     frozen.weights_digest = fingerprints.of_backbone(frozen.model, frozen.model.config.to_dict())
-    everyone = tuple(range(num_clients))
-    weights = context.client_weights(config, held, num_clients, everyone)
+    weights = context.client_weights(config, held, num_clients, tuple(range(num_clients)))
     gamma = scaling.lora_scaling(
         method.alpha, config.lora.rank, scaling.effective_clients(weights), method.exponents
     )
-    with sync.together(world, "attaching the adapters"):
-        attached = adapters.attach(
-            frozen.model,
-            frozen.head,
-            lora_rank=config.lora.rank,
-            lora_scaling=gamma,
-            dropout=config.lora.dropout,
-            target_modules=config.lora.target_modules,
-            base_name=mask(name),
-        )
+    attached = _attached(config, world, frozen, gamma, name)
     shared = clients_per_pass.agree(config, world, estimate, before, attached.layout.size)
     if shared.is_doubtful:
         console.warn(f"memory may not suffice: {shared.reason}")
@@ -124,26 +104,46 @@ def build(
         clients_per_pass=shared.of(own),
         moments=MOMENTS if config.train.optimizer == "adamw" else (),
     )
-    parts = Run(
-        config,
-        world,
-        task_of(config),
-        tokenizer,
-        method,
-        num_clients,
-        gamma,
-        frozen,
-        attached,
-        held,
-        rows,
-        shared,
-    )
+    of_config = (config, world, task_of(config), tokenizer, method, num_clients, gamma)
+    parts = Run(*of_config, frozen, attached, held, rows, shared)
     loaded = fingerprints.when_built(parts, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
     parts = shared_passes.ensure(parts, console.warn)
     for line in round_metrics.header(parts):
         console.say(line)
     return parts
+
+
+def _tokenizer(
+    config: Config, name: str, world: World, console: Console
+) -> tuple[PreTrainedTokenizerFast, str]:
+    """The tokenizer and its digest, taken before anything is done with it. Collective."""
+    if config.backbone.trust_remote_code:
+        console.warn(
+            "backbone.trust_remote_code = true: Python code that comes with "
+            f"{config.model.name} runs here, with all your rights"
+        )
+    with sync.together(world, "tokenizer"):
+        tokenizer, end_mark_source = load_tokenizer(config, name)
+    if not task_of(config).is_classification:
+        _say_end_mark(tokenizer, end_mark_source, console)
+    return tokenizer, consistency.digest(identity_of(tokenizer))
+
+
+def _attached(
+    config: Config, world: World, frozen: Backbone, gamma: float, name: str
+) -> adapters.Adapters:
+    """The adapters on the frozen backbone. Collective."""
+    with sync.together(world, "attaching the adapters"):
+        return adapters.attach(
+            frozen.model,
+            frozen.head,
+            lora_rank=config.lora.rank,
+            lora_scaling=gamma,
+            dropout=config.lora.dropout,
+            target_modules=config.lora.target_modules,
+            base_name=mask(name),
+        )
 
 
 def _model_folder(config: Config, world: World, console: Console) -> str:

@@ -7,9 +7,8 @@
         run.json                         rounds, ledger, configuration, size and digest of each file
 
 A client that has never taken part has no file. Tensors are in safetensors files: nothing is ever
-pickled.
-``checkpoint_writer`` writes the folders and ``resume`` finds the one to go on from;
-here is what they are, and how one is read.
+pickled. ``checkpoint_writer`` writes the folders and ``resume`` finds the one that a run resumes
+from; here is what they are, and how one is read.
 """
 
 from __future__ import annotations
