@@ -42,11 +42,17 @@ class Data:
     train_counts: tuple[int, ...]
     eval_counts: tuple[int, ...]
     summary: dict[str, Any]
-    """What ``partition.json`` records."""
+    """What ``partition.json`` records; the digests tell processes, or starts, apart whose data are
+    not the same."""
     notes: tuple[str, ...]
     """What a person should know, such as rows that were left out."""
     parts: tuple[str, ...]
     """Names of the parts of the held-out set; one empty name where there are none."""
+
+    @property
+    def digests(self) -> list[str]:
+        """Of what each client reads, training and held-out examples."""
+        return [entry["digest"] for entry in self.summary["clients"]]
 
 
 def load(
@@ -261,6 +267,7 @@ def _assemble(
             "train": [int(index) for index in held.train[client].indices],
             "eval": [int(index) for index in held.held_out[client].indices],
             "labels": _histogram(held.labels[client]) if held.labels else None,
+            "digest": f"{held.train[client].digest()}{held.held_out[client].digest()}",
         }
         for client in held.train
     }

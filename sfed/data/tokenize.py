@@ -212,6 +212,16 @@ class Examples:
         """Part of the held-out set that each example belongs to."""
         return self.table.part_of_row[self.indices]
 
+    def digest(self) -> str:
+        """Of all that a client reads: tokens, in their order, what is supervised, and targets."""
+        table, indices = self.table, self.indices
+        blake = hashlib.blake2b(digest_size=8)
+        for column in (self.lengths, table.prompt_lengths[indices], self.targets):
+            blake.update(column.tobytes())
+        for start, end in zip(table.starts[indices], table.starts[indices + 1], strict=True):
+            blake.update(table.flat[start:end].tobytes())
+        return blake.hexdigest()
+
     def row(self, position: int) -> Row:
         """Return one example."""
         index, table = self.indices[position], self.table

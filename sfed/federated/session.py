@@ -21,7 +21,7 @@ from sfed.federated.rounds import TrainingFailedError
 from sfed.observability import metrics
 from sfed.observability.console import Console
 from sfed.observability.third_party import quieten
-from sfed.storage import checkpoint
+from sfed.storage import checkpoint, resume
 from sfed.storage.checkpoint import Found, State
 from sfed.storage.checkpoint_writer import RunIdentity, Writer
 from sfed.storage.run_folder import RunFolder
@@ -82,6 +82,7 @@ def _train_and_export(
     world, total = parts.world, parts.config.federated.num_rounds
     state: State | None = None
     if found is not None:
+        resume.refuse_other_data(found, parts.data.digests)
         state = checkpoint.load(found, world, parts.clients)
         within = " and a part of the next" if state.is_within else ""
         console.say(f"going on after round {state.finished_rounds}{within} ({found.folder})")
@@ -95,7 +96,11 @@ def _train_and_export(
     stop.training_begins(in_step=parts.backbone.sharding.is_sharded)
     console.begin_rounds(0 if state is None else state.finished_rounds, total, score_names(parts))
     identity = RunIdentity(
-        parts.config, parts.num_clients, parts.gamma, parts.sharing.clients_per_pass
+        parts.config,
+        parts.num_clients,
+        parts.gamma,
+        parts.sharing.clients_per_pass,
+        parts.data.digests,
     )
     with Writer(identity, world, parts.clients, folder.path, found) as writer:
         finished = rounds.train(parts, state, writer, log, console, stop)

@@ -21,7 +21,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +85,8 @@ class RunIdentity:
     num_clients: int
     gamma: float
     clients_per_pass: int
+    data_digests: Sequence[str]
+    """Of what each client reads."""
 
 
 class Writer:
@@ -163,6 +165,7 @@ class Writer:
             "layout_size": self._clients.layout.size,
             "processes": world.size,
             "clients_per_pass": identity.clients_per_pass,
+            "data_digests": list(identity.data_digests),
             "config": comparable(identity.config, identity.num_clients),
         }
         kept = () if source is None else tuple(sorted(source.names - files.keys()))

@@ -8,6 +8,7 @@ mount that is gone, a disk that returns errors), nothing is known about it: the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -29,6 +30,7 @@ from sfed.storage.checkpoint import (
 from sfed.utils.errors import UserError
 from sfed.utils.files import damage
 
+_MOST_NAMED = 8
 _FACTS: dict[str, tuple[type, ...]] = {
     "finished_rounds": (int,),
     "bad_rounds": (int,),
@@ -36,8 +38,11 @@ _FACTS: dict[str, tuple[type, ...]] = {
     "layout_size": (int,),
     "config": (dict,),
     "files": (dict,),
+    "data_digests": (list, NoneType),
 }
 """What run.json has to say, and of which type."""
+_NEWER = {"data_digests"}
+"""What earlier versions do not say."""
 
 
 def find(run_folder: Path, resume: str) -> tuple[Found | None, list[str]]:
@@ -123,6 +128,28 @@ def refuse_other_run(found: Found, config: Config, num_clients: int) -> None:
         )
 
 
+def refuse_other_data(found: Found, digests: Sequence[str]) -> None:
+    """Refuse to go on with rows that are not those of the run so far.
+
+    Args:
+        found: the checkpoint; one of an earlier version does not know its data.
+        digests: of what each client reads now.
+
+    Raises:
+        UserError: naming the clients.
+    """
+    known = found.facts.get("data_digests") or digests
+    pairs = enumerate(zip_longest(known, digests))
+    changed = [str(client) for client, (before, now) in pairs if before != now]
+    if changed:
+        more = f" and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
+        raise UserError(
+            f"data: client {', '.join(changed[:_MOST_NAMED])}{more} reads other rows, or other "
+            f"tokens of them, than the run in {found.folder.parent.parent} did so far; put the "
+            "data back, or choose another output.name, or set output.resume=never to begin anew"
+        )
+
+
 class _UnknownFormatError(Exception):
     """A checkpoint is of a format that this version does not know."""
 
@@ -175,11 +202,11 @@ def _wrong_facts(facts: Any) -> str | None:
             f"{FACTS} is of format {facts['format']!r} and this version of sfed reads {FORMAT}; "
             "use the version that wrote it, or a later one"
         )
-    if missing := sorted(_FACTS.keys() - facts.keys()):
+    if missing := sorted(_FACTS.keys() - _NEWER - facts.keys()):
         return f"{FACTS} lacks {', '.join(missing)}"
     for name, kinds in _FACTS.items():
-        if type(facts[name]) not in kinds:
-            return f"{FACTS}: {name} is {type(facts[name]).__name__}"
+        if type(facts.get(name)) not in kinds:
+            return f"{FACTS}: {name} is {type(facts.get(name)).__name__}"
     if COMMON not in facts["files"]:
         return f"{FACTS} does not name {COMMON}"
     if facts["ledger"] is not None and np.asarray(facts["ledger"], dtype=np.float64).ndim != 2:

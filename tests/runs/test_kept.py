@@ -494,3 +494,47 @@ def start_alone(own: dict[str, Any]) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     runs.train_or_leave({**own, "seed": seed})
+
+
+# --- data that changed since --------------------------------------------------------------------
+
+
+def test_a_run_whose_rows_have_changed_is_refused_and_left_as_it_is(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    shutil.copyfile(tiny_folder / "rows.jsonl", rows)
+    own = settings(tiny_folder, tmp_path, data={"train_files": str(rows)})
+    more = settings(
+        tiny_folder,
+        tmp_path,
+        data={"train_files": str(rows)},
+        federated={"num_rounds": ROUNDS + 1},
+    )
+    folder = train(own)
+    before, lines = content(folder), rows.read_text().splitlines()
+    changed = lines[7].replace("7 times", "9 times")
+    assert changed != lines[7]
+    rows.write_text("\n".join([*lines[:7], changed, *lines[8:], ""]))
+    with pytest.raises(UserError, match=r"data: client \d reads other rows.*output\.resume=never"):
+        train(more)
+    assert content(folder) == before
+    rows.write_text("\n".join([*lines, ""]))
+    train(more)
+    assert newest(folder).with_name(f"round-{ROUNDS + 1:06d}").is_dir()
+
+
+def test_a_checkpoint_of_a_version_that_did_not_know_its_data_is_resumed(
+    folder: Path, go_on: Callable[..., Path], longer: Path
+) -> None:
+    facts = json.loads((newest(folder) / "run.json").read_text())
+    del facts["data_digests"]
+    (newest(folder) / "run.json").write_text(json.dumps(facts))
+    assert runs.identical(runs.adapters(go_on()), runs.adapters(longer))
+
+
+def test_a_checkpoint_whose_data_is_no_list_is_damaged(folder: Path) -> None:
+    edit_facts(newest(folder), data_digests="no list")
+    found, notes = resume.find(folder, "auto")
+    assert found is not None and found.folder != newest(folder)
+    assert "data_digests is str" in notes[0]
