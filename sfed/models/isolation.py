@@ -73,6 +73,7 @@ _OTHER_SHAPES = {
     torch.bfloat16: _Tolerance(0.05, 0.5, 1.0),
 }
 
+_OTHER_MODEL = "choose another model, or leave the layer out of lora.target_modules"
 _DOCUMENTS_MIX = "documents in one row change each other"
 # What a pass raises where a model cannot make it.
 _FAILURES = (
@@ -190,9 +191,8 @@ class _Trial:
                 return self._refusal_of_targets(names)
             if not self._subject.has_targets and self._sees_later_tokens():
                 return self.refusal(
-                    self.why_random()
-                    or "a token sees the tokens after it, as in an encoder: it is no causal "
-                    "language model"
+                    self.why_random() or "a token sees the tokens after it, as in an encoder",
+                    "choose a causal language model, or a classification task (data.task=glue)",
                 )
         except _FailedPassError as failure:
             return self.refusal(str(failure))
@@ -382,18 +382,22 @@ class _Trial:
         kind = type(self._subject.model.get_submodule(module)).__name__
         return f"{module.removesuffix('.base_layer') or 'the model'} ({kind})"
 
-    def refusal(self, reason: str) -> str:
-        """The message of a model that cannot be trained."""
-        text, kind = (
-            self._subject.model.config.get_text_config(),
-            type(self._subject.model).__name__,
-        )
-        rope = getattr(text, "rope_parameters", None) or {}
+    def refusal(self, reason: str, remedy: str | None = None) -> str:
+        """The message of a model that cannot be trained.
+
+        Args:
+            reason: what would be wrong.
+            remedy: None = the usual one.
+        """
+        model = self._subject.model
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         bound = rope.get("original_max_position_embeddings")
-        remedy = "choose another model, or leave the layer out of lora.target_modules"
         if self._follows_length and bound:
             remedy = f"set data.max_tokens to at most {round_down(bound)}"
-        return f"model.name: {kind} would be trained with wrong numbers: {reason}; {remedy}"
+        return (
+            f"model.name = {model.name_or_path!r} ({type(model).__name__}) would be trained with "
+            f"wrong numbers: {reason}; {remedy or _OTHER_MODEL}"
+        )
 
     # --- passes and numbers ------------------------------------------------------------------
 

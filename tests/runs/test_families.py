@@ -108,13 +108,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Any, str]] = {
             "dropout": 0.0,
         },
         "all-linear",
-        "no causal language model",
+        "choose a causal language model",
     ),
     "bert as a language model": (
         "BertLMHeadModel",
         {key: value for key, value in ENCODER.items() if key != "num_labels"},
         "all-linear",
-        "no causal language model",
+        "choose a causal language model",
     ),
     "deberta": (
         "DebertaForSequenceClassification",
@@ -309,6 +309,6 @@ def test_a_model_that_is_wrong_is_refused_on_two_processes(
     transformers.BertLMHeadModel(config).save_pretrained(folder)
     given = tiny.settings(tiny_folder, model={"name": str(folder)}, backbone={"sharding": sharding})
     given["output"] = {"dir": str(tmp_path), "name": "run"}
-    with pytest.raises(mp.ProcessRaisedException, match="no causal language model"):
+    with pytest.raises(mp.ProcessRaisedException, match="choose a causal language model"):
         on_processes(2, runs.train_settings, given)
     assert not (tmp_path / "run" / "checkpoints").exists()
