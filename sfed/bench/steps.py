@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sfed.bench.workload import Workload
-from sfed.clients import optimizer
 from sfed.clients import store as client_store
+from sfed.clients.optimizer import StackedOptimizer
 from sfed.clients.state import MOMENTS
 from sfed.clients.store import ClientRows
 from sfed.config.schema import TrainSection
@@ -159,11 +159,11 @@ class Sfed(Contestant):
 
     def update(self) -> None:
         """The per-client optimizer over flat rows, with the norms that a round notes."""
-        layout = self.clients.layout
-        norms_C = optimizer.gradient_norms(self.rows, layout, _TRAINED)
+        adam = StackedOptimizer(TRAIN, self.clients.layout, _TRAINED)
+        norms_C = adam.gradient_norms(self.rows)
         taken_C = self._everyone.bool() & torch.isfinite(norms_C)
         lr_C = self._everyone * TRAIN.lr
-        optimizer.step(self.rows, layout, _TRAINED, TRAIN, lr_C, norms_C, taken_C)
+        adam.step(self.rows, lr_C, norms_C, taken_C)
 
     def leave(self) -> None:
         """Put the rows back."""

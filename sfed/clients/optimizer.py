@@ -8,7 +8,7 @@ of its moments. Shape suffixes: C clients, N numbers of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -36,58 +36,58 @@ def learning_rate(section: TrainSection, num_rounds: int, progress_rounds: float
     return section.lr
 
 
-def gradient_norms(rows: Rows, layout: Layout, trained: Sequence[str]) -> torch.Tensor:
-    """Return the Euclidean norm of each client's gradient over its trained factors: (C,)."""
-    spans = layout.spans(trained)
-    norms: list[torch.Tensor] = [
-        torch.linalg.vector_norm(rows.grads[:, span], dim=1) for span in spans
-    ]
-    if len(norms) == 1:
-        return norms[0]
-    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    return total
+@dataclass(frozen=True)
+class StackedOptimizer:
+    """AdamW or SGD for the clients of a pass at once, in place; it holds no state of its own."""
 
+    section: TrainSection
+    layout: Layout
+    """Of a row."""
+    trained: tuple[str, ...]
+    """Factors that move."""
 
-def step(
-    rows: Rows,
-    layout: Layout,
-    trained: Sequence[str],
-    section: TrainSection,
-    lr_C: torch.Tensor,
-    norms_C: torch.Tensor,
-    active_C: torch.Tensor,
-) -> None:
-    """Take one step, in place; nothing is read back from the device.
+    def gradient_norms(self, rows: Rows) -> torch.Tensor:
+        """Return the Euclidean norm of each client's gradient over its trained factors: (C,)."""
+        spans = self.layout.spans(self.trained)
+        norms: list[torch.Tensor] = [
+            torch.linalg.vector_norm(rows.grads[:, span], dim=1) for span in spans
+        ]
+        if len(norms) == 1:
+            return norms[0]
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        return total
 
-    Args:
-        rows: of the clients; ``grads`` is used up.
-        layout: of a row.
-        trained: factors that move.
-        section: the optimizer's settings.
-        lr_C: (C,) learning rate of A.
-        norms_C: (C,) norm of each gradient, for clipping.
-        active_C: (C,) bool, who takes the step. The gradients of the others may hold anything.
-    """
-    active_C1 = active_C[:, None]
-    rows.grads.masked_fill_(~active_C1, 0.0)
-    if section.max_grad_norm is not None:
-        clip_C = (section.max_grad_norm / (norms_C + 1e-6)).clamp(max=1.0)
-        rows.grads.mul_(clip_C.where(active_C, 0.0)[:, None])
-    if section.optimizer == "adamw":
-        for span in layout.spans(trained):
-            _update_moments(rows, span, active_C1)
-    lr_C1 = (lr_C * active_C)[:, None]
-    for factor in trained:
-        steps_C1 = rows.optimizer_steps[:, FACTORS.index(factor), None]
-        steps_C1.add_(active_C1)
-        rates_C1 = lr_C1 * section.loraplus_ratio if factor == "B" else lr_C1
-        columns = layout.columns(factor)
-        values_CN, update_CN = rows.values[:, columns], rows.grads[:, columns]
-        if section.weight_decay:
-            values_CN.mul_(1.0 - rates_C1 * section.weight_decay)
+    def step(
+        self, rows: Rows, lr_C: torch.Tensor, norms_C: torch.Tensor, active_C: torch.Tensor
+    ) -> None:
+        """Take one step, in place; nothing is read back from the device.
+
+        Args:
+            rows: of the clients; ``grads`` is used up.
+            lr_C: (C,) learning rate of A.
+            norms_C: (C,) norm of each gradient, for clipping.
+            active_C: (C,) bool, who takes the step. The gradients of the others may hold anything.
+        """
+        section, active_C1 = self.section, active_C[:, None]
+        rows.grads.masked_fill_(~active_C1, 0.0)
+        if section.max_grad_norm is not None:
+            clip_C = (section.max_grad_norm / (norms_C + 1e-6)).clamp(max=1.0)
+            rows.grads.mul_(clip_C.where(active_C, 0.0)[:, None])
         if section.optimizer == "adamw":
-            rates_C1 = rates_C1 * _adam(rows, columns, steps_C1, update_CN)
-        values_CN.addcmul_(update_CN, rates_C1, value=-1.0)
+            for span in self.layout.spans(self.trained):
+                _update_moments(rows, span, active_C1)
+        lr_C1 = (lr_C * active_C)[:, None]
+        for factor in self.trained:
+            steps_C1 = rows.optimizer_steps[:, FACTORS.index(factor), None]
+            steps_C1.add_(active_C1)
+            rates_C1 = lr_C1 * section.loraplus_ratio if factor == "B" else lr_C1
+            columns = self.layout.columns(factor)
+            values_CN, update_CN = rows.values[:, columns], rows.grads[:, columns]
+            if section.weight_decay:
+                values_CN.mul_(1.0 - rates_C1 * section.weight_decay)
+            if section.optimizer == "adamw":
+                rates_C1 = rates_C1 * _adam(rows, columns, steps_C1, update_CN)
+            values_CN.addcmul_(update_CN, rates_C1, value=-1.0)
 
 
 def _update_moments(rows: Rows, columns: slice, active_C1: torch.Tensor) -> None:

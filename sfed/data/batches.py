@@ -44,8 +44,7 @@ class Batch:
         labels: same shape, ``IGNORED_LABEL`` where nothing is supervised.
         positions: (supervised,) int64 places in the flattened rows from which a supervised token is
             predicted; one that is ignored where there is none.
-        targets: (C * rows,) fp32 classes or values to predict, NaN for missing rows; None where the
-            labels are what is learned.
+        targets: (C * rows,) fp32 classes or values to predict, NaN where a row has none.
         is_token: (C * rows, tokens) bool, False on padding; one token of an empty row counts as
             such, since nothing can be attended to otherwise.
         is_second: same shape, True on the second of two texts.
@@ -55,7 +54,7 @@ class Batch:
     input_ids: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
-    targets: torch.Tensor | None
+    targets: torch.Tensor
     is_token: torch.Tensor
     is_second: torch.Tensor
     documents: Documents | None
@@ -71,7 +70,7 @@ class Batch:
             self.input_ids.to(device),
             self.labels.to(device),
             self.positions.to(device),
-            None if self.targets is None else self.targets.to(device),
+            self.targets.to(device),
             self.is_token.to(device),
             self.is_second.to(device),
             None if self.documents is None else self.documents.to(device),
@@ -120,8 +119,6 @@ def supervised_count(rows: Sequence[Row]) -> float:
 def collate(
     rows_by_client: Sequence[Sequence[Row]],
     rows_per_client: int,
-    *,
-    with_targets: bool = False,
     packing: Packing | None = None,
 ) -> Batch:
     """Lay the examples of C clients into rows as long as the longest, and a multiple of 8.
@@ -129,7 +126,6 @@ def collate(
     Args:
         rows_by_client: the examples of each client.
         rows_per_client: rows of a padded batch, at least as many as a client has examples.
-        with_targets: whether the examples' targets are what is learned.
         packing: lay several examples into a row where that is cheaper; None = never.
     """
     lengths_by_client = [[len(row.ids) for row in rows] for rows in rows_by_client]
@@ -146,7 +142,7 @@ def collate(
     for client, (rows, lines) in enumerate(zip(rows_by_client, lines_by_client, strict=True)):
         for place, line in enumerate(lines, start=client * rows_per_client):
             filling.fill(place, [rows[number] for number in line])
-    return filling.batch(with_targets=with_targets, is_packed=packed is not None)
+    return filling.batch(is_packed=packed is not None)
 
 
 class _Filling:
@@ -186,7 +182,7 @@ class _Filling:
         longest = max((len(row.ids) for row in rows), default=width)
         self._position_ids[place, start:] = np.arange(width - start) % longest
 
-    def batch(self, *, with_targets: bool, is_packed: bool) -> Batch:
+    def batch(self, *, is_packed: bool) -> Batch:
         """The filled batch."""
         positions = np.concatenate(self._predicted_from)
         # A pass without any still goes through the head, as under ZeRO-3 all processes must.
@@ -195,7 +191,7 @@ class _Filling:
             torch.from_numpy(self._input_ids),
             torch.from_numpy(self._labels),
             torch.from_numpy(positions),
-            torch.from_numpy(self._targets) if with_targets else None,
+            torch.from_numpy(self._targets),
             torch.from_numpy(self._is_token),
             torch.from_numpy(self._is_second),
             self._documents() if is_packed else None,
@@ -206,8 +202,3 @@ class _Filling:
         return Documents(
             torch.from_numpy(self._position_ids), torch.from_numpy(starts.astype(np.int32))
         )
-
-
-def empty(num_clients: int, *, with_targets: bool = False) -> Batch:
-    """The smallest batch there is: for a pass that only keeps other processes company."""
-    return collate([[] for _ in range(num_clients)], 1, with_targets=with_targets)

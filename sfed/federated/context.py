@@ -1,24 +1,62 @@
-"""What one run is made of, put together once and passed around whole."""
+"""What one run is made of, and what each of its rounds does."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from sfed.clients.store import ClientRows
+from sfed.clients.store import ClientRows, groups
 from sfed.config.schema import DEFAULT_LOCAL_STEPS, Config
 from sfed.data import partition
 from sfed.data.packing import Packing
 from sfed.data.splits import Data
 from sfed.data.tasks import Task
 from sfed.distributed.world import World
+from sfed.federated.round_stats import RoundStats
 from sfed.lora.adapters import Adapters
 from sfed.memory.clients_per_pass import Sharing
 from sfed.methods import sampling
 from sfed.methods.aggregation import normalised_weights
 from sfed.methods.method import Method
 from sfed.models.backbone import Backbone
+from sfed.models.objective import Objective, objective_of
+
+Group = tuple[int, ...]
+"""Clients that share passes."""
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What one round does: who takes part, in which groups, and what trains and is averaged."""
+
+    round_index: int
+    """From 0."""
+    cohort: tuple[int, ...]
+    """The clients that train."""
+    steps: Mapping[int, int]
+    """Optimizer steps of each of them."""
+    groups: list[list[Group]]
+    """Who shares passes: the groups of each process, in order."""
+    trained: tuple[str, ...]
+    """Factors that train: some of A, B and head."""
+    averaged: tuple[str, ...]
+    """Factors that are averaged at the end."""
+
+    @property
+    def finished_rounds(self) -> int:
+        """How many rounds are finished after this one."""
+        return self.round_index + 1
+
+    def steps_left(self, stats: RoundStats, group: Group) -> range:
+        """The steps from the first that some client of a group has still to make."""
+        first = min(int(stats.steps[client]) for client in group)
+        return range(first, max(self.steps[client] for client in group))
+
+    def is_complete(self, stats: RoundStats) -> bool:
+        """Whether every client has made all of its steps."""
+        return all(stats.steps[client] >= self.steps[client] for client in self.cohort)
 
 
 @dataclass(frozen=True)
@@ -38,27 +76,37 @@ class Run:
     clients: ClientRows
     sharing: Sharing
 
-    def cohort(self, round_index: int) -> tuple[int, ...]:
-        """The clients of a round; the same on every process."""
-        return sampling.cohort(
-            self.config.seed,
+    def plan(self, round_index: int) -> RoundPlan:
+        """What a 0-based round does; the same on every process, without communication."""
+        federated = self.config.federated
+        cohort = sampling.cohort(
+            self.config.seed, round_index, self.num_clients, federated.clients_per_round
+        )
+        head = () if self.adapters.head is None else ("head",)
+        return RoundPlan(
             round_index,
-            self.num_clients,
-            self.config.federated.clients_per_round,
+            cohort,
+            {client: self.local_steps(client) for client in cohort},
+            self.groups(cohort),
+            self.method.trained_in(round_index) + head,
+            self.method.averaged_in(round_index) + (head if federated.share_head else ()),
         )
 
-    def trained_in(self, round_index: int) -> tuple[str, ...]:
-        """What trains in this 0-based round; a head always does."""
-        return self.method.trained_in(round_index) + self._head
-
-    def averaged_in(self, round_index: int) -> tuple[str, ...]:
-        """What is averaged at the end of this 0-based round."""
-        shared_head = self._head if self.config.federated.share_head else ()
-        return self.method.averaged_in(round_index) + shared_head
+    def groups(self, clients: Sequence[int]) -> list[list[Group]]:
+        """Which of these clients share passes: the groups of each process, in order."""
+        return [
+            list(groups([c for c in clients if c in own], self.sharing.of(own)))
+            for own in self.placement()
+        ]
 
     @property
-    def _head(self) -> tuple[str, ...]:
-        return () if self.adapters.head is None else ("head",)
+    def everyone(self) -> tuple[int, ...]:
+        """All N clients."""
+        return tuple(range(self.num_clients))
+
+    def is_due(self, finished_rounds: int, every: int) -> bool:
+        """Whether something that happens every so many rounds does now; after the last, always."""
+        return finished_rounds % every == 0 or finished_rounds == self.config.federated.num_rounds
 
     def weights(self, participants: tuple[int, ...]) -> list[float]:
         """(N,) weights of the mean over these clients, as ``federated.weighting`` says."""
@@ -70,6 +118,11 @@ class Run:
         if train.local_epochs is None:
             return train.local_steps or DEFAULT_LOCAL_STEPS
         return -(-self.data.train_counts[client] * train.local_epochs // train.batch_size)
+
+    @property
+    def objective(self) -> Objective:
+        """What is learned from a batch."""
+        return objective_of(self.backbone, self.packing)
 
     @property
     def packing(self) -> Packing | None:
@@ -98,10 +151,6 @@ class Run:
     def placement(self) -> list[range]:
         """The clients of each process."""
         return partition.place(self.num_clients, self.world.size)
-
-    def clients_per_pass(self, own: range) -> int:
-        """Most clients in one pass of a process that holds ``own``."""
-        return self.sharing.of(own)
 
 
 def client_weights(

@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfed.clients.store import groups
 from sfed.data import batches, scores
 from sfed.distributed.shutdown import StopRequest
 from sfed.distributed.world import all_gather_rows
 from sfed.federated import generate
-from sfed.federated.context import Run
+from sfed.federated.context import Group, Run
 from sfed.federated.generate import Sample
+from sfed.federated.lockstep import Lockstep
 from sfed.lora.linear import Probe
 from sfed.methods import aggregation
-from sfed.models import objective
 
 Numbers = NDArray[np.float64]
 _LOSS_SUM, _SUPERVISED, _SQUARES, _COUNTED, _WAS_STOPPED = range(5)
@@ -119,120 +118,121 @@ def evaluate(run: Run, stop: StopRequest, *, untrained: bool = False) -> Evaluat
     communicated = 0
     with torch.no_grad():
         if "personal" in run.config.evaluation.adapters:
-            kinds["personal"] = _measure(run, None, stop, writes=True)
+            kinds["personal"] = Measuring(run, None).measure(stop, writes=True)
         wants_global = "global" in run.config.evaluation.adapters and run.method.has_global_adapter
         if any(measured.was_stopped for measured in kinds.values()):
             wants_global = False
         if wants_global and untrained and kinds:
             kinds["global"] = kinds["personal"]
         elif wants_global:
-            everyone = tuple(range(run.num_clients))
-            row = aggregation.global_row(run.world, run.clients, run.weights(everyone))
+            row = aggregation.global_row(run.world, run.clients, run.weights(run.everyone))
             layout = run.clients.layout
             communicated = aggregation.message_bytes(layout, aggregation.personal_factors(layout))
             # Samples are shown of the first kind only; answers that are scored, of both.
             writes = bool(run.task.scores or not kinds)
-            kinds["global"] = _measure(run, row[None], stop, writes=writes)
+            kinds["global"] = Measuring(run, row[None]).measure(stop, writes=writes)
     run.backbone.release()
     if any(measured.was_stopped for measured in kinds.values()):
         return None
     return Evaluation(kinds, communicated)
 
 
-def _measure(
-    run: Run, shared_row: torch.Tensor | None, stop: StopRequest, *, writes: bool
-) -> Measured:
-    """Measure all clients, each with its own adapter, or all with one.
+class Measuring:
+    """Measures the held-out data of all clients, each with its own adapter, or all with one."""
 
-    Args:
-        run: the run.
-        shared_row: (1, layout.size) of one adapter for all; None = each client's own.
-        stop: asks before each pass whether to stop here.
-        writes: whether answers are written, where ``evaluation.generate`` is on.
-    """
-    own, device = run.clients.own, run.world.device
-    widest = max(map(len, run.placement()))
-    sums = torch.zeros(widest, 5, dtype=torch.float64)
-    most = max(run.data.eval_counts) if score_names(run) else 0
-    outcomes = torch.full((widest, most, 3), torch.nan, dtype=torch.float64)
-    samples: dict[int, list[Sample]] = {}
-    done, stopped = 0, False
-    for group in groups(own, run.clients_per_pass(own)):
-        place = slice(group[0] - own.start, group[-1] - own.start + 1)
-        rows = run.clients.load_values(group) if shared_row is None else shared_row
-        for number in range(_passes(run, group)):
-            if stopped := stopped or stop.due(f"evaluation, pass {done + 1}"):
-                break
-            _one_pass(run, group, rows, number, sums[place], outcomes[place])
-            done += 1
-    for number in range(done, _planned_passes(run) if run.backbone.sharding.is_sharded else done):
-        if stopped := stopped or stop.due(f"evaluation, keeping company in pass {number + 1}"):
-            break
-        run.adapters.bind(run.clients.load_values(own[:1]))
-        objective.row_losses(
-            run.backbone, batches.empty(1, with_targets=run.task.is_classification).to(device)
-        )
-    if run.config.evaluation.generate and writes:
-        samples, stopped = generate.write_answers(run, shared_row, outcomes, stop)
-    sums[:, _WAS_STOPPED] = stopped
-    return Measured(_from_all(run, sums), _from_all(run, outcomes), run.data.parts, samples)
+    def __init__(self, run: Run, shared_row: torch.Tensor | None) -> None:
+        """Measure nothing yet.
+
+        Args:
+            run: the run.
+            shared_row: (1, layout.size) of one adapter for all; None = each client's own.
+        """
+        self._run, self._shared_row, self._objective = run, shared_row, run.objective
+        widest = max(map(len, run.placement()))
+        most = max(run.data.eval_counts) if score_names(run) else 0
+        self._sums = torch.zeros(widest, 5, dtype=torch.float64)
+        self._outcomes = torch.full((widest, most, 3), torch.nan, dtype=torch.float64)
+
+    def measure(self, stop: StopRequest, *, writes: bool) -> Measured:
+        """Make the passes. Collective.
+
+        Args:
+            stop: is asked before each pass whether to stop there.
+            writes: whether answers are written, where ``evaluation.generate`` is on.
+        """
+        run, samples = self._run, dict[int, list[Sample]]()
+        groups = run.groups(run.everyone)
+        schedule = Lockstep(run, stop, "evaluation, pass", groups, self._passes)
+        for group in schedule.groups:
+            rows = run.clients.load_values(group) if self._shared_row is None else self._shared_row
+            for number in schedule.units(group):
+                self.make_pass(group, rows, number)
+        schedule.shadow(self._shadow_pass)
+        is_stopped = schedule.is_stopped
+        if run.config.evaluation.generate and writes:
+            samples, is_stopped = generate.write_answers(
+                run, self._shared_row, self._outcomes, stop
+            )
+        self._sums[:, _WAS_STOPPED] = is_stopped
+        sums, outcomes = (_from_all(run, mine) for mine in (self._sums, self._outcomes))
+        return Measured(sums, outcomes, run.data.parts, samples)
+
+    def _passes(self, group: Group) -> range:
+        run = self._run
+        most = max(run.data.eval_counts[client] for client in group)
+        return range(-(-most // run.config.evaluation.batch_size))
+
+    def _shadow_pass(self) -> None:
+        run = self._run
+        run.adapters.bind(run.clients.load_values(run.clients.own[:1]))
+        self._objective.losses(self._objective.collate([[]], 1).to(run.world.device))
+
+    def make_pass(self, group: Group, rows: torch.Tensor, number: int) -> None:
+        """Evaluate the group's batch of this number.
+
+        Args:
+            group: the clients.
+            rows: an adapter for each of them, or one for all.
+            number: of the batch, from 0.
+        """
+        run, size = self._run, self._run.config.evaluation.batch_size
+        # Who has no examples left is left out, so that it costs nothing.
+        left = [i for i, client in enumerate(group) if run.data.eval_counts[client] > number * size]
+        run.adapters.bind(rows if len(rows) == 1 or len(left) == len(group) else rows[left])
+        clients = [group[i] for i in left]
+        held = [run.data.held_out[client] for client in clients]
+        places = [list(range(len(e))[number * size : (number + 1) * size]) for e in held]
+        examples = [[e.row(place) for place in own] for e, own in zip(held, places, strict=True)]
+        batch = self._objective.collate(examples, max(map(len, examples))).to(run.world.device)
+        # The adapter's outputs are looked at in one batch of each client.
+        probe = Probe.of(self._objective.counted_tokens(batch)) if number == 0 else None
+        run.adapters.context.probe = probe
+        losses, predicted = self._objective.losses_and_predictions(batch)
+        run.adapters.context.probe = None
+        if predicted is not None:
+            self._note_outcomes(clients, places, predicted)
+        sums = {_LOSS_SUM: losses.double()}
+        if probe is not None:
+            sums |= {_SQUARES: probe.sum_squares, _COUNTED: probe.count}
+        lines = [client - run.clients.own.start for client in clients]
+        for column, values in sums.items():
+            self._sums[lines, column] += values.view(len(lines), -1).sum(dim=1).double().cpu()
+        supervised = [batches.supervised_count(some) for some in examples]
+        self._sums[lines, _SUPERVISED] += torch.tensor(supervised, dtype=torch.float64)
+
+    def _note_outcomes(
+        self, clients: list[int], places: list[list[int]], predicted: torch.Tensor
+    ) -> None:
+        """Note predictions beside targets and parts of the held-out set."""
+        by_client = predicted.view(len(clients), -1).double().cpu()
+        for client, own, values in zip(clients, places, by_client, strict=True):
+            line, examples = client - self._run.clients.own.start, self._run.data.held_out[client]
+            self._outcomes[line, own, _PREDICTION] = values[: len(own)]
+            self._outcomes[line, own, _TARGET] = torch.from_numpy(examples.targets[own])
+            self._outcomes[line, own, _PART] = torch.from_numpy(examples.parts[own]).double()
 
 
 def _from_all(run: Run, mine: torch.Tensor) -> Numbers:
     """Put the clients of all processes together, in order. Collective."""
     gathered = zip(run.placement(), all_gather_rows(run.world, mine), strict=True)
     return np.concatenate([rows[: len(clients)].numpy() for clients, rows in gathered])
-
-
-def _one_pass(
-    run: Run,
-    group: tuple[int, ...],
-    rows: torch.Tensor,
-    number: int,
-    sums_C4: torch.Tensor,
-    outcomes_CE3: torch.Tensor,
-) -> None:
-    """Evaluate the group's batch of this number, with one row of numbers each or one for all."""
-    size = run.config.evaluation.batch_size
-    # Who has no examples left is left out, so that it costs nothing.
-    left = [i for i, client in enumerate(group) if run.data.eval_counts[client] > number * size]
-    run.adapters.bind(rows if len(rows) == 1 or len(left) == len(group) else rows[left])
-    held = [run.data.held_out[group[i]] for i in left]
-    places = [list(range(len(e))[number * size : (number + 1) * size]) for e in held]
-    examples = [[e.row(place) for place in own] for e, own in zip(held, places, strict=True)]
-    most = max(map(len, examples))
-    batch = batches.collate(
-        examples, most, with_targets=run.task.is_classification, packing=run.packing
-    ).to(run.world.device)
-    probe = Probe.of(objective.counted_tokens(batch)) if number == 0 else None
-    run.adapters.context.probe = probe
-    if batch.targets is None:
-        losses = objective.row_losses(run.backbone, batch)
-    else:
-        outputs = objective.outputs(run.backbone, batch)
-        losses = objective.target_losses(outputs, batch.targets)
-        predicted = objective.predictions(outputs).view(len(left), most).double().cpu()
-        for i, e, own, values in zip(left, held, places, predicted, strict=True):
-            outcomes_CE3[i, own, _PREDICTION] = values[: len(own)]
-            outcomes_CE3[i, own, _TARGET] = torch.from_numpy(e.targets[own])
-            outcomes_CE3[i, own, _PART] = torch.from_numpy(e.parts[own]).double()
-    run.adapters.context.probe = None
-    supervised = [batches.supervised_count(some) for some in examples]
-    sums_C4[left, _LOSS_SUM] += losses.double().view(len(left), -1).sum(dim=1).cpu()
-    sums_C4[left, _SUPERVISED] += torch.tensor(supervised, dtype=torch.float64)
-    if probe is not None:
-        sums_C4[left, _SQUARES] += probe.sum_squares.view(len(left), -1).sum(dim=1).double().cpu()
-        sums_C4[left, _COUNTED] += probe.count.view(len(left), -1).sum(dim=1).double().cpu()
-
-
-def _passes(run: Run, group: tuple[int, ...]) -> int:
-    size = run.config.evaluation.batch_size
-    return max(-(-run.data.eval_counts[client] // size) for client in group)
-
-
-def _planned_passes(run: Run) -> int:
-    """The most passes that any process makes: known to all without a word."""
-    return max(
-        sum(_passes(run, group) for group in groups(own, run.clients_per_pass(own)))
-        for own in run.placement()
-    )

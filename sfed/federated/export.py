@@ -15,8 +15,8 @@ def export_adapters(parts: Run, folder: Path) -> None:
     """Write every client's adapter, and the global one where it was asked for. Collective."""
     row_of_all = None
     if "global" in parts.config.evaluation.adapters and parts.method.has_global_adapter:
-        everyone = tuple(range(parts.num_clients))
-        row_of_all = aggregation.global_row(parts.world, parts.clients, parts.weights(everyone))
+        weights = parts.weights(parts.everyone)
+        row_of_all = aggregation.global_row(parts.world, parts.clients, weights)
     try:
         for client in parts.clients.own:
             path = folder / "adapters" / f"client-{client:04d}"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from transformers import GenerationConfig
 
-from sfed.clients.store import groups
 from sfed.data import scores
 from sfed.data.tokenize import Row
 from sfed.distributed.shutdown import StopRequest
 from sfed.distributed.sync import gather_json
-from sfed.federated.context import Run
+from sfed.federated.context import Group, Run
+from sfed.federated.lockstep import Lockstep
 
 _SAMPLES_PER_CLIENT = 2
 
@@ -46,32 +47,26 @@ def write_answers(
     """
     own, size = run.clients.own, run.config.evaluation.batch_size
     samples: dict[int, list[Sample]] = {client: [] for client in own}
-    done, stopped = 0, False
-    for group in groups(own, run.clients_per_pass(own)):
+    groups = run.groups(run.everyone)
+    schedule = Lockstep(run, stop, "generation, batch", groups, partial(_batches, run))
+    for group in schedule.groups:
         run.adapters.bind(run.clients.load_values(group) if shared_row is None else shared_row)
-        places = [_places(run, client) for client in group]
-        for start in range(0, max(map(len, places)), size):
-            if stopped := stopped or stop.due(f"generation, batch {done + 1}"):
-                break
-            some = [list(own_places)[start : start + size] for own_places in places]
-            answers = _answer(run, group, some)
-            for client, which, texts in zip(group, some, answers, strict=True):
+        for number in schedule.units(group):
+            batch = slice(number * size, (number + 1) * size)
+            places = [list(_places(run, client))[batch] for client in group]
+            answers = _answer(run, group, places)
+            for client, which, texts in zip(group, places, answers, strict=True):
                 _note(run, client, which, texts, outcomes_CE3[client - own.start])
-                if start == 0:
+                if number == 0:
                     samples[client] = _samples(run, client, which, texts)
-            done += 1
-    for number in range(done, _planned(run) if run.backbone.sharding.is_sharded else done):
-        if stopped := stopped or stop.due(f"generation, keeping company in batch {number + 1}"):
-            break
-        run.adapters.bind(run.clients.load_values(own[:1]))
-        _generate(run, [[0]])
+    schedule.shadow(partial(_shadow_batch, run))
     shared = gather_json(
         run.world,
         "samples",
         [[client, [asdict(one) for one in some]] for client, some in samples.items()],
     )
     samples = {client: [Sample(**one) for one in some] for each in shared for client, some in each}
-    return samples, stopped
+    return samples, schedule.is_stopped
 
 
 def _places(run: Run, client: int) -> range:
@@ -84,19 +79,17 @@ def _places(run: Run, client: int) -> range:
     return range(first, min(count, first + _SAMPLES_PER_CLIENT))
 
 
-def _planned(run: Run) -> int:
-    """The most batches that any process makes."""
-    size = run.config.evaluation.batch_size
-    return max(
-        sum(
-            max(-(-len(_places(run, client)) // size) for client in group)
-            for group in groups(own, run.clients_per_pass(own))
-        )
-        for own in run.placement()
-    )
+def _batches(run: Run, group: Group) -> range:
+    most = max(len(_places(run, client)) for client in group)
+    return range(-(-most // run.config.evaluation.batch_size))
 
 
-def _answer(run: Run, group: tuple[int, ...], places: list[list[int]]) -> list[list[str]]:
+def _shadow_batch(run: Run) -> None:
+    run.adapters.bind(run.clients.load_values(run.clients.own[:1]))
+    _generate(run, [[0]])
+
+
+def _answer(run: Run, group: Group, places: list[list[int]]) -> list[list[str]]:
     """Return the answers of each client of the group to its examples at these places."""
     rows_per_client = max(map(len, places))
     prompts: list[list[int]] = []

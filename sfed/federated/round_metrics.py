@@ -1,4 +1,4 @@
-"""What a run says about itself: header, ``config.json``, the events of ``metrics.jsonl``."""
+"""What a run reports: its header, ``config.json``, and the event of each round."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import resource
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -15,20 +17,13 @@ import torch
 
 from sfed.federated.context import Run
 from sfed.federated.evaluate import Evaluation, Measured, score_names
-from sfed.federated.round_stats import (
-    FIRST_NORM,
-    IS_BAD,
-    LOSS_SUM,
-    NORM_SUM,
-    SLOTS,
-    STEPS,
-    SUPERVISED,
-    TOKENS,
-    Ledger,
-)
+from sfed.federated.round_stats import RoundStats
 from sfed.methods.aggregation import message_bytes
 from sfed.models.hf_config import dtype_name
 from sfed.observability import metrics
+from sfed.observability.console import Console
+from sfed.observability.trackers import Journal
+from sfed.storage.checkpoint_writer import Writer
 from sfed.utils.version import __version__
 
 _VERSIONS = ("torch", "transformers", "peft", "deepspeed", "datasets", "safetensors", "numpy")
@@ -38,7 +33,7 @@ def header(run: Run) -> list[str]:
     """What this run is, in plain words, a line each."""
     method, layout, world = run.method, run.clients.layout, run.world
     of_clients, of_rank = method.exponents
-    averaged = run.averaged_in(0)
+    averaged = run.plan(0).averaged
     start = "independent, averaged before the first step" if method.independent_init else "shared"
     return [
         f"{method.name}: {run.num_clients} clients on {world.size} "
@@ -60,7 +55,7 @@ def header(run: Run) -> list[str]:
 def _passes(run: Run) -> list[str]:
     """Who shares a pass, where not all clients of a process do."""
     widest = max(run.placement(), key=len)
-    sharing = run.clients_per_pass(widest)
+    sharing = run.sharing.of(widest)
     if sharing == len(widest):
         return []
     of_all = f"{sharing} of a process's {len(widest)} clients"
@@ -104,7 +99,7 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 
 @dataclass
-class Facts:
+class RoundMeasurements:
     """What was measured of a round on this process, beside losses: seconds, bytes, similarity."""
 
     uploaded_bytes: int = 0
@@ -121,14 +116,61 @@ class Facts:
     checkpoint_write_seconds: float | None = None
     """How long it took, behind this round, to be whole; None where there was none or it is not."""
     round_seconds: float = 0.0
+    """Sum of the phases: local, wait, aggregate, evaluate."""
+
+
+class RoundLog:
+    """Clocks the phases of a round and reports it: a line on process 0, and its event."""
+
+    def __init__(self, run: Run, console: Console, journal: Journal | None) -> None:
+        """Clock nothing yet.
+
+        Args:
+            run: the run.
+            console: speaks on process 0.
+            journal: takes the events; on process 0.
+        """
+        self._run, self._console, self._journal = run, console, journal
+        self.measured = RoundMeasurements()
+        """Of the round under way."""
+        self.step, self.warning = console.step, console.warn
+
+    def begin(self, round_index: int) -> None:
+        """A round begins."""
+        self.measured = RoundMeasurements()
+        self._console.begin_round(round_index)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds of what happens within to a phase and to the round."""
+        started = time.monotonic()
+        yield
+        for name in (f"{phase}_seconds", "round_seconds"):
+            seconds = getattr(self.measured, name) + time.monotonic() - started
+            setattr(self.measured, name, seconds)
+
+    def take_seconds_of(self, checkpoints: Writer) -> None:
+        """Note how long checkpoints took since the round before."""
+        blocked, written = checkpoints.take_seconds()
+        self.measured.checkpoint_seconds = blocked
+        self.measured.checkpoint_write_seconds = written
+
+    def end(
+        self, finished_rounds: int, stats: RoundStats | None, evaluation: Evaluation | None
+    ) -> None:
+        """A round is finished: write its event, and say it; arguments as of ``round_event``."""
+        event = round_event(self._run, finished_rounds, stats, evaluation, self.measured)
+        if self._journal is not None:
+            self._journal.write_event(event)
+        self._console.end_round(event)
 
 
 def round_event(
     run: Run,
     finished_rounds: int,
-    ledger: Ledger | None,
+    stats: RoundStats | None,
     evaluation: Evaluation | None,
-    facts: Facts,
+    measured: RoundMeasurements,
 ) -> dict[str, Any]:
     """Build the event of a round; ``finished_rounds`` 0 is the state before any training.
 
@@ -136,44 +178,43 @@ def round_event(
     tokens, or over examples for classification.
     """
     event: dict[str, Any] = {"event": "round", "round": finished_rounds}
-    event.update(_training(run, ledger))
+    event.update(_training(run, stats))
     event.update(_held_out(run, evaluation))
     for name in ("a", "b"):
-        event[f"adapter/{name}_similarity"] = facts.similarity.get(name)
-    event[metrics.UPLOADED_BYTES] = facts.uploaded_bytes
-    event[metrics.EVALUATION_BYTES] = facts.similarity_bytes + (
+        event[f"adapter/{name}_similarity"] = measured.similarity.get(name)
+    event[metrics.UPLOADED_BYTES] = measured.uploaded_bytes
+    event[metrics.EVALUATION_BYTES] = measured.similarity_bytes + (
         evaluation.communicated_bytes if evaluation else 0
     )
-    event[metrics.ROUND_SECONDS] = facts.round_seconds
-    event[metrics.LOCAL_SECONDS] = facts.local_seconds
-    event[metrics.WAIT_SECONDS] = facts.wait_seconds
-    event[metrics.AGGREGATE_SECONDS] = facts.aggregate_seconds
-    event[metrics.EVALUATE_SECONDS] = facts.evaluate_seconds
-    event[metrics.CHECKPOINT_SECONDS] = facts.checkpoint_seconds
-    event[metrics.CHECKPOINT_WRITE_SECONDS] = facts.checkpoint_write_seconds
-    tokens = 0.0 if ledger is None else float(ledger[:, TOKENS].sum())
-    speed = tokens / facts.local_seconds if facts.local_seconds else None
+    event[metrics.ROUND_SECONDS] = measured.round_seconds
+    event[metrics.LOCAL_SECONDS] = measured.local_seconds
+    event[metrics.WAIT_SECONDS] = measured.wait_seconds
+    event[metrics.AGGREGATE_SECONDS] = measured.aggregate_seconds
+    event[metrics.EVALUATE_SECONDS] = measured.evaluate_seconds
+    event[metrics.CHECKPOINT_SECONDS] = measured.checkpoint_seconds
+    event[metrics.CHECKPOINT_WRITE_SECONDS] = measured.checkpoint_write_seconds
+    tokens = 0.0 if stats is None else float(stats.tokens.sum())
+    speed = tokens / measured.local_seconds if measured.local_seconds else None
     event[metrics.TOKENS_PER_SECOND] = speed
-    slots = 0.0 if ledger is None else float(ledger[:, SLOTS].sum())
+    slots = 0.0 if stats is None else float(stats.slots.sum())
     event[metrics.FILL] = tokens / slots if slots else None
     event[metrics.PEAK_BYTES] = peak_bytes(run.world.device)
     event["clients"] = [
-        _client(run, client, ledger, evaluation) for client in range(run.num_clients)
+        _client(run, client, stats, evaluation) for client in range(run.num_clients)
     ]
     return event
 
 
-def _training(run: Run, ledger: Ledger | None) -> dict[str, Any]:
-    if ledger is None:
+def _training(run: Run, stats: RoundStats | None) -> dict[str, Any]:
+    if stats is None:
         return {metrics.TRAIN_LOSS: None, metrics.GRAD_NORM: None, "adapter/first_grad_norm": None}
-    good = ledger[ledger[:, IS_BAD] == 0]
-    good = good[good[:, STEPS] > 0]
-    sums = good.sum(axis=0)
-    num = max(1, len(good))
+    healthy = RoundStats(stats.table[(stats.is_bad == 0) & (stats.steps > 0)])
+    steps, supervised = healthy.steps.sum(), healthy.supervised.sum()
+    num = len(healthy.steps)
     return {
-        metrics.TRAIN_LOSS: float(sums[LOSS_SUM] / sums[SUPERVISED]) if sums[SUPERVISED] else None,
-        metrics.GRAD_NORM: float(sums[NORM_SUM] / sums[STEPS]) if sums[STEPS] else None,
-        "adapter/first_grad_norm": float(sums[FIRST_NORM] / num) if len(good) else None,
+        metrics.TRAIN_LOSS: float(healthy.loss_sum.sum() / supervised) if supervised else None,
+        metrics.GRAD_NORM: float(healthy.norm_sum.sum() / steps) if steps else None,
+        "adapter/first_grad_norm": float(healthy.first_norm.sum() / num) if num else None,
     }
 
 
@@ -216,7 +257,7 @@ def _over_clients(
 
 
 def _client(
-    run: Run, client: int, ledger: Ledger | None, evaluation: Evaluation | None
+    run: Run, client: int, stats: RoundStats | None, evaluation: Evaluation | None
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "client": client,
@@ -224,13 +265,12 @@ def _client(
         "eval_loss": None,
         "examples": run.data.train_counts[client],
     }
-    if ledger is not None and ledger[client, STEPS] > 0:
-        sums = ledger[client]
-        entry["steps"] = int(sums[STEPS])
-        entry["excluded"] = bool(sums[IS_BAD])
-        if sums[SUPERVISED] and not sums[IS_BAD]:
-            entry["train_loss"] = float(sums[LOSS_SUM] / sums[SUPERVISED])
-            entry["grad_norm"] = float(sums[NORM_SUM] / sums[STEPS])
+    if stats is not None and stats.steps[client] > 0:
+        entry["steps"] = int(stats.steps[client])
+        entry["excluded"] = bool(stats.is_bad[client])
+        if stats.supervised[client] and not stats.is_bad[client]:
+            entry["train_loss"] = float(stats.loss_sum[client] / stats.supervised[client])
+            entry["grad_norm"] = float(stats.norm_sum[client] / stats.steps[client])
     if evaluation is not None:
         for number, (kind, measured) in enumerate(evaluation.kinds.items()):
             entry.update(_client_held_out(run, client, kind, measured))

@@ -7,20 +7,16 @@ the shared factor, and then evaluation, metrics and checkpoint where they are du
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, replace
 
 from sfed.clients.store import draw_initial, initial_a
 from sfed.distributed.shutdown import StopRequest
-from sfed.distributed.sync import meet
-from sfed.federated import evaluate, local, round_metrics, round_stats
-from sfed.federated.context import Run
+from sfed.federated import evaluate, local
+from sfed.federated.context import RoundPlan, Run
 from sfed.federated.fingerprints import require_same_mean
-from sfed.federated.round_metrics import Facts
-from sfed.federated.round_stats import IS_BAD, Ledger
+from sfed.federated.round_metrics import RoundLog, RoundMeasurements
+from sfed.federated.round_stats import RoundStats
 from sfed.methods import aggregation
-from sfed.observability.console import Console
-from sfed.observability.trackers import Journal
 from sfed.storage.checkpoint import State
 from sfed.storage.checkpoint_writer import Writer
 
@@ -29,185 +25,150 @@ class TrainingFailedError(RuntimeError):
     """Training cannot go on: clients keep turning non-finite."""
 
 
-def prepare(run: Run) -> int:
-    """Draw every client's A and take the mean over all N before the first step ("round 0").
-
-    Returns:
-        Bytes of the message. Collective.
-    """
-    seed, independent = run.config.seed, run.method.independent_init
-    draw_initial(
-        run.clients,
-        run.adapters,
-        seed=seed,
-        independent=independent and not run.method.averages_a_at_start,
-    )
-    if not run.method.averages_a_at_start:
-        return 0
-    # The 1/N in the variance of this mean is what the factor sqrt(N) makes up for.
-    draws = initial_a(run.clients.own, run.adapters, seed)
-    return aggregation.share_draws(run.world, run.clients, draws, run.weights(_everyone(run)))
-
-
 def train(
-    run: Run,
-    state: State | None,
-    writer: Writer,
-    journal: Journal | None,
-    console: Console,
-    stop: StopRequest,
+    run: Run, state: State | None, checkpoints: Writer, log: RoundLog, stop: StopRequest
 ) -> bool:
     """Run the rounds that are left. Collective.
 
     Args:
         run: the run.
         state: where a checkpoint left it; None = at the very beginning.
-        writer: of checkpoints.
-        journal: on process 0.
-        console: speaks on process 0.
-        stop: asks whether to stop.
+        checkpoints: writes them.
+        log: clocks and reports each round.
+        stop: is asked before each pass whether to stop there.
 
     Returns:
         Whether all rounds are done; False after a request to stop. The last checkpoint may still be
         under way.
     """
-    state = _begin(run, state, journal, console, stop)
-    if state is None:
-        return False
-    ledger, bad_rounds = state.ledger, state.bad_rounds
+    state = _begin(run, log) if state is None else state
+    if state.unreported is not None:
+        log.measured = RoundMeasurements(**state.unreported)
+        if not _evaluate_and_report(run, state, log, stop):
+            return False
+        state = replace(state, stats=None, unreported=None)
     for round_index in range(state.finished_rounds, run.config.federated.num_rounds):
-        console.begin_round(round_index)
-        facts, started = Facts(), time.monotonic()
-        ledger = round_stats.new_ledger(run.num_clients) if ledger is None else ledger
-        local.train_round(run, round_index, ledger, stop, console.step)
-        facts.local_seconds = time.monotonic() - started
-        meet(run.world, f"end of local training in round {round_index + 1}")
-        facts.wait_seconds = time.monotonic() - started - facts.local_seconds
-        local.exchange(run, ledger)
-        if not local.is_complete(run, round_index, ledger):
-            writer.save(State(round_index, ledger, bad_rounds))
+        plan, stats = run.plan(round_index), _stats_of(run, state)
+        log.begin(round_index)
+        with log.timed("local"):
+            local.train(run, plan, stats, stop, log.step)
+        with log.timed("wait"):
+            local.gather(run, plan, stats)
+        if not plan.is_complete(stats):
+            checkpoints.save(replace(state, stats=stats.table))
             return False
-        bad_rounds += _exclude_bad_clients(run, round_index, ledger, bad_rounds, console)
-        _compare_clients(run, round_index + 1, facts)
-        _average(run, round_index, ledger, facts)
-        facts.round_seconds = time.monotonic() - started
-        facts.checkpoint_seconds, facts.checkpoint_write_seconds = writer.take_seconds()
-        known = asdict(facts)
-        if not _evaluate_and_report(run, round_index + 1, ledger, facts, journal, console, stop):
-            writer.save(State(round_index + 1, ledger, bad_rounds, known))
+        healthy, bad_rounds = _exclude_nonfinite(run, plan, stats, state, log)
+        _compare_clients(run, plan, log)
+        with log.timed("aggregate"):
+            log.measured.uploaded_bytes = _average(run, plan, healthy)
+        log.take_seconds_of(checkpoints)
+        state = State(plan.finished_rounds, stats.table, bad_rounds, asdict(log.measured))
+        if not _evaluate_and_report(run, state, log, stop):
+            checkpoints.save(state)
             return False
-        ledger = None
-        if _is_due(run, round_index + 1, run.config.output.checkpoint_every_rounds):
-            writer.save(State(round_index + 1, None, bad_rounds))
+        state = State(plan.finished_rounds, None, bad_rounds)
+        if run.is_due(state.finished_rounds, run.config.output.checkpoint_every_rounds):
+            checkpoints.save(state)
     return True
 
 
-def _begin(
-    run: Run,
-    state: State | None,
-    journal: Journal | None,
-    console: Console,
-    stop: StopRequest,
-) -> State | None:
-    """Draw the adapters, or go on; report what has not been reported. None = stopped meanwhile."""
-    facts = Facts()
-    if state is None:
-        state, facts = State(0, None, 0, {}), Facts(uploaded_bytes=prepare(run))
-    if state.unreported is None:
-        return state
-    facts, last = replace(facts, **state.unreported), state.finished_rounds
-    if not _evaluate_and_report(run, last, state.ledger, facts, journal, console, stop):
-        return None
-    return State(last, None, state.bad_rounds)
+def _begin(run: Run, log: RoundLog) -> State:
+    """Draw the adapters; what there is before training has still to be reported."""
+    return State(0, None, 0, asdict(RoundMeasurements(uploaded_bytes=prepare(run))))
 
 
-def _everyone(run: Run) -> tuple[int, ...]:
-    return tuple(range(run.num_clients))
+def prepare(run: Run) -> int:
+    """Draw every client's A and take the mean over all N before the first step ("round 0").
+
+    Returns:
+        Bytes of the message. Collective.
+    """
+    seed, method = run.config.seed, run.method
+    draw_initial(
+        run.clients,
+        run.adapters,
+        seed=seed,
+        independent=method.independent_init and not method.averages_a_at_start,
+    )
+    if not method.averages_a_at_start:
+        return 0
+    # The 1/N in the variance of this mean is what the factor sqrt(N) makes up for.
+    draws = initial_a(run.clients.own, run.adapters, seed)
+    return aggregation.share_draws(run.world, run.clients, draws, run.weights(run.everyone))
 
 
-def _is_due(run: Run, finished_rounds: int, every: int) -> bool:
-    return finished_rounds % every == 0 or finished_rounds == run.config.federated.num_rounds
+def _stats_of(run: Run, state: State) -> RoundStats:
+    """The sums of the round that begins, or that was interrupted."""
+    return RoundStats.empty(run.num_clients) if state.stats is None else RoundStats(state.stats)
 
 
-def _compare_clients(run: Run, finished_rounds: int, facts: Facts) -> None:
-    """How alike the clients have become, before the mean makes their A the same.
+def _compare_clients(run: Run, plan: RoundPlan, log: RoundLog) -> None:
+    """Measure how alike the clients have become, before the mean makes their A the same.
 
     It sends B in a sum over clients, as the global adapter does, and is left out with that.
     """
-    is_due = _is_due(run, finished_rounds, run.config.evaluation.every_rounds)
+    is_due = run.is_due(plan.finished_rounds, run.config.evaluation.every_rounds)
     if is_due and "global" in run.config.evaluation.adapters:
-        started = time.monotonic()
-        facts.similarity = aggregation.similarity(run.world, run.clients)
-        facts.similarity_bytes = aggregation.message_bytes(run.clients.layout, ("A", "B"))
-        facts.evaluate_seconds = time.monotonic() - started
+        with log.timed("evaluate"):
+            log.measured.similarity = aggregation.similarity(run.world, run.clients)
+        both = aggregation.message_bytes(run.clients.layout, ("A", "B"))
+        log.measured.similarity_bytes = both
 
 
-def _average(run: Run, round_index: int, ledger: Ledger, facts: Facts) -> None:
-    """The federated mean of the round."""
-    started = time.monotonic()
-    run.world.watch.at(f"round {round_index + 1}, the mean")
-    good = tuple(c for c in run.cohort(round_index) if not ledger[c, IS_BAD])
-    factors, weights = run.averaged_in(round_index), run.weights(good)
-    facts.uploaded_bytes = aggregation.share(run.world, run.clients, factors, weights)
-    require_same_mean(run.world, run.clients, factors, round_index + 1)
+def _average(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> int:
+    """Take the federated mean of the round over these clients; returns the bytes of the message."""
+    run.world.watch.at(f"round {plan.finished_rounds}, the mean")
+    num_bytes = aggregation.share(run.world, run.clients, plan.averaged, run.weights(healthy))
+    require_same_mean(run.world, run.clients, plan.averaged, plan.finished_rounds)
     if run.config.federated.optimizer_state == "reset":
         run.clients.reset_optimizer()
-    facts.aggregate_seconds = time.monotonic() - started
+    return num_bytes
 
 
-def _exclude_bad_clients(
-    run: Run, round_index: int, ledger: Ledger, bad_rounds: int, console: Console
-) -> int:
-    """Name the clients that turned non-finite and are left out of the mean; 1 if there are any.
+def _exclude_nonfinite(
+    run: Run, plan: RoundPlan, stats: RoundStats, state: State, log: RoundLog
+) -> tuple[tuple[int, ...], int]:
+    """Leave clients that turned non-finite out of the mean, and name them.
 
-    Every process sees the same ledger, so all raise or none.
+    Every process sees the same sums, so all raise or none.
+
+    Returns:
+        The clients of the mean; how many rounds so far had such clients.
     """
-    bad = [client for client in run.cohort(round_index) if ledger[client, IS_BAD]]
+    bad = [client for client in plan.cohort if stats.is_bad[client]]
+    healthy = tuple(client for client in plan.cohort if not stats.is_bad[client])
     if not bad:
-        return 0
-    names = ", ".join(map(str, bad))
+        return healthy, state.bad_rounds
+    names, bad_rounds = ", ".join(map(str, bad)), state.bad_rounds + 1
     fact = (
-        f"round {round_index + 1}: the loss or gradient of client {names} was not finite; it "
+        f"round {plan.finished_rounds}: the loss or gradient of client {names} was not finite; it "
         "is back where the round began and left out of this round's mean"
     )
-    if len(bad) == len(run.cohort(round_index)):
+    if not healthy:
         raise TrainingFailedError(f"{fact}. No client is left; lower train.lr or lora.alpha")
-    if bad_rounds + 1 > run.config.federated.max_bad_rounds:
+    if bad_rounds > run.config.federated.max_bad_rounds:
         raise TrainingFailedError(
-            f"{fact}. That is round {bad_rounds + 1} of this kind and federated.max_bad_rounds is "
+            f"{fact}. That is round {bad_rounds} of this kind and federated.max_bad_rounds is "
             f"{run.config.federated.max_bad_rounds}; lower train.lr or lora.alpha, or look at the "
             "data of these clients"
         )
-    console.warn(fact)
-    return 1
+    log.warning(fact)
+    return healthy, bad_rounds
 
 
-def _evaluate_and_report(
-    run: Run,
-    finished_rounds: int,
-    ledger: Ledger | None,
-    facts: Facts,
-    journal: Journal | None,
-    console: Console,
-    stop: StopRequest,
-) -> bool:
+def _evaluate_and_report(run: Run, state: State, log: RoundLog, stop: StopRequest) -> bool:
     """Evaluate where it is due and keep the round's event, before the checkpoint of the round.
 
     Returns:
         False, and no event, where somebody asked to stop meanwhile.
     """
-    evaluation = None
-    started = time.monotonic()
-    run.world.watch.at(f"the end of round {finished_rounds}")
-    if _is_due(run, finished_rounds, run.config.evaluation.every_rounds):
-        evaluation = evaluate.evaluate(run, stop, untrained=finished_rounds == 0)
+    finished, evaluation = state.finished_rounds, None
+    run.world.watch.at(f"the end of round {finished}")
+    if run.is_due(finished, run.config.evaluation.every_rounds):
+        with log.timed("evaluate"):
+            evaluation = evaluate.evaluate(run, stop, untrained=finished == 0)
         if evaluation is None:
             return False
-        seconds = time.monotonic() - started
-        facts.evaluate_seconds += seconds
-        facts.round_seconds += seconds
-    event = round_metrics.round_event(run, finished_rounds, ledger, evaluation, facts)
-    if journal is not None:
-        journal.write_event(event)
-    console.end_round(event)
+    stats = None if state.stats is None else RoundStats(state.stats)
+    log.end(finished, stats, evaluation)
     return True

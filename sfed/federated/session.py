@@ -17,6 +17,7 @@ from sfed.federated.build import build
 from sfed.federated.context import Run
 from sfed.federated.evaluate import score_names
 from sfed.federated.export import export_adapters
+from sfed.federated.round_metrics import RoundLog
 from sfed.federated.rounds import TrainingFailedError
 from sfed.observability import metrics
 from sfed.observability.console import Console
@@ -103,7 +104,7 @@ def _train_and_export(
         parts.data.digests,
     )
     with Writer(identity, world, parts.clients, folder.path, found) as writer:
-        finished = rounds.train(parts, state, writer, log, console, stop)
+        finished = rounds.train(parts, state, writer, RoundLog(parts, console, log), stop)
         writer.finish()
     console.end_rounds()
     if finished:

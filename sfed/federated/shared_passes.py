@@ -56,7 +56,6 @@ def _subject_of(run: Run) -> Subject:
         run.world.device,
         ordinary_tokens(run.tokenizer, run.backbone.vocabulary_size),
         max(gather_json(run.world, "longest row", longest)),
-        run.task.is_classification,
         run.packing,
     )
 

@@ -23,18 +23,19 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from sfed.clients import optimizer
+from sfed.clients.optimizer import StackedOptimizer
 from sfed.clients.state import FACTORS, MOMENTS, Rows
 from sfed.config.schema import Config
-from sfed.data import batches
+from sfed.data.batches import Batch
 from sfed.data.tasks import task_of
 from sfed.data.tokenize import Row
 from sfed.lora.hf_blocks import make_lean
 from sfed.memory.costs import Cost, Costs, Load
 from sfed.memory.counts import attach
-from sfed.models import heads, objective, synthetic
+from sfed.models import heads, synthetic
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding, auto_class
+from sfed.models.objective import objective_of
 
 _TOKENS = 16
 # So few that logits do not count: their size is known, and they would hide the layers' own.
@@ -225,15 +226,15 @@ class _Trial:
             torch.autograd.backward(loss)
         return live.peak - kept
 
-    def _begin(self, load: Load) -> tuple[Rows, batches.Batch]:
+    def _begin(self, load: Load) -> tuple[Rows, Batch]:
         seeds = tuple(range(load.clients)) if self._config.lora.dropout else None
         self._adapters.context.dropout_seeds = seeds
         self.backbone.training()
         return self._rows(load.clients), self._batch(load)
 
-    def _loss(self, rows: Rows, batch: batches.Batch) -> torch.Tensor:
+    def _loss(self, rows: Rows, batch: Batch) -> torch.Tensor:
         self._adapters.bind(rows.values, rows.grads, FACTORS)
-        return objective.row_losses(self.backbone, batch).sum()
+        return objective_of(self.backbone).losses(batch).sum()
 
     def evaluated(self, load: Load) -> int:
         """Bytes at the worst moment of a forward pass without gradients."""
@@ -244,17 +245,18 @@ class _Trial:
         live = LiveBytes()
         with torch.no_grad(), live:
             self._adapters.bind(rows.values)
-            objective.row_losses(self.backbone, batch)
+            objective_of(self.backbone).losses(batch)
         return live.peak
 
     def optimised(self) -> float:
         """Bytes at the worst moment of an optimizer step, per number of a client's row."""
         rows, layout = self._rows(1), self._adapters.layout
-        section, once = self._config.train, torch.ones(1)
+        adam = StackedOptimizer(self._config.train, layout, layout.factors)
+        once = torch.ones(1)
         live = LiveBytes()
         with live:
-            norms = optimizer.gradient_norms(rows, layout, layout.factors)
-            optimizer.step(rows, layout, layout.factors, section, once, norms, once.bool())
+            norms = adam.gradient_norms(rows)
+            adam.step(rows, once, norms, once.bool())
         return live.peak / layout.size
 
     def _rows(self, clients: int) -> Rows:
@@ -264,13 +266,13 @@ class _Trial:
         steps = torch.zeros(clients, len(FACTORS))
         return Rows(tuple(range(clients)), torch.zeros(shape), torch.zeros(shape), moments, steps)
 
-    def _batch(self, load: Load) -> batches.Batch:
-        classifies = task_of(self._config).is_classification
+    def _batch(self, load: Load) -> Batch:
+        target = None if self.backbone.head is None else 0.0
         # Shorter than its row, so that there is padding: attention then needs a mask.
         part = load.tokens // _TOKENS
-        row = Row(np.zeros(load.tokens - part, dtype=np.int32), part, 0.0 if classifies else None)
+        row = Row(np.zeros(load.tokens - part, dtype=np.int32), part, target)
         some = [[row] * load.rows] * load.clients
-        return batches.collate(some, load.rows, with_targets=classifies)
+        return objective_of(self.backbone).collate(some, load.rows)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

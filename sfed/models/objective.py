@@ -1,34 +1,111 @@
-"""What is learned from a batch: the losses of its rows, and what is predicted for them."""
+"""What is learned from a batch: the tokens of a completion, or the target of each row.
+
+A run chooses its objective once (``objective_of``); everything else asks the objective and never
+whether the task is a classification.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn import functional
 
+from sfed.data import batches
 from sfed.data.batches import IGNORED_LABEL, Batch
+from sfed.data.packing import Packing
+from sfed.data.tokenize import Row
 from sfed.models.backbone import Backbone
 
 
-def row_losses(backbone: Backbone, batch: Batch) -> torch.Tensor:
-    """Return each row's loss in nats: (rows,) fp32, 0 for rows that are missing.
+class Objective(Protocol):
+    """How examples become a batch, and a batch becomes losses and predictions."""
 
-    The sum over a row's supervised tokens; or the cross-entropy of its class; or, for a value, the
-    squared error.
+    def collate(self, rows_by_client: Sequence[Sequence[Row]], rows_per_client: int) -> Batch:
+        """Lay the examples of C clients into a batch; arguments as of ``batches.collate``."""
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """Return each row's loss in nats: (rows,) fp32, 0 for rows that are missing."""
+
+    def losses_and_predictions(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return each row's loss, and its predicted class or value: (rows,) fp32 both.
+
+        There are no predictions where tokens are learned.
+        """
+
+    def counted_tokens(self, batch: Batch) -> torch.Tensor:
+        """Return which tokens matter to the losses: (rows, tokens) bool, False on padding."""
+
+
+def objective_of(backbone: Backbone, packing: Packing | None = None) -> Objective:
+    """Return the objective of a backbone: targets where it has a classification head.
+
+    Args:
+        backbone: the frozen model.
+        packing: how short sequences share a row; None = never.
     """
-    if batch.targets is None:
-        return backbone.token_losses(
+    return TokenObjective(backbone, packing) if backbone.head is None else TargetObjective(backbone)
+
+
+@dataclass(frozen=True)
+class TokenObjective:
+    """Learn completions: a row's loss is the sum over its supervised tokens."""
+
+    backbone: Backbone
+    packing: Packing | None
+
+    def collate(self, rows_by_client: Sequence[Sequence[Row]], rows_per_client: int) -> Batch:
+        """See ``Objective.collate``: packed where that is cheaper and allowed."""
+        return batches.collate(rows_by_client, rows_per_client, self.packing)
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """See ``Objective.losses``."""
+        return self.backbone.token_losses(
             batch.input_ids, batch.labels, batch.positions, batch.documents
         )
-    return target_losses(outputs(backbone, batch), batch.targets)
+
+    def losses_and_predictions(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See ``Objective.losses_and_predictions``: there are no predictions."""
+        return self.losses(batch), None
+
+    def counted_tokens(self, batch: Batch) -> torch.Tensor:
+        """See ``Objective.counted_tokens``: those of completions."""
+        return batch.labels != IGNORED_LABEL
 
 
-def outputs(backbone: Backbone, batch: Batch) -> torch.Tensor:
-    """Return the classification head's outputs: (rows, outputs) fp32."""
-    return backbone.outputs(batch.input_ids, batch.is_token, batch.is_second)
+@dataclass(frozen=True)
+class TargetObjective:
+    """Learn a class (cross-entropy) or a value (squared error) per row, by a head."""
+
+    backbone: Backbone
+
+    def collate(self, rows_by_client: Sequence[Sequence[Row]], rows_per_client: int) -> Batch:
+        """See ``Objective.collate``: one example in a row."""
+        return batches.collate(rows_by_client, rows_per_client)
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """See ``Objective.losses``."""
+        return target_losses(self._outputs(batch), batch.targets)
+
+    def losses_and_predictions(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See ``Objective.losses_and_predictions``: the largest class, or the value itself."""
+        outputs = self._outputs(batch)
+        is_value = outputs.shape[1] == 1
+        predictions = outputs[:, 0] if is_value else outputs.argmax(dim=1).float()
+        return target_losses(outputs, batch.targets), predictions
+
+    def counted_tokens(self, batch: Batch) -> torch.Tensor:
+        """See ``Objective.counted_tokens``: all of the rows that have a target."""
+        return batch.is_token & ~torch.isnan(batch.targets)[:, None]
+
+    def _outputs(self, batch: Batch) -> torch.Tensor:
+        return self.backbone.outputs(batch.input_ids, batch.is_token, batch.is_second)
 
 
 def target_losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the loss of each row, 0 where the target is NaN.
+    """Return the loss of each row, 0 where the target is NaN: (rows,) fp32.
 
     Args:
         outputs: (rows, classes), or (rows, 1) for a value.
@@ -41,15 +118,3 @@ def target_losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     else:
         losses = functional.cross_entropy(outputs, targets.long(), reduction="none")
     return losses.where(present, 0.0)
-
-
-def predictions(outputs: torch.Tensor) -> torch.Tensor:
-    """Return the class of the largest output, or the value itself: (rows,) fp32."""
-    return outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(dim=1).float()
-
-
-def counted_tokens(batch: Batch) -> torch.Tensor:
-    """Return which tokens matter to the losses: (rows, tokens) bool, False on padding."""
-    if batch.targets is None:
-        return batch.labels != IGNORED_LABEL
-    return batch.is_token & ~torch.isnan(batch.targets)[:, None]

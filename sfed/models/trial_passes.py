@@ -27,8 +27,8 @@ from sfed.data.tokenize import Row
 from sfed.lora.adapters import Adapters
 from sfed.lora.hf_blocks import without_lean_forms
 from sfed.lora.linear import StackedLoraLinear
-from sfed.models import objective
 from sfed.models.backbone import Backbone
+from sfed.models.objective import objective_of, target_losses
 
 # Output of an adapter over its input: enough that an adapter on other rows shows.
 _ADAPTER_SHARE = 0.5
@@ -45,8 +45,6 @@ class Subject:
     """Ids to draw from; see ``ordinary_tokens``."""
     longest_row: int
     """Tokens of the longest row of the run, on any process."""
-    has_targets: bool
-    """Whether a classification head is trained."""
     packing: Packing | None
     """None where rows are padded anyway."""
 
@@ -54,6 +52,11 @@ class Subject:
     def model(self) -> PreTrainedModel:
         """The backbone's model."""
         return self.backbone.model
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether a classification head is trained."""
+        return self.backbone.head is not None
 
     @property
     def takes_positions(self) -> bool:
@@ -123,9 +126,7 @@ def together(subject: Subject, case: Case, packing: Packing | None = None) -> li
     """Make one pass of the trainer over the rows of all clients of a case; a client each."""
     grads_CN = torch.zeros_like(case.values)
     subject.adapters.bind(case.values, grads_CN, subject.adapters.layout.factors)
-    batch = batches.collate(
-        case.rows, case.most_rows, with_targets=subject.has_targets, packing=packing
-    ).to(subject.device)
+    batch = batches.collate(case.rows, case.most_rows, packing).to(subject.device)
     assert packing is None or batch.documents is not None, "these rows cannot be packed"
     losses = _losses(subject, case, batch)
     torch.autograd.backward(losses.sum())
@@ -136,12 +137,12 @@ def together(subject: Subject, case: Case, packing: Packing | None = None) -> li
 def _losses(subject: Subject, case: Case, batch: Batch) -> torch.Tensor:
     backbone, ids = subject.backbone, batch.input_ids
     if case.first_positions is None:
-        return objective.row_losses(backbone, batch)
+        return objective_of(backbone).losses(batch)
     first = torch.tensor(case.first_positions, device=ids.device).view(-1, 1)
     position_ids = first + torch.arange(ids.shape[1], device=ids.device)
-    if batch.targets is not None:
+    if subject.has_targets:
         outputs = backbone.outputs(ids, batch.is_token, batch.is_second, position_ids)
-        return objective.target_losses(outputs, batch.targets)
+        return target_losses(outputs, batch.targets)
     starts = torch.arange(len(ids) + 1, device=ids.device, dtype=torch.int32) * ids.shape[1]
     documents = Documents(position_ids, starts)
     return backbone.token_losses(ids, batch.labels, batch.positions, documents)
@@ -183,7 +184,7 @@ class PlainPasses:
     def _target_loss(self, row: Row, ids: torch.Tensor) -> torch.Tensor:
         is_second = torch.arange(ids.shape[1], device=ids.device)[None] >= row.prompt_length
         outputs = self._subject.backbone.outputs(ids, torch.ones_like(ids).bool(), is_second)
-        return objective.target_losses(outputs, torch.tensor([row.target], device=ids.device)).sum()
+        return target_losses(outputs, torch.tensor([row.target], device=ids.device)).sum()
 
     @contextmanager
     def _plain_layers(self, values_1N: torch.Tensor) -> Iterator[torch.Tensor]:

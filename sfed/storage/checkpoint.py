@@ -4,7 +4,7 @@
     checkpoints/round-000010-partial/    stopped by SIGTERM within the 11th
         common.safetensors               what all clients share: common/a, ...
         client-0003.safetensors          what is client 3's own: clients/0003/b, ...
-        run.json                         rounds, ledger, configuration, size and digest of each file
+        run.json                         rounds, sums, configuration, size and digest of each file
 
 A client that has never taken part has no file. Tensors are in safetensors files: nothing is ever
 pickled. ``checkpoint_writer`` writes the folders and ``resume`` finds the one that a run resumes
@@ -43,18 +43,18 @@ class State:
     """Where a run is, beside what its clients hold."""
 
     finished_rounds: int
-    ledger: NDArray[np.float64] | None
-    """Sums of the round in flight where a run was stopped within it."""
+    stats: NDArray[np.float64] | None
+    """(N, columns): sums of the round in flight where a run was stopped within it."""
     bad_rounds: int
     """Rounds so far in which some client turned non-finite."""
     unreported: dict[str, Any] | None = None
     """Where a run was stopped while it evaluated the last finished round: what was measured of that
-    round until then. The ledger is of that round, which has no event yet."""
+    round until then. The sums are of that round, which has no event yet."""
 
     @property
     def is_within(self) -> bool:
         """Whether a round is in flight."""
-        return self.ledger is not None and self.unreported is None
+        return self.stats is not None and self.unreported is None
 
     @property
     def name(self) -> str:
@@ -147,10 +147,10 @@ def load(found: Found, world: World, clients: ClientRows) -> State:
                 f"the checkpoint {found.folder} cannot be read ({reason}); output.resume=FOLDER "
                 "goes on from another one"
             ) from None
-    ledger = facts["ledger"]
+    stats = facts["ledger"]
     return State(
         facts["finished_rounds"],
-        None if ledger is None else np.asarray(ledger, dtype=np.float64),
+        None if stats is None else np.asarray(stats, dtype=np.float64),
         facts["bad_rounds"],
         facts.get("unreported"),
     )

@@ -159,7 +159,7 @@ class Writer:
             "finished_rounds": state.finished_rounds,
             "bad_rounds": state.bad_rounds,
             "unreported": state.unreported,
-            "ledger": None if state.ledger is None else state.ledger.tolist(),
+            "ledger": None if state.stats is None else state.stats.tolist(),
             "num_clients": identity.num_clients,
             "gamma": identity.gamma,
             "layout_size": self._clients.layout.size,

@@ -375,14 +375,14 @@ def test_the_first_head_is_the_same_on_all_clients_whatever_the_method(
 ):
     """Independent draws are A's alone."""
     firsts = []
-    original = local.train_round
+    original = local.train
 
-    def train_round(run: Any, *arguments: Any) -> Any:
+    def train(run: Any, *arguments: Any) -> Any:
         columns = run.clients.layout.columns("head")
         firsts.append(run.clients.load_values(run.clients.own)[:, columns].clone())
         return original(run, *arguments)
 
-    monkeypatch.setattr(local, "train_round", train_round)
+    monkeypatch.setattr(local, "train", train)
     glue.run(folder, "roberta", "mnli", tmp_path, federated={"method": method})
     expected = first_head(glue.load_model(folder, "roberta", "mnli"), "roberta")
     flat = torch.cat([expected[name].flatten() for name in sorted(expected)])
@@ -498,7 +498,7 @@ def run_and_logits(
 
         table = tokenize.tokenise(parts.config, parts.tokenizer, "eval", (str(path),))
         examples = tokenize.Examples(table, np.arange(len(rows)))
-        batch = collate([[examples.row(i) for i in range(len(rows))]], 5, with_targets=True)
+        batch = collate([[examples.row(i) for i in range(len(rows))]], 5)
         shared = parts.clients.load_values(parts.clients.own).clone()
         columns = {f: parts.clients.layout.columns(f) for f in ("B", "head")}
         everyone = shared[0].clone()

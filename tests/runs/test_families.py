@@ -169,7 +169,7 @@ def subject_of(model: PreTrainedModel, targets: str | tuple[str, ...]) -> Subjec
         base_name=model.name_or_path,
     )
     packing, cpu = None if is_classifier else backbone.packing, torch.device("cpu")
-    return Subject(backbone, attached, cpu, range(3, WORDS), 24, is_classifier, packing)
+    return Subject(backbone, attached, cpu, range(3, WORDS), 24, packing)
 
 
 def checked(tried: Subject) -> isolation.Isolation:

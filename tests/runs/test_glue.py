@@ -131,7 +131,7 @@ def test_a_batch_holds_what_the_tokenizer_of_the_model_gives(folder, family, nam
     rows = glue.read(folder / f"{name}-eval.jsonl")[:6]
     found = table_of(folder, family, name, folder / f"{name}-eval.jsonl", "eval")
     examples = tokenize.Examples(found, np.arange(6))
-    batch = collate([[examples.row(i) for i in range(6)]], 6, with_targets=True)
+    batch = collate([[examples.row(i) for i in range(6)]], 6)
     expected = glue.Encoder(folder, family, name).inputs(rows)
     width = expected["input_ids"].shape[1]
     is_token = expected["attention_mask"].bool()

@@ -104,7 +104,7 @@ def trained(
             rows.grads.copy_(values.grad)
             active = torch.ones(num_clients, dtype=torch.bool)
             norms = torch.ones(num_clients)
-            optimizer.step(rows, layout, ("A", "B"), section, rates, norms, active)
+            optimizer.StackedOptimizer(section, layout, ("A", "B")).step(rows, rates, norms, active)
         rows.values[:, a_columns] = rows.values[:, a_columns].mean(dim=0)
     a = rows.values[:, a_columns].view(num_clients, lora_rank, WIDTH)
     b = rows.values[:, b_columns].view(num_clients, 24, lora_rank)

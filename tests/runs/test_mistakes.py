@@ -779,14 +779,14 @@ def make_sick(
     num_in_pass: int = 4,
 ) -> None:
     """Make the loss or the gradient of these clients of a pass NaN in these training passes."""
-    healthy, train_round, count = Backbone.token_losses, local.train_round, itertools.count()
+    healthy, train_round, count = Backbone.token_losses, local.train, itertools.count()
     is_in_round = False
 
-    def train_sick_round(*arguments: Any) -> bool:
+    def train_sick_round(*arguments: Any) -> None:
         nonlocal is_in_round
         is_in_round = True
         try:
-            return train_round(*arguments)
+            train_round(*arguments)
         finally:
             is_in_round = False
 
@@ -802,7 +802,7 @@ def make_sick(
         return losses
 
     monkeypatch.setattr(Backbone, "token_losses", token_losses)
-    monkeypatch.setattr(local, "train_round", train_sick_round)
+    monkeypatch.setattr(local, "train", train_sick_round)
 
 
 def stopped(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

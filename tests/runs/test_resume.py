@@ -305,21 +305,21 @@ def test_a_clock_that_jumps_changes_nothing(tiny_folder: Path, tmp_path: Path) -
 
 def stop_in_evaluation(run_settings: dict, number: int) -> None:
     """Train; process 1 gets SIGTERM in the second pass of its evaluation of this number."""
-    healthy, count = evaluate._measure, itertools.count(1)
-    one_pass = evaluate._one_pass
+    healthy, count = evaluate.Measuring.measure, itertools.count(1)
+    make_pass = evaluate.Measuring.make_pass
 
     def measure(*arguments: object, **options: object) -> object:
         asked = next(count) == number and os.environ["RANK"] == "1"
 
         def passing(*inside: object) -> None:
-            one_pass(*inside)
+            make_pass(*inside)
             if asked:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        evaluate._one_pass = passing
+        evaluate.Measuring.make_pass = passing
         return healthy(*arguments, **options)
 
-    evaluate._measure = measure
+    evaluate.Measuring.measure = measure
     runs.train_settings(run_settings)
 
 
@@ -386,11 +386,11 @@ def stop_while_waiting(run_settings: dict) -> None:
     if os.environ["RANK"] == "0":
         threading.Timer(6.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     else:
-        healthy = local._GroupWork.step
+        healthy = local.LocalSteps.make
 
-        def step(self: local._GroupWork, number: int) -> None:
-            time.sleep(0.0 if self._round_index == 0 else 8.0 if number == 0 else 3.0)
-            healthy(self, number)
+        def make(self: local.LocalSteps, step: int) -> None:
+            time.sleep(0.0 if self.plan.round_index == 0 else 8.0 if step == 0 else 3.0)
+            healthy(self, step)
 
-        local._GroupWork.step = step
+        local.LocalSteps.make = make
     runs.train_settings(run_settings)

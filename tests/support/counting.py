@@ -66,8 +66,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def counted_run(settings: dict[str, Any]) -> list[tuple[str, str, int, str]]:
     monkeypatch = pytest.MonkeyPatch()
     counter = Counter(monkeypatch)
-    in_phase(monkeypatch, counter, local, "train_round", "local")
-    in_phase(monkeypatch, counter, local, "exchange", "exchange")
+    in_phase(monkeypatch, counter, local, "train", "local")
+    in_phase(monkeypatch, counter, local, "gather", "gather")
     in_phase(monkeypatch, counter, rounds, "_average", "average")
     in_phase(monkeypatch, counter, rounds, "_evaluate_and_report", "evaluate")
     in_phase(monkeypatch, counter, rounds, "prepare", "prepare")

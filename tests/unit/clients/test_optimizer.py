@@ -47,8 +47,9 @@ def take_step(rows, grads_CN, settings, lr_C, trained=AB, active_C=None):
     rows.grads.copy_(grads_CN)
     if active_C is None:
         active_C = torch.ones(len(rows.clients), dtype=torch.bool)
-    norms_C = optimizer.gradient_norms(rows, LAYOUT, trained)
-    optimizer.step(rows, LAYOUT, trained, settings, lr_C, norms_C, active_C)
+    adam = optimizer.StackedOptimizer(settings, LAYOUT, trained)
+    norms_C = adam.gradient_norms(rows)
+    adam.step(rows, lr_C, norms_C, active_C)
 
 
 class Alone:
@@ -215,7 +216,7 @@ def test_the_norm_of_a_gradient_is_over_the_trained_factors_of_each_client(train
         torch.cat([row[LAYOUT.columns(factor)] for factor in trained]).double().norm().item()
         for row in rows.grads
     ]
-    found = optimizer.gradient_norms(rows, LAYOUT, trained)
+    found = optimizer.StackedOptimizer(section(), LAYOUT, trained).gradient_norms(rows)
     assert found.tolist() == pytest.approx(expected, rel=1e-6)
 
 

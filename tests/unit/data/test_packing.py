@@ -23,9 +23,9 @@ from sfed.lora import adapters
 from sfed.lora.adapters import Adapters
 from sfed.lora.hf_blocks import make_lean
 from sfed.lora.linear import Probe
-from sfed.models import objective
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding
+from sfed.models.objective import objective_of
 from tests.support import runs, tiny
 
 COMMON = {"vocab_size": 96, "initializer_range": 0.2}
@@ -125,8 +125,8 @@ def passed(
     """By client: losses, gradients, squares of the adapters' outputs, and how many these are."""
     grads = torch.zeros_like(values)
     attached.bind(values, grads, ("A", "B"))
-    attached.context.probe = probe = Probe.of(objective.counted_tokens(batch))
-    losses = objective.row_losses(backbone, batch).view(len(values), -1).sum(dim=1)
+    attached.context.probe = probe = Probe.of(objective_of(backbone).counted_tokens(batch))
+    losses = objective_of(backbone).losses(batch).view(len(values), -1).sum(dim=1)
     attached.context.probe = None
     torch.autograd.backward(losses.sum())
     squares, count = probe.sum_squares.detach(), probe.count

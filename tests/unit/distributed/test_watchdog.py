@@ -77,19 +77,19 @@ def test_a_heartbeat_that_cannot_be_written_is_a_mistake(tmp_path: Path):
 
 def hang(settings: dict, how: str) -> None:
     """Train; process 1 hangs before the second step of round 2."""
-    healthy = local._GroupWork.step
+    healthy = local.LocalSteps.make
 
-    def step(self: local._GroupWork, number: int) -> None:
-        if self._round_index == 1 and number == 1 and os.environ["RANK"] == "1":
+    def make(self: local.LocalSteps, step: int) -> None:
+        if self.plan.round_index == 1 and step == 1 and os.environ["RANK"] == "1":
             if how == "stopped":
                 time.sleep(2.5)  # until it has told where it is
                 os.kill(os.getpid(), signal.SIGSTOP)
             if how == "failed":
                 raise MemoryError("no room")
             time.sleep(3600)
-        healthy(self, number)
+        healthy(self, step)
 
-    local._GroupWork.step = step
+    local.LocalSteps.make = make
     session.run_session(config_load.validate(settings))
 
 

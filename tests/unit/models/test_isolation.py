@@ -53,7 +53,7 @@ def subject(
     )
     tokens = range(model.config.vocab_size)
     cpu = torch.device("cpu")
-    return Subject(backbone, attached, cpu, tokens, longest_row, False, backbone.packing)
+    return Subject(backbone, attached, cpu, tokens, longest_row, backbone.packing)
 
 
 def check(tried: Subject, *, shares_passes: bool = True) -> Isolation:

@@ -15,10 +15,11 @@ from sfed.data.batches import IGNORED_LABEL
 from sfed.data.tokenize import Row
 from sfed.distributed import world as distributed
 from sfed.lora import adapters
-from sfed.models import backbone, losses, objective
+from sfed.models import backbone, losses
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding
 from sfed.models.losses import linear_cross_entropy
+from sfed.models.objective import objective_of
 from tests.support import tiny
 
 
@@ -58,7 +59,7 @@ def test_logits_of_supervised_tokens_alone_give_the_losses_and_gradients_of_all(
     batch = batches.collate(BATCHES[name], 2)
     embeddings = frozen.model.get_input_embeddings()
     found = []
-    for way in (objective.row_losses, lambda own, b: plain(own.model, b)):
+    for way in (lambda own, b: objective_of(own).losses(b), lambda own, b: plain(own.model, b)):
         outputs: list[torch.Tensor] = []
 
         def keep(_module, _inputs, output, outputs=outputs):
@@ -79,7 +80,7 @@ def test_the_head_sees_supervised_tokens_alone_and_only_for_losses(frozen):
     head = frozen.model.get_output_embeddings()
     head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[:2]))
     batch = batches.collate(BATCHES["unequal rows"], 2)
-    objective.row_losses(frozen, batch)
+    objective_of(frozen).losses(batch)
     frozen.model(input_ids=batch.input_ids)
     supervised = sum(batches.supervised_count(own) for own in BATCHES["unequal rows"])
     assert seen == [(1, supervised), batch.input_ids.shape]
@@ -164,7 +165,7 @@ def test_a_pass_makes_its_logits_in_chunks(frozen, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 258 * 2)
     batch = batches.collate(BATCHES["unequal rows"], 2)
     with Watch() as seen:
-        found = objective.row_losses(frozen, batch)
+        found = objective_of(frozen).losses(batch)
     torch.testing.assert_close(found, plain(frozen.model, batch), rtol=1e-6, atol=1e-6)
     wide = [p.numel() for p in frozen.model.parameters()]
     assert seen.largest < max(2 * 258, batch.slots * 72, *wide) + 1
@@ -203,7 +204,7 @@ def test_a_model_that_changes_its_heads_output_keeps_doing_so(name, dtype):
     batch = batches.collate(BATCHES["unequal rows"], 2)
     assert (own.model.get_output_embeddings().forward.__name__ == "_forward") == is_chunked
     with Watch() as seen:
-        found = objective.row_losses(own, batch)
+        found = objective_of(own).losses(batch)
     labels = batch.labels
     given = model(input_ids=batch.input_ids, labels=labels).loss  # as transformers computes it
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -228,7 +229,7 @@ def test_an_adapted_head_sees_the_rows_of_all_clients():
     values = torch.randn(2, attached.layout.size)
     attached.bind(values)
     batch = batches.collate(BATCHES["unequal rows"], 2)
-    found = objective.row_losses(own, batch)
+    found = objective_of(own).losses(batch)
     torch.testing.assert_close(found, plain(model, batch), rtol=1e-5, atol=1e-5)
     attached.bind(values * 2)
-    assert not torch.allclose(found, objective.row_losses(own, batch))
+    assert not torch.allclose(found, objective_of(own).losses(batch))

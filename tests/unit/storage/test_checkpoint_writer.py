@@ -13,6 +13,7 @@ import pytest
 
 from sfed.config import load as config_load
 from sfed.federated import local, session
+from sfed.federated.context import RoundPlan
 from sfed.lora import tensor_files
 from sfed.storage import checkpoint_writer
 from sfed.utils import files as utils_files
@@ -47,20 +48,19 @@ def test_a_round_is_written_while_the_next_one_trains(
     calm = runs.adapters(run(settings(tiny_folder, tmp_path, "calm")))
     trained = [threading.Event() for _ in range(ROUNDS + 1)]
     trained[ROUNDS].set()
-    save_file, train_round = tensor_files.save_tensors, local.train_round
+    save_file, train_round = tensor_files.save_tensors, local.train
 
     def late(tensors: dict, path: Path) -> None:
         finished = int(path.parent.name.removeprefix(".round-").removesuffix(".tmp"))
         assert trained[finished].wait(DEADLINE), "training waits for the checkpoint"
         save_file(tensors, path)
 
-    def note_the_end(run_: object, round_index: int, *arguments: object) -> bool:
-        done = train_round(run_, round_index, *arguments)
-        trained[round_index].set()
-        return done
+    def note_the_end(run_: object, plan: RoundPlan, *arguments: object) -> None:
+        train_round(run_, plan, *arguments)
+        trained[plan.round_index].set()
 
     monkeypatch.setattr(checkpoint_writer, "save_tensors", late)
-    monkeypatch.setattr(local, "train_round", note_the_end)
+    monkeypatch.setattr(local, "train", note_the_end)
     folder = run(settings(tiny_folder, tmp_path))
     monkeypatch.undo()
     assert whole(folder) == [f"round-{number:06d}" for number in range(1, ROUNDS + 1)]
