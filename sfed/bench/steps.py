@@ -20,7 +20,7 @@ from sfed.clients.state import MOMENTS
 from sfed.clients.store import ClientRows
 from sfed.config.schema import TrainSection
 from sfed.lora import adapters
-from sfed.lora.adapters import Adapters
+from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.hf_blocks import make_lean
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding
@@ -84,12 +84,7 @@ class Contestant(ABC):
 def attach(model: PreTrainedModel, workload: Workload) -> Adapters:
     """Put the trainer's layers into a model, as a run would."""
     return adapters.attach(
-        model,
-        lora_rank=workload.lora_rank,
-        lora_scaling=GAMMA,
-        dropout=0.0,
-        target_modules=workload.target_modules,
-        base_name="bench",
+        model, LoraSpec(workload.lora_rank, GAMMA, 0.0, workload.target_modules, "bench")
     )
 
 

@@ -19,6 +19,7 @@ from sfed.distributed.world import World
 from sfed.federated import context, fingerprints, round_metrics, shared_passes
 from sfed.federated.context import Run
 from sfed.lora import adapters
+from sfed.lora.adapters import LoraSpec
 from sfed.memory import clients_per_pass
 from sfed.methods import method as methods
 from sfed.methods import scaling
@@ -137,12 +138,10 @@ def _attached(
     with sync.together(world, "attaching the adapters"):
         return adapters.attach(
             frozen.model,
+            LoraSpec(
+                config.lora.rank, gamma, config.lora.dropout, config.lora.target_modules, mask(name)
+            ),
             frozen.head,
-            lora_rank=config.lora.rank,
-            lora_scaling=gamma,
-            dropout=config.lora.dropout,
-            target_modules=config.lora.target_modules,
-            base_name=mask(name),
         )
 
 

@@ -15,6 +15,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,12 @@ class Adapters:
         peft_config: LoraConfig,
         context: PassContext,
         head: Head | None,
-        dtype: torch.dtype,
     ) -> None:
         self.layers = layers
         self.layout = layout
         self.peft_config = peft_config
         self.context = context
         self.head = head
-        self._dtype = dtype
         self._siblings = list(_siblings(layers, layout))
 
     def bind(
@@ -77,7 +76,7 @@ class Adapters:
             grads: same shape; backward adds to it in place. None where nothing trains.
             trained: factors that get gradients.
         """
-        rows = PassRows(values, grads, self._dtype)
+        rows = PassRows(values, grads, self.context.dtype)
         for siblings, a_pieces, b_pieces in self._siblings:
             siblings.bind(Factors.of(rows, a_pieces, b_pieces, trained))
         if self.head is not None:
@@ -158,40 +157,48 @@ class Adapters:
         return f"{piece.layer}.lora_{piece.factor}.weight"
 
 
-def attach(
-    model: PreTrainedModel,
-    head: Head | None = None,
-    *,
-    lora_rank: int,
-    lora_scaling: float,
-    dropout: float,
-    target_modules: tuple[str, ...] | str,
-    base_name: str,
-) -> Adapters:
+@dataclass(frozen=True)
+class LoraSpec:
+    """Which layers are adapted, and how."""
+
+    rank: int
+    """r."""
+    scaling: float
+    """gamma."""
+    dropout: float
+    """Probability on the adapters' input."""
+    target_modules: tuple[str, ...] | str
+    """Names as PEFT takes them, or "all-linear"."""
+    base_name: str
+    """Written into exported adapters as the name of their base model."""
+
+    def for_peft(self, model: PreTrainedModel) -> LoraConfig:
+        """The same in PEFT's words."""
+        targets = self.target_modules
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=peft_alpha(self.scaling, self.rank),
+            lora_dropout=self.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            # A classifier's type would make PEFT copy the head, which is not its business here.
+            task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        )
+
+
+def attach(model: PreTrainedModel, spec: LoraSpec, head: Head | None = None) -> Adapters:
     """Let PEFT choose and name the layers, then put stacked layers in their places.
 
     Call it after the backbone is sharded: what DeepSpeed has not seen stays on this process.
 
     Args:
         model: the frozen backbone; changed in place.
+        spec: which layers are adapted, and how.
         head: its classification head, where each client trains one.
-        lora_rank: r.
-        lora_scaling: gamma.
-        dropout: probability on the adapters' input.
-        target_modules: names as PEFT takes them, or "all-linear".
-        base_name: written into exported adapters as the name of their base model.
 
     Raises:
         UserError: where a target does not exist or is not a linear layer.
     """
-    request = LoraConfig(
-        r=lora_rank,
-        lora_alpha=peft_alpha(lora_scaling, lora_rank),
-        lora_dropout=dropout,
-        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        # A classifier's type would make PEFT copy the head, which is not its business here.
-        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
-    )
+    request = spec.for_peft(model)
     module_names = [name for name, _ in model.named_modules()]
     found, changed = _choose_layers(model, request)
     if head is not None:
@@ -201,19 +208,19 @@ def attach(
         request,
         target_modules=_short_names(found, set(module_names).difference(found)),
         fan_in_fan_out=changed.fan_in_fan_out,
-        base_model_name_or_path=base_name,
+        base_model_name_or_path=spec.base_name,
     )
-    context = PassContext()
+    context = PassContext(dtype=model.dtype)
     layers: dict[str, StackedLoraLinear] = {}
     for index, name in enumerate(sorted(found)):
         base_layer = found[name].get_base_layer()
-        layers[name] = StackedLoraLinear(base_layer, lora_scaling, dropout, index, context)
+        layers[name] = StackedLoraLinear(base_layer, spec.scaling, spec.dropout, index, context)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layers[name])
     shapes = [(name, found[name].in_features, found[name].out_features) for name in layers]
     weights = None if head is None else {n: tuple(w.shape) for n, w in head.initial.items()}
-    layout = Layout.of(shapes, lora_rank, weights)
-    return Adapters(layers, layout, peft_config, context, head, model.dtype)
+    layout = Layout.of(shapes, spec.rank, weights)
+    return Adapters(layers, layout, peft_config, context, head)
 
 
 def _choose_layers(

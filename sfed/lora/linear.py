@@ -29,6 +29,8 @@ class PassContext:
     """One seed per client of the pass; None = no dropout."""
     probe: Probe | None = None
     """Where the adapters' outputs are measured; None = nowhere."""
+    dtype: torch.dtype = torch.float32
+    """Of the model: factors are cast to it for a pass."""
 
 
 @dataclass

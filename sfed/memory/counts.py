@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sfed.config.schema import Config
 from sfed.lora import adapters
-from sfed.lora.adapters import Adapters
+from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.head import Head
 from sfed.models import heads, synthetic
 from sfed.models.hf_config import auto_class
@@ -72,11 +72,5 @@ def attach(
 ) -> Adapters:
     """Put the trainer's layers into a model that is there to be counted only."""
     return adapters.attach(
-        model,
-        head,
-        lora_rank=lora_rank,
-        lora_scaling=1.0,
-        dropout=config.lora.dropout,
-        target_modules=targets,
-        base_name="trial",
+        model, LoraSpec(lora_rank, 1.0, config.lora.dropout, targets, "trial"), head
     )

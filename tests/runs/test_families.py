@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from sfed.data.tokenize import Row
 from sfed.lora import adapters
 from sfed.lora import head as lora_head
+from sfed.lora.adapters import LoraSpec
 from sfed.lora.hf_blocks import make_lean
 from sfed.models import isolation
 from sfed.models.backbone import Backbone
@@ -159,15 +160,7 @@ def subject_of(model: PreTrainedModel, targets: str | tuple[str, ...]) -> Subjec
         model.set_submodule("classifier", layer)
         head = lora_head.Head("classifier", layer, initial)
     backbone = Backbone(model, head, Sharding("none", "one process"), None)
-    attached = adapters.attach(
-        model,
-        head,
-        lora_rank=4,
-        lora_scaling=1.5,
-        dropout=0.0,
-        target_modules=targets,
-        base_name=model.name_or_path,
-    )
+    attached = adapters.attach(model, LoraSpec(4, 1.5, 0.0, targets, model.name_or_path), head)
     packing, cpu = None if is_classifier else backbone.packing, torch.device("cpu")
     return Subject(backbone, attached, cpu, range(3, WORDS), 24, packing)
 

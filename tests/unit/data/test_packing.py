@@ -20,7 +20,7 @@ from sfed.data.batches import Batch, collate
 from sfed.data.packing import Packing, first_fit_decreasing, pack
 from sfed.data.tokenize import Row
 from sfed.lora import adapters
-from sfed.lora.adapters import Adapters
+from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.hf_blocks import make_lean
 from sfed.lora.linear import Probe
 from sfed.models.backbone import Backbone
@@ -85,14 +85,7 @@ def make(shape: transformers.PreTrainedConfig, attention: str = "sdpa") -> Backb
 
 def adapted(backbone: Backbone, num_clients: int) -> tuple[Adapters, torch.Tensor]:
     """Adapters with random factors, B's too: (num_clients, layout.size)."""
-    attached = adapters.attach(
-        backbone.model,
-        lora_rank=2,
-        lora_scaling=1.5,
-        dropout=0.0,
-        target_modules="all-linear",
-        base_name="test",
-    )
+    attached = adapters.attach(backbone.model, LoraSpec(2, 1.5, 0.0, "all-linear", "test"))
     generator = torch.Generator().manual_seed(1)
     return attached, torch.randn(num_clients, attached.layout.size, generator=generator) * 0.2
 

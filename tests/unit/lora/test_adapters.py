@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sfed.lora import adapters
-from sfed.lora.adapters import Adapters
+from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.utils.errors import UserError
 
 LORA_RANK, GAMMA, VOCABULARY = 4, 1.7, 64
@@ -123,13 +123,13 @@ def loaded(family: str, folder: Path) -> nn.Module:
 
 def attach(model: nn.Module, targets: tuple[str, ...] | str, **changes: object) -> Adapters:
     request: dict[str, Any] = {
-        "lora_rank": LORA_RANK,
-        "lora_scaling": GAMMA,
+        "rank": LORA_RANK,
+        "scaling": GAMMA,
         "dropout": 0.0,
         "target_modules": targets,
         "base_name": "organisation/model",
     }
-    return adapters.attach(model, **{**request, **changes})
+    return adapters.attach(model, LoraSpec(**{**request, **changes}))
 
 
 def random_row(own: Adapters) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from sfed.bench.variants import VARIANTS, count
 from sfed.bench.workload import Workload
 from sfed.lora import adapters, hf_blocks
+from sfed.lora.adapters import LoraSpec
 from sfed.lora.linear import Probe
 from sfed.models.synthetic import model_config
 
@@ -57,14 +58,7 @@ def lean(model):
 
 
 def attach(model, targets=LINEAR, dropout=0.0):
-    return adapters.attach(
-        model,
-        lora_rank=LORA_RANK,
-        lora_scaling=GAMMA,
-        dropout=dropout,
-        target_modules=targets,
-        base_name="base",
-    )
+    return adapters.attach(model, LoraSpec(LORA_RANK, GAMMA, dropout, targets, "base"))
 
 
 def rows_of(layout):

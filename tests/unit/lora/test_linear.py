@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sfed.lora import adapters
-from sfed.lora.adapters import Adapters
+from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.factors import Factors, PassRows
 from sfed.lora.layout import Layout
 from sfed.lora.linear import PassContext, StackedLoraLinear
@@ -115,13 +115,13 @@ def test_the_layout_is_sorted_a_first_and_without_holes() -> None:
 def attached(folder: Path, **changes: object) -> tuple[nn.Module, Adapters]:
     model = AutoModelForCausalLM.from_pretrained(folder / "model").requires_grad_(False)
     request: dict = {
-        "lora_rank": 4,
-        "lora_scaling": 2.5,
+        "rank": 4,
+        "scaling": 2.5,
         "dropout": 0.0,
         "target_modules": "all-linear",
         "base_name": str(folder / "model"),
     }
-    return model, adapters.attach(model, **{**request, **changes})
+    return model, adapters.attach(model, LoraSpec(**{**request, **changes}))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), r".*\.(k|down)_proj"])

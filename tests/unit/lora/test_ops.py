@@ -10,6 +10,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
 from sfed.lora import adapters, hf_blocks, linear
+from sfed.lora.adapters import LoraSpec
 from sfed.lora.factors import Factors, PassRows
 from sfed.lora.layout import Layout
 
@@ -36,14 +37,7 @@ def make(config, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 def attach(model: torch.nn.Module, num_clients: int, lora_rank: int = 4):
     """Adapters of random factors; returns them with the buffer that collects gradients."""
-    attached = adapters.attach(
-        model,
-        lora_rank=lora_rank,
-        lora_scaling=0.7,
-        dropout=0.0,
-        target_modules="all-linear",
-        base_name="base",
-    )
+    attached = adapters.attach(model, LoraSpec(lora_rank, 0.7, 0.0, "all-linear", "base"))
     torch.manual_seed(1)
     values = 0.1 * torch.randn(num_clients, attached.layout.size)
     grads = torch.zeros_like(values)

@@ -17,6 +17,7 @@ from sfed.data.batches import collate
 from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
 from sfed.lora import adapters
+from sfed.lora.adapters import LoraSpec
 from sfed.lora.hf_blocks import make_lean
 from sfed.models import isolation
 from sfed.models.backbone import Backbone
@@ -43,13 +44,7 @@ def subject(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     backbone = Backbone(model, None, Sharding("none", "one process"), None)
     attached = adapters.attach(
-        model,
-        None,
-        lora_rank=4,
-        lora_scaling=settings.get("lora_scaling", 1.5),
-        dropout=0.0,
-        target_modules=targets,
-        base_name=model.name_or_path,
+        model, LoraSpec(4, settings.get("lora_scaling", 1.5), 0.0, targets, model.name_or_path)
     )
     tokens = range(model.config.vocab_size)
     cpu = torch.device("cpu")

@@ -15,6 +15,7 @@ from sfed.data.batches import IGNORED_LABEL
 from sfed.data.tokenize import Row
 from sfed.distributed import world as distributed
 from sfed.lora import adapters
+from sfed.lora.adapters import LoraSpec
 from sfed.models import backbone, losses
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding
@@ -218,14 +219,7 @@ def test_an_adapted_head_sees_the_rows_of_all_clients():
     model = transformers.LlamaForCausalLM(MODELS["llama"][0]).eval().requires_grad_(False)
     model.name_or_path = "test"
     own = Backbone(model, None, Sharding("none", "a test"), None)
-    attached = adapters.attach(
-        model,
-        lora_rank=2,
-        lora_scaling=1.0,
-        dropout=0.0,
-        target_modules=("lm_head",),
-        base_name="test",
-    )
+    attached = adapters.attach(model, LoraSpec(2, 1.0, 0.0, ("lm_head",), "test"))
     values = torch.randn(2, attached.layout.size)
     attached.bind(values)
     batch = batches.collate(BATCHES["unequal rows"], 2)
