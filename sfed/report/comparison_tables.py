@@ -1,17 +1,17 @@
-"""The tables that hold several runs against each other, as HTML. Needs no torch."""
+"""The tables that compare several runs. Needs no torch."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 
 from sfed.observability import metrics
 from sfed.observability.metrics import deviation
 from sfed.report.grouping import BY_CLIENTS, BY_RANK, RANK, Axis, Group, group
 from sfed.report.scaling_law import Law
 from sfed.report.series import held_out_reader, main_scores, unit_of
-from sfed.report.tables import NONE, mebibytes, show, table, total
+from sfed.report.tables import NONE, Table, mebibytes, show, total
 from sfed.storage.run_record import KINDS, LOSS, Story, number, words_of
 from sfed.utils.text import duration
 
@@ -19,13 +19,13 @@ _MOST_SCORES = 2
 _STARTS = {"mean": "mean of N", "shared": "shared", "apart": "apart"}
 
 
-def runs_table(stories: Sequence[Story], *, linked: bool) -> str:
-    """A line per run: what it was, and how it ended; linked to its section where it has one."""
+def runs_table(stories: Sequence[Story]) -> Table:
+    """A row per run: what it was, and how it ended."""
     shown = _compared(stories)
     rows = [
         [
-            f'<a href="#run-{i}">{escape(story.name)}</a>' if linked else escape(story.name),
-            escape(story.method),
+            story.name,
+            story.method,
             show(number(story.config, "seed"), ".0f"),
             show(story.num_clients, "g"),
             show(number(story.config, RANK), "g"),
@@ -35,39 +35,28 @@ def runs_table(stories: Sequence[Story], *, linked: bool) -> str:
             mebibytes(total(story, metrics.UPLOADED_BYTES)),
             duration(total(story, metrics.ROUND_SECONDS)),
         ]
-        for i, story in enumerate(stories, start=1)
+        for story in stories
     ]
     head = ["run", "method", "seed", "N", "r", "gamma", "round"]
-    over = [("", len(head)), *_headings(stories, shown), ("", 2)]
-    return (
-        table([*head, *(list(KINDS) * len(shown)), "sent", "time"], rows, words=2, over=over)
-        + "<p class=note>Held-out data after the last evaluated round, unweighted mean over "
-        "clients. Personal: each client's own adapter, its own data; global: the global adapter, "
-        "everybody's data.</p>"
-    )
+    groups = [("", len(head)), *_headings(stories, shown), ("", 2)]
+    head += [*(list(KINDS) * len(shown)), "sent", "time"]
+    return Table(head, rows, text_columns=2, groups=groups)
 
 
-def seeds_table(stories: Sequence[Story]) -> str:
-    """Mean and standard deviation of runs that differ only in the seed."""
+def seeds_table(stories: Sequence[Story]) -> Table:
+    """Mean and standard deviation of runs that differ only in the seed; no row without such."""
     shown = _compared(stories)
     rows = [
         [
-            escape(one.label),
+            one.label,
             str(len(one.stories)),
             *(_mean_and_deviation(one, kind, what) for what in shown for kind in KINDS),
         ]
         for one in group(stories)
         if len(one.stories) > 1
     ]
-    if not rows:
-        return ""
-    head, over = ["settings", "seeds"], [("", 2), *_headings(stories, shown)]
-    return (
-        "<h3>Runs that differ only in the seed</h3>"
-        f"{table([*head, *(list(KINDS) * len(shown))], rows, over=over)}"
-        "<p class=note>Mean over the runs and one standard deviation (n - 1), after the last "
-        "evaluated round.</p>"
-    )
+    head = ["settings", "seeds", *(list(KINDS) * len(shown))]
+    return Table(head, rows, groups=[("", 2), *_headings(stories, shown)])
 
 
 def _compared(stories: Sequence[Story]) -> list[str]:
@@ -84,7 +73,7 @@ def _compared(stories: Sequence[Story]) -> list[str]:
 
 def _headings(stories: Sequence[Story], shown: Sequence[str]) -> list[tuple[str, int]]:
     names = {"": "main score", LOSS: f"loss{unit_of(stories)}"}
-    return [(names.get(what) or escape(words_of(what)), len(KINDS)) for what in shown]
+    return [(names.get(what) or words_of(what), len(KINDS)) for what in shown]
 
 
 def _end(story: Story, kind: str, what: str) -> str:
@@ -92,7 +81,7 @@ def _end(story: Story, kind: str, what: str) -> str:
         return NONE
     name = what or story.scores[0]
     text = show(next(iter(Group("", [story]).last(held_out_reader(kind, name))), None))
-    return text if what else f"{text} {escape(words_of(name))}"
+    return text if what else f"{text} {words_of(name)}"
 
 
 def _mean_and_deviation(one: Group, kind: str, what: str) -> str:
@@ -102,44 +91,66 @@ def _mean_and_deviation(one: Group, kind: str, what: str) -> str:
     if not values:
         return NONE
     text = f"{show(statistics.fmean(values))} ± {show(deviation(values))}"
-    return text if what else f"{text} {escape(words_of(name))}"
+    return text if what else f"{text} {words_of(name)}"
 
 
-def law_table(laws: Sequence[Law]) -> str:
+@dataclass(frozen=True)
+class Slope:
+    """A slope over N or over r: its mean, the lowest and the highest of several, the predicted."""
+
+    fitted: str
+    span: str
+    theory: str
+
+
+@dataclass(frozen=True)
+class LawRow:
+    """One quantity of one method."""
+
+    label: str
+    is_first: bool
+    """Whether the row before is of another method."""
+    powers: Sequence[tuple[str, str]] | None
+    """gamma is alpha times these: (N or r, exponent); None where that is not known."""
+    start: str
+    optimizer: str
+    quantity: str
+    after_round: int
+    slopes: Sequence[Slope]
+    """Over N, over r."""
+
+
+def law_rows(laws: Sequence[Law]) -> list[LawRow]:
     """Slopes in N and r, measured and predicted."""
-    rows = []
-    for i, law in enumerate(laws):
-        same = i > 0 and laws[i - 1].label == law.label
-        facts = [
-            escape(law.label),
-            _gamma(law),
-            _STARTS[law.theory.start],
-            escape(law.theory.optimizer),
-        ]
-        slopes = [cell for axis in (BY_CLIENTS, BY_RANK) for cell in _slopes(law, axis)]
-        rows.append([*([""] * 4 if same else facts), law.quantity, str(law.after_round), *slopes])
-    head = ["runs", "gamma", "A starts", "optimizer", "quantity", "round"]
-    columns = ["slope", "from, to", "theory"] * 2
-    over = [("", len(head)), ("over N", 3), ("over r", 3)]
-    return table([*head, *columns], rows, words=5, over=over, name="law")
+    return [
+        LawRow(
+            label=law.label,
+            is_first=i == 0 or laws[i - 1].label != law.label,
+            powers=_powers(law),
+            start=_STARTS[law.theory.start],
+            optimizer=law.theory.optimizer,
+            quantity=law.quantity,
+            after_round=law.after_round,
+            slopes=[_slope(law, axis) for axis in (BY_CLIENTS, BY_RANK)],
+        )
+        for i, law in enumerate(laws)
+    ]
 
 
-def _gamma(law: Law) -> str:
+def _powers(law: Law) -> list[tuple[str, str]] | None:
     if law.theory.exponents is None:
-        return NONE
-    of_clients, of_rank = (f"{x:g}" for x in law.theory.exponents)
-    parts = ["alpha"]
-    parts += [f"N<sup>{of_clients}</sup>"] if law.theory.exponents[0] else []
-    parts += [f"r<sup>{of_rank}</sup>"] if law.theory.exponents[1] else []
-    return " ".join(parts)
+        return None
+    axes = (BY_CLIENTS, BY_RANK)
+    pairs = [(axis.letter, law.theory.exponents[axis.position]) for axis in axes]
+    return [(letter, f"{exponent:g}") for letter, exponent in pairs if exponent]
 
 
-def _slopes(law: Law, axis: Axis) -> list[str]:
-    fit, theory = law.fit(axis), law.predicted(axis)
+def _slope(law: Law, axis: Axis) -> Slope:
+    fit, theory = law.fit(axis), _signed(law.predicted(axis))
     if fit is None:
-        return [NONE, NONE, _signed(theory)]
+        return Slope(NONE, NONE, theory)
     span = f"{_signed(fit.lowest)}, {_signed(fit.highest)}" if fit.fits > 1 else NONE
-    return [f"<b>{_signed(fit.slope)}</b>", span, _signed(theory)]
+    return Slope(_signed(fit.slope), span, theory)
 
 
 def _signed(value: float | None) -> str:

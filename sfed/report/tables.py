@@ -1,11 +1,11 @@
-"""The tables of one run as HTML: facts, means, clients, samples. Needs no torch."""
+"""The tables of one run: facts, means, clients, samples, time. Needs no torch."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 
 from sfed.observability import metrics
 from sfed.report.series import last_samples
@@ -27,33 +27,19 @@ MOST_SAMPLED_CLIENTS, MOST_SAMPLES, MOST_CHARACTERS = 8, 2, 600
 NONE = "\N{EN DASH}"
 
 
-def table(
-    head: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    words: int = 1,
-    over: Sequence[tuple[str, int]] = (),
-    name: str = "plain",
-) -> str:
-    """A table of cells that are HTML already; all columns but the first ``words`` are numbers.
+@dataclass(frozen=True)
+class Table:
+    """A table of plain text; the page's templates escape it."""
 
-    ``over`` are headings over several columns, with how many each spans; ``name`` is the table's
-    class.
-    """
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        inner = "".join(
-            f"<{tag}{'' if i < words else ' class=n'}>{cell}</{tag}>"
-            for i, cell in enumerate(cells)
-        )
-        return f"<tr>{inner}</tr>"
-
-    spans = "".join(f"<th class=over colspan={span}>{text}</th>" for text, span in over)
-    top = f"<tr>{spans}</tr>" if over else ""
-    body = "\n".join(line("td", row) for row in rows)
-    return (
-        f"<div class=wide><table class={name}><thead>{top}{line('th', head)}</thead>\n"
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    head: Sequence[str]
+    """The heading of each column."""
+    rows: Sequence[Sequence[str]]
+    text_columns: int = 1
+    """So many columns from the left hold text; the others hold numbers, aligned at the right."""
+    groups: Sequence[tuple[str, int]] = ()
+    """Headings above ``head``: each with the number of columns that it spans."""
+    style: str = ""
+    """A class of the page's style sheet."""
 
 
 def show(value: float | None, form: str = ".4f") -> str:
@@ -64,33 +50,29 @@ def show(value: float | None, form: str = ".4f") -> str:
 
 
 def what_of(story: Story, what: str) -> str:
-    """The name of a score, or the loss and its unit, as HTML."""
-    return f"loss ({story.unit})" if what == LOSS else escape(words_of(what))
+    """The name of a score, or the loss and its unit."""
+    return f"loss ({story.unit})" if what == LOSS else words_of(what)
 
 
-def clients_tables(story: Story) -> str:
-    """Each client before training and after the last evaluated round: scores, then the loss."""
+def clients_tables(story: Story) -> list[Table]:
+    """Each client before training and after the last evaluated round; none before there is one.
+
+    The main score and the loss stand side by side, further scores in tables of their own.
+    """
     if not story.evaluated:
-        return "<p>No round has been evaluated yet.</p>"
-    # The main score and the loss side by side, further scores below them.
+        return []
     shown = [*story.scores[:1], LOSS, *story.scores[1:]]
-    tables = [_clients_table(story, shown[i : i + 2]) for i in range(0, len(shown), 2)]
-    scores = "Scores: higher is better. " if story.scores else ""
-    return (
-        f"<h3>Each client after round {story.evaluated[-1]['round']}</h3>{''.join(tables)}"
-        f"<p class=note>{scores}Loss in {story.unit}. Before = before any training; global = the "
-        "global adapter on this client's data.</p>"
-    )
+    return [_clients_table(story, shown[i : i + 2]) for i in range(0, len(shown), 2)]
 
 
-def _clients_table(story: Story, shown: Sequence[str]) -> str:
+def _clients_table(story: Story, shown: Sequence[str]) -> Table:
     last, first = story.evaluated[-1], story.evaluated[0]
     before = clients_of(first) if first["round"] == 0 else []
     old = {entry["client"]: entry for entry in before}
     rows = [
         [
             str(entry["client"]),
-            escape(story.holds(entry["client"])) or NONE,
+            story.holds(entry["client"]) or NONE,
             show(number(entry, "examples"), ",.0f"),
             *(
                 cell
@@ -102,8 +84,8 @@ def _clients_table(story: Story, shown: Sequence[str]) -> str:
     ]
     head = ["client", "holds", "examples"]
     parts = ["before", "after", "change", "global"] * len(shown)
-    over = [("", len(head)), *((what_of(story, what), 4) for what in shown)]
-    return table([*head, *parts], rows, words=2, over=over)
+    groups = [("", len(head)), *((what_of(story, what), 4) for what in shown)]
+    return Table([*head, *parts], rows, text_columns=2, groups=groups, style="clients")
 
 
 def _before_and_after(old: Event, new: Event, what: str) -> list[str]:
@@ -122,11 +104,9 @@ def _personal_key(entry: Event, what: str) -> str:
     return personal if personal in entry else f"global_{what}"
 
 
-def means_table(story: Story) -> str:
+def means_table(story: Story) -> Table:
     """Means over clients after the last evaluated round, and the best round beside them."""
-    if not story.evaluated:
-        return ""
-    last = story.evaluated[-1]
+    last = story.evaluated[-1] if story.evaluated else {}
     rows = []
     for what in story.held:
         named = ""
@@ -139,16 +119,11 @@ def means_table(story: Story) -> str:
             named = what
             rows.append([name, meaning, *cells, _best(story, kind, what)])
     head = ["", "adapter and data", *MEANS, "best round, unweighted"]
-    return (
-        f"<h3>Means over clients after round {last['round']}</h3>{table(head, rows, words=2)}"
-        "<p class=note>Unweighted: each client counts the same. Pooled: over all held-out "
-        f"{_pooled_over(story)} together. The "
-        "result is that of the last round; the best round is chosen with the held-out data itself, "
-        "and so looks too good.</p>"
-    )
+    return Table(head, rows, text_columns=2, style="means")
 
 
-def _pooled_over(story: Story) -> str:
+def pooled_over(story: Story) -> str:
+    """What a pooled mean counts."""
     if not story.by_token:
         return "examples"
     return "tokens (loss) or examples (scores)" if story.scores else "tokens"
@@ -163,32 +138,28 @@ def _best(story: Story, kind: str, what: str) -> str:
     return f"{show(best)} (round {at})"
 
 
-def samples_table(story: Story) -> str:
+def samples_table(story: Story) -> Table:
     """Generated text of the last round that has some, a few clients and samples."""
-    at_round, samples = last_samples(story)
+    _, samples = last_samples(story)
     clients = list(dict.fromkeys(client for client, _ in samples))[:MOST_SAMPLED_CLIENTS]
     rows = [
         [
-            escape(story.title(client)),
+            story.title(client),
             *(_text(sample.get(name)) for name in ("prompt", "expected", "answer")),
         ]
         for client in clients
         for sample in [one for owner, one in samples if owner == client][:MOST_SAMPLES]
     ]
-    if not rows:
-        return ""
     head = ["client", "prompt", "expected", "answer"]
-    html = table(head, rows, words=len(head), name="samples")
-    return f"<h3>Generated after round {at_round}</h3>{html}"
+    return Table(head, rows, text_columns=len(head), style="samples")
 
 
 def _text(value: object) -> str:
     text = value if isinstance(value, str) else ""
-    cut = text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "..."
-    return f"<div class=text>{escape(cut)}</div>" if text else NONE
+    return (text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}...") or NONE
 
 
-def facts_table(story: Story) -> str:
+def facts_table(story: Story) -> Table:
     """What was run, in two columns."""
     config, last = story.config, story.rounds[-1] if story.rounds else {}
     speeds = [v for e in story.rounds if (v := number(e, metrics.TOKENS_PER_SECOND))]
@@ -201,30 +172,27 @@ def facts_table(story: Story) -> str:
         "model, data, partition": f"{model}, {task}, {kind}",
         "seed": show(number(config, "seed"), ".0f"),
         "training examples": show(float(sum(story.sizes.values())) or None, ",.0f"),
-        "numbers in an adapter": show(number(config, "resolved.adapter_parameters"), ",.0f"),
+        "parameters of an adapter": show(number(config, "resolved.adapter_parameters"), ",.0f"),
         "processes": f"{show(number(config, 'resolved.world_size'), '.0f')} "
         f"({look(config, 'resolved.device') or NONE}, {look(config, 'resolved.dtype') or NONE})",
         "training loss of the last round": show(number(last, metrics.TRAIN_LOSS)),
         "time of all rounds": duration(total(story, metrics.ROUND_SECONDS)),
         "sent by the federation": mebibytes(total(story, metrics.UPLOADED_BYTES)),
         "median speed": f"{statistics.median(speeds):,.0f} tokens/s" if speeds else NONE,
-        "most memory of a process": mebibytes(max(peaks)) if peaks else NONE,
+        "peak memory of a process": mebibytes(max(peaks)) if peaks else NONE,
     }
-    return table(["", ""], [[escape(name), escape(text)] for name, text in facts.items()], words=2)
+    return Table(["", ""], list(facts.items()), text_columns=2)
 
 
-def time_table(story: Story) -> str:
+def time_table(story: Story) -> Table:
     """Where the time of a run went, over all its starts."""
     spent = metrics.time_spent(story.rounds)
     whole = math.fsum(spent.values())
     rows = [
-        [escape(phase), f"{seconds:,.1f} s", f"{100 * seconds / whole:.1f} %"]
+        [phase, f"{seconds:,.1f} s", f"{100 * seconds / whole:.1f} %"]
         for phase, seconds in spent.items()
     ]
-    if not rows:
-        return ""
-    html = table(["phase", "time", "share"], rows)
-    return f"<h3>Where the time went</h3>{html}<p class=note>As process 0 measured it.</p>"
+    return Table(["phase", "time", "share"], rows)
 
 
 def total(story: Story, key: str) -> float:
@@ -237,13 +205,12 @@ def mebibytes(size: float) -> str:
     return f"{size / 2**20:.3g} MiB" if size < 1000 * 2**20 else f"{size / 2**20:,.0f} MiB"
 
 
-def excluded_note(story: Story) -> str:
-    """Who was left out of a mean because its numbers were not finite."""
+def excluded(story: Story) -> str:
+    """Name who was left out of a mean because its numbers were not finite; empty for nobody."""
     left_out = [
         f"client {entry['client']} in round {event['round']}"
         for event in story.rounds
         for entry in clients_of(event)
         if entry.get("excluded") is True
     ]
-    text = ", ".join(left_out[:20]) + (", ..." if len(left_out) > 20 else "")
-    return f"<p><b>Left out of the mean, not finite:</b> {text}.</p>" if left_out else ""
+    return ", ".join(left_out[:20]) + (", ..." if len(left_out) > 20 else "")

@@ -8,6 +8,7 @@ import statistics
 import struct
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -102,7 +103,8 @@ def make_report(*arguments: object) -> str:
 
 
 def text_of(html: str) -> str:
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", re.sub(r"<style>.*?</style>", "", html)))
+    html = re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", html)))
 
 
 def figures(folder: Path) -> set[str]:
@@ -230,8 +232,57 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     html = make_report(folder, other, "--out", tmp_path / "out")
     assert "<script" not in html
     assert "<b>&'" not in html
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&amp;$x_{$" in html
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&amp;$x_{$" in html
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in figures(tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_hostile_text_is_escaped_wherever_it_stands(tmp_path: Path) -> None:
+    """Names of runs, methods, models, scores, labels, optimizers and generated text."""
+    evil = "<script>alert(1)</script>"
+    hostile = {
+        key: f"{evil}{key}"
+        for key in ("model.name", "data.task", "partition.kind", "federated.method",
+                    "train.optimizer", "resolved.device")
+    }  # fmt: skip
+    for name, rank, seed in (("<u>a", 4, 0), ("<u>b", 16, 0), ("<u>c", 4, 1)):
+        folder = write_run(
+            tmp_path / "runs" / name, rank=rank, seed=seed, num_clients=2, rounds=1,
+            scores=(f"{evil}score",), settings=hostile,
+        )  # fmt: skip
+        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for entry in events[-1]["clients"]:
+            entry["samples"] = [dict.fromkeys(("prompt", "expected", "answer"), f"{evil}sample")]
+        write_events(folder, events)
+        parts = json.loads((folder / "partition.json").read_text())
+        for part in parts["clients"]:
+            part["labels"] = {f"{evil}label": 3}
+        (folder / "partition.json").write_text(json.dumps(parts))
+    html = make_report(tmp_path / "runs")
+    assert "The law" in html
+    assert "Runs that differ only in the seed" in html
+    tags = Tags()
+    tags.feed(html)
+    assert tags.found.isdisjoint({"script", "u"})
+    shown = " ".join(tags.text)
+    for what in (*hostile, "score", "sample", "label"):
+        assert f"{evil}{what}" in shown, what
+    assert "<u>a" in shown
+
+
+class Tags(HTMLParser):
+    """The tags and the text of a page, as a browser reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.found.add(tag)
+
+    def handle_data(self, data) -> None:
+        self.text.append(data)
 
 
 @pytest.mark.usefixtures("undrawn")
