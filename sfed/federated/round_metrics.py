@@ -7,7 +7,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -180,8 +180,9 @@ def round_event(
     event: dict[str, Any] = {"event": "round", "round": finished_rounds}
     event.update(_training(run, stats))
     event.update(_held_out(run, evaluation))
-    for name in ("a", "b"):
-        event[f"adapter/{name}_similarity"] = measured.similarity.get(name)
+    event |= {
+        key: measured.similarity.get(factor.lower()) for factor, key in metrics.SIMILARITIES.items()
+    }
     event[metrics.UPLOADED_BYTES] = measured.uploaded_bytes
     event[metrics.EVALUATION_BYTES] = measured.similarity_bytes + (
         evaluation.communicated_bytes if evaluation else 0
@@ -207,14 +208,14 @@ def round_event(
 
 def _training(run: Run, stats: RoundStats | None) -> dict[str, Any]:
     if stats is None:
-        return {metrics.TRAIN_LOSS: None, metrics.GRAD_NORM: None, "adapter/first_grad_norm": None}
+        return {metrics.TRAIN_LOSS: None, metrics.GRAD_NORM: None, metrics.FIRST_GRAD_NORM: None}
     healthy = RoundStats(stats.table[(stats.is_bad == 0) & (stats.steps > 0)])
     steps, supervised = healthy.steps.sum(), healthy.supervised.sum()
     num = len(healthy.steps)
     return {
         metrics.TRAIN_LOSS: float(healthy.loss_sum.sum() / supervised) if supervised else None,
         metrics.GRAD_NORM: float(healthy.norm_sum.sum() / steps) if steps else None,
-        "adapter/first_grad_norm": float(healthy.first_norm.sum() / num) if num else None,
+        metrics.FIRST_GRAD_NORM: float(healthy.first_norm.sum() / num) if num else None,
     }
 
 
@@ -226,17 +227,21 @@ def _held_out(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
     for number, (kind, measured) in enumerate(evaluation.kinds.items() if evaluation else ()):
         values = _over_clients(run, measured.loss)
         if number == 0:
-            event["adapter/output_rms"] = measured.output_rms()
+            event[metrics.OUTPUT_RMS] = measured.output_rms()
             event[metrics.EVAL_LOSS] = values[""]
             if run.task.loss_unit == "token":
                 event[metrics.EVAL_PERPLEXITY] = metrics.perplexity(values[""])
-        event.update({f"eval/{kind}_loss{mean}": value for mean, value in values.items()})
+        event.update(_named(kind, "loss", values))
         for name in names:
             values = _over_clients(run, partial(measured.score, name))
-            event.update({f"eval/{kind}_{name}{mean}": value for mean, value in values.items()})
+            event.update(_named(kind, name, values))
             if number == 0:
                 event[f"eval/{name}"] = values[""]
     return event
+
+
+def _named(kind: str, what: str, values: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {metrics.held_out_key(kind, what, mean): value for mean, value in values.items()}
 
 
 def _over_clients(
@@ -251,8 +256,8 @@ def _over_clients(
     values, examples = [value for value, _ in pairs], [count for _, count in pairs]
     return {
         "": measure(None),
-        "_unweighted": metrics.mean(values),
-        "_by_examples": metrics.mean(values, examples),
+        metrics.UNWEIGHTED: metrics.mean(values),
+        metrics.BY_EXAMPLES: metrics.mean(values, examples),
     }
 
 

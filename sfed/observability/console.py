@@ -148,8 +148,8 @@ class Console:
             f"{name} {event[key]:.4f}"
             for name, key in (
                 ("train", metrics.TRAIN_LOSS),
-                ("personal", "eval/personal_loss"),
-                ("global", "eval/global_loss"),
+                ("personal", metrics.held_out_key("personal", "loss")),
+                ("global", metrics.held_out_key("global", "loss")),
             )
             if event.get(key) is not None
         ]
@@ -157,7 +157,7 @@ class Console:
             f"{kind} {name} {event[key]:.4f}"
             for name in self._scores[:1]
             for kind in ("personal", "global")
-            if event.get(key := f"eval/{kind}_{name}_unweighted") is not None
+            if event.get(key := metrics.held_out_key(kind, name, metrics.UNWEIGHTED)) is not None
         ]
         if finished:
             parts.append(f"{event[metrics.ROUND_SECONDS]:.1f} s")
@@ -203,7 +203,7 @@ class Console:
             (kind, name)
             for name in self._scores[:2]
             for kind in ("personal", "global")
-            if f"eval/{kind}_{name}" in after
+            if metrics.held_out_key(kind, name) in after
         ]
         for column in ("examples", "before", "after", "change", "global adapter"):
             table.add_column(column, justify="right")

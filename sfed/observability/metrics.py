@@ -20,6 +20,10 @@ TRAIN_LOSS = "train/loss"
 EVAL_LOSS = "eval/loss"
 EVAL_PERPLEXITY = "eval/perplexity"
 GRAD_NORM = "adapter/grad_norm"
+FIRST_GRAD_NORM = "adapter/first_grad_norm"
+OUTPUT_RMS = "adapter/output_rms"
+SIMILARITIES = {"A": "adapter/a_similarity", "B": "adapter/b_similarity"}
+"""By factor: how alike the clients' factors are."""
 UPLOADED_BYTES = "comm/uploaded_bytes"
 EVALUATION_BYTES = "comm/evaluation_bytes"
 IMPORTS_SECONDS = "time/imports_seconds"
@@ -36,6 +40,8 @@ CHECKPOINT_WRITE_SECONDS = "time/checkpoint_write_seconds"
 FILL = "tokens/fill"  # tokens of the data over all that were computed, padding included
 TOKENS_PER_SECOND = "time/tokens_per_second"
 PEAK_BYTES = "memory/peak_bytes"
+# How a mean over clients weighs them; ends of names under eval/.
+UNWEIGHTED, BY_EXAMPLES = "_unweighted", "_by_examples"
 
 # Phases of a run and their names: those of a start, then those of a round. Process 0 measures them.
 _PHASES = {
@@ -52,6 +58,18 @@ _PHASES = {
 _BEFORE_TRAINING = "evaluation before training"
 _MOST_NAMED = 8
 _MOST_DIGITS = 18
+
+
+def held_out_key(adapter: str, what: str, mean: str = "") -> str:
+    """The name of a held-out loss or score, such as ``eval/personal_loss_unweighted``.
+
+    Args:
+        adapter: personal or global.
+        what: loss, or the name of a score.
+        mean: UNWEIGHTED or BY_EXAMPLES for a mean over clients; empty for the value over all
+            held-out data together.
+    """
+    return f"eval/{adapter}_{what}{mean}"
 
 
 def time_spent(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from sfed.observability import metrics
 from sfed.observability.metrics import deviation
 from sfed.report.grouping import BY_CLIENTS, BY_RANK, Axis, Group, Sweep, group, sweeps
 from sfed.report.plotting import Curve, Panel
-from sfed.report.run_figures import PERPLEXITY, SIMILARITIES, Picture, curves, file_name
+from sfed.report.run_figures import PERPLEXITY, Picture, curves, file_name
 from sfed.report.scaling_law import FIRST_GRADIENT, OUTPUT, Law, fullest
 from sfed.report.series import (
     Reader,
@@ -107,7 +107,7 @@ def _on_one_panel(stories: Sequence[Story], groups: Sequence[Group]) -> list[Pic
     )
     similar = [
         _all_lines(groups, f"clients' {factor}", "mean pairwise cosine", reader(key))
-        for factor, key in SIMILARITIES.items()
+        for factor, key in metrics.SIMILARITIES.items()
     ]
     caption = "How alike the clients' factors are after local training, before the mean."
     return [*pictures, curves("compare-similarity", caption + seeds, similar)]

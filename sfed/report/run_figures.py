@@ -19,8 +19,6 @@ SECONDS = {
     "aggregate": metrics.AGGREGATE_SECONDS,
     "evaluate": metrics.EVALUATE_SECONDS,
 }
-SIMILARITIES = {"A": "adapter/a_similarity", "B": "adapter/b_similarity"}
-OUTPUT_RMS = "adapter/output_rms"
 _MOST_CLIENT_LINES = 12
 _MOST_LABELS = 16
 
@@ -36,6 +34,18 @@ class Picture:
     png: bytes
     folded: str = ""
     """Where it stays folded away on the page until it is asked for: under this heading."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Where a round's event holds a number: that of all clients, and that of each."""
+
+    mean_key: str
+    client_key: str
+
+
+_TRAIN_LOSS = _Measured(metrics.TRAIN_LOSS, "train_loss")
+_GRAD_NORM = _Measured(metrics.GRAD_NORM, "grad_norm")
 
 
 def pictures_of(story: Story) -> list[Picture]:
@@ -66,16 +76,8 @@ def pictures_of(story: Story) -> list[Picture]:
             "training",
             f"Training: mean (loss over all, norm over steps) thick, {thin}.",
             [
-                _panel(
-                    story,
-                    "training loss of the round",
-                    story.unit,
-                    metrics.TRAIN_LOSS,
-                    "train_loss",
-                ),
-                _panel(
-                    story, "gradient before clipping", "L2 norm", metrics.GRAD_NORM, "grad_norm"
-                ),
+                _panel(story, "training loss of the round", story.unit, _TRAIN_LOSS),
+                _panel(story, "gradient before clipping", "L2 norm", _GRAD_NORM),
             ],
         ),
         _adapters(story),
@@ -101,23 +103,20 @@ def file_name(text: str) -> str:
 def _held_out_panel(
     story: Story, kind: str, what: str, y_label: str, change: Change | None = None
 ) -> Panel:
-    keys = f"eval/{kind}_{what}_unweighted", f"{kind}_{what}"
-    return _panel(story, KINDS[kind], y_label, *keys, change)
+    mean_key = metrics.held_out_key(kind, what, metrics.UNWEIGHTED)
+    return _panel(story, KINDS[kind], y_label, _Measured(mean_key, f"{kind}_{what}"), change)
 
 
 def _panel(
-    story: Story,
-    title: str,
-    y_label: str,
-    mean_key: str,
-    client_key: str,
-    change: Change | None = None,
+    story: Story, title: str, y_label: str, measured: _Measured, change: Change | None = None
 ) -> Panel:
     """The mean thick and each client thin; clients in grey and without names where many."""
     lines: dict[int, list[tuple[float, float]]] = {}
     for event in story.rounds:
-        entries = [(-1, number(event, mean_key))]
-        entries += [(entry["client"], number(entry, client_key)) for entry in clients_of(event)]
+        entries = [(-1, number(event, measured.mean_key))]
+        entries += [
+            (entry["client"], number(entry, measured.client_key)) for entry in clients_of(event)
+        ]
         for client, value in entries:
             value = change(value) if change else value
             if value is not None:
@@ -134,8 +133,10 @@ def _panel(
 
 def _adapters(story: Story) -> Picture | None:
     """How alike the clients' factors are, and how large the adapters' output is."""
-    similar = [_line(story, f"clients' {factor}", key) for factor, key in SIMILARITIES.items()]
-    size = [_line(story, "output of the adapters", OUTPUT_RMS)]
+    similar = [
+        _line(story, f"clients' {factor}", key) for factor, key in metrics.SIMILARITIES.items()
+    ]
+    size = [_line(story, "output of the adapters", metrics.OUTPUT_RMS)]
     panels = [
         Panel(
             "how alike the clients are", "mean pairwise cosine", [c for c in similar if c.points]

@@ -30,7 +30,6 @@ from sfed.report.grouping import BY_CLIENTS, BY_RANK, Axis, Group, Sweep, sweeps
 from sfed.storage.run_record import Story, look, number
 
 FIRST_GRADIENT, OUTPUT = "first gradient norm", "output squared"
-FIRST_NORM, OUTPUT_RMS = "adapter/first_grad_norm", "adapter/output_rms"
 _LARGEST_EXPONENT = 700
 
 Pair = tuple[float, float]
@@ -153,7 +152,7 @@ def _was_clipped(story: Story) -> bool:
     norms = [
         number(event, key) or 0.0
         for event in story.rounds
-        for key in (FIRST_NORM, metrics.GRAD_NORM)
+        for key in (metrics.FIRST_GRAD_NORM, metrics.GRAD_NORM)
     ]
     return bound is not None and max(norms, default=0.0) > bound
 
@@ -169,8 +168,8 @@ def laws(stories: Sequence[Story]) -> list[Law]:
         theory = theory_of(members)
         rounds = [known for story in members if (known := _rounds_with_output(story))]
         common = set.intersection(*rounds) if rounds else set()
-        wanted = [(FIRST_GRADIENT, FIRST_NORM, 1, 1)]
-        wanted += [(OUTPUT, OUTPUT_RMS, max(common), 2)] if common else []
+        wanted = [(FIRST_GRADIENT, metrics.FIRST_GRAD_NORM, 1, 1)]
+        wanted += [(OUTPUT, metrics.OUTPUT_RMS, max(common), 2)] if common else []
         for quantity, key, after_round, power in wanted:
             values = _values(sweep, key, after_round, power)
             law = Law(sweep.label, theory, quantity, after_round, values)
@@ -180,7 +179,9 @@ def laws(stories: Sequence[Story]) -> list[Law]:
 
 
 def _rounds_with_output(story: Story) -> set[int]:
-    return {event["round"] for event in story.rounds if (number(event, OUTPUT_RMS) or 0.0) > 0}
+    return {
+        event["round"] for event in story.rounds if (number(event, metrics.OUTPUT_RMS) or 0.0) > 0
+    }
 
 
 def _values(sweep: Sweep, key: str, after_round: int, power: int) -> dict[Pair, float]:

@@ -22,7 +22,11 @@ from sfed.storage.run_record import (
 )
 from sfed.utils.text import duration
 
-MEANS = {"unweighted": "_unweighted", "by training examples": "_by_examples", "pooled": ""}
+MEANS = {
+    "unweighted": metrics.UNWEIGHTED,
+    "by training examples": metrics.BY_EXAMPLES,
+    "pooled": "",
+}
 MOST_SAMPLED_CLIENTS, MOST_SAMPLES, MOST_CHARACTERS = 8, 2, 600
 NONE = "\N{EN DASH}"
 

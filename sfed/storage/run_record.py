@@ -128,9 +128,11 @@ def number(data: Any, dotted: str) -> float | None:
         return None
 
 
-def held_out(event: Event, kind: str, what: str = LOSS, mean: str = "_unweighted") -> float | None:
+def held_out(
+    event: Event, kind: str, what: str = LOSS, mean: str = metrics.UNWEIGHTED
+) -> float | None:
     """A held-out loss or score of a round: mean over clients, unweighted unless told otherwise."""
-    return number(event, f"eval/{kind}_{what}{mean}")
+    return number(event, metrics.held_out_key(kind, what, mean))
 
 
 def words_of(score: str) -> str:

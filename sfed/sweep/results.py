@@ -22,7 +22,7 @@ from sfed.config.schema import Config
 from sfed.methods import method as methods
 from sfed.observability import metrics
 from sfed.observability.metrics import deviation
-from sfed.storage.run_record import look, number
+from sfed.storage.run_record import held_out, look, number
 from sfed.sweep.cell_names import label_of
 from sfed.sweep.grid import Cell, Grid
 from sfed.utils.errors import UserError
@@ -139,14 +139,14 @@ def _figures(standing: Standing) -> dict[str, Any]:
     names = ["loss", *(map(str, scores) if isinstance(scores, list | dict) else ())]
     return {
         **{
-            f"{kind}_{name}": number(end, f"eval/{kind}_{name}_unweighted")
+            f"{kind}_{name}": held_out(end, kind, name)
             for name in names
             for kind in ("personal", "global")
         },
         "perplexity": number(end, metrics.EVAL_PERPLEXITY),
         "grad_norm": number(last, metrics.GRAD_NORM),
-        "first_grad_norm": number(first, "adapter/first_grad_norm"),
-        "output_rms": number(end, "adapter/output_rms"),
+        "first_grad_norm": number(first, metrics.FIRST_GRAD_NORM),
+        "output_rms": number(end, metrics.OUTPUT_RMS),
         "seconds": sum(number(event, metrics.ROUND_SECONDS) or 0 for event in events),
         "uploaded_bytes": sum(event.get(metrics.UPLOADED_BYTES) or 0 for event in events),
     }

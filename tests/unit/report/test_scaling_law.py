@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sfed.observability import metrics
 from sfed.report import __main__ as report
 from sfed.report import comparison_figures, comparison_tables, plotting, scaling_law
 from sfed.report.grouping import BY_CLIENTS, BY_RANK
@@ -62,7 +63,7 @@ def test_the_mean_and_the_range_are_over_the_fixed_values(tmp_path: Path) -> Non
     runs = grid(tmp_path, clients=(1, 4), ranks=(4, 16))
     # at N = 4 the larger r doubles the gradient: slope ln 2 / ln 4 there, 0 at N = 1
     runs = [
-        change(one, scaling_law.FIRST_NORM, 2.0) if one.folder.name == "sfed-4-16-0" else one
+        change(one, metrics.FIRST_GRAD_NORM, 2.0) if one.folder.name == "sfed-4-16-0" else one
         for one in runs
     ]
     for axis in (BY_CLIENTS, BY_RANK):
@@ -79,7 +80,9 @@ def test_least_squares_by_hand() -> None:
 def test_seeds_are_averaged_as_logarithms(tmp_path: Path) -> None:
     first = grid(tmp_path, clients=(4,), ranks=(4, 16), seed=0)
     second = grid(tmp_path, clients=(4,), ranks=(4, 16), seed=1)
-    second[1] = change(second[1], scaling_law.FIRST_NORM, 16.0)  # geometric mean: 4 times at r = 16
+    second[1] = change(
+        second[1], metrics.FIRST_GRAD_NORM, 16.0
+    )  # geometric mean: 4 times at r = 16
     found = by_quantity([*first, *second])[FIRST_GRADIENT]
     assert found.fit(BY_RANK).slope == pytest.approx(1.0)
     assert found.fit(BY_CLIENTS) is None, "one N only"
@@ -153,15 +156,13 @@ def test_methods_and_optimizers_are_kept_apart(tmp_path: Path) -> None:
 
 def test_numbers_that_are_missing_or_not_positive_are_left_out(tmp_path: Path) -> None:
     runs = grid(tmp_path, clients=(4,), ranks=(4, 16, 64))
-    zero = [change(runs[0], scaling_law.FIRST_NORM, 0.0), *runs[1:]]
+    zero = [change(runs[0], metrics.FIRST_GRAD_NORM, 0.0), *runs[1:]]
     assert sorted(by_quantity(zero)[FIRST_GRADIENT].values) == [(4.0, 16.0), (4.0, 64.0)]
-    older = [change(one, scaling_law.OUTPUT_RMS, None) for one in zero]
+    older = [change(one, metrics.OUTPUT_RMS, None) for one in zero]
     assert list(by_quantity(older)) == [FIRST_GRADIENT]
-    none = [change(one, scaling_law.FIRST_NORM, None) for one in older]
+    none = [change(one, metrics.FIRST_GRAD_NORM, None) for one in older]
     assert scaling_law.laws(none) == []
-    huge = [
-        change(one, scaling_law.OUTPUT_RMS, 1e300) for one in grid(tmp_path / "b", (4,), (4, 16))
-    ]
+    huge = [change(one, metrics.OUTPUT_RMS, 1e300) for one in grid(tmp_path / "b", (4,), (4, 16))]
     assert list(by_quantity(huge)) == [FIRST_GRADIENT], "no overflow"
 
 
