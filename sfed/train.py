@@ -11,11 +11,18 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sfed.config import load as config_load
-from sfed.federated.preflight import check_before_torch
+from sfed.config.schema import Config
+from sfed.federated import preflight
 from sfed.observability import logs
 from sfed.utils import command
+from sfed.utils.errors import DivergedError, MissingProcessError, TrainingFailedError
+
+if TYPE_CHECKING:
+    from sfed.distributed.shutdown import StopRequest
+    from sfed.distributed.world import World
 
 USAGE = """usage: python -m sfed.train [CONFIG.yaml] [key=value ...]
        torchrun --nproc_per_node 8 -m sfed.train [CONFIG.yaml] [key=value ...]
@@ -35,14 +42,43 @@ def main(arguments: Sequence[str]) -> None:
         if process == 0:
             print(config_load.help_text(USAGE + logs.USAGE))
         return
-    check_before_torch(config)
+    preflight.check(config)
     logs.begin(process)
-    started = time.monotonic()
     if process == 0:
         logs.LOG.info("importing torch, transformers, PEFT and DeepSpeed")
-    from sfed.federated.session import run_session
+    run(config)
 
-    run_session(config, import_seconds=time.monotonic() - started)
+
+def run(config: Config, *, one_of_many: bool = False) -> None:
+    """Run a configuration as the task of this process: its signals, log lines and exit code.
+
+    Collective. Arguments and errors of a user as of ``session.run_session``.
+
+    Raises:
+        SystemExit: where training failed, or another process was asked to stop; with a text where
+            another process is the cause.
+    """
+    started = time.monotonic()
+    from sfed.federated import session
+    from sfed.observability.third_party import quieten
+
+    import_seconds = time.monotonic() - started
+
+    def take_over(world: World, stop: StopRequest) -> None:
+        quieten(world.rank, world.device.type)
+        stop.listen()
+
+    try:
+        end = session.run_session(
+            config, one_of_many=one_of_many, import_seconds=import_seconds, on_start=take_over
+        )
+    except (TrainingFailedError, DivergedError) as failure:
+        command.leave(str(failure), 1)
+    except MissingProcessError as failure:
+        sys.exit(f"sfed: {failure}")
+    if not (end.is_finished or end.was_asked_here or one_of_many):
+        # Whoever started this process did not ask it to stop: for them the run is not done.
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """From the command line to a Config: YAML or JSON file, ``key=value`` overrides, help, mistakes.
 
-All mistakes of a configuration are collected into one ``UserError``. Needs no torch.
+All mistakes of a configuration are collected into one ``ConfigError``. Needs no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from sfed.config.schema import DEMO, REQUIRED, Config
-from sfed.utils.errors import UserError
+from sfed.utils.errors import ConfigError
 
 _MERGE = "tag:yaml.org,2002:merge"  # the key "<<"
 
@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
         for position, key in enumerate(keys):
             if key in keys[:position] and key != _MERGE:
                 line = node.value[position][0].start_mark.line + 1
-                raise UserError(f"line {line}: the key {key!r} stands twice; remove one of them")
+                raise ConfigError(f"line {line}: the key {key!r} stands twice; remove one of them")
         return super().construct_mapping(node, deep)
 
 
@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str]) -> Config | None:
     """Read ``[CONFIG.yaml] [key=value ...]``; None where ``--help`` was asked for.
 
     Raises:
-        UserError: with all mistakes of the configuration at once.
+        ConfigError: with all mistakes of the configuration at once.
     """
     words = split(arguments)
     return None if words is None else load(*words)
@@ -68,11 +68,13 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]] | None:
             if "=" not in word and rest:
                 rest.pop(0)
         elif word.startswith("-"):
-            raise UserError(f"unknown option {word!r}; settings are given as key=value, see --help")
+            raise ConfigError(
+                f"unknown option {word!r}; settings are given as key=value, see --help"
+            )
         elif "=" in word and not os.path.isfile(word):
             overrides.append(word)
         elif path is not None:
-            raise UserError(
+            raise ConfigError(
                 f"two configuration files, {path!r} and {word!r}; give one, and key=value for "
                 "what differs"
             )
@@ -90,7 +92,7 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
         overrides: ``key=value``; the last one for a key counts.
 
     Raises:
-        UserError: with all mistakes at once; model.name and data.task have no default.
+        ConfigError: with all mistakes at once; model.name and data.task have no default.
     """
     data = _overridden({} if path is None else read_mapping(Path(path)), overrides)
     if path is None and (not overrides or _task(data) == "demo"):
@@ -113,7 +115,7 @@ def complete(data: dict[str, Any]) -> Config:
     """Check what a person wrote against the schema: ``validate``, and model and task are there.
 
     Raises:
-        UserError: as ``validate`` does, and one line for each of model.name and data.task that is
+        ConfigError: as ``validate`` does, and one line for each of model.name and data.task that is
             not set. With data.task=demo the model is the demo's where no other is named.
     """
     if _task(data) == "demo" and "model.name" in _unset(data):
@@ -135,20 +137,20 @@ def _unset(data: Mapping[str, Any]) -> list[str]:
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON file that holds a mapping."""
     if not path.is_file():
-        raise UserError(f"the configuration file {str(path)!r} does not exist")
+        raise ConfigError(f"the configuration file {str(path)!r} does not exist")
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             text = text.replace("\t", " ")  # the one thing in which JSON is not YAML
         data = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable as YAML or JSON: {error}") from None
-    except UserError as mistake:
-        raise UserError(f"{path}, {mistake}") from None
+        raise ConfigError(f"{path} is not readable as YAML or JSON: {error}") from None
+    except ConfigError as mistake:
+        raise ConfigError(f"{path}, {mistake}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise UserError(f"{path} holds {type(data).__name__}, not a mapping of keys to values")
+        raise ConfigError(f"{path} holds {type(data).__name__}, not a mapping of keys to values")
     return data
 
 
@@ -158,7 +160,7 @@ def overridden(data: dict[str, Any], override: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError:
-        raise UserError(f"{override!r}: the value is not readable as YAML") from None
+        raise ConfigError(f"{override!r}: the value is not readable as YAML") from None
     return put(data, dotted, value, origin=override)
 
 
@@ -170,7 +172,7 @@ def put(data: dict[str, Any], dotted: str, value: Any, origin: str) -> dict[str,
         child = node.get(parent) or {}
         if not isinstance(child, dict):
             name = ".".join(parents[: depth + 1])
-            raise UserError(f"{origin!r}: {name} is {child!r}, not a section with keys")
+            raise ConfigError(f"{origin!r}: {name} is {child!r}, not a section with keys")
         node[parent] = dict(child)
         node = node[parent]
     node[leaf] = value
@@ -185,14 +187,14 @@ def validate(data: dict[str, Any], required: Sequence[str] = ()) -> Config:
         required: keys that have to be there; see ``complete``.
 
     Raises:
-        UserError: one line per mistake: key, value, what is wrong, the nearest known key.
+        ConfigError: one line per mistake: key, value, what is wrong, the nearest known key.
     """
     try:
         text = json.dumps(data, default=str)
     except (ValueError, RecursionError):
-        raise UserError("the configuration refers to itself (a YAML alias in a circle)") from None
+        raise ConfigError("the configuration refers to itself (a YAML alias in a circle)") from None
     except TypeError as error:
-        raise UserError(f"a key of the configuration is not text: {error}") from None
+        raise ConfigError(f"a key of the configuration is not text: {error}") from None
     unset = [key for key in _unset(data) if key in required]
     details: list[ErrorDetails] = []
     try:
@@ -206,7 +208,7 @@ def validate(data: dict[str, Any], required: Sequence[str] = ()) -> Config:
     lines = [f"{key}: no default; {REQUIRED[key]}{_allowed(key)}" for key in unset] + lines
     if lines:
         count = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
-        raise UserError(f"{count} in the configuration\n  " + "\n  ".join(lines))
+        raise ConfigError(f"{count} in the configuration\n  " + "\n  ".join(lines))
     return config
 
 

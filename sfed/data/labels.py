@@ -13,7 +13,7 @@ from sfed.config.schema import Config
 from sfed.data import partition
 from sfed.data.partition import Indices
 from sfed.data.tokenize import Tokens
-from sfed.utils.errors import UserError
+from sfed.utils.errors import DataError
 
 _MOST_NAMED = 8
 
@@ -46,7 +46,7 @@ def labels_of(config: Config, train: Chosen, held_out: Chosen | None) -> Labels:
     instruction (short answers, long texts).
 
     Raises:
-        UserError: where values of the column that differ cannot be told apart, or equal ones are
+        DataError: where values of the column that differ cannot be told apart, or equal ones are
             written in two ways.
     """
     if train.table.keys is not None:
@@ -93,7 +93,7 @@ def _forms(table: Tokens, what: str) -> dict[str, str]:
     """Text of a value -> its JSON form, one to one."""
     for text, forms in table.key_forms.items():
         if len(forms) > 1:
-            raise UserError(
+            raise DataError(
                 f"{what}: {' and '.join(forms)} are values of different types that read the same, "
                 f"{text}; write them alike, or apart"
             )
@@ -101,7 +101,7 @@ def _forms(table: Tokens, what: str) -> dict[str, str]:
     text_of: dict[str, str] = {}
     for text, form in form_of.items():
         if (other := text_of.setdefault(form, text)) != text:
-            raise UserError(
+            raise DataError(
                 f"{what}: {other} and {text} are one value that is written in two ways; write it "
                 "in one"
             )
@@ -111,7 +111,7 @@ def _forms(table: Tokens, what: str) -> dict[str, str]:
 def _refuse_other_types(train: dict[str, str], held_out: dict[str, str], what: str) -> None:
     for text in sorted(train.keys() & held_out.keys()):
         if train[text] != held_out[text]:
-            raise UserError(
+            raise DataError(
                 f"{what}: the training data hold {train[text]} and the held-out data "
                 f"{held_out[text]}, which are not equal; write them alike"
             )

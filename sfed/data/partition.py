@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfed.utils import rng
-from sfed.utils.errors import UserError
+from sfed.utils.errors import DataError
 from sfed.utils.rng import Stream
 
 Indices = NDArray[np.int64]
@@ -89,11 +89,11 @@ def key_groups(keys: Sequence[str], num_clients: int) -> list[tuple[str, ...]]:
     They are dealt in the order of their texts, numbers too: 10 comes before 2.
 
     Raises:
-        UserError: where there are fewer values than clients.
+        DataError: where there are fewer values than clients.
     """
     values = sorted(set(keys))
     if len(values) < num_clients:
-        raise UserError(
+        raise DataError(
             f"partition.kind=by_key: the column has {len(values)} values for {num_clients} "
             f"clients; set federated.num_clients to at most {len(values)}"
         )

@@ -14,7 +14,7 @@ import datasets
 from sfed.config.schema import Config
 from sfed.data import demo
 from sfed.data.tasks import is_json_list, read_rows, task_of
-from sfed.utils.errors import UserError
+from sfed.utils.errors import DataError
 
 # Endings of the names of means over clients (records): a part's score has to be told from them.
 _MEANS = ("unweighted", "by_examples")
@@ -43,7 +43,7 @@ def source_of(
         files: local files; empty = the task's own source.
 
     Raises:
-        UserError: where a file or the hub cannot be read.
+        DataError: where a file or the hub cannot be read.
     """
     if files:
         key = f"data.{split}_files"
@@ -69,7 +69,7 @@ def _file_digest(name: str, key: str) -> str:
                 sha.update(chunk)
         return sha.hexdigest()
     except OSError as error:
-        raise UserError(f"{key}: {name!r} cannot be read ({error.strerror})") from None
+        raise DataError(f"{key}: {name!r} cannot be read ({error.strerror})") from None
 
 
 def _file_rows(files: Sequence[tuple[str, str]], key: str) -> Iterator[tuple[Place, Any]]:
@@ -80,7 +80,7 @@ def _file_rows(files: Sequence[tuple[str, str]], key: str) -> Iterator[tuple[Pla
             num_rows += 1
             yield (where, part), row
     if not num_rows:
-        raise UserError(f"{key}: {', '.join(name for name, _ in files)} hold no rows")
+        raise DataError(f"{key}: {', '.join(name for name, _ in files)} hold no rows")
 
 
 def _refuse_twice(files: Sequence[str], key: str) -> None:
@@ -90,7 +90,7 @@ def _refuse_twice(files: Sequence[str], key: str) -> None:
         if path in paths[:i]:
             first = files[paths.index(path)]
             same = "" if first == files[i] else f" (also as {first!r})"
-            raise UserError(f"{key}: {files[i]!r} is named twice{same}; name each file once")
+            raise DataError(f"{key}: {files[i]!r} is named twice{same}; name each file once")
 
 
 def part_names(files: Sequence[str]) -> list[str]:
@@ -148,7 +148,7 @@ def _hub_rows(config: Config, split: Split) -> tuple[Iterator[tuple[Place, Any]]
     try:
         tables = [datasets.load_dataset(task.hub, task.hub_config, split=name) for name in names]
     except (OSError, ValueError) as error:
-        raise UserError(
+        raise DataError(
             f"data.task={config.data.task}: {task.hub} cannot be loaded from the hub "
             f"({' '.join(str(error).split())[:200]}); give data.train_files for local files"
         ) from None

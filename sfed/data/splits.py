@@ -25,7 +25,7 @@ from sfed.data.tokenize import Examples, Tokens, tokenise
 from sfed.data.tokenizer import identity_of
 from sfed.distributed.sync import first_of_node_first, gather_json, together
 from sfed.distributed.world import World
-from sfed.utils.errors import UserError
+from sfed.utils.errors import DataError
 from sfed.utils.rng import Stream, generator
 
 _LEAST_TRAIN_EXAMPLES = 2
@@ -65,7 +65,7 @@ def load(
     """Tokenise, split over the clients, hold out. Collective.
 
     Raises:
-        UserError: on every process, where a file, a line or the split is wrong on any.
+        DataError: on every process, where a file, a line or the split is wrong on any.
     """
     with together(world, "reading the data"):
         if config.partition.kind == "by_file":
@@ -99,7 +99,7 @@ def _require_examples(parts: dict[int, Examples], config: Config) -> None:
             "lower federated.num_clients or give more data",
             "by_file": "give more rows in the files of these clients",
         }.get(config.partition.kind, "lower federated.num_clients or give more data")
-        raise UserError(
+        raise DataError(
             f"each client needs at least {least} training examples, but {shown}; {remedy}"
         )
 
@@ -211,7 +211,7 @@ def _client_files(config: Config, split: Split, num_clients: int) -> list[str]:
     if len(files) == 1 and "{client}" in files[0]:
         return [files[0].replace("{client}", str(client)) for client in range(num_clients)]
     if files and len(files) != num_clients:
-        raise UserError(
+        raise DataError(
             f"partition.kind=by_file: data.{split}_files names {len(files)} files for "
             f"{num_clients} clients; give one per client, or set federated.num_clients"
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 from sfed.config.schema import Config
 from sfed.data.scores import final_number
-from sfed.utils.errors import UserError
+from sfed.utils.errors import DataError
 
 Row = Mapping[str, Any]
 _LIST_OR_LINES = "a .json file holds a list of rows; name it .jsonl if every line is a row"
@@ -207,20 +207,20 @@ def checked_pair(task: Task, row: Any, where: str) -> Pair:
     """Turn one row into a pair.
 
     Raises:
-        UserError: naming the place and the form that is expected.
+        DataError: naming the place and the form that is expected.
     """
     if not isinstance(row, Mapping):
-        raise UserError(f"{where}: it holds {type(row).__name__}; expected {task.form}")
+        raise DataError(f"{where}: it holds {type(row).__name__}; expected {task.form}")
     try:
         pair = task.to_pair(row)
     except KeyError as missing:
-        raise UserError(f"{where}: no key {missing}; expected {task.form}") from None
+        raise DataError(f"{where}: no key {missing}; expected {task.form}") from None
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}; expected {task.form}") from None
+        raise DataError(f"{where}: {error}; expected {task.form}") from None
     try:
         (pair.prompt + pair.completion).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: it holds half a surrogate pair, which is no text") from None
+        raise DataError(f"{where}: it holds half a surrogate pair, which is no text") from None
     return pair
 
 
@@ -228,14 +228,14 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Read a .json list or a .jsonl file as (place, row); blank lines are passed over.
 
     Raises:
-        UserError: naming file and line where a line is not JSON or not text.
+        DataError: naming file and line where a line is not JSON or not text.
     """
     try:
         yield from _json_rows(path) if is_json_list(path) else _jsonl_rows(path)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def is_json_list(path: Path) -> bool:
@@ -248,9 +248,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = _parsed(text)
     except _NOT_JSON as error:
-        raise UserError(f"{path}: not JSON ({error}); {_LIST_OR_LINES}") from None
+        raise DataError(f"{path}: not JSON ({error}); {_LIST_OR_LINES}") from None
     if not isinstance(rows, list):
-        raise UserError(f"{path}: {_LIST_OR_LINES}")
+        raise DataError(f"{path}: {_LIST_OR_LINES}")
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -261,7 +261,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     yield f"{path}, line {number}", _parsed(line)
                 except _NOT_JSON as error:
-                    raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+                    raise DataError(f"{path}, line {number}: not JSON ({error})") from None
 
 
 def _parsed(text: str) -> Any:

@@ -24,7 +24,7 @@ from sfed.data.partition import Indices, form_of_key
 from sfed.data.sources import Place, Split, source_of
 from sfed.data.tasks import Pair, Task, checked_pair, task_of
 from sfed.data.tokenizer import identity_of, unchanged
-from sfed.utils.errors import UserError
+from sfed.utils.errors import DataError
 
 # Part of every cache key: raise it when the tokens of a row would come out differently.
 _FORM_OF_TOKENS = "3"
@@ -248,7 +248,7 @@ def tokenise(
             a second for a vocabulary of 32,000.
 
     Raises:
-        UserError: where a file or a row is wrong, with its place.
+        DataError: where a file or a row is wrong, with its place.
     """
     source, identity = source_of(config, split, files)
     tokenizer_identity = tokenizer_identity or identity_of(tokenizer)
@@ -270,7 +270,7 @@ def tokenise(
                 fingerprint=_digest(config, split, identity, tokenizer_identity),
             )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
+        if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
         raise
     return _as_tokens(config, dataset, split)
@@ -330,12 +330,12 @@ def _key_of(row: Any, key: str, where: str) -> str:
     """The value of a column as JSON, with its type."""
     if key not in row:
         known = ", ".join(sorted(row))
-        raise UserError(f"{where}: no column {key!r} (partition.key); the columns are {known}")
+        raise DataError(f"{where}: no column {key!r} (partition.key); the columns are {known}")
     value = json.dumps(row[key], default=str)
     try:
         str(json.loads(value)).encode()
     except UnicodeEncodeError:
-        raise UserError(
+        raise DataError(
             f"{where}: {key!r} (partition.key) holds half a surrogate pair, which is no text"
         ) from None
     return value
@@ -350,7 +350,7 @@ def _as_tokens(config: Config, dataset: datasets.Dataset, split: Split) -> Token
     flat = ids.flatten().to_numpy()  # empty rows take no room in it
     lengths = np.diff(starts)[kept]
     if not len(kept):
-        raise UserError(
+        raise DataError(
             f"no row of the {split} data has a completion within data.max_tokens; raise it, or "
             "look at the rows"
         )

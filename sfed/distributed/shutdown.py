@@ -8,7 +8,6 @@ know.
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -45,6 +44,12 @@ class StopRequest:
         self._passes = 0
         self._is_due = False
         world.watch.on_pause = self._announce
+
+    def listen(self) -> None:
+        """Let SIGTERM and SIGUSR1 be such requests, in place of the handlers that were there.
+
+        Only commands call it: signal handlers belong to the process, not to a library.
+        """
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
@@ -90,20 +95,21 @@ class StopRequest:
 
 @contextmanager
 def ending(world: World) -> Iterator[None]:
-    """Within it, a process that fails lets the others know; one that has lost another says whom.
+    """Within it, a process that fails tells the others; one that lost another finds out which.
 
     Raises:
-        SystemExit: with a text, where another process is the cause.
+        MissingProcessError: where another process is the cause, with a diagnosis of which one.
     """
     try:
         yield
     except MissingProcessError as failure:
-        _follow(world, str(failure))
+        raise _diagnosed(world, str(failure)) from failure
     except RuntimeError as error:
         if not is_lost_contact(error):
             _tell(world, error)
             raise
-        _follow(world, f"lost contact with another process ({_short(error)})")
+        reason = f"lost contact with another process ({_short(error)})"
+        raise _diagnosed(world, reason) from error
     except StoppedEarlyError:
         raise  # it has told the others
     except BaseException as error:
@@ -111,10 +117,9 @@ def ending(world: World) -> Iterator[None]:
         raise
 
 
-def _follow(world: World, reason: str) -> None:
-    verdict = world.watch.give_up(reason)
+def _diagnosed(world: World, reason: str) -> MissingProcessError:
     # Process 0 may be the one that is missing: everybody who waited says so.
-    sys.exit(f"sfed: process {world.rank}: {verdict}")
+    return MissingProcessError(f"process {world.rank}: {world.watch.give_up(reason)}")
 
 
 def _tell(world: World, error: BaseException) -> None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sfed.distributed.world import SECONDS_OF_SLACK, World
-from sfed.utils.errors import MissingProcessError, UserError
+from sfed.utils.errors import MissingProcessError, UserError, kind_of, made_of
 
 _SECONDS_BETWEEN_PAUSES = 1.0
 _SECONDS_TO_PART = 30.0
@@ -112,16 +112,17 @@ def together(world: World, name: str) -> Iterator[None]:
     """Make a user's mistake met by one process the mistake of all of them. Collective.
 
     Raises:
-        UserError: on every process, where the body raised it on any.
+        UserError: on every process, where the body raised it on any; of the subclass that it was.
     """
-    mistake: str | None = None
+    mistake: list[str] | None = None
     try:
         yield
     except UserError as error:
-        mistake = str(error)
-    mistakes = sorted({other for other in gather_json(world, name, mistake) if other is not None})
+        mistake = [str(error), kind_of(error)]
+    mistakes = [other for other in gather_json(world, name, mistake) if other is not None]
     if mistakes:
-        raise UserError("\n".join(mistakes))
+        message = "\n".join(sorted({text for text, _ in mistakes}))
+        raise made_of({kind for _, kind in mistakes}, message)
 
 
 @contextmanager

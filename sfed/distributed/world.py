@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from sfed.distributed.rendezvous import open_store
 from sfed.distributed.watchdog import Heartbeat, Watch
+from sfed.utils.errors import UserError
 
 SECONDS_OF_SLACK = 5.0
 """What a collective waits beyond the deadline, at which ``watchdog`` says who keeps it waiting."""
@@ -56,8 +57,13 @@ def start(deadline_seconds: float) -> World:
 
     Raises:
         MissingProcessError: naming the processes that did not come before the deadline.
-        UserError: where the heartbeat file cannot be written.
+        UserError: where the heartbeat file cannot be written, or torch.distributed is in use.
     """
+    if dist.is_initialized():
+        raise UserError(
+            "torch.distributed is initialised already in this process, and a run makes a process "
+            "group of its own; call torch.distributed.destroy_process_group() before"
+        )
     environment = os.environ
     process, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     local_rank = int(environment.get("LOCAL_RANK", "0"))

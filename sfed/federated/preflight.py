@@ -11,18 +11,21 @@ from pathlib import Path
 from sfed.config.schema import Config
 from sfed.methods import method as methods
 from sfed.observability import trackers
-from sfed.utils.errors import UserError
+from sfed.utils.errors import ConfigError, UserError
 
 
-def check_before_torch(config: Config, num_processes: int | None = None) -> None:
-    """Refuse early what needs no model: missing files, too many processes, unstable methods.
+def check(config: Config, num_processes: int | None = None) -> None:
+    """Check what needs neither torch nor a model, before anything is loaded.
+
+    That is: a method that is unstable with this scaling, more processes than clients, files that do
+    not exist, an ``output.resume`` that is no folder, trackers that are not installed.
 
     Args:
         config: the configuration.
-        num_processes: that hold its clients; None = all of the launcher.
+        num_processes: number of processes that hold its clients; None = all of the launcher.
 
     Raises:
-        UserError: with all mistakes at once.
+        ConfigError: with all errors at once, a line for each.
     """
     mistakes: list[str] = []
     try:
@@ -48,4 +51,4 @@ def check_before_torch(config: Config, num_processes: int | None = None) -> None
         )
     mistakes += trackers.mistakes(config.output.trackers)
     if mistakes:
-        raise UserError("\n".join(mistakes))
+        raise ConfigError("\n".join(mistakes))

@@ -19,10 +19,7 @@ from sfed.federated.round_stats import RoundStats
 from sfed.methods import aggregation
 from sfed.storage.checkpoint import State
 from sfed.storage.checkpoint_writer import Writer
-
-
-class TrainingFailedError(RuntimeError):
-    """Training cannot go on: clients keep turning non-finite."""
+from sfed.utils.errors import TrainingFailedError
 
 
 def train(

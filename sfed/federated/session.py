@@ -2,50 +2,135 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sfed.config.schema import Config
 from sfed.distributed import consistency, sync
 from sfed.distributed import world as distributed
 from sfed.distributed.shutdown import StoppedEarlyError, StopRequest, ending
 from sfed.distributed.world import World
-from sfed.federated import fingerprints, round_metrics, rounds
+from sfed.federated import fingerprints, preflight, round_metrics, rounds
 from sfed.federated.build import build
 from sfed.federated.context import Run
 from sfed.federated.evaluate import score_names
 from sfed.federated.export import export_adapters
 from sfed.federated.round_metrics import RoundLog
-from sfed.federated.rounds import TrainingFailedError
 from sfed.observability import metrics
 from sfed.observability.console import Console
-from sfed.observability.third_party import quieten
 from sfed.storage import checkpoint, resume
 from sfed.storage.checkpoint import Found, State
 from sfed.storage.checkpoint_writer import RunIdentity, Writer
 from sfed.storage.run_folder import RunFolder
-from sfed.utils.command import leave
-from sfed.utils.errors import DivergedError, MissingProcessError
+from sfed.storage.run_record import RunRecord, open_run
+
+OnStart = Callable[[World, StopRequest], None]
+"""What a command does at the start of a session, such as to listen to signals."""
 
 
-def run_session(config: Config, *, one_of_many: bool = False, import_seconds: float = 0.0) -> None:
+@dataclass(frozen=True)
+class SessionEnd:
+    """How a session ended."""
+
+    folder: Path
+    """The run folder."""
+    is_finished: bool = False
+    """Whether all rounds are done and the adapters are written; False after a request to stop."""
+    was_asked_here: bool = False
+    """Whether the request to stop came to this process, and not to another one."""
+
+
+def fit(config: Config) -> RunRecord:
+    """Train a configuration to its end and read the run folder that it made. Collective.
+
+    Every process of the launcher calls it with the same configuration: one process in a plain
+    script, all of them under torchrun. A run that was stopped is resumed, as ``output.resume``
+    says. It raises and never calls ``sys.exit``, and it installs neither signal handlers nor log
+    handlers: what a run says goes to the logger ``sfed``. Thread counts, the precision of matrix
+    products, random state and environment variables are afterwards what they were.
+
+    With several processes a watchdog ends a process that makes no progress for longer than
+    ``federated.deadline_seconds``, because no exception reaches a call that never returns.
+
+    Args:
+        config: the run, such as from ``load_config``.
+
+    Returns:
+        The record of the run folder; the same on every process.
+
+    Raises:
+        ConfigError: on every process, for errors in the configuration.
+        DataError: on every process, for errors in the data.
+        CheckpointError: on every process, where the run in the folder cannot be resumed.
+        UserError: on every process, for what is none of these, such as a model that is not found.
+        TrainingFailedError: where the losses or gradients of clients keep being non-finite.
+        DivergedError: where processes hold different values of what has to be the same.
+        MissingProcessError: where another process ended or did not come before the deadline.
+    """
+    preflight.check(config)
+    with _unchanged_process():
+        end = run_session(config)
+    return open_run(end.folder)
+
+
+@contextmanager
+def _unchanged_process() -> Iterator[None]:
+    """Restore what a session changes in the process of its caller."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    environment = dict(os.environ)
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    # DeepSpeed, which other libraries import too, otherwise announces its own guess.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.cuda.current_device() if has_cuda else None
+    try:
+        with torch.random.fork_rng([] if device is None else [device]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        if device is not None:
+            torch.cuda.set_device(device)
+
+
+def run_session(
+    config: Config,
+    *,
+    one_of_many: bool = False,
+    import_seconds: float = 0.0,
+    on_start: OnStart | None = None,
+) -> SessionEnd:
     """Run a configuration to its end. Collective: every process of the launcher calls it.
 
     Args:
         config: the run.
         one_of_many: leave out the closing table, because another one holds all runs.
         import_seconds: what the imports of this process took, for the record.
+        on_start: called once the processes have met, before anything is loaded.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        UserError, TrainingFailedError, DivergedError, MissingProcessError: as of ``fit``.
     """
-    world = _join(config)
-    quieten(world.rank, world.device.type)
+    world = distributed.start(config.federated.deadline_seconds)
+    stop = StopRequest(world)
     console = Console(speaks=world.is_main, import_seconds=import_seconds)
     folder = RunFolder(config, one_of_many=one_of_many)
     world.watch.debug_folder = folder.path / "debug"
     try:
         with ending(world):
-            stop = StopRequest(world)
+            if on_start is not None:
+                on_start(world, stop)
             start = fingerprints.at_start(config)
             consistency.require_same(world, "configuration and versions", start)
             found, num_clients = folder.look(world, console)
@@ -56,24 +141,14 @@ def run_session(config: Config, *, one_of_many: bool = False, import_seconds: fl
             if finished and not one_of_many:
                 _close(parts, folder.path, console)
             sync.part(world)
-        if not (finished or stop.came_here or one_of_many):
-            # Whoever started this process did not ask it to stop: for them the run is not done.
-            sys.exit(1)
-    except (TrainingFailedError, DivergedError) as failure:
-        leave(str(failure), 1)
     except StoppedEarlyError:
         console.say("stopped as asked, before training began")
+        return SessionEnd(folder.path, was_asked_here=True)
     finally:
         console.end_rounds()
         folder.close()
         distributed.stop(world)
-
-
-def _join(config: Config) -> World:
-    try:
-        return distributed.start(config.federated.deadline_seconds)
-    except MissingProcessError as failure:
-        sys.exit(f"sfed: {failure}")
+    return SessionEnd(folder.path, finished, stop.came_here)
 
 
 def _train_and_export(

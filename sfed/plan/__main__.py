@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,11 +17,11 @@ from typing import NoReturn
 
 from sfed.config import load as config_load
 from sfed.config.schema import Config
-from sfed.methods import method as methods
+from sfed.plan.checks import check_plan
 from sfed.utils import command
 from sfed.utils.errors import UserError
+from sfed.utils.text import parse_size
 
-_UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _DOES_NOT_FIT = 1
 
 
@@ -32,10 +31,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]i?B)", text)
-    if match is None:
+    size = parse_size(text)
+    if size is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 80GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return size
 
 
 def _count(text: str) -> int:
@@ -105,17 +104,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _check(config: Config, given: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything heavy is imported."""
-    methods.resolve(config)
-    num_clients = config.federated.num_clients
-    if num_clients is not None and num_clients < given.gpus:
-        raise UserError(
-            f"federated.num_clients = {num_clients} is less than the {given.gpus} GPUs, and every "
-            f"process holds at least one client: give --gpus {num_clients}, or raise it"
-        )
-    if config.model.name == "demo":
-        raise UserError(
-            "model.name = 'demo' fits anywhere; give a CONFIG, or model.name=... data.task=..."
-        )
+    check_plan(config, given.gpus)
     if given.json is not None and not given.json.parent.is_dir():
         raise UserError(f"--json {given.json}: the folder {given.json.parent} does not exist")
 

@@ -20,10 +20,15 @@ from sfed.data.tasks import task_of
 from sfed.memory.costs import USABLE_SHARE
 from sfed.methods import method as methods
 from sfed.models import shapes
+from sfed.plan.checks import check_plan
 from sfed.plan.planner import CONTEXT_BYTES, Machine, Outlook, Planner, remedies
+from sfed.utils.errors import ConfigError
+from sfed.utils.text import parse_size
 
 # Of the datasheet's rate; good public LoRA steps reach 37 to 45 % of it on an H100.
 USED_SHARE = 0.4
+H100_FLOPS = 989e12
+"""Of its datasheet: dense, bf16."""
 # A pass takes at least this long for each layer: a guess at what eager kernel launches cost.
 LAUNCH_SECONDS_PER_LAYER = 1.25e-3
 # Bytes per second of one GPU in a ring of all: NVLink as measured on 8 x H200, PCIe 5 x16 and
@@ -78,6 +83,42 @@ def gather_seconds(stored_bytes: int, num_gpus: int, bandwidth: float, recompute
 def reduce_seconds(message_bytes: int, num_gpus: int, bandwidth: float) -> float:
     """What the mean of a round takes: an all_reduce in a ring."""
     return 2 * message_bytes * (num_gpus - 1) / num_gpus / bandwidth
+
+
+def estimate(
+    config: Config, *, gpus: int = 8, gpu_memory: str = "80GiB", link: str = "nvlink"
+) -> dict[str, Any]:
+    """Predict memory and time of a run; no GPU is touched and no weights are read.
+
+    Args:
+        config: the run.
+        gpus: number of GPUs, with one process on each.
+        gpu_memory: memory of each GPU, such as 80GiB.
+        link: between the GPUs: nvlink, pcie or 100gbe.
+
+    Returns:
+        What ``sfed plan --json`` writes, such as ``fits``, ``needed_bytes`` (per GPU),
+        ``clients_per_pass`` and ``round`` (seconds). Times assume the datasheet rate of an H100.
+
+    Raises:
+        ConfigError: where the configuration and the arguments exclude each other.
+        UserError: where the model or a target of the adapters is not found.
+    """
+    memory_bytes = parse_size(gpu_memory)
+    if memory_bytes is None:
+        raise ConfigError(f"gpu_memory = {gpu_memory!r} is no size such as 80GiB")
+    if link not in LINKS:
+        raise ConfigError(f"link = {link!r}: it is one of {', '.join(LINKS)}")
+    check_plan(config, gpus)
+    return predict(
+        config,
+        gpus=gpus,
+        memory_bytes=memory_bytes,
+        link=link,
+        datasheet_flops=H100_FLOPS,
+        mean_tokens=None,
+        tokens_per_second=None,
+    )
 
 
 def predict(

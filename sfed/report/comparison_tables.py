@@ -67,7 +67,7 @@ def _compared(stories: Sequence[Story]) -> list[str]:
     mains = main_scores(stories)
     if len(mains) > 1:
         return ["", LOSS]
-    scores = list(dict.fromkeys(name for story in stories for name in story.scores))
+    scores = list(dict.fromkeys(name for story in stories for name in story.score_names))
     return [*(scores if len(scores) <= _MOST_SCORES else mains), LOSS]
 
 
@@ -77,15 +77,15 @@ def _headings(stories: Sequence[Story], shown: Sequence[str]) -> list[tuple[str,
 
 
 def _end(story: Story, kind: str, what: str) -> str:
-    if not what and not story.scores:
+    if not what and not story.score_names:
         return NONE
-    name = what or story.scores[0]
+    name = what or story.score_names[0]
     text = show(next(iter(Group("", [story]).last(held_out_reader(kind, name))), None))
     return text if what else f"{text} {words_of(name)}"
 
 
 def _mean_and_deviation(one: Group, kind: str, what: str) -> str:
-    scores = one.stories[0].scores
+    scores = one.stories[0].score_names
     name = what or (scores[0] if scores else "")
     values = one.last(held_out_reader(kind, name))
     if not values:

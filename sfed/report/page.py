@@ -58,7 +58,7 @@ def run_section(story: Story, anchor: str, pictures: Sequence[Picture]) -> dict[
         "means": tables.means_table(story),
         "pooled_over": tables.pooled_over(story),
         "clients": tables.clients_tables(story),
-        "has_scores": bool(story.scores),
+        "has_scores": bool(story.score_names),
         "unit": story.unit,
         "figures": _folds(pictures),
         "samples": tables.samples_table(story),
@@ -86,8 +86,20 @@ def _folds(pictures: Sequence[Picture]) -> list[tuple[str, list[Picture]]]:
     return [(folded, list(members)) for folded, members in groupby(pictures, lambda p: p.folded)]
 
 
-def write_report(stories: Sequence[Story], out: Path) -> Path:
-    """Write ``report.html`` and ``figures/`` into ``out``; returns the page."""
+def write_report(stories: Sequence[Story], out: Path | str) -> Path:
+    """Write ``report.html`` and ``figures/`` into a folder; needs no torch.
+
+    Args:
+        stories: the runs, from ``open_run`` or ``fit``; several are compared.
+        out: folder of the report; it is made where it does not exist.
+
+    Returns:
+        The page, one file that loads nothing.
+
+    Raises:
+        UserError: where it cannot be written.
+    """
+    out = Path(out)
     several = len(stories) > 1
     comparison, law, runs, written = None, None, [], []
     if several:

@@ -58,7 +58,7 @@ def pictures_of(story: Story) -> list[Picture]:
                 f"Held-out {words_of(score)}: mean over clients thick, {thin}. Higher is better.",
                 [_held_out_panel(story, kind, score, words_of(score)) for kind in KINDS],
             )
-            for score in story.scores
+            for score in story.score_names
         ),
         curves(
             "held-out-loss",

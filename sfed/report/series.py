@@ -45,7 +45,7 @@ def last_samples(story: Story) -> tuple[int, list[tuple[int, Event]]]:
 
 def main_scores(stories: Sequence[Story]) -> list[str]:
     """The main score of each run; a single name as a rule."""
-    return list(dict.fromkeys(story.scores[0] for story in stories if story.scores))
+    return list(dict.fromkeys(story.score_names[0] for story in stories if story.score_names))
 
 
 def unit_of(stories: Sequence[Story]) -> str:

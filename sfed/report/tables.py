@@ -65,7 +65,7 @@ def clients_tables(story: Story) -> list[Table]:
     """
     if not story.evaluated:
         return []
-    shown = [*story.scores[:1], LOSS, *story.scores[1:]]
+    shown = [*story.score_names[:1], LOSS, *story.score_names[1:]]
     return [_clients_table(story, shown[i : i + 2]) for i in range(0, len(shown), 2)]
 
 
@@ -130,7 +130,7 @@ def pooled_over(story: Story) -> str:
     """What a pooled mean counts."""
     if not story.by_token:
         return "examples"
-    return "tokens (loss) or examples (scores)" if story.scores else "tokens"
+    return "tokens (loss) or examples (scores)" if story.score_names else "tokens"
 
 
 def _best(story: Story, kind: str, what: str) -> str:

@@ -29,7 +29,7 @@ from sfed.clients.state import Parts
 from sfed.clients.store import ClientRows
 from sfed.distributed.sync import together
 from sfed.distributed.world import World
-from sfed.utils.errors import UserError
+from sfed.utils.errors import CheckpointError
 
 FACTS = "run.json"
 COMMON = "common.safetensors"
@@ -125,25 +125,25 @@ def load(found: Found, world: World, clients: ClientRows) -> State:
     """Read this process's clients from a checkpoint of any number of processes. Collective.
 
     Raises:
-        UserError: where the files do not hold what the run needs.
+        CheckpointError: where the files do not hold what the run needs.
     """
     facts = found.facts
     with together(world, "loading the checkpoint"):
         if facts["layout_size"] != clients.layout.size:
-            raise UserError(
+            raise CheckpointError(
                 f"{found.folder} holds adapters of {facts['layout_size']} numbers and this model "
                 f"has {clients.layout.size}; it belongs to another model"
             )
         try:
             _restore(found, clients)
         except OSError as error:
-            raise UserError(
+            raise CheckpointError(
                 f"the checkpoint {found.folder} cannot be read ({error.strerror or error}); mend "
                 "what keeps it from being read and start again"
             ) from None
         except (SafetensorError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(
+            raise CheckpointError(
                 f"the checkpoint {found.folder} cannot be read ({reason}); output.resume=FOLDER "
                 "goes on from another one"
             ) from None

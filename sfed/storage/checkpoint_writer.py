@@ -39,7 +39,7 @@ from sfed.distributed.sync import together
 from sfed.distributed.world import World
 from sfed.lora.tensor_files import save_tensors
 from sfed.storage.checkpoint import COMMON, FACTS, Found, State, by_age, facts_of, file_of, keyed
-from sfed.utils.errors import MissingProcessError, UserError
+from sfed.utils.errors import CheckpointError, MissingProcessError, UserError
 from sfed.utils.files import describe, replace_folder, second_name, sync
 
 _SECONDS_BETWEEN_LOOKS = 0.02
@@ -226,7 +226,7 @@ class Writer:
         try:
             future.result(seconds)
         except concurrent.futures.TimeoutError:
-            raise UserError(
+            raise CheckpointError(
                 f"process {self._world.rank}: the checkpoint {folder} is still being "
                 f"written after {seconds:g} s (federated.deadline_seconds); set output.dir to a "
                 "faster disk, or a longer deadline"
@@ -329,7 +329,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(
+        raise CheckpointError(
             f"the checkpoint {folder} cannot be written ({' '.join(str(error).split())[:300]}); "
             "make room or set output.dir, then start again: the run goes on from the last whole "
             "checkpoint"

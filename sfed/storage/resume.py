@@ -27,7 +27,7 @@ from sfed.storage.checkpoint import (
     by_age,
     facts_of,
 )
-from sfed.utils.errors import UserError
+from sfed.utils.errors import CheckpointError
 from sfed.utils.files import damage
 
 _MOST_NAMED = 8
@@ -53,32 +53,35 @@ def find(run_folder: Path, resume: str) -> tuple[Found | None, list[str]]:
         resume: "auto" for the newest whole one in the run's folder, or a checkpoint folder.
 
     Raises:
-        UserError: where a folder that was asked for is not a whole checkpoint; where there are
-            checkpoints and none can be read; where the system keeps a newer one from being read.
+        CheckpointError: where a folder that was asked for is not a whole checkpoint; where there
+            are checkpoints and none can be read; where the system keeps a newer one from being
+            read.
     """
     if resume != "auto":
         problem, _ = _look_at(Path(resume))
         if problem:
-            raise UserError(f"output.resume = {resume!r}: {problem}")
+            raise CheckpointError(f"output.resume = {resume!r}: {problem}")
         return Found(Path(resume), facts_of(Path(resume))), []
     try:
         folders = by_age(run_folder / "checkpoints")
     except OSError as error:
         reason = f"{run_folder / 'checkpoints'} cannot be read ({error.strerror})"
-        raise UserError(_no_checkpoint(run_folder, [reason])) from None
+        raise CheckpointError(_no_checkpoint(run_folder, [reason])) from None
     problems: list[tuple[Path, str]] = []
     is_kept_from_us = False
     for folder in reversed(folders):
         problem, is_damage = _look_at(folder)
         if not problem and is_kept_from_us:
-            raise UserError(_newest_unreadable(problems, folder))
+            raise CheckpointError(_newest_unreadable(problems, folder))
         if not problem:
             notes = [f"the checkpoint {one} is damaged and passed over: {p}" for one, p in problems]
             return Found(folder, facts_of(folder)), notes
         is_kept_from_us |= not is_damage
         problems.append((folder, problem))
     if problems:
-        raise UserError(_no_checkpoint(run_folder, [f"{one.name}: {p}" for one, p in problems]))
+        raise CheckpointError(
+            _no_checkpoint(run_folder, [f"{one.name}: {p}" for one, p in problems])
+        )
     return None, []
 
 
@@ -116,11 +119,11 @@ def refuse_other_run(found: Found, config: Config, num_clients: int) -> None:
     """Refuse to go on with settings under which the numbers would have been others.
 
     Raises:
-        UserError: naming each key with both values.
+        CheckpointError: naming each key with both values.
     """
     changed = differences(found.facts["config"], comparable(config, num_clients))
     if changed:
-        raise UserError(
+        raise CheckpointError(
             f"the run in {found.folder.parent.parent} was made with other settings:\n  "
             + "\n  ".join(changed)
             + "\nset them back, or choose another output.name, or set output.resume=never to begin "
@@ -136,14 +139,14 @@ def refuse_other_data(found: Found, digests: Sequence[str]) -> None:
         digests: of what each client reads now.
 
     Raises:
-        UserError: naming the clients.
+        CheckpointError: naming the clients.
     """
     known = found.facts.get("data_digests") or digests
     pairs = enumerate(zip_longest(known, digests))
     changed = [str(client) for client, (before, now) in pairs if before != now]
     if changed:
         more = f" and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
-        raise UserError(
+        raise CheckpointError(
             f"data: client {', '.join(changed[:_MOST_NAMED])}{more} reads other rows, or other "
             f"tokens of them, than the run in {found.folder.parent.parent} did so far; put the "
             "data back, or choose another output.name, or set output.resume=never to begin anew"

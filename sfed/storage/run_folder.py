@@ -28,7 +28,7 @@ from sfed.observability.trackers import Journal
 from sfed.storage import checkpoint, resume
 from sfed.storage.checkpoint import Found, State
 from sfed.storage.previous_run import Sight, began_with, read_attempt, rounds_of, sight_of
-from sfed.utils.errors import UserError
+from sfed.utils.errors import CheckpointError, UserError
 from sfed.utils.redaction import masked
 
 _NAME = "lock"
@@ -201,14 +201,14 @@ class RunFolder:
             return
         changed = before.differences(self._config, num_clients)
         if changed:
-            raise UserError(
+            raise CheckpointError(
                 f"the run in {self.path} reports {before.rounds} finished rounds and was made with "
                 "other settings:\n  " + "\n  ".join(changed) + f"\nset them back, or {remedy}"
             )
         if found is not None:
             return
         if before.had_checkpoint:
-            raise UserError(
+            raise CheckpointError(
                 f"no checkpoint of this run can be read, so nothing in {self.path} was touched: "
                 f"metrics.jsonl reports {before.rounds} finished rounds and there is no checkpoint "
                 f"in {inside}; put the checkpoints back and start again, or {remedy}"
@@ -239,7 +239,7 @@ class RunFolder:
             return before
         if found is None:
             return world.size  # nothing was trained with fewer
-        raise UserError(
+        raise CheckpointError(
             f"federated.num_clients is null, so the run in {self.path} has N = {before}, one "
             f"client for each process of its first start; there are {world.size} processes now and "
             f"each holds at least one client: start at most {before}, or choose another output.name"

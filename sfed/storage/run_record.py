@@ -19,17 +19,35 @@ KINDS = {
     "global": "global adapter, everybody's data",
 }
 LOSS = "loss"
+ADAPTER_FILE = "adapter_model.safetensors"
 _SQUARED_ERROR_SCORES = ("pearson", "spearman")
 
 
 @dataclass(frozen=True)
-class Story:
-    """What a run folder tells."""
+class ClientRecord:
+    """What a run folder says of one client."""
+
+    client: int
+    """Number of the client, from 0."""
+    examples: int
+    """Number of its training examples."""
+    labels: Mapping[str, int]
+    """Number of examples per label, where the partition knows labels."""
+    adapter: Path | None
+    """Folder of its exported adapter, a PEFT adapter; None where the run is not finished."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder read back, of a finished run or of one that still trains. Needs no torch."""
 
     folder: Path
+    """The run folder."""
     config: Mapping[str, Any]
+    """Content of ``config.json``: the sections of the configuration, what a start ``resolved``
+    (such as gamma and N), and ``versions``."""
     rounds: Sequence[Event]
-    """Events of the rounds in order; 0 is the state before any training."""
+    """Events of the rounds in order, as in ``metrics.jsonl``; 0 is the state before training."""
     labels: Mapping[int, Mapping[str, int]]
     """Examples per label of each client, where the partition knows labels."""
     sizes: Mapping[int, int]
@@ -43,6 +61,42 @@ class Story:
         return self.folder.name
 
     @property
+    def clients(self) -> dict[int, ClientRecord]:
+        """Each client by its number."""
+        adapters = self.adapters
+        return {
+            client: ClientRecord(
+                client,
+                self.sizes[client],
+                self.labels.get(client, {}),
+                adapters.get(f"client-{client:04d}"),
+            )
+            for client in sorted(self.sizes)
+        }
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """Folders of the exported adapters by name: client-0000, ..., and perhaps global.
+
+        Each is a folder for ``PeftModel.from_pretrained``. Empty until the run is finished.
+        """
+        found = (self.folder / "adapters").glob(f"*/{ADAPTER_FILE}")
+        return {file.parent.name: file.parent for file in sorted(found)}
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Losses and scores on held-out data after the last evaluated round.
+
+        The names are ``<adapter>_<score>``, such as personal_loss or global_accuracy; the values
+        are means over clients, unweighted. Empty where nothing is evaluated yet.
+        """
+        last = self.evaluated[-1] if self.evaluated else {}
+        found = {
+            f"{kind}_{what}": held_out(last, kind, what) for what in self.held for kind in KINDS
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
     def evaluated(self) -> list[Event]:
         """The rounds with a held-out loss or score."""
         return [
@@ -52,7 +106,7 @@ class Story:
         ]
 
     @property
-    def scores(self) -> list[str]:
+    def score_names(self) -> list[str]:
         """Names of the task's scores, the main one first; none where losses are all there is."""
         names = look(self.config, "resolved.scores")
         return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
@@ -60,7 +114,7 @@ class Story:
     @property
     def held(self) -> list[str]:
         """All that is measured on held-out data: scores, then the loss."""
-        return [*self.scores, LOSS]
+        return [*self.score_names, LOSS]
 
     @property
     def by_token(self) -> bool:
@@ -72,7 +126,7 @@ class Story:
         """Unit of the losses."""
         if self.by_token:
             return "nats/token"
-        main = self.scores[:1]
+        main = self.score_names[:1]
         return "squared error" if main and main[0] in _SQUARED_ERROR_SCORES else "nats/example"
 
     @property
@@ -150,12 +204,16 @@ def clients_of(event: Event) -> list[Event]:
     ]
 
 
-def read_story(folder: Path) -> Story:
-    """Read a run folder.
+def open_run(folder: Path | str) -> RunRecord:
+    """Read a run folder, of a finished run or of one that still trains. Needs no torch.
+
+    Args:
+        folder: that ``metrics.jsonl`` is in, such as runs/demo.
 
     Raises:
         UserError: where it is missing, is no run folder, or is damaged.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the run folder {str(folder)!r} does not exist")
     if not (folder / "metrics.jsonl").is_file():
@@ -174,7 +232,7 @@ def read_story(folder: Path) -> Story:
     partition = folder / "partition.json"
     parts = clients_of(_read_json(partition)) if partition.is_file() else []
     last = clients_of(rounds[max(rounds)]) if rounds else []
-    return Story(
+    return RunRecord(
         folder=folder.resolve(),
         config=config,
         rounds=[rounds[key] for key in sorted(rounds)],
@@ -183,6 +241,11 @@ def read_story(folder: Path) -> Story:
         | {entry["client"]: int(n) for entry in last if (n := number(entry, "examples"))},
         note=found.note,
     )
+
+
+# The names that the report's files use.
+Story = RunRecord
+read_story = open_run
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     path, overrides = words
     if path is None:
         raise UserError("no grid file given, such as python -m sfed.sweep GRID.yaml; see --help")
-    check = partial(preflight.check_before_torch, num_processes=1)
+    check = partial(preflight.check, num_processes=1)
     found = grid.read(Path(path), overrides, party.size, check)
     try:
         with party.met():

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 
+from sfed import train
 from sfed.config.schema import Config
 from sfed.utils.command import EXIT_MISTAKE, leave, print_masked
 from sfed.utils.errors import UserError
@@ -62,7 +63,7 @@ def prepare() -> None:
     ended; it inherits this from here.
     """
     handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    mp.set_forkserver_preload(["sfed.federated.session"])
+    mp.set_forkserver_preload(["sfed.federated.session", "sfed.observability.third_party"])
     forkserver.ensure_running()
     signal.signal(signal.SIGTERM, handler)
 
@@ -118,10 +119,8 @@ def _enter(config: Config, environment: dict[str, str], sender: Connection) -> N
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_follow_parent, daemon=True).start()
     os.environ.update(environment)
-    from sfed.federated.session import run_session  # imported in the fork server
-
     try:
-        run_session(config, one_of_many=True)
+        train.run(config, one_of_many=True)  # its imports are made in the fork server
     except UserError as mistake:
         sender.send((mask(str(mistake))[:_LONGEST_MESSAGE], False))
         leave(str(mistake), EXIT_MISTAKE)

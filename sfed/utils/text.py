@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def duration(seconds: float) -> str:
     """Say a duration in words: 45 s, 3 min 20 s, 2 h 5 min."""
@@ -11,6 +13,16 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT]i?B)")
+_UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str) -> int | None:
+    """Return the bytes of a size such as 80GiB; None for other texts."""
+    match = _SIZE.fullmatch(text)
+    return int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
 def size_text(num_bytes: float) -> str:

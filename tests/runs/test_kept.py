@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from sfed import train as training
 from sfed.config import load as config_load
 from sfed.data import splits
-from sfed.federated import session
 from sfed.storage import checkpoint as storage_checkpoint
 from sfed.storage import resume
 from sfed.utils import command, files
@@ -34,7 +34,7 @@ def settings(tiny_folder: Path, out: Path, **sections: Any) -> dict[str, Any]:
 
 
 def train(own: dict[str, Any]) -> Path:
-    session.run_session(config_load.validate(own))
+    training.run(config_load.validate(own))
     return Path(own["output"]["dir"]) / own["output"]["name"]
 
 

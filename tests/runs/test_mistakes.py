@@ -621,7 +621,7 @@ def test_a_mistake_in_the_settings_is_explained_before_anything_starts(mistake, 
     arguments = mistake.made_in(folder)
     before = sorted(folder.rglob("*"))
     with pytest.raises(UserError) as raised:
-        preflight.check_before_torch(config_load.parse(arguments))
+        preflight.check(config_load.parse(arguments))
     check_words(mistake, str(raised.value), folder)
     assert sorted(folder.rglob("*")) == before
 

@@ -20,8 +20,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sfed import train
 from sfed.config import load as config_load
-from sfed.federated import session
 from sfed.models import demo as demo_model
 from sfed.report import __main__ as report
 from sfed.utils import command
@@ -258,11 +258,11 @@ def test_code_of_a_model_runs_only_where_it_is_trusted_and_then_that_is_said(
         federated={"num_rounds": 1},
     )
     if trusted:
-        session.run_session(config_load.validate(settings))
+        train.run(config_load.validate(settings))
         assert "Python code that comes with" in capsys.readouterr().out
     else:
         with pytest.raises(UserError, match="trust_remote_code"):
-            session.run_session(config_load.validate(settings))
+            train.run(config_load.validate(settings))
     assert (tmp_path / "proof").exists() == trusted
 
 
@@ -282,7 +282,7 @@ def test_weights_that_are_a_pickle_with_code_do_not_run_it(tiny_folder, tmp_path
         tmp_path, data={"train_files": str(tiny_folder / "rows.jsonl")}, federated={"num_rounds": 1}
     )
     with pytest.raises(UserError, match=r"model\.name .* convert it to safetensors"):
-        session.run_session(config_load.validate(settings))
+        train.run(config_load.validate(settings))
     assert not (tmp_path / "proof").exists()
 
 

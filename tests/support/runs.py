@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from sfed import train
 from sfed.config import load as config_load
-from sfed.federated import preflight, session
+from sfed.federated import preflight
 from sfed.utils import command
 from sfed.utils.errors import UserError
 from tests.support.processes import on_processes
@@ -21,8 +22,8 @@ Tensors = dict[str, torch.Tensor]
 
 def train_settings(settings: dict[str, Any]) -> None:
     config = config_load.validate(settings)
-    preflight.check_before_torch(config)
-    session.run_session(config)
+    preflight.check(config)
+    train.run(config)
 
 
 def train_or_leave(settings: dict[str, Any]) -> None:

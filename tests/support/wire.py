@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from sfed import train
 from sfed.config import load as config_load
-from sfed.federated import session
 
 
 def sent_bytes() -> int:
@@ -32,7 +32,7 @@ def main() -> None:
     for turn, settings in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         os.environ["MASTER_PORT"] = str(port + turn)
         before = sent_bytes()
-        session.run_session(config_load.validate(settings))
+        train.run(config_load.validate(settings))
         sent.append(sent_bytes() - before)
     sys.stdout.write(f"sent {json.dumps(sent)}\n")
 

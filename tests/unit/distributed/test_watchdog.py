@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from sfed import train
 from sfed.config import load as config_load
 from sfed.distributed import diagnosis
 from sfed.distributed.diagnosis import Report
 from sfed.distributed.watchdog import Heartbeat
-from sfed.federated import local, session
+from sfed.federated import local
 from sfed.utils.errors import UserError
 from tests.support import tiny
 from tests.support.processes import ends_of
@@ -90,7 +91,7 @@ def hang(settings: dict, how: str) -> None:
         healthy(self, step)
 
     local.LocalSteps.make = make
-    session.run_session(config_load.validate(settings))
+    train.run(config_load.validate(settings))
 
 
 EXACT = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}

@@ -6,9 +6,9 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
+from sfed import train
 from sfed.config import load as config_load
 from sfed.data.tokenizer import identity_of
-from sfed.federated import session
 from sfed.models.tokenizer import load_tokenizer
 from tests.support import runs, tiny
 
@@ -84,7 +84,7 @@ def test_a_run_says_where_its_end_mark_is_from(tiny_folder, tmp_path, capsys, eo
         evaluation={"generate": True, "max_new_tokens": 2},
         output={"dir": str(tmp_path / "runs"), "name": "run"},
     )
-    session.run_session(config_load.validate(own))
+    train.run(config_load.validate(own))
     said = capsys.readouterr().out
     if eos is None:
         assert "warning: no end mark (eos)" in said and "eos_token" in said

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from sfed import train
 from sfed.config import load as config_load
 from sfed.federated import build as federated_build
 from sfed.federated import session
@@ -212,7 +213,7 @@ def _warn_on_each(settings) -> None:
         return build(*arguments)
 
     session.build = build_and_warn
-    session.run_session(config_load.validate(settings))
+    train.run(config_load.validate(settings))
 
 
 @pytest.mark.dist

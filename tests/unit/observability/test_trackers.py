@@ -168,7 +168,7 @@ def test_a_tracker_that_is_not_installed_is_a_mistake_before_anything_else(monke
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     config = config_load.validate({"output": {"trackers": ["tensorboard", "wandb"]}})
     with pytest.raises(UserError) as raised:
-        preflight.check_before_torch(config)
+        preflight.check(config)
     for name in ("tensorboard", "wandb"):
         assert f"pip install 'sfed[{name}]'" in str(raised.value)
 

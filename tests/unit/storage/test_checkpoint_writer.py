@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from sfed import train
 from sfed.config import load as config_load
-from sfed.federated import local, session
+from sfed.federated import local
 from sfed.federated.context import RoundPlan
 from sfed.lora import tensor_files
 from sfed.storage import checkpoint_writer
@@ -33,7 +34,7 @@ def settings(folder: Path, out: Path, name: str = "run", **sections: dict) -> di
 
 
 def run(own: dict) -> Path:
-    session.run_session(config_load.validate(own))
+    train.run(config_load.validate(own))
     return Path(own["output"]["dir"]) / own["output"]["name"]
 
 
@@ -83,7 +84,7 @@ def fail_on_process_1(own: dict, failing_round: int) -> str:
 
     checkpoint_writer.save_tensors = full
     try:
-        session.run_session(config_load.validate(own))
+        train.run(config_load.validate(own))
     except UserError as mistake:
         return str(mistake)
     finally:
@@ -189,7 +190,7 @@ def hang_on_process_1(own: dict) -> str:
     if os.environ["RANK"] == "1":
         checkpoint_writer.save_tensors = lambda *_: threading.Event().wait()
     try:
-        session.run_session(config_load.validate(own))
+        train.run(config_load.validate(own))
     except (UserError, SystemExit) as end:
         return str(end)
     return ""

@@ -43,7 +43,7 @@ def write(folder: Path, **keys: Any) -> Path:
 
 
 def read(path: Path, *overrides: str, num_processes: int = 1) -> Grid:
-    return grid.read(path, overrides, num_processes, preflight.check_before_torch)
+    return grid.read(path, overrides, num_processes, preflight.check)
 
 
 def names(found: Grid) -> list[str]:

@@ -1,0 +1,27 @@
+"""What cannot be planned is refused before anything heavy is imported. Needs no torch."""
+
+from __future__ import annotations
+
+from sfed.config.schema import Config
+from sfed.methods import method as methods
+from sfed.utils.errors import ConfigError
+
+
+def check_plan(config: Config, gpus: int) -> None:
+    """Check that a configuration can be planned for a number of GPUs.
+
+    Raises:
+        ConfigError: where it has fewer clients than GPUs, or is the demo's.
+        UserError: where the method is unstable with this scaling.
+    """
+    methods.resolve(config)
+    num_clients = config.federated.num_clients
+    if num_clients is not None and num_clients < gpus:
+        raise ConfigError(
+            f"federated.num_clients = {num_clients} is less than the {gpus} GPUs, and every "
+            f"process holds at least one client: give --gpus {num_clients}, or raise it"
+        )
+    if config.model.name == "demo":
+        raise ConfigError(
+            "model.name = 'demo' fits anywhere; give a CONFIG, or model.name=... data.task=..."
+        )
