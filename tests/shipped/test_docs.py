@@ -43,7 +43,9 @@ def fences(page: Path, language: str) -> list[str]:
 def inline(page: Path) -> list[str]:
     """Commands within the text, without those that hold a placeholder such as FILE or ..."""
     outside = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
-    found = re.findall(r"`((?:[A-Z_]+=\S+ )*(?:python|torchrun|deepspeed|pytest) [^`]*)`", outside)
+    found = re.findall(
+        r"`((?:[A-Z_]+=\S+ )*(?:python|sfed|torchrun|deepspeed|pytest) [^`]*)`", outside
+    )
     placeholder = re.compile(r"(?:^| )(?:\.\.\.|\[|[A-Z]+(?:[ ./]|$)|\S*/[A-Z]+(?: |$))")
     return [line for line in found if not placeholder.search(line)]
 
@@ -82,6 +84,9 @@ def call_of(words: list[str]) -> Call | None:
     for position, word in enumerate(words):
         if word in ("-m", "--module") and words[position + 1].startswith(("sfed.", "tests.")):
             return Call(words[position + 1], tuple(words[position + 2 :]), processes)
+        is_first = all("=" in before for before in words[:position])
+        if word == "sfed" and is_first and words[position + 1 :]:
+            return Call(f"sfed.{words[position + 1]}", tuple(words[position + 2 :]), processes)
         if word in SCRIPTS:
             return Call("sfed.train", tuple(words[position + 1 :]), processes)
         if word == "launch/sfed.json":  # Python is asked to run it
@@ -121,6 +126,8 @@ def check(call: Call) -> None:
         bench._parser().parse_args(words)
     elif call.module == "sfed.report":
         assert words and not any(word.startswith("-") for word in words)
+    elif call.module in ("sfed.--help", "sfed.--version"):
+        assert not words
     else:
         assert (ROOT / call.module.replace(".", "/")).with_suffix(".py").is_file()
 
@@ -167,6 +174,7 @@ def test_commands_of_all_kinds_are_found():
         "python -m sfed.sweep configs/ranks.yaml lora.rnak=8",
         "python -m sfed.plan configs/gsm8k.yaml --gpus 4 --gpu-memory 80",
         "python -m sfed.bench --modle stories",
+        "sfed plan configs/gsm8k.yaml --gpus 4 --gpu-memory 80",
     ],
 )
 def test_a_wrong_command_would_be_found(line: str):
