@@ -393,7 +393,7 @@ def test_the_first_head_is_the_same_on_all_clients_whatever_the_method(
 
 def test_the_order_of_clients_in_a_pass_does_not_matter(folder, tmp_path, monkeypatch):
     straight = runs.adapters(glue.run(folder, "bert", "mnli", tmp_path / "straight"))
-    monkeypatch.setattr(local, "_groups_of", lambda _run, _own, _cohort: [(2, 0, 1)])
+    runs.train_in_groups(monkeypatch, [[(2, 0, 1)]])
     mixed = runs.adapters(glue.run(folder, "bert", "mnli", tmp_path / "mixed"))
     assert runs.relative_difference(straight, mixed) <= 3e-6
 

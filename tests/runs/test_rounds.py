@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from sfed.config import load as config_load
-from sfed.federated import local, session
+from sfed.federated import session
 from sfed.models import backbone
 from tests.support import runs, tiny
 from tests.support.processes import on_processes
@@ -109,7 +109,7 @@ def test_the_order_of_clients_in_a_pass_does_not_matter(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = with_method(tiny_folder, tmp_path, "sfed", 3, train=SGD)
-    monkeypatch.setattr(local, "_groups_of", lambda _run, _own, _cohort: [(2, 0, 3, 1)])
+    runs.train_in_groups(monkeypatch, [[(2, 0, 3, 1)]])
     mixed = with_method(tiny_folder, tmp_path / "mixed", "sfed", 3, train=SGD)
     assert runs.relative_difference(straight, mixed) <= 1e-6
 

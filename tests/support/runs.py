@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from sfed import train
 from sfed.config import load as config_load
-from sfed.federated import preflight
+from sfed.federated import local, preflight
+from sfed.federated.context import RoundPlan, Run
 from sfed.utils import command
 from sfed.utils.errors import UserError
 from tests.support.processes import on_processes
@@ -90,3 +93,13 @@ def identical(one: dict[str, Tensors], other: dict[str, Tensors]) -> bool:
         for client, tensors in one.items()
         for name, tensor in tensors.items()
     )
+
+
+def train_in_groups(monkeypatch: pytest.MonkeyPatch, groups: list[list[tuple[int, ...]]]) -> None:
+    """Let these clients share the passes of local training, in this order, on each process."""
+    train = local.train
+
+    def train_grouped(run: Run, plan: RoundPlan, *rest: Any) -> None:
+        train(run, dataclasses.replace(plan, groups=groups), *rest)
+
+    monkeypatch.setattr(local, "train", train_grouped)
