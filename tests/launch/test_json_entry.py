@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import launchers
+
+ROOT = launchers.ROOT
 START_UP = "sfed_script.pth"
 
 
@@ -43,8 +45,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(python: Path, *words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    words = (str(python), "-u", *words)
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    return launchers.run(str(python), "-u", *words, cwd=folder, env=environment)
 
 
 def test_what_python_reads_at_start_lies_beside_the_package_and_goes_with_it(wheel: Path) -> None:

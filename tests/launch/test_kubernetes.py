@@ -16,6 +16,7 @@ import yaml
 from sfed.config import load as config_load
 from sfed.methods import method as methods
 from tests.support import manifests, netns, pods, runs, tiny
+from tests.support.deadlines import HANG_SECONDS
 from tests.support.netns import Node
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,7 +271,7 @@ def test_probes_look_at_the_age_of_the_heartbeat(name, tmp_path):
             file.touch()
             os.utime(file, (file.stat().st_mtime - seconds,) * 2)
             probes = (found.probes[name] for name in ("startupProbe", "livenessProbe"))
-            return [subprocess.run(words, timeout=30).returncode == 0 for words in probes]
+            return [subprocess.run(words, timeout=HANG_SECONDS).returncode == 0 for words in probes]
 
         assert answers(0) == [True, True]
         assert answers(120) == [False, True]
@@ -357,7 +358,7 @@ def test_the_pods_of_a_job_train_as_one_process_does(
     before = [node.sent_bytes() for node in nodes]
     started = start(made, nodes, settings, tmp_path)
     logs = [(tmp_path / f"{pod['metadata']['name']}.log").read_text() for pod in made]
-    assert netns.wait(started, seconds=120.0) == [0, 0], logs
+    assert netns.wait(started) == [0, 0], logs
     logs = [(tmp_path / f"{pod['metadata']['name']}.log").read_text() for pod in made]
     assert f"4 clients on {2 * per_node} processes" in logs[0]
     assert all(node.sent_bytes() > sent for node, sent in zip(nodes, before, strict=True))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support import netns, runs
+from tests.support import launchers, netns, runs
+from tests.support.deadlines import RUN_SECONDS
 from tests.support.launchers import ROOT
 from tests.support.netns import Node
 from tests.support.processes import free_port
@@ -39,7 +40,7 @@ def asked_of_torchrun(tmp_path: Path, *words: str, **variables: str) -> dict[str
     stand_in.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **variables}
     script = [str(LAUNCH / "torchrun.sh"), *words]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    done = launchers.run(*script, env=environment)
     assert done.returncode == 0, done.stderr
     return dict(line.split("=", 1) for line in done.stdout.splitlines())
 
@@ -81,7 +82,7 @@ def test_what_a_platform_has_set_goes_before(tmp_path: Path) -> None:
 def test_nodes_without_a_meeting_place_are_refused(tmp_path: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "NNODES": "2"}
     script = str(LAUNCH / "torchrun.sh")
-    done = subprocess.run([script], env=environment, capture_output=True, text=True)
+    done = launchers.run(script, env=environment)
     assert done.returncode == 2
     assert "NNODES=2 needs MASTER_ADDR" in done.stderr
 
@@ -104,7 +105,7 @@ def overrides(tiny_folder: Path, output: Path, name: str) -> list[str]:
         "data.max_tokens=64",
         "federated.num_clients=4",
         "federated.num_rounds=2",
-        "federated.deadline_seconds=120",
+        f"federated.deadline_seconds={RUN_SECONDS:g}",
         "train.local_steps=2",
         "train.batch_size=4",
         f"output.dir={output}",
@@ -118,7 +119,7 @@ def on_one_node(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("single")
     environment = {**os.environ, **ENVIRONMENT, "NPROC_PER_NODE": "2"}
     words = [str(LAUNCH / "torchrun.sh"), *overrides(tiny_folder, folder, "run")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+    done = launchers.run(*words, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return runs.adapters(folder / "run")
 
@@ -131,12 +132,8 @@ def test_deepspeed_trains_the_file_that_it_is_given(
 ) -> None:
     """Judged by the adapters: the launcher's exit code is 0 for a program that does nothing."""
     words = ["deepspeed", "--num_gpus=2", f"--master_port={free_port()}", *form]
-    subprocess.run(
-        [*words, *overrides(tiny_folder, tmp_path, "run")],
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        timeout=240,
-    )
+    environment = {**os.environ, **ENVIRONMENT}
+    launchers.run(*words, *overrides(tiny_folder, tmp_path, "run"), env=environment)
     assert runs.identical(runs.adapters(tmp_path / "run"), on_one_node)
 
 
@@ -164,6 +161,6 @@ def test_two_nodes_end_with_the_adapters_of_one(
         log = tmp_path / f"node-{number}.log"
         both = {**ENVIRONMENT, **environment}
         started.append(node.start(*words, *run, folder=tmp_path, log=log, environment=both))
-    codes = netns.wait(started, seconds=240.0)
+    codes = netns.wait(started)
     assert codes == [0, 0], [(tmp_path / f"node-{i}.log").read_text()[-3000:] for i in range(2)]
     assert runs.identical(runs.adapters(tmp_path / "run"), on_one_node)

@@ -12,7 +12,7 @@ from tests.support import glue, runs, tiny
 from tests.support.processes import on_processes
 
 LITTLE: dict[str, dict[str, Any]] = {
-    "federated": {"num_clients": 4, "num_rounds": 1, "deadline_seconds": 60.0},
+    "federated": {"num_clients": 4, "num_rounds": 1},
     "train": {"local_steps": 1, "batch_size": 2},
 }
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -35,7 +35,7 @@ def train_with_cache(settings: dict[str, Any], cache: str) -> None:
 def first_run(settings: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
     """The rounds of a run on two processes whose cache is empty."""
     assert not cache.exists()
-    on_processes(2, train_with_cache, settings, str(cache), deadline_seconds=180.0)
+    on_processes(2, train_with_cache, settings, str(cache))
     assert list(cache.rglob("*.arrow"))
     return runs.rounds(Path(settings["output"]["dir"]) / settings["output"]["name"])
 

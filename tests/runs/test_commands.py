@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import runs
+from tests.support import launchers, runs
+from tests.support.launchers import ROOT
 from tests.support.processes import free_port
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def command(*words: str, folder: Path, seconds: float = 900.0) -> str:
-    """Run a command in ``folder``; returns what it printed."""
-    done = subprocess.run(
-        words,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
 
 def torchrun(num: int, *words: str, folder: Path) -> str:
-    port = f"--master_port={free_port()}"
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num}", port]
-    return command(*launcher, "-m", "sfed.train", *words, folder=folder)
+    """Train under torchrun in ``folder``; returns what it printed."""
+    done = launchers.torchrun(num, "-m", "sfed.train", *words, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_the_demo_learns_on_two_processes(tmp_path: Path) -> None:
@@ -68,7 +51,7 @@ def test_torchrun_and_deepspeed_write_the_same_adapters(tmp_path: Path, shared_d
     torchrun(2, *real, "output.name=torchrun", folder=tmp_path)
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus=2"]
     launcher += [f"--master_port={free_port()}", "--module", "sfed.train"]
-    command(*launcher, *real, "output.name=deepspeed", folder=tmp_path)
+    launchers.run(*launcher, *real, "output.name=deepspeed", cwd=tmp_path)
     one, other = (runs.adapters(tmp_path / "runs" / name) for name in ("torchrun", "deepspeed"))
     assert runs.identical(one, other)
     events = runs.rounds(tmp_path / "runs" / "torchrun")

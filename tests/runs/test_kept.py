@@ -26,7 +26,7 @@ ROUNDS = 3
 
 
 def settings(tiny_folder: Path, out: Path, **sections: Any) -> dict[str, Any]:
-    federated = {"num_clients": 4, "num_rounds": ROUNDS, "deadline_seconds": 30.0}
+    federated = {"num_clients": 4, "num_rounds": ROUNDS}
     sections["federated"] = federated | sections.get("federated", {})
     sections["train"] = {"local_steps": 1, "lr": 1e-2} | sections.get("train", {})
     sections["output"] = {"dir": str(out), "name": "run"} | sections.get("output", {})

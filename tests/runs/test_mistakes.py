@@ -10,8 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,10 +28,10 @@ from sfed.models.backbone import Backbone
 from sfed.observability import metrics
 from sfed.utils.command import EXIT_MISTAKE
 from sfed.utils.errors import UserError
-from tests.support import tiny
+from tests.support import launchers, tiny
+from tests.support.deadlines import HANG_SECONDS
 from tests.support.processes import free_port, on_processes
 
-ROOT = Path(__file__).resolve().parents[2]
 GOOD_ROW = '{"prompt": "a:", "completion": " b", "kind": "x"}\n'
 LONG_ROW = json.dumps({"prompt": "p" * 200, "completion": "c"}) + "\n"
 
@@ -43,17 +41,17 @@ def _deadline_and_tidy_process() -> Iterator[None]:
     """A hang is a failure; what a session changes of its process is put back."""
 
     def too_late(_signal: int, _frame: object) -> None:
-        raise TimeoutError("no answer within 60 s")
+        raise TimeoutError(f"no answer within {HANG_SECONDS:g} s")
 
     on_alarm, on_terminate = (
         signal.signal(signal.SIGALRM, too_late),
         signal.getsignal(signal.SIGTERM),
     )
-    signal.alarm(60)
+    signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
     with warnings.catch_warnings():
         yield
     logging.captureWarnings(False)
-    signal.alarm(0)
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
     signal.signal(signal.SIGALRM, on_alarm)
     signal.signal(signal.SIGTERM, on_terminate)
 
@@ -631,7 +629,7 @@ def test_a_mistake_in_files_is_explained_and_the_next_start_is_good(mistake, fol
     arguments = mistake.made_in(folder)
     before = sorted(folder.rglob("*"))
     if mistake.own_process:
-        message = on_processes(1, message_of, arguments, deadline_seconds=60)[0]
+        message = on_processes(1, message_of, arguments)[0]
     else:
         message = message_of(arguments)
     check_words(mistake, message, folder)
@@ -858,7 +856,7 @@ def train_paged(arguments: list[str], what: str) -> None:
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_client_that_turns_infinite_in_a_pass_of_its_own_is_left_out_too(what, sharding, folder):
     settings = {**SICK, "federated.clients_per_pass": 1, "backbone.sharding": sharding}
-    on_processes(2, train_paged, written(folder, settings), what, deadline_seconds=90)
+    on_processes(2, train_paged, written(folder, settings), what)
     run = folder / "runs" / "run"
     rounds = {event["round"]: event for event in metrics.read_events(run / "metrics.jsonl")}
     excluded = {
@@ -915,14 +913,7 @@ def test_a_step_that_overflows_the_adapter_is_noticed_before_the_mean(folder, ca
 
 
 def run_command(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return launchers.python("-m", *command, env=launchers.environment(**environment))
 
 
 def test_a_wrong_value_on_the_command_line_ends_with_code_2_and_a_short_message():
@@ -963,9 +954,7 @@ def test_a_mistake_that_only_process_1_can_see_is_raised_by_both(folder):
     (folder / "0.jsonl").write_text(GOOD_ROW * 4)
     (folder / "1.jsonl").write_text(GOOD_ROW * 4 + "oops\n")
     arguments = written(folder, by_file())
-    started = time.monotonic()
-    messages = on_processes(2, message_of, arguments, deadline_seconds=50)
-    assert time.monotonic() - started < 50
+    messages = on_processes(2, message_of, arguments)
     assert messages[0] == messages[1]
     assert f"{folder / '1.jsonl'}, line 5: not JSON" in messages[0]
     assert not (folder / "runs").exists()

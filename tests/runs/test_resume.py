@@ -7,25 +7,29 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sfed.config import load as config_load
 from sfed.data import splits
-from sfed.federated import evaluate, local
-from sfed.utils import command
-from tests.support import runs, tiny
-from tests.support.processes import ends_of, free_port
+from sfed.distributed.watchdog import Watch
+from sfed.federated import evaluate, local, session
+from sfed.utils.errors import UserError
+from tests.support import disturbed, runs, tiny
+from tests.support.deadlines import HANG_SECONDS, scaled, wait_until
+from tests.support.disturbed import Moment, train_with_signal
+from tests.support.processes import ends_of, on_processes
+from tests.support.selection import full
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 ADAMW = {"lr": 1e-2, "local_steps": 4, "batch_size": 4}
 SGD = {**ADAMW, "optimizer": "sgd", "lr": 0.1}
-FOUR = {"num_clients": 4, "num_rounds": 4, "deadline_seconds": 30.0}
+FOUR = {"num_clients": 4, "num_rounds": 4}
 
 
 def settings(tiny_folder: Path, out: Path, name: str = "run", **sections: object) -> dict:
@@ -33,81 +37,39 @@ def settings(tiny_folder: Path, out: Path, name: str = "run", **sections: object
     return tiny.settings(tiny_folder, output={"dir": str(out), "name": name}, **sections)
 
 
-def start(num: int, run_settings: dict, folder: Path) -> list[subprocess.Popen]:
-    """Start the trainer as separate programs, without a launcher that would clean up."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(run_settings))
-    port = str(free_port())
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "sfed.train", str(path)],
-            env={
-                **os.environ,
-                "RANK": str(process),
-                "LOCAL_RANK": str(process),
-                "WORLD_SIZE": str(num),
-                "LOCAL_WORLD_SIZE": str(num),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for process in range(num)
-    ]
+@pytest.fixture(scope="module")
+def calm(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Runs that nobody disturbs, each trained once: only read their folders."""
+    done: dict[str, Path] = {}
 
+    def run(num_processes: int, **sections: object) -> Path:
+        key = json.dumps([num_processes, sections], sort_keys=True)
+        if key not in done:
+            out = tmp_path_factory.mktemp("calm")
+            done[key] = runs.run(num_processes, settings(tiny_folder, out, **sections))
+        return done[key]
 
-def wait(processes: list[subprocess.Popen], seconds: float = 90.0) -> list[int]:
-    end = time.monotonic() + seconds
-    codes = []
-    for process in processes:
-        try:
-            codes.append(process.wait(max(0.1, end - time.monotonic())))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            codes.append(-999)
-    return codes
-
-
-def wait_for_round(run_folder: Path, number: int, processes: list[subprocess.Popen]) -> None:
-    end = time.monotonic() + 90
-    metrics = run_folder / "metrics.jsonl"
-    while time.monotonic() < end:
-        if metrics.is_file() and f'"round": {number},' in metrics.read_text():
-            return
-        assert all(process.poll() is None for process in processes), "the run ended too early"
-        time.sleep(0.005)
-    raise TimeoutError(f"round {number} did not come")
-
-
-LONG = {**FOUR, "num_rounds": 30}
+    return run
 
 
 def test_a_process_killed_in_the_middle_of_a_round_costs_nothing_but_that_round(
-    tiny_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, calm: Callable[..., Path]
 ) -> None:
     """kill -9 of one of two processes, then the same command: bit for bit the same adapters."""
-    calm = runs.run(2, settings(tiny_folder, tmp_path, "calm", federated=LONG))
-    disturbed = settings(tiny_folder, tmp_path, "disturbed", federated=LONG)
-    folder = tmp_path / "disturbed"
-    processes = start(2, disturbed, tmp_path)
-    wait_for_round(folder, 3, processes)
-    processes[1].send_signal(signal.SIGKILL)
-    codes = wait(processes)
-    assert codes[1] == -signal.SIGKILL
-    assert codes[0] not in (0, -999), "the survivor must notice before its deadline"
+    own, folder = settings(tiny_folder, tmp_path), tmp_path / "run"
+    own["federated"]["deadline_seconds"] = scaled(10.0)  # the survivor waits as long
+    ends = ends_of(2, train_with_signal, own, Moment(1, 3, 2), signal.SIGKILL)
+    assert ends[1].code == -signal.SIGKILL
+    assert ends[0].code not in (0, -signal.SIGKILL), "the survivor ends by itself"
     assert not (folder / "adapters").exists()
-    assert len(runs.rounds(folder)) < 31
-    again = start(2, disturbed, tmp_path)
-    outputs = [process.communicate(timeout=600)[0] for process in again]
-    assert [process.returncode for process in again] == [0, 0], outputs
-    assert "going on after round" in outputs[0]
-    assert runs.identical(runs.adapters(calm), runs.adapters(folder))
-    assert [event["round"] for event in runs.rounds(folder)] == list(range(31))
-    assert [e["eval/loss"] for e in runs.rounds(calm)] == [
+    assert [event["round"] for event in runs.rounds(folder)] == [0, 1, 2]
+    again = ends_of(2, runs.train_settings, own)
+    assert [end.code for end in again] == [0, 0], again
+    assert "going on after round" in again[0].said
+    undisturbed = calm(2)
+    assert runs.identical(runs.adapters(undisturbed), runs.adapters(folder))
+    assert [event["round"] for event in runs.rounds(folder)] == [0, 1, 2, 3, 4]
+    assert [e["eval/loss"] for e in runs.rounds(undisturbed)] == [
         e["eval/loss"] for e in runs.rounds(folder)
     ]
 
@@ -120,39 +82,33 @@ UNEQUAL = {
 
 @pytest.mark.parametrize(
     ("sharding", "sections"),
-    [("none", {}), ("zero3", {}), ("zero3", UNEQUAL)],
+    [("none", {}), full("zero3", {}), ("zero3", UNEQUAL)],
     ids=["replicas", "zero3", "zero3 with unequal clients and micro passes"],
 )
 def test_sigterm_finishes_the_step_writes_and_exits_0(
-    tiny_folder: Path, tmp_path: Path, sharding: str, sections: dict
+    tiny_folder: Path, tmp_path: Path, calm: Callable[..., Path], sharding: str, sections: dict
 ) -> None:
     """The request reaches one process only; both stop, and the resumed run is the undisturbed.
 
     Nobody asked the other one: for whoever started it the run is not done, so it exits 1.
     """
-    shape = {"federated": {**LONG, "num_rounds": 12}, "backbone": {"sharding": sharding}}
-    shape |= {"train": {**ADAMW, "local_steps": 10}} | sections
-    calm = runs.run(2, settings(tiny_folder, tmp_path, "calm", **shape))
-    disturbed = settings(tiny_folder, tmp_path, "disturbed", **shape)
-    folder = tmp_path / "disturbed"
-    processes = start(2, disturbed, tmp_path)
-    wait_for_round(folder, 2, processes)
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [1, 0], outputs
-    assert "stopped as asked" in outputs[0]
+    shape = {"backbone": {"sharding": sharding}} | sections
+    own, folder = settings(tiny_folder, tmp_path, **shape), tmp_path / "run"
+    ends = ends_of(2, train_with_signal, own, Moment(1, 3, 2), signal.SIGTERM)
+    assert [end.code for end in ends] == [1, 0], ends
+    assert "stopped as asked" in ends[0].said
     assert not (folder / "adapters").exists()
-    again = start(2, disturbed, tmp_path)
-    assert wait(again) == [0, 0]
-    assert runs.identical(runs.adapters(calm), runs.adapters(folder))
-    assert [event["round"] for event in runs.rounds(folder)] == list(range(13))
-    assert runs.rounds(calm)[-1]["train/loss"] == runs.rounds(folder)[-1]["train/loss"]
+    runs.run(2, own)
+    undisturbed = calm(2, **shape)
+    assert runs.identical(runs.adapters(undisturbed), runs.adapters(folder))
+    assert [event["round"] for event in runs.rounds(folder)] == [0, 1, 2, 3, 4]
+    assert runs.rounds(undisturbed)[-1]["train/loss"] == runs.rounds(folder)[-1]["train/loss"]
 
 
 def test_a_run_stopped_on_four_processes_goes_on_on_two_and_on_one(
-    tiny_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, calm: Callable[..., Path]
 ) -> None:
-    whole = runs.run(1, settings(tiny_folder, tmp_path, "whole", train=SGD))
+    whole = calm(1, train=SGD)
     for rounds, num in ((1, 4), (2, 2), (4, 1)):
         part = {**FOUR, "num_rounds": rounds}
         moved = runs.run(num, settings(tiny_folder, tmp_path, "moved", train=SGD, federated=part))
@@ -161,28 +117,30 @@ def test_a_run_stopped_on_four_processes_goes_on_on_two_and_on_one(
 
 
 def test_a_round_that_was_stopped_within_goes_on_on_another_number_of_processes(
-    tiny_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, calm: Callable[..., Path]
 ) -> None:
-    shape = {"train": {**SGD, "lr": 0.02, "local_steps": 40}}
-    shape["federated"] = {**FOUR, "num_rounds": 3}
-    whole = runs.run(1, settings(tiny_folder, tmp_path, "whole", **shape))
-    moved = settings(tiny_folder, tmp_path, "moved", **shape)
-    processes = start(2, moved, tmp_path)
-    wait_for_round(tmp_path / "moved", 1, processes)
-    processes[0].send_signal(signal.SIGUSR1)  # as Slurm does when the time is nearly over
-    assert wait(processes) == [0, 1]
-    names = [path.name for path in (tmp_path / "moved" / "checkpoints").iterdir()]
+    shape = {
+        "train": {**SGD, "lr": 0.02, "local_steps": 12},
+        "federated": {**FOUR, "num_rounds": 3},
+    }
+    own = settings(tiny_folder, tmp_path, **shape)
+    # As Slurm does when the time is nearly over.
+    ends = ends_of(2, train_with_signal, own, Moment(0, 2, 5), signal.SIGUSR1)
+    assert [end.code for end in ends] == [0, 1], ends
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert any(name.endswith("-partial") for name in names), names
-    folder = runs.run(1, moved)
+    whole, folder = calm(1, **shape), runs.run(1, own)
     assert runs.relative_difference(runs.adapters(whole), runs.adapters(folder)) <= 1e-5
     assert runs.rounds(folder)[-1]["train/loss"] == pytest.approx(
         runs.rounds(whole)[-1]["train/loss"], rel=1e-6
     )
 
 
-def test_paged_clients_resume_with_their_optimizer_state(tiny_folder: Path, tmp_path: Path) -> None:
+def test_paged_clients_resume_with_their_optimizer_state(
+    tiny_folder: Path, tmp_path: Path, calm: Callable[..., Path]
+) -> None:
     shape = {"federated": {**FOUR, "clients_per_pass": 2, "clients_per_round": 3}}
-    whole = runs.run(1, settings(tiny_folder, tmp_path, "whole", **shape))
+    whole = calm(1, **shape)
     short = {"federated": {**shape["federated"], "num_rounds": 2}}
     runs.run(1, settings(tiny_folder, tmp_path, "parts", **short))
     parts = runs.run(1, settings(tiny_folder, tmp_path, "parts", **shape))
@@ -190,9 +148,9 @@ def test_paged_clients_resume_with_their_optimizer_state(tiny_folder: Path, tmp_
 
 
 def test_only_whole_checkpoints_exist_and_a_damaged_one_is_passed_over(
-    tiny_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, calm: Callable[..., Path]
 ) -> None:
-    whole = runs.run(1, settings(tiny_folder, tmp_path, "whole"))
+    whole = calm(1)
     short = settings(tiny_folder, tmp_path, "parts", federated={**FOUR, "num_rounds": 3})
     folder = runs.run(1, short)
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -206,28 +164,18 @@ def test_only_whole_checkpoints_exist_and_a_damaged_one_is_passed_over(
     assert [event["round"] for event in runs.rounds(folder)] == [0, 1, 2, 3, 4]
 
 
-def test_resetting_the_optimizer_differs_from_keeping_it(tiny_folder: Path, tmp_path: Path) -> None:
-    kept = runs.run(1, settings(tiny_folder, tmp_path, "kept"))
-    reset = {**FOUR, "optimizer_state": "reset"}
-    other = runs.run(1, settings(tiny_folder, tmp_path, "reset", federated=reset))
+def test_resetting_the_optimizer_differs_from_keeping_it(calm: Callable[..., Path]) -> None:
+    kept = calm(1)
+    other = calm(1, federated={**FOUR, "optimizer_state": "reset"})
     assert runs.relative_difference(runs.adapters(kept), runs.adapters(other)) > 1e-4
 
 
 def test_the_number_of_clients_stays_that_of_the_first_start(
-    tiny_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, calm: Callable[..., Path]
 ) -> None:
     """federated.num_clients null: N is the world size at first, whatever it becomes."""
-    free = {"num_clients": None, "deadline_seconds": 30.0}
-    whole = runs.run(
-        1,
-        settings(
-            tiny_folder,
-            tmp_path,
-            "whole",
-            train=SGD,
-            federated={**FOUR, "num_clients": 2, "num_rounds": 3},
-        ),
-    )
+    free: dict[str, Any] = {"num_clients": None}
+    whole = calm(1, train=SGD, federated={"num_clients": 2, "num_rounds": 3})
     short = settings(
         tiny_folder, tmp_path, "shrunk", train=SGD, federated={**free, "num_rounds": 2}
     )
@@ -249,7 +197,7 @@ def test_the_number_of_clients_stays_that_of_the_first_start(
 def test_the_number_of_clients_stays_that_of_a_start_without_a_checkpoint(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    free = {"num_clients": None, "num_rounds": 1, "deadline_seconds": 30.0}
+    free = {"num_clients": None, "num_rounds": 1}
     runs.run(2, settings(tiny_folder, tmp_path, federated=free))
     stop_before_the_first_checkpoint(tmp_path / "run")
     runs.run(1, settings(tiny_folder, tmp_path, federated=free))
@@ -268,21 +216,33 @@ def stop_before_the_first_checkpoint(run_folder: Path) -> None:
     metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
 
 
-def test_two_runs_in_one_folder_are_refused_and_the_first_goes_on(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
-    shape = settings(tiny_folder, tmp_path, federated={**LONG, "num_rounds": 1000})
-    first = start(1, shape, tmp_path)
-    wait_for_round(tmp_path / "run", 1, first)
+def hold_or_be_refused(own: dict, folder: Path) -> tuple[int, list[str]]:
+    """Process 0 trains and rests in round 2 until process 1 was refused its folder twice."""
+    refused = folder / "refused"
+    if disturbed.as_a_run_of_its_own() == 0:
+        disturbed.at(Moment(0, 2, 1), lambda: wait_until(refused.exists))
+        runs.train_settings(own)
+        return os.getpid(), []
+    wait_until(lambda: any((folder / "run" / "checkpoints").glob("round-000001")))
+    said = []
     for resume in ("auto", "never"):
-        output = {**shape["output"], "resume": resume}
-        (end,) = ends_of(1, runs.train_or_leave, {**shape, "output": output})
-        assert end.code == command.EXIT_MISTAKE, end.said
-        assert f"another run is using {tmp_path / 'run'} (process {first[0].pid} on " in end.said
-    done = len(runs.rounds(tmp_path / "run"))
-    wait_for_round(tmp_path / "run", done, first)
-    first[0].terminate()
-    assert wait(first) == [0]
+        config = config_load.validate({**own, "output": {**own["output"], "resume": resume}})
+        with pytest.raises(UserError) as mistake:
+            session.run_session(config)
+        said.append(str(mistake.value))
+    refused.touch()
+    return os.getpid(), said
+
+
+def test_two_runs_in_one_folder_are_refused_and_the_first_goes_on(
+    tiny_folder: Path, tmp_path: Path, calm: Callable[..., Path]
+) -> None:
+    own = settings(tiny_folder, tmp_path)
+    (holder, _), (_, said) = on_processes(2, hold_or_be_refused, own, tmp_path)
+    assert len(said) == 2
+    for text in said:
+        assert f"another run is using {tmp_path / 'run'} (process {holder} on " in text
+    assert runs.identical(runs.adapters(calm(1)), runs.adapters(tmp_path / "run"))
 
 
 def train_while_the_clock_jumps(run_settings: dict) -> None:
@@ -292,15 +252,16 @@ def train_while_the_clock_jumps(run_settings: dict) -> None:
     runs.train_settings(run_settings)
 
 
-def test_a_clock_that_jumps_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
-    calm = runs.run(2, settings(tiny_folder, tmp_path, "calm"))
+def test_a_clock_that_jumps_changes_nothing(
+    tiny_folder: Path, tmp_path: Path, calm: Callable[..., Path]
+) -> None:
     ends = ends_of(2, train_while_the_clock_jumps, settings(tiny_folder, tmp_path, "jumpy"))
     assert [end.code for end in ends] == [0, 0], ends
     jumpy = tmp_path / "jumpy"
-    assert runs.identical(runs.adapters(calm), runs.adapters(jumpy))
+    assert runs.identical(runs.adapters(calm(2)), runs.adapters(jumpy))
     for event in runs.rounds(jumpy):
         seconds = [event[key] or 0.0 for key in event if key.endswith("_seconds")]
-        assert all(0.0 <= one < 60.0 for one in seconds)
+        assert all(0.0 <= one < 3600.0 for one in seconds), "less than any jump"
 
 
 def stop_in_evaluation(run_settings: dict, number: int) -> None:
@@ -323,27 +284,30 @@ def stop_in_evaluation(run_settings: dict, number: int) -> None:
     runs.train_settings(run_settings)
 
 
-@pytest.mark.parametrize("sharding", ["none", "zero3"])
-@pytest.mark.parametrize("number", [1, 3], ids=["before training", "global, after round 1"])
+@pytest.mark.parametrize(
+    ("sharding", "number"),
+    [("none", 1), full("none", 3), full("zero3", 1), ("zero3", 3)],
+    ids=[f"{s}, {when}" for s in ("none", "zero3") for when in ("before training", "global")],
+)
 def test_sigterm_in_an_evaluation_ends_it_and_it_is_made_up_for(
-    tiny_folder: Path, tmp_path: Path, sharding: str, number: int
+    tiny_folder: Path, tmp_path: Path, calm: Callable[..., Path], sharding: str, number: int
 ) -> None:
+    """In the evaluation before training, or in that of the global adapter after round 1."""
     shape = {
         "federated": {**FOUR, "num_rounds": 2},
         "backbone": {"sharding": sharding},
         "evaluation": {"batch_size": 1},
         "train": {**ADAMW, "local_steps": 2},
     }
-    calm = runs.run(2, settings(tiny_folder, tmp_path, "calm", **shape))
-    disturbed = settings(tiny_folder, tmp_path, "disturbed", **shape)
-    ends = ends_of(2, stop_in_evaluation, disturbed, number)
+    own = settings(tiny_folder, tmp_path, **shape)
+    ends = ends_of(2, stop_in_evaluation, own, number)
     assert [end.code for end in ends] == [1, 0], ends
     assert "stopped as asked" in ends[0].said
-    done = [event["round"] for event in runs.rounds(tmp_path / "disturbed")]
+    done = [event["round"] for event in runs.rounds(tmp_path / "run")]
     assert done == ([] if number == 1 else [0]), "the evaluation was not finished"
-    folder = runs.run(2, disturbed)
-    assert runs.identical(runs.adapters(calm), runs.adapters(folder))
-    for one, other in zip(runs.rounds(calm), runs.rounds(folder), strict=True):
+    folder, undisturbed = runs.run(2, own), calm(2, **shape)
+    assert runs.identical(runs.adapters(undisturbed), runs.adapters(folder))
+    for one, other in zip(runs.rounds(undisturbed), runs.rounds(folder), strict=True):
         timeless = {key for key in one if key.partition("/")[0] not in ("time", "memory")}
         assert all(one[key] == other[key] for key in timeless)
 
@@ -351,7 +315,7 @@ def test_sigterm_in_an_evaluation_ends_it_and_it_is_made_up_for(
 def test_sigterm_before_training_ends_all_processes_at_once(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    ends = ends_of(2, stop_while_loading, settings(tiny_folder, tmp_path), grace_seconds=15.0)
+    ends = ends_of(2, stop_while_loading, settings(tiny_folder, tmp_path))
     assert [end.code for end in ends] == [1, 0], ends
     assert not (tmp_path / "run").exists()
 
@@ -362,7 +326,7 @@ def stop_while_loading(run_settings: dict) -> None:
     def load(*arguments: object) -> object:
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(60.0)
+            time.sleep(HANG_SECONDS)
         return healthy(*arguments)
 
     splits.load = load
@@ -370,27 +334,38 @@ def stop_while_loading(run_settings: dict) -> None:
 
 
 def test_sigterm_to_a_process_that_waits_for_the_others_stops_all(
-    tiny_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, calm: Callable[..., Path]
 ) -> None:
-    """Process 0 has done its part of the round and waits; process 1 works for minutes."""
-    shape = {"federated": {**FOUR, "num_rounds": 3, "deadline_seconds": 120.0}}
-    disturbed = settings(tiny_folder, tmp_path, "disturbed", **shape)
-    ends = ends_of(2, stop_while_waiting, disturbed)
+    """Process 0 has done its part of round 2 and waits; process 1 has most of its own to do."""
+    own = settings(tiny_folder, tmp_path)
+    ends = ends_of(2, stop_while_waiting, own, tmp_path / "asked")
     assert [end.code for end in ends] == [0, 1], ends
     assert "stopped as asked" in ends[0].said
-    calm = runs.run(2, settings(tiny_folder, tmp_path, "calm", **shape))
-    assert runs.identical(runs.adapters(calm), runs.adapters(runs.run(2, disturbed)))
+    assert runs.identical(runs.adapters(calm(2)), runs.adapters(runs.run(2, own)))
 
 
-def stop_while_waiting(run_settings: dict) -> None:
-    if os.environ["RANK"] == "0":
-        threading.Timer(6.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    else:
-        healthy = local.LocalSteps.make
+def stop_while_waiting(own: dict, asked: Path) -> None:
+    """Train; in round 2 process 0 gets SIGTERM while it waits, which process 1 waits to hear."""
+    watches: list[Watch] = []
+    train_round, pause = local.train_round, Watch.pause
 
-        def make(self: local.LocalSteps, step: int) -> None:
-            time.sleep(0.0 if self.plan.round_index == 0 else 8.0 if step == 0 else 3.0)
-            healthy(self, step)
+    def train_and_note(run: Any, round_index: int, *arguments: Any) -> bool:
+        watches.append(run.world.watch)
+        done = train_round(run, round_index, *arguments)
+        if os.environ["RANK"] == "0" and round_index == 1:
+            Watch.pause = ask_and_pause
+        return done
 
-        local.LocalSteps.make = make
-    runs.train_settings(run_settings)
+    def ask_and_pause(self: Watch) -> None:
+        if not asked.exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+            asked.touch()
+        pause(self)
+
+    def hear() -> None:
+        wait_until(asked.exists)
+        wait_until(lambda: watches[-1].is_asked_to_stop)
+
+    local.train_round = train_and_note
+    disturbed.at(Moment(1, 2, 1), hear)
+    runs.train_settings(own)

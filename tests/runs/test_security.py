@@ -10,7 +10,6 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,9 +25,9 @@ from sfed.models import demo as demo_model
 from sfed.report import __main__ as report
 from sfed.utils import command
 from sfed.utils.errors import UserError
-from tests.support import run_folders, tiny
+from tests.support import launchers, run_folders, tiny
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = launchers.ROOT
 
 # --- the source -----------------------------------------------------------------------------------
 
@@ -151,17 +150,8 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 
 def trained(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """``python -m sfed.train`` in ``folder``, by somebody whose umask forbids nothing."""
-    own = {"PYTHONPATH": str(ROOT), "SFED_LOG_LEVEL": "debug", **environment}
-    return subprocess.run(
-        [sys.executable, "-m", "sfed.train", *words],
-        cwd=folder,
-        env={**os.environ, **own},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        umask=0,
-    )
+    own = launchers.environment(SFED_LOG_LEVEL="debug", **environment)
+    return launchers.python("-m", "sfed.train", *words, cwd=folder, env=own, umask=0)
 
 
 @pytest.fixture(scope="module")

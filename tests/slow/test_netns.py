@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import netns
+from tests.support.deadlines import HANG_SECONDS, wait_until
 from tests.support.netns import Node
 
 pytestmark = [pytest.mark.netns, pytest.mark.dist]
@@ -23,7 +24,7 @@ if sys.argv[1] == "listen":
             received += len(chunk)
         print(socket.gethostname(), received)
 else:
-    with socket.create_connection((sys.argv[1], 7000), timeout=20) as connection:
+    with socket.create_connection((sys.argv[1], 7000), timeout=float(sys.argv[2])) as connection:
         connection.sendall(bytes(1_000_000))
 """
 
@@ -35,10 +36,11 @@ def test_bytes_between_two_nodes_go_through_the_cable_by_name(
     python = [sys.executable, "-c", SEND]
     log = tmp_path / "one.log"
     listener = one.start(*python, "listen", folder=tmp_path, log=log)
-    netns.wait_for_text(log, "listening", seconds=20.0)
+    netns.wait_for_text(log, "listening")
     before = one.sent_bytes(), other.sent_bytes()
-    sender = other.start(*python, one.hostname, folder=tmp_path, log=tmp_path / "other.log")
-    assert netns.wait([listener, sender], seconds=20.0) == [0, 0]
+    send = [*python, one.hostname, str(HANG_SECONDS)]
+    sender = other.start(*send, folder=tmp_path, log=tmp_path / "other.log")
+    assert netns.wait([listener, sender]) == [0, 0]
     assert log.read_text().splitlines()[-1] == "sfed-node-0 1000000"
     assert 1_000_000 < other.sent_bytes() - before[1] < 1_050_000
     assert one.sent_bytes() - before[0] < 50_000
@@ -48,9 +50,9 @@ def test_a_killed_node_leaves_nothing_running_and_spares_the_other(
     nodes: tuple[Node, Node], tmp_path: Path
 ) -> None:
     one, other = nodes
-    orphan = ["sh", "-c", "sleep 60 & sleep 60"]
+    orphan = ["sh", "-c", "sleep 3600 & sleep 3600"]
     killed, spared = (n.start(*orphan, folder=tmp_path, log=tmp_path / "log") for n in nodes)
-    netns.wait_until(lambda: len(one.process_ids()) == len(other.process_ids()) == 3, seconds=20.0)
+    wait_until(lambda: len(one.process_ids()) == len(other.process_ids()) == 3)
     one.kill()
     assert one.process_ids() == []
     assert killed.returncode == -9

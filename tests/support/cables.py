@@ -38,5 +38,5 @@ def sent(nodes: tuple[Node, Node], folder: Path, cases: list[dict[str, Any]]) ->
         place |= {"MASTER_ADDR": nodes[0].hostname, "MASTER_PORT": "29600"}
         words = [sys.executable, "-m", "tests.support.wire", str(folder / "cases.json")]
         started.append(node.start(*words, folder=ROOT, log=logs[number], environment=place))
-    assert netns.wait(started, seconds=240.0) == [0, 0], [log.read_text()[-3000:] for log in logs]
+    assert netns.wait(started) == [0, 0], [log.read_text()[-3000:] for log in logs]
     return [json.loads(log.read_text().rpartition("sent ")[2]) for log in logs]

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from sfed.config import load as config_load
 from sfed.federated import session
 from tests.support import tiny
+from tests.support.deadlines import RUN_SECONDS
 
 # The columns that are read, and the number of classes; 0 = a value.
 FORMS: dict[str, tuple[tuple[str, ...], int]] = {
@@ -92,7 +93,7 @@ def settings(
         },
         "partition": {"kind": "dirichlet", "concentration": 2.0},
         "lora": {"rank": RANK, "alpha": ALPHA},
-        "federated": {"num_clients": N, "num_rounds": ROUNDS, "deadline_seconds": 60.0},
+        "federated": {"num_clients": N, "num_rounds": ROUNDS, "deadline_seconds": RUN_SECONDS},
         "train": {"local_steps": STEPS, "batch_size": BATCH, "max_grad_norm": CLIP, **SGD},
         "evaluation": {"batch_size": 5},
         "output": {"dir": str(out), "name": "run"},

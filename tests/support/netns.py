@@ -14,10 +14,12 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.support.deadlines import HANG_SECONDS, wait_until
 
 _TOOLS = ("ip", "tc", "nsenter", "unshare", "mount", "hostname")
 _NUMBERS = itertools.count()
@@ -85,7 +87,7 @@ class Node:
             self.signal(signal.SIGKILL)
             time.sleep(0.02)
         for process in self._started:
-            process.wait(timeout=10.0)
+            process.wait(timeout=HANG_SECONDS)
 
     def sent_bytes(self) -> int:
         """Bytes that this node has put on the cable since it was made, with all headers."""
@@ -109,7 +111,7 @@ class Node:
         _run("ip", "-n", self.namespace, "link", "set", self.device, "up")
 
 
-def wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> list[int]:
+def wait(processes: list[subprocess.Popen[bytes]], seconds: float = HANG_SECONDS) -> list[int]:
     """Wait for all of them and return their exit codes.
 
     Raises:
@@ -122,31 +124,16 @@ def wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> list[int]:
         raise TimeoutError(f"{late.cmd} still runs after {seconds:g} s") from None
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float) -> None:
-    """Wait until something is so.
-
-    Raises:
-        TimeoutError: where it is not after this many seconds.
-    """
-    end = time.monotonic() + seconds
-    while not is_so():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{is_so.__qualname__}: not so after {seconds:g} s")
-        time.sleep(0.02)
-
-
-def wait_for_text(log: Path, text: str, seconds: float) -> None:
+def wait_for_text(log: Path, text: str) -> None:
     """Wait until a log holds a text.
 
     Raises:
-        TimeoutError: with the log, where it does not after this many seconds.
+        TimeoutError: with the log, where it never does.
     """
     try:
-        wait_until(lambda: log.is_file() and text in log.read_text(), seconds)
+        wait_until(lambda: log.is_file() and text in log.read_text())
     except TimeoutError:
-        raise TimeoutError(
-            f"no {text!r} in {log} after {seconds:g} s:\n{log.read_text()}"
-        ) from None
+        raise TimeoutError(f"no {text!r} in {log}:\n{log.read_text()}") from None
 
 
 @contextmanager

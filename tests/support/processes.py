@@ -1,7 +1,8 @@
 """Run a function on several processes over gloo and get what each returned.
 
 Processes come from a fork server that has already imported torch, so a start takes a fraction of a
-second; they meet through the trainer's own start-up. A deadline kills exactly what was started.
+second; they meet through the trainer's own start-up. A deadline (tests/support/deadlines.py) kills
+exactly what was started.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+from tests.support import deadlines
 
 PRELOAD = [
     "torch",
@@ -83,8 +86,7 @@ def ends_of(
     num_processes: int,
     function: Callable[..., Any],
     *arguments: Any,
-    grace_seconds: float = 30.0,
-    deadline_seconds: float = 120.0,
+    grace_seconds: float = deadlines.GRACE_SECONDS,
     environment: Mapping[str, str] | None = None,
 ) -> list[End]:
     """Run function(*arguments) on all processes and tell how each ended.
@@ -96,7 +98,6 @@ def ends_of(
         function: what each does.
         arguments: of the function.
         grace_seconds: from the first end to a kill.
-        deadline_seconds: for the first end.
         environment: goes over this process's.
     """
     mp.set_forkserver_preload(PRELOAD)
@@ -110,7 +111,7 @@ def ends_of(
         for process in processes:
             process.start()
         begin = time.monotonic()
-        limit, seconds = begin + deadline_seconds, [0.0] * num_processes
+        limit, seconds = begin + deadlines.HANG_SECONDS, [0.0] * num_processes
         while living := [i for i, process in enumerate(processes) if process.is_alive()]:
             now = time.monotonic()
             for i in living:
@@ -130,7 +131,6 @@ def on_processes(
     num_processes: int,
     function: Callable[..., Any],
     *arguments: Any,
-    deadline_seconds: float = 120.0,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """Return [function(*arguments) on process 0, ..., on process num_processes - 1].
@@ -146,13 +146,13 @@ def on_processes(
             join=False,
             start_method="forkserver",
         )
-        end = time.monotonic() + deadline_seconds
+        end = time.monotonic() + deadlines.HANG_SECONDS
         while not context.join(timeout=0.2):
             if time.monotonic() > end:
                 for process in context.processes:
                     process.kill()
                 raise TimeoutError(
                     f"{function.__qualname__} on {num_processes} processes: no answer within "
-                    f"{deadline_seconds:g} s"
+                    f"{deadlines.HANG_SECONDS:g} s"
                 )
         return [pickle.loads((Path(folder) / str(p)).read_bytes()) for p in range(num_processes)]

@@ -41,17 +41,10 @@ def run(
     num_processes: int,
     settings: dict[str, Any],
     *,
-    deadline_seconds: float = 180.0,
     environment: Mapping[str, str] | None = None,
 ) -> Path:
     """Run the settings on this many processes and return the run folder."""
-    on_processes(
-        num_processes,
-        train_settings,
-        settings,
-        deadline_seconds=deadline_seconds,
-        environment=environment,
-    )
+    on_processes(num_processes, train_settings, settings, environment=environment)
     return Path(settings["output"]["dir"]) / settings["output"]["name"]
 
 

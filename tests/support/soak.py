@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import runs, tiny
+from tests.support.deadlines import HANG_SECONDS, scaled
 from tests.support.processes import PRELOAD, enter_and_log, free_port
 
 _NUM_PROCESSES = 2
-_SECONDS_OF_GRACE = 3.0
-_LONGEST_ATTEMPT_SECONDS = 300.0
 _SHARE_OF_TIMED_KILLS = 0.3
 """Kills that come by the clock, as a rule before training begins; others wait for a round."""
 _SECONDS_OF_START = 3.0
@@ -59,7 +58,7 @@ def soak(folder: Path, kills: int, num_rounds: int, seed: int, end: float) -> Ta
     """
     tiny.save_model(folder / "model")
     tiny.save_rows(folder / "rows.jsonl", 80, kinds=4)
-    calm = runs.run(_NUM_PROCESSES, _settings(folder, "calm", num_rounds), deadline_seconds=900.0)
+    calm = runs.run(_NUM_PROCESSES, _settings(folder, "calm", num_rounds))
     chance, tally, begin = random.Random(seed), Tally(), time.monotonic()
     disturbed = _settings(folder, "disturbed", num_rounds)
     run_folder = folder / "disturbed"
@@ -79,7 +78,7 @@ def _settings(folder: Path, name: str, num_rounds: int) -> dict[str, Any]:
     return tiny.settings(
         folder,
         output={"dir": str(folder), "name": name},
-        federated={"num_clients": 4, "num_rounds": num_rounds, "deadline_seconds": 30.0},
+        federated={"num_clients": 4, "num_rounds": num_rounds},
         evaluation={"adapters": ["personal"], "every_rounds": 50},
     )
 
@@ -122,7 +121,7 @@ def _wait_for_moment(
     # So that all kills find a place in the run.
     target = done + 1 + chance.uniform(0.0, 1.5) * (num_rounds - done) / (left + 1)
     while _finished(run_folder) < target and all(process.is_alive() for process in processes):
-        if time.monotonic() - begin > _LONGEST_ATTEMPT_SECONDS:
+        if time.monotonic() - begin > HANG_SECONDS:
             raise TakesTooLongError("no progress")
         time.sleep(0.002)
     time.sleep(chance.uniform(0.0, 0.2))
@@ -152,10 +151,10 @@ def _wait_for_end(processes: list[Any], logs: Path) -> None:
             noticed = now
             for process in processes:
                 process.terminate()
-        if noticed is not None and now - noticed > _SECONDS_OF_GRACE:
+        if noticed is not None and now - noticed > scaled(3.0):
             for process in processes:
                 process.kill()
-        if now - begin > _LONGEST_ATTEMPT_SECONDS:
+        if now - begin > HANG_SECONDS:
             said = [path.read_text() for path in sorted(logs.glob("log-*"))]
             for process in processes:
                 process.kill()

@@ -20,6 +20,7 @@ from transformers import (
 
 from sfed.config.load import validate
 from sfed.config.schema import Config
+from tests.support.deadlines import RUN_SECONDS
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 ENCODER = {
@@ -170,7 +171,7 @@ def settings(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
             "eval_fraction": 0.25,
         },
         "lora": {"rank": 4},
-        "federated": {"num_clients": 4, "num_rounds": 3, "deadline_seconds": 60.0},
+        "federated": {"num_clients": 4, "num_rounds": 3, "deadline_seconds": RUN_SECONDS},
         "train": {"local_steps": 3, "batch_size": 4, "lr": 1e-2},
         "output": {"dir": str(folder / "runs"), "name": "run"},
     }

@@ -4,8 +4,6 @@ import inspect
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from sfed.config import schema
 from sfed.config.schema import DEAD_DEEPSPEED_KEYS, Config
 from sfed.utils import command
 from sfed.utils.errors import UserError
+from tests.support import launchers
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -85,13 +84,7 @@ def save(folder, text, name="config.yaml"):
 
 
 def run_python(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, **environment},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+    return launchers.python(*arguments, env=launchers.environment(**environment))
 
 
 # --- what is accepted ----------------------------------------------------------------------------

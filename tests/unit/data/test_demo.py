@@ -1,16 +1,14 @@
 """Tests of the embedded demo: its generated problems and its tiny backbone."""
 
 import operator
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from sfed.data import demo
 from sfed.models import demo as demo_model
+from tests.support import launchers
 
 ANNOTATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
@@ -35,9 +33,7 @@ def texts_of(row: dict[str, str]) -> tuple[str, str]:
 
 
 def run_python(code: str, **environment: str) -> str:
-    command = [sys.executable, "-c", code]
-    env = {**os.environ, **environment}
-    return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    return launchers.python("-c", code, env=launchers.environment(**environment), check=True).stdout
 
 
 def test_there_are_eight_distinct_kinds():

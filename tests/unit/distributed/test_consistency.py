@@ -17,7 +17,7 @@ from sfed.utils import command
 from tests.support import runs, tiny
 from tests.support.processes import End, ends_of
 
-FOUR = {"num_clients": 4, "num_rounds": 3, "deadline_seconds": 30.0}
+FOUR = {"num_clients": 4, "num_rounds": 3}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])

@@ -7,7 +7,6 @@ import re
 import statistics
 import struct
 import subprocess
-import sys
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +18,7 @@ from sfed.report import grouping, plotting, series, tables
 from sfed.report.comparison_figures import comparisons
 from sfed.storage import run_record
 from sfed.utils.errors import UserError
+from tests.support import launchers
 from tests.support.run_folders import costs, write_events, write_run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -565,8 +565,7 @@ def test_mistakes_in_the_arguments(run: Path, monkeypatch, arguments, words: str
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
-    whole = [sys.executable, "-m", "sfed.report", *words]
-    return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return launchers.python("-m", "sfed.report", *words)
 
 
 def test_the_command_says_mistakes_plainly_and_helps() -> None:
@@ -584,6 +583,5 @@ def test_no_torch_is_imported(run: Path) -> None:
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'deepspeed', 'matplotlib.pyplot'};"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
-    words = [sys.executable, "-c", program, str(run)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = launchers.python("-c", program, str(run))
     assert done.returncode == 0, done.stderr

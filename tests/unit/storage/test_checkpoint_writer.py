@@ -20,14 +20,14 @@ from sfed.storage import checkpoint_writer
 from sfed.utils import files as utils_files
 from sfed.utils.errors import UserError
 from tests.support import runs, tiny
+from tests.support.deadlines import HANG_SECONDS, scaled
 from tests.support.processes import on_processes
 
 ROUNDS = 4
-DEADLINE = 20.0
 
 
 def settings(folder: Path, out: Path, name: str = "run", **sections: dict) -> dict:
-    federated = {"num_clients": 4, "num_rounds": ROUNDS, "deadline_seconds": DEADLINE}
+    federated = {"num_clients": 4, "num_rounds": ROUNDS}
     output = {"dir": str(out), "name": name, "keep_checkpoints": ROUNDS}
     sections = {"federated": {**federated, **sections.pop("federated", {})}, **sections}
     return tiny.settings(folder, output=output, **sections)
@@ -53,7 +53,7 @@ def test_a_round_is_written_while_the_next_one_trains(
 
     def late(tensors: dict, path: Path) -> None:
         finished = int(path.parent.name.removeprefix(".round-").removesuffix(".tmp"))
-        assert trained[finished].wait(DEADLINE), "training waits for the checkpoint"
+        assert trained[finished].wait(HANG_SECONDS), "training waits for the checkpoint"
         save_file(tensors, path)
 
     def note_the_end(run_: object, plan: RoundPlan, *arguments: object) -> None:
@@ -200,8 +200,8 @@ def hang_on_process_1(own: dict) -> str:
 def test_a_disk_that_hangs_ends_the_run_at_the_deadline_and_is_named(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    own = settings(tiny_folder, tmp_path, federated={"deadline_seconds": 4.0})
-    messages = on_processes(2, hang_on_process_1, own, deadline_seconds=60.0)
+    own = settings(tiny_folder, tmp_path, federated={"deadline_seconds": scaled(6.0)})
+    messages = on_processes(2, hang_on_process_1, own)
     assert "process 1" in messages[1] and "still being written" in messages[1]
     assert messages[0] and "process 1" in messages[0]
     assert not [name for name in whole(tmp_path / "run") if not name.startswith(".")]

@@ -84,7 +84,7 @@ def test_a_full_disk_is_said_and_with_room_the_run_goes_on(
         return tiny.settings(
             tiny_folder,
             output={"dir": str(folder), "name": "run"},
-            federated={"num_clients": 4, "num_rounds": num_rounds, "deadline_seconds": 30.0},
+            federated={"num_clients": 4, "num_rounds": num_rounds},
             evaluation={"adapters": ["personal"]},
         )
 
@@ -95,7 +95,7 @@ def test_a_full_disk_is_said_and_with_room_the_run_goes_on(
     ballast = small_disk / "ballast"
     space = os.statvfs(small_disk)
     ballast.write_bytes(bytes((space.f_bavail - pages_left) * space.f_frsize))
-    zero, one = ends_of(2, runs.train_or_leave, settings(small_disk, 4), grace_seconds=15.0)
+    zero, one = ends_of(2, runs.train_or_leave, settings(small_disk, 4))
     assert zero.code == EXIT_MISTAKE and one.code, zero.said + one.said
     assert words in zero.said and "No space left on device" in zero.said
     assert "Traceback" not in zero.said + one.said

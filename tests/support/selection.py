@@ -1,0 +1,12 @@
+"""Which cases of a product the test command runs, and which ``.ci/run full`` alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def full(*values: Any, **options: Any) -> Any:
+    """A case that belongs to the full selection: another one of its test is the representative."""
+    return pytest.param(*values, marks=pytest.mark.full, **options)
