@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +21,8 @@ from sfed.sweep.cell_names import name_cells
 from sfed.sweep.grid import Grid
 from sfed.sweep.workers import LostProcessError, Party
 from sfed.utils.errors import UserError
-from tests.support import runs, tiny
-from tests.support.processes import free_port
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.support import launchers, runs, tiny
+from tests.support.deadlines import wait_until
 
 
 def write(folder: Path, **keys: Any) -> Path:
@@ -260,13 +253,7 @@ def test_what_the_fork_server_imports_leaves_cuda_alone() -> None:
         "torch.cuda._lazy_init = refuse\n"
         "import sfed.federated.session\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = launchers.python("-c", program)
     assert done.returncode == 0, done.stderr
 
 
@@ -475,6 +462,7 @@ class TestOneProcess:
         assert (row["personal_accuracy"], row["global_accuracy"]) == ("0.75", "0.5")
         assert (row["output_rms"], other["personal_accuracy"]) == ("0.25", "")
 
+    @pytest.mark.full
     def test_a_failed_run_is_named_and_the_others_run(
         self, tiny_folder: Path, tmp_path: Path
     ) -> None:
@@ -485,7 +473,9 @@ class TestOneProcess:
             {"lora.rank": 4},
         ]
         path = tiny_grid(tiny_folder, tmp_path, variants=variants)
-        done = faulty(path, "r1:0=kill,r2:0=raise")
+        done = launchers.python(
+            *FAULTY, str(path), env=launchers.environment(SFED_FAULT="r1:0=kill,r2:0=raise")
+        )
         assert done.returncode == 1, done.stdout + done.stderr
         assert "cell 1/4  r1\n" in done.stdout
         assert "failed  r1  process 0 was ended by SIGKILL, as the system does" in done.stdout
@@ -496,108 +486,58 @@ class TestOneProcess:
         assert status == ["failed", "failed", "failed", "complete"]
 
 
-def environment(**values: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), **values}
+FAULTY = ("-m", "tests.support.faulty_sweep")
+# SGD does not blow up round-off as AdamW does with gradients near zero.
+SGD = {"train": {"optimizer": "sgd", "lr": 0.1}}
+Sweep = tuple[str, Path]
+"""What a sweep has said, and its folder."""
 
 
-def faulty(path: Path, faults: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tests.support.faulty_sweep", str(path)],
-        env=environment(SFED_FAULT=faults),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-def start(
-    num: int, path: Path, module: str = "sfed.sweep", **values: str
-) -> list[subprocess.Popen]:
-    """Start a sweep as separate programs, without a launcher that would serve a store."""
-    port = str(free_port())
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(path)],
-            env=environment(
-                RANK=str(process),
-                LOCAL_RANK=str(process),
-                WORLD_SIZE=str(num),
-                LOCAL_WORLD_SIZE=str(num),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-                **values,
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for process in range(num)
-    ]
-
-
-def wait(processes: list[subprocess.Popen], seconds: float = 120.0) -> tuple[list[int], list[str]]:
-    """Exit codes and outputs; whoever is late is killed."""
-    end, outputs = time.monotonic() + seconds, []
-    for process in processes:
-        try:
-            outputs.append(process.communicate(timeout=max(0.1, end - time.monotonic()))[0])
-        except subprocess.TimeoutExpired:
-            process.kill()
-            outputs.append(process.communicate()[0] + "\nDID NOT END")
-    return [process.returncode for process in processes], outputs
+@pytest.fixture(scope="module")
+def under_torchrun(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A sweep of two processes, of which three runs complete and three meet with something."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    variants: list[dict[str, Any]] = [{"federated.num_clients": n} for n in (1, 4, 2)]
+    variants += [{"federated.num_clients": 4, "lora.rank": r} for r in (1, 2)]
+    variants.append({"federated.num_clients": 4, "lora.target_modules": ["nothing"]})
+    path = tiny_grid(tiny_folder, folder, variants=variants, set=SGD)
+    faults = launchers.environment(SFED_FAULT="N4-r1:1=kill,N4-r1:0=hang,N4-r2:1=raise")
+    done = launchers.torchrun(2, *FAULTY, str(path), env=faults)
+    assert done.returncode != 0, done.stdout + done.stderr
+    return done.stdout, folder / "runs" / "methods"
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 class TestTwoProcesses:
     def test_under_torchrun_with_a_run_of_one_client(
-        self, tiny_folder: Path, tmp_path: Path
+        self, under_torchrun: Sweep, tiny_folder: Path, tmp_path: Path
     ) -> None:
-        # SGD does not blow up round-off as AdamW does with gradients near zero.
-        sgd = {"train": {"optimizer": "sgd", "lr": 0.1}}
-        path = tiny_grid(tiny_folder, tmp_path, grid={"federated.num_clients": [4, 1, 2]}, set=sgd)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-        launcher += [f"--master_port={free_port()}", "-m", "sfed.sweep", str(path)]
-        done = subprocess.run(
-            launcher, env=environment(), capture_output=True, text=True, timeout=180
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "4 clients on 2 processes" in done.stdout
-        assert "1 clients on 1 process" in done.stdout
-        assert "2 clients on 2 processes" in done.stdout
-        assert "1 of the 2 processes take part, the others wait" in done.stdout
-        assert "3 of 3 complete" in done.stdout
-        folder = tmp_path / "runs" / "methods"
-        single = tmp_path / "single"
-        single.mkdir()
-        alone = tiny_grid(tiny_folder, single, grid={"federated.num_clients": [4]}, set=sgd)
+        said, folder = under_torchrun
+        assert "4 clients on 2 processes" in said
+        assert "1 clients on 1 process" in said
+        assert "2 clients on 2 processes" in said
+        assert "1 of the 2 processes take part, the others wait" in said
+        alone = tiny_grid(tiny_folder, tmp_path, grid={"federated.num_clients": [4]}, set=SGD)
         assert in_this_process(str(alone)) == 0
-        one = runs.adapters(single / "runs" / "methods" / "N4")
+        one = runs.adapters(tmp_path / "runs" / "methods" / "N4")
         assert runs.relative_difference(one, runs.adapters(folder / "N4")) < 1e-4
 
-    def test_a_death_on_one_process_does_not_hang_the_other(
-        self, tiny_folder: Path, tmp_path: Path
-    ) -> None:
-        path = tiny_grid(tiny_folder, tmp_path, grid={"lora.rank": [1, 2, 3]})
-        faults = "r1:1=kill,r1:0=hang,r2:1=raise"
-        processes = start(2, path, "tests.support.faulty_sweep", SFED_FAULT=faults)
-        codes, outputs = wait(processes)
-        assert codes == [1, 1], outputs
-        assert "failed  r1  process 1 was ended by SIGKILL" in outputs[0]
-        assert "failed  r2  exit code 1: RuntimeError: a fault in the middle" in outputs[0]
-        assert "1 of 3 complete, 2 failed" in outputs[0]
-        assert "cell " not in outputs[1]
+    def test_a_death_on_one_process_does_not_hang_the_other(self, under_torchrun: Sweep) -> None:
+        said, _ = under_torchrun
+        assert "failed  N4-r1  process 1 was ended by SIGKILL" in said
+        assert "failed  N4-r2  exit code 1: RuntimeError: a fault in the middle" in said
+        assert "exit code 2: lora.target_modules = ['nothing']" in said
+        assert "3 of 6 complete, 3 failed" in said
+        assert said.count("cell 1/6") == 1, "process 0 alone speaks"
 
     def test_sigterm_stops_all_and_the_same_command_goes_on(
         self, finished: Path, tiny_folder: Path, tmp_path: Path
     ) -> None:
-        slow = {"train": {"local_steps": 30}}
-        path = tiny_grid(tiny_folder, tmp_path, grid=TWO_BY_TWO, set=slow)
+        path = tiny_grid(tiny_folder, tmp_path, grid=TWO_BY_TWO)
         folder = tmp_path / "runs" / "methods"
-        processes = start(2, path)
-        wait_for(lambda: has_round(folder / "sfed-seed1", 1), processes)
-        processes[1].send_signal(signal.SIGTERM)
-        codes, outputs = wait(processes)
+        processes = launchers.start(2, *FAULTY, str(path), SFED_FAULT="sfed-seed1:1=stop")
+        codes, outputs = launchers.ended(processes)
         assert codes == [0, 0], outputs
         assert "1 of 4 complete, 3 not run" in outputs[0]
         assert "stopped as asked; the same command goes on" in outputs[0]
@@ -610,23 +550,9 @@ class TestTwoProcesses:
 
     def test_a_lost_process_ends_the_sweep(self, tiny_folder: Path, tmp_path: Path) -> None:
         path = tiny_grid(tiny_folder, tmp_path, grid=TWO_BY_TWO)
-        processes = start(2, path, "tests.support.faulty_sweep", SFED_FAULT="sfed-seed0:1=hang")
-        wait_for((tmp_path / "runs/methods/sfed-seed0/metrics.jsonl").exists, processes)
+        processes = launchers.start(2, *FAULTY, str(path), SFED_FAULT="sfed-seed0:1=hang")
+        wait_until((tmp_path / "runs/methods/sfed-seed0/metrics.jsonl").exists)
         processes[0].kill()  # it serves the store
-        codes, outputs = wait(processes)
+        codes, outputs = launchers.ended(processes)
         assert codes[1] == 1, outputs
         assert "process 1 of the sweep stops" in outputs[1]
-
-
-def has_round(run_folder: Path, number: int) -> bool:
-    return (run_folder / "metrics.jsonl").exists() and any(
-        event["round"] == number for event in runs.rounds(run_folder)
-    )
-
-
-def wait_for(is_so: Any, processes: list[subprocess.Popen]) -> None:
-    end = time.monotonic() + 90
-    while not is_so():
-        assert time.monotonic() < end
-        assert all(process.poll() is None for process in processes), wait(processes)
-        time.sleep(0.01)
