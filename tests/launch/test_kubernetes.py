@@ -18,6 +18,7 @@ from sfed.methods import method as methods
 from tests.support import manifests, netns, pods, runs, tiny
 from tests.support.deadlines import HANG_SECONDS
 from tests.support.netns import Node
+from tests.support.selection import full
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "launch" / "k8s"
@@ -347,7 +348,7 @@ def start(
 @pytest.mark.netns
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "per_node"), [("pytorchjob", 2), ("pytorchjob-elastic", 1)])
+@pytest.mark.parametrize(("name", "per_node"), [full("pytorchjob", 2), ("pytorchjob-elastic", 1)])
 def test_the_pods_of_a_job_train_as_one_process_does(
     nodes: tuple[Node, Node], tiny_folder: Path, tmp_path: Path, name: str, per_node: int
 ) -> None:

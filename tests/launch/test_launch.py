@@ -15,6 +15,7 @@ from tests.support.deadlines import RUN_SECONDS
 from tests.support.launchers import ROOT
 from tests.support.netns import Node
 from tests.support.processes import free_port
+from tests.support.selection import full
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = [LAUNCH / "torchrun.sh", LAUNCH / "slurm" / "sfed.sbatch"]
@@ -126,7 +127,7 @@ def on_one_node(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [[], ["--module", "sfed.train"]], ids=["literal", "long form"])
+@pytest.mark.parametrize("form", [[], full(["--module", "sfed.train"])], ids=["literal", "long"])
 def test_deepspeed_trains_the_file_that_it_is_given(
     tiny_folder: Path, tmp_path: Path, on_one_node: dict, form: list[str]
 ) -> None:
@@ -145,7 +146,7 @@ DEEPSPEED = ["deepspeed", "--hostfile", "hostfile", "--no_ssh", "--master_addr",
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.netns
-@pytest.mark.parametrize("kind", ["c10d", "static", "deepspeed without ssh"])
+@pytest.mark.parametrize("kind", ["static", full("c10d"), full("deepspeed without ssh")])
 def test_two_nodes_end_with_the_adapters_of_one(
     nodes: tuple[Node, Node], tiny_folder: Path, tmp_path: Path, on_one_node: dict, kind: str
 ) -> None:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.selection import full
 from tests.support.soak import soak
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_five_kills_at_random_moments_change_no_bit(tmp_path: Path):
-    tally = soak(tmp_path, kills=5, num_rounds=200, seed=1, end=math.inf)
-    assert tally.kills + tally.terms == 5
-    assert tally.starts >= 6
+@pytest.mark.parametrize(("kills", "num_rounds"), [(2, 40), full(5, 200)])
+def test_kills_at_random_moments_change_no_bit(tmp_path: Path, kills: int, num_rounds: int):
+    tally = soak(tmp_path, kills=kills, num_rounds=num_rounds, seed=1, end=math.inf)
+    assert tally.kills + tally.terms == kills
+    assert tally.starts >= kills + 1
     assert tally.is_equal
