@@ -40,6 +40,7 @@ from sfed.utils.errors import UserError
 from sfed.utils.rng import Stream, derive
 from tests.support import glue, runs
 from tests.support.counting import counted_run
+from tests.support.deadlines import RUN_SECONDS
 from tests.support.glue import ALPHA, BATCH, CLIP, HEADS, NAMES, RANK, ROUNDS, SGD, STEPS, N
 from tests.support.processes import on_processes
 from tests.support.reference import Lora, cohorts_of, effective_n, mean, parts_of, shares
@@ -600,7 +601,7 @@ def trained_classifier(folder: Path, family: str, out: Path, num_labels: int) ->
 
 def loaded(settings: dict[str, Any]) -> backbone.Backbone:
     config = config_load.validate(settings)
-    world = distributed.start(60.0)
+    world = distributed.start(RUN_SECONDS)
     try:
         return backbone.load(config, config.model.name, world)
     finally:

@@ -220,7 +220,7 @@ def hold_or_be_refused(own: dict, folder: Path) -> tuple[int, list[str]]:
     """Process 0 trains and rests in round 2 until process 1 was refused its folder twice."""
     refused = folder / "refused"
     if disturbed.as_a_run_of_its_own() == 0:
-        disturbed.at(Moment(0, 2, 1), lambda: wait_until(refused.exists))
+        disturbed.at(Moment(0, 2, 1), lambda _run, _stop: wait_until(refused.exists))
         runs.train_settings(own)
         return os.getpid(), []
     wait_until(lambda: any((folder / "run" / "checkpoints").glob("round-000001")))
@@ -346,11 +346,9 @@ def test_sigterm_to_a_process_that_waits_for_the_others_stops_all(
 
 def stop_while_waiting(own: dict, asked: Path) -> None:
     """Train; in round 2 process 0 gets SIGTERM while it waits, which process 1 waits to hear."""
-    watches: list[Watch] = []
     train_round, pause = local.train_round, Watch.pause
 
-    def train_and_note(run: Any, round_index: int, *arguments: Any) -> bool:
-        watches.append(run.world.watch)
+    def train(run: Any, round_index: int, *arguments: Any) -> bool:
         done = train_round(run, round_index, *arguments)
         if os.environ["RANK"] == "0" and round_index == 1:
             Watch.pause = ask_and_pause
@@ -362,10 +360,9 @@ def stop_while_waiting(own: dict, asked: Path) -> None:
             asked.touch()
         pause(self)
 
-    def hear() -> None:
-        wait_until(asked.exists)
-        wait_until(lambda: watches[-1].is_asked_to_stop)
+    def hear(run: Any, _stop: Any) -> None:
+        wait_until(lambda: run.world.watch.is_asked_to_stop)
 
-    local.train_round = train_and_note
+    local.train_round = train
     disturbed.at(Moment(1, 2, 1), hear)
     runs.train_settings(own)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sfed.observability.console import Console
+from sfed.distributed.shutdown import StopRequest
+from sfed.federated import local
+from sfed.federated.context import Run
+from sfed.federated.round_stats import Ledger
 from tests.support import runs
 
 
@@ -28,38 +31,37 @@ class Moment:
     are several."""
 
 
-def at(moment: Moment, act: Callable[[], None]) -> None:
-    """Do something once, at a moment of this process's run."""
+def at(moment: Moment, act: Callable[[Run, StopRequest], None]) -> None:
+    """Do something once, at a moment of this process's run: ``act(run, stop)``."""
     if os.environ["RANK"] != str(moment.process):
         return
-    begin_round, step = Console.begin_round, Console.step
-    current = 0
+    train_round, has_come = local.train_round, False
 
-    def begin(self: Console, round_index: int) -> None:
-        nonlocal current
-        current = round_index + 1
-        begin_round(self, round_index)
+    def train(
+        run: Run, round_index: int, ledger: Ledger, stop: StopRequest, on_step: local.OnStep
+    ) -> bool:
+        def after_step(done: int, *facts: Any) -> None:
+            nonlocal has_come
+            on_step(done, *facts)
+            if not has_come and (round_index + 1, done) == (moment.round_number, moment.step):
+                has_come = True
+                act(run, stop)
 
-    def after_step(self: Console, done: int, *facts: Any) -> None:
-        step(self, done, *facts)
-        if (current, done) == (moment.round_number, moment.step):
-            Console.begin_round, Console.step = begin_round, step  # type: ignore[method-assign]
-            act()
+        return train_round(run, round_index, ledger, stop, after_step)
 
-    Console.begin_round, Console.step = begin, after_step  # type: ignore[method-assign]
+    local.train_round = train
 
 
 def train_with_signal(settings: dict[str, Any], moment: Moment, number: signal.Signals) -> None:
     """Train; one process gets a signal."""
-    at(moment, lambda: os.kill(os.getpid(), number))
+    at(moment, lambda _run, _stop: os.kill(os.getpid(), number))
     runs.train_settings(settings)
 
 
-def as_a_run_of_its_own(environment: Mapping[str, str] | None = None) -> int:
+def as_a_run_of_its_own() -> int:
     """Make this process the only one of a run; returns the number that it had."""
     number = int(os.environ["RANK"])
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
-    os.environ.update(environment or {})
     return number

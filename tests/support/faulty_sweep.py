@@ -20,7 +20,7 @@ _OWN_SWEEP = "SFED_OWN_SWEEP"
 """The process of the sweep that a child belongs to."""
 
 
-def _meet_with(fault: str | None, stop: Any) -> None:
+def _meet_with(fault: str | None) -> None:
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "hang":
@@ -29,11 +29,10 @@ def _meet_with(fault: str | None, stop: Any) -> None:
     if fault == "raise":
         raise RuntimeError("a fault in the middle")
     if fault == "stop":
-        moment = disturbed.Moment(int(os.environ["RANK"]), 2, 1)
-        disturbed.at(moment, lambda: _stop_the_sweep(stop))
+        disturbed.at(disturbed.Moment(int(os.environ["RANK"]), 2, 1), _stop_the_sweep)
 
 
-def _stop_the_sweep(stop: Any) -> None:
+def _stop_the_sweep(_run: Any, stop: Any) -> None:
     os.kill(int(os.environ[_OWN_SWEEP]), signal.SIGTERM)
     wait_until(lambda: stop.came_here)
 
@@ -47,8 +46,7 @@ if __name__ == "__mp_main__":
     _train = rounds.train
 
     def _train_with_fault(run: Any, *arguments: Any) -> bool:
-        stop = arguments[-1]
-        _meet_with(_FAULTS.get(f"{run.config.run_name}:{run.world.rank}"), stop)
+        _meet_with(_FAULTS.get(f"{run.config.run_name}:{run.world.rank}"))
         return _train(run, *arguments)
 
     rounds.train = _train_with_fault

@@ -22,6 +22,7 @@ from sfed.distributed import world as distributed
 from sfed.models import shapes, synthetic
 from sfed.utils.command import run_command
 from sfed.utils.errors import UserError
+from tests.support.deadlines import RUN_SECONDS
 from tests.support.processes import on_processes
 
 CPU = torch.device("cpu")
@@ -325,7 +326,7 @@ def test_collectives_are_measured_among_two_processes(tmp_path: Path) -> None:
 
 
 def gathered() -> tuple[list[float], int]:
-    world = distributed.start(30.0)
+    world = distributed.start(RUN_SECONDS)
     whole = distributed.all_gather_flat(world, torch.full((2,), float(world.rank)))
     number = len(round_parts.measure_collectives(world, 64, 1))
     distributed.stop(world)
@@ -343,7 +344,7 @@ def whole_bench(folder: str) -> None:
 
 def hooked_and_plain() -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Losses after two steps with ZeRO-3's hooks and without; whether torch is as it was."""
-    world, linear = distributed.start(60.0), functional.linear
+    world, linear = distributed.start(RUN_SECONDS), functional.linear
     try:
         config = synthetic.model_config("tiny", None, None)
         twins = round_parts.HookedTwin(

@@ -19,6 +19,7 @@ from sfed.distributed import world as distributed
 from sfed.lora.layout import Layout
 from sfed.methods import aggregation
 from tests.support import runs, tiny
+from tests.support.deadlines import RUN_SECONDS
 
 LAYOUT = Layout.of([("q", 5, 7), ("v", 3, 4)], lora_rank=2)
 CPU = torch.device("cpu")
@@ -83,7 +84,7 @@ def assert_same(one: ClientRows, other: ClientRows) -> None:
     ),
 )
 def test_paged_clients_are_bit_for_bit_those_that_stay(per_pass: int, course: list) -> None:
-    world = distributed.start(30.0)
+    world = distributed.start(RUN_SECONDS)
     try:
         paged, staying = make(per_pass), make(N)
         for clients in (paged, staying):
@@ -124,7 +125,7 @@ def test_the_device_holds_two_groups_whatever_the_number_of_clients() -> None:
 
 
 def test_who_has_never_taken_part_costs_nothing_and_a_mean_leaves_one_a() -> None:
-    world = distributed.start(30.0)
+    world = distributed.start(RUN_SECONDS)
     try:
         clients = make(2, 1000)
         a_round(clients, (3, 500, 900), ALL, 0)
@@ -200,7 +201,7 @@ class LateFerry(Ferry):
 def test_copies_that_come_as_late_as_they_may_change_nothing(
     per_pass: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = distributed.start(30.0)
+    world = distributed.start(RUN_SECONDS)
     try:
         prompt = make(per_pass)
         monkeypatch.setattr(client_store, "Ferry", LateFerry)

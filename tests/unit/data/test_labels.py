@@ -13,6 +13,7 @@ from sfed.data.labels import Chosen, labels_of
 from sfed.distributed import world as distributed
 from sfed.utils.errors import UserError
 from tests.support import tiny
+from tests.support.deadlines import RUN_SECONDS
 
 KIND = ["by_key", "dirichlet"]
 
@@ -24,7 +25,7 @@ def tokenizer(tiny_folder):
 
 @pytest.fixture
 def world():
-    started = distributed.start(60.0)
+    started = distributed.start(RUN_SECONDS)
     yield started
     distributed.stop(started)
 

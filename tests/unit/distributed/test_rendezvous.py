@@ -9,6 +9,7 @@ import pytest
 
 from sfed.distributed.rendezvous import agree_on_attempt
 from sfed.utils.errors import MissingProcessError
+from tests.support.deadlines import HANG_SECONDS, RUN_SECONDS, wait_until
 
 
 class MemoryStore:
@@ -25,6 +26,11 @@ class MemoryStore:
 
     def check(self, keys: list[str]) -> bool:
         return all(key in self.values for key in keys)
+
+    @property
+    def num_here(self) -> int:
+        """How many processes have said that they are here."""
+        return sum(key.startswith("here/") for key in list(self.values))
 
 
 class Joining:
@@ -45,7 +51,7 @@ class Joining:
 
         def join() -> None:
             try:
-                self.found[label] = agree_on_attempt(self.store, process, size, 10.0, pause)
+                self.found[label] = agree_on_attempt(self.store, process, size, RUN_SECONDS, pause)
             except DiedError:
                 self.found[label] = "died"
 
@@ -54,7 +60,7 @@ class Joining:
 
     def end(self) -> dict[str, str]:
         for thread in self._threads:
-            thread.join(20.0)
+            thread.join(HANG_SECONDS)
         return self.found
 
 
@@ -79,8 +85,7 @@ def test_a_process_0_that_died_while_joining_is_forgotten():
     is_dead = threading.Event()
     joining.begin("old 0", 0, 3, dies=is_dead.is_set)  # waits for process 2, which never comes
     joining.begin("1", 1, 3, dies=lambda: False)
-    while not any(key.startswith("here/") for key in list(store.values)):
-        pass
+    wait_until(lambda: store.num_here > 0)
     is_dead.set()
     joining.begin("new 0", 0, 3, dies=lambda: False)
     joining.begin("2", 2, 3, dies=lambda: False)
@@ -95,12 +100,10 @@ def test_a_process_that_died_while_joining_is_forgotten():
     is_dead = threading.Event()
     joining.begin("0", 0, 3, dies=lambda: False)
     joining.begin("old 1", 1, 3, dies=is_dead.is_set)
-    while not any(key.startswith("here/") for key in list(store.values)):
-        pass
+    wait_until(lambda: store.num_here > 0)
     is_dead.set()
     joining.begin("new 1", 1, 3, dies=lambda: False)
-    while sum(key.startswith("here/") for key in list(store.values)) < 2:
-        pass
+    wait_until(lambda: store.num_here == 2)
     joining.begin("2", 2, 3, dies=lambda: False)
     found = joining.end()
     assert found.pop("old 1") == "died"

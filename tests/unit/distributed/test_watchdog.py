@@ -7,20 +7,22 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sfed import train
-from sfed.config import load as config_load
 from sfed.distributed import diagnosis
 from sfed.distributed.diagnosis import Report
 from sfed.distributed.watchdog import Heartbeat
-from sfed.federated import local
 from sfed.utils.errors import UserError
-from tests.support import tiny
+from tests.support import disturbed, runs, tiny
+from tests.support.deadlines import GRACE_SECONDS, HANG_SECONDS, scaled, wait_until
+from tests.support.disturbed import Moment
 from tests.support.processes import ends_of
+from tests.support.selection import full
 
-DEADLINE = 6.0
+DEADLINE = scaled(10.0)
+"""Each of these tests waits as long, and no more of them than are needed."""
 
 
 def reports(**changes: dict) -> dict[int, Report]:
@@ -77,23 +79,23 @@ def test_a_heartbeat_that_cannot_be_written_is_a_mistake(tmp_path: Path):
 
 
 def hang(settings: dict, how: str) -> None:
-    """Train; process 1 hangs before the second step of round 2."""
-    healthy = local.LocalSteps.make
+    """Train; process 1 hangs after the first step of round 2."""
 
-    def make(self: local.LocalSteps, step: int) -> None:
-        if self.plan.round_index == 1 and step == 1 and os.environ["RANK"] == "1":
-            if how == "stopped":
-                time.sleep(2.5)  # until it has told where it is
-                os.kill(os.getpid(), signal.SIGSTOP)
-            if how == "failed":
-                raise MemoryError("no room")
-            time.sleep(3600)
-        healthy(self, step)
+    def act(run: Any, _stop: Any) -> None:
+        if how == "stopped":
+            said = "round 2, step 1 of 3"
+            wait_until(lambda: said in run.world.side_store.get("at/1").decode())
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if how == "failed":
+            raise MemoryError("no room")
+        time.sleep(2 * HANG_SECONDS)
 
-    local.LocalSteps.make = make
-    train.run(config_load.validate(settings))
+    disturbed.at(Moment(1, 2, 1), act)
+    runs.train_settings(settings)
 
 
+ASLEEP = "has been at round 2, step 1 of 3 for"
+SILENT = "gives no sign of life; last seen at round 2, step 1 of 3"
 EXACT = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
 
 
@@ -102,19 +104,11 @@ EXACT = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold
 @pytest.mark.parametrize(
     ("how", "backbone", "words"),
     [
-        ("asleep", {"sharding": "none"}, "has been at round 2, step 2 of 3 for"),
-        ("asleep", {"sharding": "zero3", **EXACT}, "has been at round 2, step 2 of 3 for"),
-        (
-            "stopped",
-            {"sharding": "none"},
-            "gives no sign of life; last seen at round 2, step 2 of 3",
-        ),
-        (
-            "stopped",
-            {"sharding": "zero3", **EXACT},
-            "gives no sign of life; last seen at round 2, step 2 of 3",
-        ),
-        ("failed", {"sharding": "none"}, "ended at round 2, step 2 of 3: MemoryError: no room"),
+        full("asleep", {"sharding": "none"}, ASLEEP),
+        ("asleep", {"sharding": "zero3", **EXACT}, ASLEEP),
+        ("stopped", {"sharding": "none"}, SILENT),
+        full("stopped", {"sharding": "zero3", **EXACT}, SILENT),
+        ("failed", {"sharding": "none"}, "ended at round 2, step 1 of 3: MemoryError: no room"),
     ],
     ids=["asleep", "asleep in zero3", "stopped", "stopped in zero3", "failed"],
 )
@@ -128,7 +122,8 @@ def test_a_process_that_hangs_or_fails_is_named_with_its_place(
         federated={"num_clients": 2, "num_rounds": 3, "deadline_seconds": DEADLINE},
         evaluation={"adapters": ["personal"], "every_rounds": 3},
     )
-    survivor, culprit = ends_of(2, hang, settings, how, grace_seconds=9.0)
+    grace = scaled(10.0) if how == "stopped" else GRACE_SECONDS  # it never ends by itself
+    survivor, culprit = ends_of(2, hang, settings, how, grace_seconds=grace)
     assert survivor.code == 1 and culprit.code in (1, -signal.SIGKILL)
     (line,) = [line for line in survivor.said.splitlines() if line.startswith("  process ")]
     assert line.startswith("  process 1 (pid ") and words in line

@@ -8,12 +8,13 @@ import pytest
 
 from sfed.distributed import sync
 from sfed.distributed import world as distributed
+from tests.support.deadlines import RUN_SECONDS
 from tests.support.processes import on_processes
 
 
 def read_late() -> str:
     """Process 1 reads what process 0 said long after process 0 is done."""
-    world = distributed.start(30.0)
+    world = distributed.start(RUN_SECONDS)
     try:
         world.store.set(f"word/{world.rank}", "hello")
         if world.rank == 1:

@@ -23,6 +23,7 @@ from sfed.memory.costs import ClientState, Cost, Costs, Load, Work, largest
 from sfed.memory.profile import LiveBytes
 from sfed.models import hf_config, synthetic
 from tests.support import runs, tiny
+from tests.support.deadlines import RUN_SECONDS
 from tests.support.processes import on_processes
 
 CPU = torch.device("cpu")
@@ -226,7 +227,7 @@ def test_how_the_backbone_is_stored_follows_from_one_rule(
 
 def _agreed(config: Any, free_of_process: list[list[int]]) -> list[clients_per_pass.Sharing]:
     """What is agreed on with so much free memory on each process, one after another."""
-    world = distributed.start(60.0)
+    world = distributed.start(RUN_SECONDS)
     costs = dataclasses.replace(FREE, kept=Cost(0, 100, 0, 0, 0))
     found = clients_per_pass.Estimate(Work(4, 4, 1, 1, 8, 0), costs)
     agreed = []

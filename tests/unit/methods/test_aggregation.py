@@ -13,6 +13,7 @@ from sfed.distributed import sync
 from sfed.distributed import world as distributed
 from sfed.lora.layout import Layout
 from sfed.methods import aggregation
+from tests.support.deadlines import RUN_SECONDS
 from tests.support.processes import on_processes
 
 # DESIGN section 8: d = 3, k = 2, r = 2, N = 3.
@@ -31,7 +32,7 @@ def three_clients(own: range) -> ClientRows:
 
 
 def shared(factors: tuple[str, ...], weights: list[float]) -> tuple[int, dict[int, torch.Tensor]]:
-    world = distributed.start(30.0)
+    world = distributed.start(RUN_SECONDS)
     try:
         clients = three_clients(partition.place(3, world.size)[world.rank])
         sent = aggregation.share(world, clients, factors, weights)
@@ -98,7 +99,7 @@ def test_the_message_is_exactly_the_shared_factor_whatever_the_number_of_clients
 
 
 def test_a_client_of_weight_zero_cannot_spread_nan() -> None:
-    world = distributed.start(30.0)
+    world = distributed.start(RUN_SECONDS)
     try:
         rows = torch.tensor([[1.0, 2], [float("nan"), float("inf")], [3, 6]])
         total = aggregation.weighted_sum(rows, [0.5, 0.0, 0.5])
@@ -128,7 +129,7 @@ def test_the_mean_does_not_depend_on_the_order_of_the_clients(order: list[int], 
     rows = torch.randn(5, 7, generator=generator)
     weights = torch.rand(5, generator=generator)
     weights /= weights.sum()
-    world = distributed.start(30.0)
+    world = distributed.start(RUN_SECONDS)
     try:
         straight, mixed = aggregation.mean_over_clients(
             world,

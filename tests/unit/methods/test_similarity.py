@@ -22,6 +22,7 @@ from sfed.lora.layout import Layout
 from sfed.methods import aggregation
 from tests.support import glue, runs, tiny
 from tests.support.counting import counted_run, sizes
+from tests.support.deadlines import RUN_SECONDS
 from tests.support.processes import on_processes
 from tests.support.reference import parts_of, tokenised
 
@@ -48,7 +49,7 @@ def mean_cosine(rows: list[torch.Tensor]) -> float:
 
 
 def similarity_of(values: torch.Tensor) -> dict[str, float | None]:
-    world = distributed.start(30.0)
+    world = distributed.start(RUN_SECONDS)
     try:
         own = partition.place(len(values), world.size)[world.rank]
         num = len(own)

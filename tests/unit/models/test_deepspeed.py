@@ -10,7 +10,9 @@ import torch
 from sfed.distributed import world as distributed
 from sfed.models import backbone
 from tests.support import runs, tiny
+from tests.support.deadlines import RUN_SECONDS
 from tests.support.processes import on_processes
+from tests.support.selection import full
 
 pytestmark = pytest.mark.dist
 
@@ -27,7 +29,7 @@ def train(folder: Path, out: Path, num: int, sharding: str, **sections: object) 
     return runs.adapters(runs.run(num, settings))
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.parametrize("num_processes", [2, full(4)])
 def test_zero3_trains_the_adapters_of_a_replica(
     tiny_folder: Path, tmp_path: Path, num_processes: int
 ) -> None:
@@ -36,29 +38,41 @@ def test_zero3_trains_the_adapters_of_a_replica(
     assert runs.relative_difference(plain, sharded) <= 5e-6
 
 
+UNEQUAL = {
+    "train": {**SGD, "local_steps": None, "local_epochs": 1},
+    "partition": {"kind": "dirichlet", "key": "kind", "concentration": 0.5},
+}
+ALONE: dict[str, dict] = {
+    "gradient checkpointing": {"backbone": {"gradient_checkpointing": True}},
+    "accumulation": {"train": {**SGD, "micro_batch_size": 2}},
+    "dropout": {"lora": {"rank": 4, "dropout": 0.2}},
+    "two targets": {"lora": {"rank": 4, "target_modules": ["q_proj", "v_proj"]}},
+    "cpu offload": {"backbone": {"offload": "cpu"}},
+    "partial participation": {
+        "federated": {"num_clients": 4, "num_rounds": 3, "clients_per_round": 1}
+    },
+}
+TOGETHER: dict[str, dict] = {
+    "checkpointing, accumulation, dropout and two targets": {
+        "backbone": {"gradient_checkpointing": True},
+        "train": {**SGD, "micro_batch_size": 2},
+        "lora": {"rank": 4, "dropout": 0.2, "target_modules": ["q_proj", "v_proj"]},
+    },
+    "cpu offload and partial participation": {
+        **ALONE["cpu offload"],
+        **ALONE["partial participation"],
+    },
+    "unequal clients, so that one process keeps the other company": UNEQUAL,
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "sections"),
-    [
-        ("gradient checkpointing", {"backbone": {"gradient_checkpointing": True}}),
-        ("accumulation", {"train": {**SGD, "micro_batch_size": 2}}),
-        ("dropout", {"lora": {"rank": 4, "dropout": 0.2}}),
-        ("cpu offload", {"backbone": {"offload": "cpu"}}),
-        ("two targets", {"lora": {"rank": 4, "target_modules": ["q_proj", "v_proj"]}}),
-        (
-            "unequal clients, so that one process keeps the other company",
-            {
-                "train": {**SGD, "local_steps": None, "local_epochs": 1},
-                "partition": {"kind": "dirichlet", "key": "kind", "concentration": 0.5},
-            },
-        ),
-        (
-            "partial participation",
-            {"federated": {"num_clients": 4, "num_rounds": 3, "clients_per_round": 1}},
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    "sections",
+    [*TOGETHER.values(), *(full(sections) for sections in ALONE.values())],
+    ids=[*TOGETHER, *ALONE],
 )
-def test_zero3_agrees_under(tiny_folder: Path, tmp_path: Path, name: str, sections: dict) -> None:
+def test_zero3_agrees_under(tiny_folder: Path, tmp_path: Path, sections: dict) -> None:
+    sections = dict(sections)
     of_backbone = sections.pop("backbone", {})
     none = {key: value for key, value in of_backbone.items() if key != "offload"}
     plain = train(tiny_folder, tmp_path, 1, "none", backbone=none, **sections)
@@ -79,7 +93,7 @@ def test_zero3_equals_replicas_bit_for_bit_in_bf16(tiny_folder: Path, tmp_path: 
 def stored(folder: Path, sharding: str) -> tuple[int, str, str]:
     """Bytes of frozen weights on this process and their digest before and after passes."""
     config = tiny.config(folder, backbone={"sharding": sharding, **EXACT})
-    world = distributed.start(60.0)
+    world = distributed.start(RUN_SECONDS)
     try:
         own = backbone.load(config, config.model.name, world)
         before = own.digest()
@@ -95,10 +109,12 @@ def stored(folder: Path, sharding: str) -> tuple[int, str, str]:
         distributed.stop(world)
 
 
-def test_each_process_stores_its_share_and_the_weights_never_change(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("num_processes", [2, full(4)])
+def test_each_process_stores_its_share_and_the_weights_never_change(
+    tiny_folder: Path, num_processes: int
+) -> None:
     (whole, before, after), *_ = on_processes(1, stored, tiny_folder, "none")
     assert before == after
-    for num in (2, 4):
-        for size, before, after in on_processes(num, stored, tiny_folder, "zero3"):
-            assert size == pytest.approx(whole / num, rel=0.01)
-            assert before == after
+    for size, before, after in on_processes(num_processes, stored, tiny_folder, "zero3"):
+        assert size == pytest.approx(whole / num_processes, rel=0.01)
+        assert before == after

@@ -22,12 +22,13 @@ from sfed.models.hf_config import Sharding
 from sfed.models.losses import linear_cross_entropy
 from sfed.models.objective import objective_of
 from tests.support import tiny
+from tests.support.deadlines import RUN_SECONDS
 
 
 @pytest.fixture
 def frozen(tiny_folder):
     config = tiny.config(tiny_folder)
-    world = distributed.start(30.0)
+    world = distributed.start(RUN_SECONDS)
     yield backbone.load(config, config.model.name, world)
     distributed.stop(world)
 
