@@ -44,9 +44,11 @@ from tests.support.deadlines import RUN_SECONDS
 from tests.support.glue import ALPHA, BATCH, CLIP, HEADS, NAMES, RANK, ROUNDS, SGD, STEPS, N
 from tests.support.processes import on_processes
 from tests.support.reference import Lora, cohorts_of, effective_n, mean, parts_of, shares
+from tests.support.selection import full, some_of
 
 SEED = 0
 FAMILIES = list(HEADS)
+SHARING = ["sfed", "fedsa", "fedit"]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 whose_head = pytest.mark.parametrize("share_head", [False, True], ids=["own head", "shared head"])
 
@@ -277,14 +279,20 @@ def assert_equals_the_reference(
 
 
 @whose_head
-@pytest.mark.parametrize("method", ["sfed", "fedsa", "fedit"])
-@every_family
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *(("roberta", method) for method in SHARING),
+        *(("bert", "sfed"), full("bert", "fedsa"), full("bert", "fedit")),
+        *(full("llama", "sfed"), full("llama", "fedsa"), ("llama", "fedit")),
+    ],
+)
 def test_a_whole_run_equals_the_reference(folder, tmp_path, family, method, share_head):
     assert_equals_the_reference(folder, family, "mnli", tmp_path, method, share_head=share_head)
 
 
 @whose_head
-@pytest.mark.parametrize("method", ["sfed", "fedsa", "fedit"])
+@pytest.mark.parametrize("method", SHARING)
 def test_a_run_weighted_by_examples_equals_the_reference(folder, tmp_path, method, share_head):
     federated = {"share_head": share_head, "weighting": "examples"}
     assert_equals_the_reference(folder, "roberta", "mnli", tmp_path, method, **federated)
@@ -407,7 +415,7 @@ def test_splitting_a_step_into_micro_passes_changes_nothing(folder, tmp_path):
 
 
 @pytest.mark.dist
-@every_family
+@pytest.mark.parametrize("family", some_of(FAMILIES, "roberta"))
 def test_placement_changes_neither_adapters_heads_nor_scores(folder, tmp_path, family):
     """Three processes, one process, one client per pass; and a backbone stored once over two."""
     places: dict[str, tuple[int, dict[str, Any]]] = {
@@ -638,7 +646,7 @@ def zero3_heads(own: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("num_labels", [3, 5], ids=["kept", "new"])
+@pytest.mark.parametrize("num_labels", [3, full(5)], ids=["kept", "new"])
 def test_a_head_that_was_loaded_into_shards_is_whole(folder, tmp_path, num_labels):
     trained_classifier(folder, "roberta", tmp_path / "model", num_labels)
     model = {"name": str(tmp_path / "model")}

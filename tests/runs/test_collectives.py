@@ -9,12 +9,22 @@ import pytest
 from tests.support import tiny
 from tests.support.counting import counted_run, sizes
 from tests.support.processes import on_processes
+from tests.support.selection import full
 
 pytestmark = pytest.mark.dist
 
 
-@pytest.mark.parametrize("sharding", ["none", "zero3"])
-@pytest.mark.parametrize("method", ["sfed", "fedit", "local"])
+@pytest.mark.parametrize(
+    ("method", "sharding"),
+    [
+        ("sfed", "none"),
+        ("sfed", "zero3"),
+        ("fedit", "none"),
+        full("fedit", "zero3"),
+        ("local", "none"),
+        full("local", "zero3"),
+    ],
+)
 def test_a_round_sends_one_message_of_exactly_the_averaged_factors(
     tiny_folder: Path, tmp_path: Path, sharding: str, method: str
 ) -> None:

@@ -18,6 +18,7 @@ from sfed.config import load as config_load
 from sfed.data import splits
 from sfed.distributed.watchdog import Watch
 from sfed.federated import evaluate, local, session
+from sfed.federated.context import RoundPlan, Run
 from sfed.utils.errors import UserError
 from tests.support import disturbed, runs, tiny
 from tests.support.deadlines import HANG_SECONDS, scaled, wait_until
@@ -346,13 +347,12 @@ def test_sigterm_to_a_process_that_waits_for_the_others_stops_all(
 
 def stop_while_waiting(own: dict, asked: Path) -> None:
     """Train; in round 2 process 0 gets SIGTERM while it waits, which process 1 waits to hear."""
-    train_round, pause = local.train_round, Watch.pause
+    train, pause = local.train, Watch.pause
 
-    def train(run: Any, round_index: int, *arguments: Any) -> bool:
-        done = train_round(run, round_index, *arguments)
-        if os.environ["RANK"] == "0" and round_index == 1:
+    def train_and_wait(run: Run, plan: RoundPlan, *arguments: Any) -> None:
+        train(run, plan, *arguments)
+        if os.environ["RANK"] == "0" and plan.finished_rounds == 2:
             Watch.pause = ask_and_pause
-        return done
 
     def ask_and_pause(self: Watch) -> None:
         if not asked.exists():
@@ -360,9 +360,9 @@ def stop_while_waiting(own: dict, asked: Path) -> None:
             asked.touch()
         pause(self)
 
-    def hear(run: Any, _stop: Any) -> None:
+    def hear(run: Run, _stop: Any) -> None:
         wait_until(lambda: run.world.watch.is_asked_to_stop)
 
-    local.train_round = train
+    local.train = train_and_wait
     disturbed.at(Moment(1, 2, 1), hear)
     runs.train_settings(own)

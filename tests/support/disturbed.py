@@ -14,8 +14,8 @@ from typing import Any
 
 from sfed.distributed.shutdown import StopRequest
 from sfed.federated import local
-from sfed.federated.context import Run
-from sfed.federated.round_stats import Ledger
+from sfed.federated.context import RoundPlan, Run
+from sfed.federated.round_stats import RoundStats
 from tests.support import runs
 
 
@@ -35,21 +35,22 @@ def at(moment: Moment, act: Callable[[Run, StopRequest], None]) -> None:
     """Do something once, at a moment of this process's run: ``act(run, stop)``."""
     if os.environ["RANK"] != str(moment.process):
         return
-    train_round, has_come = local.train_round, False
+    train, has_come = local.train, False
 
-    def train(
-        run: Run, round_index: int, ledger: Ledger, stop: StopRequest, on_step: local.OnStep
-    ) -> bool:
+    def train_until(
+        run: Run, plan: RoundPlan, stats: RoundStats, stop: StopRequest, on_step: local.OnStep
+    ) -> None:
         def after_step(done: int, *facts: Any) -> None:
             nonlocal has_come
             on_step(done, *facts)
-            if not has_come and (round_index + 1, done) == (moment.round_number, moment.step):
+            now = (plan.finished_rounds, done)
+            if not has_come and now == (moment.round_number, moment.step):
                 has_come = True
                 act(run, stop)
 
-        return train_round(run, round_index, ledger, stop, after_step)
+        train(run, plan, stats, stop, after_step)
 
-    local.train_round = train
+    local.train = train_until
 
 
 def train_with_signal(settings: dict[str, Any], moment: Moment, number: signal.Signals) -> None:
