@@ -76,7 +76,7 @@ def test_a_process_killed_in_the_middle_of_a_round_costs_nothing_but_that_round(
 
 
 UNEQUAL = {
-    "train": {**ADAMW, "local_steps": None, "local_epochs": 2, "micro_batch_size": 2},
+    "train": {**ADAMW, "local_steps": None, "local_epochs": 1, "micro_batch_size": 2},
     "partition": {"kind": "dirichlet", "key": "kind", "concentration": 0.5},
 }
 
