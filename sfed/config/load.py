@@ -281,7 +281,12 @@ def _choices(annotation: Any) -> str:
 
 def help_text(usage: str) -> str:
     """The text of ``--help``: usage, then every key with its default and its meaning."""
-    lines = [usage, "", "Keys (default in brackets; required: it has to be set):"]
+    lines = [
+        usage,
+        "",
+        "Keys, with the default in brackets (required = no default). Where a key states no other",
+        "bound, a number is a whole number of at least 1:",
+    ]
     section = ""
     for key, default, meaning in list_keys():
         if key.partition(".")[0] != section:

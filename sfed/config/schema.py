@@ -70,137 +70,172 @@ class ModelSection(Section):
     """The frozen backbone."""
 
     name: str = "demo"
-    """Hub id or folder of the language model or encoder; demo = a small one made on the spot, which
-    data.task=demo takes where none is named."""
+    """Hub id or folder of the language model or encoder. demo = a small model that is built and
+    cached at the first start; the default with data.task=demo."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of the backbone; auto = bf16 on GPUs, fp32 on CPUs. Adapters stay in fp32."""
+    """Data type of the backbone; auto = bf16 on GPUs, fp32 on CPUs. Adapters are always fp32."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention implementation of transformers."""
 
 
 class DataSection(Section):
-    """What is learned."""
+    """Training and held-out data."""
 
     task: Literal["demo", "gsm8k", "alpaca", "glue", "jsonl"] = "demo"
-    """Form of the examples; jsonl takes prompt/completion, instruction/input/output or text."""
+    """Form of the examples. jsonl = records with prompt and completion, with instruction, output
+    and an optional input, or with text; glue needs data.name."""
     name: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"] | None = None
-    """Which task of GLUE: each client then trains a classification head beside its adapter."""
+    """GLUE task, for data.task=glue only: each client trains a classification head and an
+    adapter."""
     train_files: tuple[str, ...] | str | None = None
-    """Local .jsonl or .json files instead of the hub; {client} in a name = one file per client."""
+    """Local .jsonl or .json files that replace the data set of the hub. {client} in a name stands
+    for the number of a client, from 0: one file per client. null = the data set of data.task."""
     eval_files: tuple[str, ...] | str | None = None
-    """Local held-out files; null = the task's own held-out split, or data.eval_fraction."""
+    """Local held-out files, named like train_files. null = the held-out split of the hub's data
+    set; with local train_files or without such a split, data.eval_fraction of each client's
+    training examples."""
     max_tokens: PositiveInt = 512
-    """Longest sequence in tokens; what is longer is cut at the end."""
+    """Maximum length of a sequence in tokens. Longer sequences are truncated at the end."""
     packing: bool = True
-    """Lay several short sequences of a client into one row, as documents that do not see each
-    other, where that is cheaper; false = a row each, padded. Classification and dropout pad."""
+    """Place several short sequences of a client in one row where that is cheaper; they do not
+    attend to each other. false = one padded row per sequence, as always for classification and with
+    lora.dropout."""
     max_train_examples: PositiveInt | None = None
-    """Use a random subset of this many training examples (drawn once from the seed)."""
+    """Maximum number of training examples: a random subset, drawn from the seed; with
+    partition.kind=by_file of each file. null = all."""
     max_eval_examples: PositiveInt | None = None
-    """Use a random subset of this many held-out examples (drawn once from the seed)."""
+    """Maximum number of held-out examples of all clients together: a random subset, drawn from the
+    seed; with partition.kind=by_file of each file in data.eval_files. null = all."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of each client's own examples that is held out where there are no held-out files."""
+    """Fraction of each client's training examples that is held out where there is no held-out
+    split; above 0 and below 1."""
 
 
 class PartitionSection(Section):
-    """Which client holds which example."""
+    """Assignment of examples to clients."""
 
     kind: Literal["iid", "dirichlet", "by_key", "by_file"] = "iid"
-    """iid; dirichlet (label skew); by_key (one value of a column each); by_file."""
+    """How examples are assigned to clients: iid = at random; dirichlet = label skew; by_key = one
+    value of the column partition.key per client; by_file = one file per client."""
     concentration: PositiveFloat = 0.5
-    """Dirichlet concentration: small = skewed, large = even."""
+    """Concentration of the Dirichlet distribution, above 0: a small value gives skewed shares, a
+    large value even ones. Used with partition.kind=dirichlet."""
     key: str | None = None
-    """Column for by_key and for dirichlet; dirichlet without one splits by the class of an
-    example where it has one, else by length quantile. Values keep their types: 1 is not "1"."""
+    """Column for by_key and dirichlet. null with dirichlet = the class of an example; where
+    examples have no class, their length in quantiles. Values keep their types: 1 and "1" differ."""
 
 
 class LoraSection(Section):
-    """The adapters."""
+    """The LoRA adapters."""
 
     rank: PositiveInt = 8
     """LoRA rank r."""
     alpha: float | None = Field(default=None, gt=0, le=1e9)
-    """LoRA alpha as the method's own formula takes it; null = the method's usual value."""
+    """LoRA alpha, above 0 and at most 1e9, in the formula that lora.scaling selects. null = the
+    method's default."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the input of the adapters; masks depend on (seed, round, client, step) only."""
+    """Dropout probability on the input of the adapters, at least 0 and below 1. Masks depend on the
+    seed, round, client and step only."""
     target_modules: tuple[str, ...] | str = "all-linear"
-    """Names of the adapted layers, such as [q_proj, v_proj], or all-linear."""
+    """Names of the layers that get an adapter, such as [q_proj, v_proj]; all-linear = all linear
+    layers except the output head. Any other single string is a regular expression that matches the
+    full names of layers."""
     init: Literal["auto", "independent", "shared"] = "auto"
-    """Start of A: one draw per client and a mean over all before the first step, or one draw."""
+    """Initialization of A: independent = one draw per client, averaged over the clients before the
+    first step if the method averages A; shared = one draw for all clients; auto = the method's
+    own."""
     scaling: Literal["auto", "lora", "rslora", "sfed"] | tuple[Exponent, Exponent] = "auto"
-    """gamma: alpha/r, alpha/sqrt(r), alpha*sqrt(N/r), or [exponent of N, exponent of r]."""
+    """Formula of gamma, the factor of B A x: lora = alpha/r, rslora = alpha/sqrt(r), sfed =
+    alpha*sqrt(N/r), or [p, q] = alpha * N^p * r^q; auto = the method's own."""
     allow_unstable: bool = False
-    """Permit a gamma that grows with N together with lora.init=shared."""
+    """Permit a gamma that grows with N although A is not the mean of independent draws. The output
+    of the adapters then grows with N."""
 
 
 class FederatedSection(Section):
-    """The federation."""
+    """The federated method and its rounds."""
 
     method: Literal["sfed", "fedsa", "fedsa-rslora", "rolora", "ffa", "fedit", "local"] = "sfed"
-    """Which factors train, which are averaged, which gamma (sfed.methods)."""
+    """Federated method: the factors that are trained and averaged, gamma and the initialization of
+    A."""
     averaged: Literal["auto"] | tuple[Literal["A", "B"], ...] = "auto"
-    """Factors that are averaged after each round, for ablations: [A], [B], [A, B] or []."""
+    """Factors that are averaged after each round, for ablations: [A], [B], [A, B] or []. auto = the
+    method's own."""
     num_clients: PositiveInt | None = None
-    """N; null = one client per process."""
+    """Number of clients N. null = one client per process."""
     num_rounds: PositiveInt = 10
-    """Rounds of the whole run."""
+    """Number of rounds of the run, including the rounds before it was resumed."""
     share_head: bool = False
-    """Average the classification heads too; false = each stays with its client."""
+    """Average the classification heads after each round. false = each client keeps its own head."""
     clients_per_round: PositiveInt | None = None
-    """Clients that train in a round, drawn from (seed, round); null = all."""
+    """Number of clients that train in a round, drawn from the seed and the round; at most N. null =
+    all."""
     clients_per_pass: PositiveInt | Literal["auto"] | None = "auto"  # noqa: S105  (no password)
-    """Clients of a process that share one forward and backward pass; auto = as many as fit into
-    memory; null = all of them."""
+    """Maximum number of clients of a process in one forward and backward pass. auto = as many as
+    fit into memory; null = all clients of the process."""
     weighting: Literal["uniform", "examples"] = "uniform"
-    """Weights of the mean over clients."""
+    """Weights of the clients in the federated mean: uniform = equal; examples = proportional to
+    their numbers of training examples."""
     optimizer_state: Literal["keep", "reset"] = "keep"
-    """What becomes of the optimizer's moments at the end of a round."""
+    """keep = the moments of a client's optimizer are kept from round to round; reset = each round
+    starts with new moments."""
     max_bad_rounds: NonNegativeInt = 3
-    """Rounds in which some client may turn non-finite (and be left out) before the run stops."""
+    """Maximum number of rounds, at least 0, in which a client's loss, gradient or adapter is not
+    finite. Such a client is reset to the start of the round and excluded from the mean; one more
+    such round stops the run."""
     deadline_seconds: float = Field(default=600.0, gt=0, le=1e7)
-    """Longest wait for another process before the run stops and names who is missing."""
+    """Maximum time in seconds to wait for another process, above 0 and at most 1e7. After it the
+    run stops and names the missing process."""
 
 
 class TrainSection(Section):
-    """A client's own training."""
+    """Local training of each client."""
 
     local_steps: PositiveInt | None = None
-    """Optimizer steps of a client in a round; null with local_epochs null = 10."""
+    """Number of optimizer steps of a client per round. null = local_epochs; if that is null too,
+    10."""
     local_epochs: PositiveInt | None = None
-    """Passes over a client's own data in a round, instead of local_steps."""
+    """Number of epochs over a client's own examples per round, instead of local_steps. null =
+    local_steps."""
     batch_size: PositiveInt = 8
-    """Sequences per client and optimizer step."""
+    """Number of sequences per client and optimizer step."""
     micro_batch_size: PositiveInt | None = None
-    """Sequences per client and pass; null = train.batch_size. Gradients add up token-exactly."""
+    """Number of sequences per client and pass, at most train.batch_size; gradients of a step are
+    accumulated and weighted by tokens. null = train.batch_size."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer of the adapters, kept per client."""
+    """Optimizer of the adapters. Each client has its own state."""
     lr: PositiveFloat = 3e-4
-    """Learning rate of A (and of B where loraplus_ratio is 1)."""
+    """Learning rate, above 0; that of B is lr times loraplus_ratio."""
     loraplus_ratio: PositiveFloat = 1.0
-    """LoRA+: learning rate of B over learning rate of A."""
+    """LoRA+: the learning rate of B divided by that of A, above 0. 1 = plain LoRA."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay, at least 0."""
     max_grad_norm: PositiveFloat | None = 1.0
-    """Clip each client's own gradient to this norm; null = never."""
+    """Maximum L2 norm of a client's gradient, above 0; larger gradients are clipped. null = no
+    clipping."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate over the whole run, not over a round."""
+    """Learning rate after the warm-up: constant, or reduced along a cosine or a line to 0 at the
+    end of the run (not of a round)."""
     warmup_rounds: NonNegativeFloat = 0.0
-    """Linear warm-up over this many rounds."""
+    """Length of the linear warm-up of the learning rate in rounds, at least 0; fractions are
+    allowed."""
 
 
 class BackboneSection(Section):
-    """How the frozen backbone is stored."""
+    """Storage of the frozen backbone."""
 
     sharding: Literal["auto", "zero3", "none"] = "auto"
-    """zero3 = stored once over all processes; none = a replica each; auto = none where it fits."""
+    """Storage of the frozen backbone: zero3 = one copy, sharded over all processes; none = a
+    replica on each process; auto = none if a replica fits into memory, else zero3."""
     offload: Literal["none", "cpu"] = "none"
-    """Keep the shards in host memory (zero3 only)."""
+    """cpu = keep the shards of the backbone in host memory; needs sharding=zero3."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave it off unless you trust its author."""
+    """Execute Python code that is stored with the model. Set it only if you trust the author."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Raw DeepSpeed keys, e.g. {zero_optimization: {stage3_max_live_parameters: 1e8}}."""
+    """Raw DeepSpeed keys, which override those that sfed sets, such as {zero_optimization:
+    {stage3_max_live_parameters: 1e8}}."""
 
     @model_validator(mode="after")
     def _refuse_dead_keys(self) -> BackboneSection:
@@ -226,44 +261,52 @@ class BackboneSection(Section):
 
 
 class EvaluationSection(Section):
-    """Held-out evaluation."""
+    """Evaluation on held-out data."""
 
     every_rounds: PositiveInt = 1
-    """Evaluate before the first round, after every this many rounds, and at the end."""
+    """Interval of evaluations in rounds. One more is made before training and one at the end."""
     adapters: tuple[Literal["personal", "global"], ...] = ("personal", "global")
-    """personal = each client's adapter on its own data; global = (A, mean B) on all data."""
+    """Adapters that are evaluated: personal = each client's adapter on its own held-out data;
+    global = averaged A and mean B on the held-out data of all clients."""
     generate: bool = False
-    """Let the adapters write answers, greedily: exact match for gsm8k, samples for the report."""
+    """Generate answers by greedy decoding: exact match for gsm8k, samples in the report for all
+    text tasks."""
     max_new_tokens: PositiveInt = 256
-    """Longest answer in tokens."""
+    """Maximum length of a generated answer in tokens."""
     max_examples: PositiveInt | None = None
-    """At most this many held-out examples of each client (drawn once from the seed)."""
+    """Maximum number of held-out examples per client: a random subset, drawn from the seed. null =
+    all."""
     batch_size: PositiveInt = 16
-    """Sequences per client and pass."""
+    """Number of sequences per client and evaluation pass."""
 
 
 class OutputSection(Section):
-    """What is written where."""
+    """Files that a run writes."""
 
     dir: str = Field(default="runs", min_length=1)
-    """Folder of the run folders."""
+    """Folder in which run folders are created."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run folder; null = TASK-METHOD, e.g. gsm8k-sfed."""
+    """Name of the run folder: letters, digits, dot, dash and underscore, first a letter or a digit.
+    null = TASK-METHOD, such as gsm8k-sfed."""
     checkpoint_every_rounds: PositiveInt = 1
-    """Write a checkpoint after every this many rounds (and at the end)."""
+    """Interval of checkpoints in rounds. There is always one at the end of the run."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints that are kept; 2 or more hold two files of each client."""
+    """Number of newest checkpoints that are kept; older ones are deleted. With 2 or more, every
+    client has two files, so one damaged file costs one checkpoint."""
     resume: str = "auto"
-    """auto = go on from the newest whole checkpoint; never = begin anew; or a checkpoint folder."""
+    """auto = resume from the newest complete checkpoint; never = move the run folder aside and
+    start from the beginning; or the folder of a checkpoint to resume from."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where the curves go beside metrics.jsonl: [tensorboard, wandb]; each is an extra of sfed."""
+    """Trackers that get the metrics beside metrics.jsonl: [tensorboard], [wandb] or both. Each is
+    an optional dependency of sfed."""
 
 
 class Config(Section):
     """One run."""
 
     seed: NonNegativeInt = 0
-    """All randomness is a function of (seed, round, client)."""
+    """Seed of all random numbers, at least 0. Every draw depends on the seed, round and client
+    only."""
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     partition: PartitionSection = PartitionSection()
