@@ -14,26 +14,13 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import torch.distributed as dist
 
+from sfed.distributed.store import Store
 from sfed.utils.errors import MissingProcessError
 
 _SECONDS_BETWEEN_LOOKS = 0.02
-
-
-class Store(Protocol):
-    """What is used of a key-value store; none of it waits for a key."""
-
-    def set(self, key: str, value: str) -> None:
-        """Put a value."""
-
-    def get(self, key: str) -> bytes:
-        """Read a value that is there."""
-
-    def check(self, keys: list[str]) -> bool:
-        """Whether all are there."""
 
 
 def agree_on_attempt(

@@ -11,6 +11,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +34,16 @@ class Tracker(Protocol):
         """Write what is left; nothing is logged afterwards."""
 
 
-Start = Callable[[Path, Mapping[str, Any], int | None], Tracker]
-"""Start a tracker: run folder, configuration, and the finished rounds of a run that goes on."""
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of a run when it starts."""
+
+    folder: Path
+    """The run folder."""
+    config: Mapping[str, Any]
+    """What is stored of the configuration."""
+    finished_rounds: int | None = None
+    """Of a run that is resumed; None begins new curves."""
 
 
 def mistakes(names: Sequence[str]) -> list[str]:
@@ -107,62 +116,52 @@ def _spared(name: str, warn: Callable[[str], None]) -> Iterator[None]:
         warn(f"{name} fails and is left out from here on ({reason}); metrics.jsonl has all")
 
 
-def open_journal(
-    names: Sequence[str],
-    folder: Path,
-    config: Mapping[str, Any],
-    finished_rounds: int | None,
-    warn: Callable[[str], None],
-) -> Journal:
+def open_journal(names: Sequence[str], run: TrackedRun, warn: Callable[[str], None]) -> Journal:
     """Open the metrics file and start the trackers; arguments and errors as of ``start_all``."""
-    started = start_all(names, folder, config, finished_rounds, warn)
-    file = MetricsFile(folder / "metrics.jsonl", finished_rounds)
+    started = start_all(names, run, warn)
+    file = MetricsFile(run.folder / "metrics.jsonl", run.finished_rounds)
     if file.note:
         warn(file.note)
     return Journal(file, started, warn)
 
 
 def start_all(
-    names: Sequence[str],
-    folder: Path,
-    config: Mapping[str, Any],
-    finished_rounds: int | None,
-    warn: Callable[[str], None],
+    names: Sequence[str], run: TrackedRun, warn: Callable[[str], None]
 ) -> dict[str, Tracker]:
     """Start the trackers that are asked for; one that cannot start is named and left out.
 
     Args:
         names: of trackers, as ``output.trackers`` has them.
-        folder: the run's.
-        config: what is kept of the run's configuration.
-        finished_rounds: of a run that goes on; None begins new curves.
+        run: the run; secrets in its configuration are masked before a tracker gets it.
         warn: takes a line.
 
     Raises:
         UserError: where one lacks what only the user can give.
     """
-    starts: dict[str, Start] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    starts: dict[str, Callable[[TrackedRun], Tracker]] = {
+        "tensorboard": TensorBoard,
+        "wandb": WeightsAndBiases,
+    }
+    run = replace(run, config=masked(run.config))
     started: dict[str, Tracker] = {}
     for name in dict.fromkeys(names):
         with _spared(name, warn):
-            started[name] = starts[name](folder, masked(config), finished_rounds)
+            started[name] = starts[name](run)
     return started
 
 
 class TensorBoard:
     """Event files in ``tensorboard/`` of the run folder; a run that goes on adds to them."""
 
-    def __init__(
-        self, folder: Path, config: Mapping[str, Any], finished_rounds: int | None
-    ) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        logs = folder / "tensorboard"
+        logs = run.folder / "tensorboard"
         # What a lost attempt wrote beyond the finished rounds is there and is not shown.
-        purge = 0 if finished_rounds is None else finished_rounds + 1
+        purge = 0 if run.finished_rounds is None else run.finished_rounds + 1
         writer: Any = SummaryWriter  # has no types
         self._writer = writer(str(logs), purge_step=purge)
-        text = json.dumps(config, indent=2)
+        text = json.dumps(run.config, indent=2)
         self._writer.add_text("config", f"<pre>{text}</pre>", 0)
 
     def log(self, scalars: Mapping[str, float], finished_rounds: int) -> None:
@@ -183,9 +182,7 @@ class WeightsAndBiases:
     generated text. A run that goes on continues the same W&B run, by the id in its folder.
     """
 
-    def __init__(
-        self, folder: Path, config: Mapping[str, Any], finished_rounds: int | None
-    ) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         import wandb
 
         mode = wandb.setup().settings.mode
@@ -205,11 +202,11 @@ class WeightsAndBiases:
         )
         self._run = wandb.init(
             project=wandb.setup().settings.project or "sfed",
-            name=folder.name,
-            id=_run_id(folder / "wandb-id", is_new=finished_rounds is None),
+            name=run.folder.name,
+            id=_run_id(run.folder / "wandb-id", is_new=run.finished_rounds is None),
             resume="allow",
-            dir=str(folder),
-            config=dict(config),
+            dir=str(run.folder),
+            config=dict(run.config),
             settings=settings,
         )
         # Rounds that are done again after a lost attempt come a second time, with the same numbers.

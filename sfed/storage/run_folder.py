@@ -279,7 +279,8 @@ class RunFolder:
             _write(folder / "partition.json", '{"clients": [\n' + ",\n".join(lines) + "\n]}")
             told = None if state is None else state.finished_rounds - bool(state.unreported)
             names = self._config.output.trackers
-            return trackers.open_journal(names, folder, facts, told, console.warn)
+            run = trackers.TrackedRun(folder, facts, told)
+            return trackers.open_journal(names, run, console.warn)
         except OSError as error:
             raise UserError(
                 f"output.dir: the run folder {folder} cannot be written ({error.strerror})"

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from sfed.config.schema import Config
+from sfed.distributed.store import LocalStore, Store
 from sfed.sweep.run_process import Child, End, prepare
 
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -35,35 +36,6 @@ class LostProcessError(RuntimeError):
     """Another process of the sweep is gone, so the sweep cannot go on."""
 
 
-class _Store(Protocol):
-    """What is used of a key-value store; none of it waits for a key."""
-
-    def set(self, key: str, value: str) -> None: ...
-    def get(self, key: str) -> bytes: ...
-    def check(self, keys: list[str]) -> bool: ...
-    def add(self, key: str, amount: int) -> int: ...
-
-
-class _OwnStore:
-    """The store of a sweep of one process, which needs no torch."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, str] = {}
-
-    def set(self, key: str, value: str) -> None:
-        self._values[key] = value
-
-    def get(self, key: str) -> bytes:
-        return self._values[key].encode()
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self._values for key in keys)
-
-    def add(self, key: str, amount: int) -> int:
-        self._values[key] = str(int(self._values.get(key, "0")) + amount)
-        return int(self._values[key])
-
-
 class Party:
     """The sweep's own processes, one for each of the launcher's."""
 
@@ -76,7 +48,7 @@ class Party:
         local = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")
         self.local_size = int(local or self.size)
         self._is_stopping = False
-        self._store: _Store = _OwnStore()
+        self._store: Store = LocalStore()
         self._left = threading.Event()
         self._beats: dict[int, tuple[int, float]] = {}
 
@@ -105,7 +77,7 @@ class Party:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _meet(self) -> _Store:
+    def _meet(self) -> Store:
         from sfed.distributed import rendezvous
 
         store = rendezvous.open_store(self.rank, self.size, _SECONDS_TO_START)

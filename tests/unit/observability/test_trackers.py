@@ -12,7 +12,13 @@ import pytest
 from sfed.config import load as config_load
 from sfed.federated import preflight
 from sfed.observability import metrics, trackers
-from sfed.observability.trackers import MOST_CLIENTS, open_journal, scalars_of, start_all
+from sfed.observability.trackers import (
+    MOST_CLIENTS,
+    TrackedRun,
+    open_journal,
+    scalars_of,
+    start_all,
+)
 from sfed.utils.errors import UserError
 from tests.support import runs, tiny
 
@@ -112,7 +118,9 @@ def test_tensorboard_shows_the_rounds_that_the_metrics_file_holds(tiny_folder, t
 
 def test_rounds_of_a_lost_attempt_are_not_shown_twice(tmp_path):
     for finished, rounds in ((None, (1, 2, 3)), (1, (2, 3)), (None, (1,))):
-        (tracker,) = start_all(["tensorboard"], tmp_path, {}, finished, NO_WARNING).values()
+        (tracker,) = start_all(
+            ["tensorboard"], TrackedRun(tmp_path, {}, finished), NO_WARNING
+        ).values()
         for number in rounds:
             tracker.log({"x/loss": 10.0 * len(rounds) + number}, number)
         tracker.finish()
@@ -126,7 +134,7 @@ def test_wandb_gets_the_rounds_and_goes_on_in_the_same_run(wandb, tmp_path):
     folder.mkdir()
     for finished in (None, 2, None):
         config = {"seed": 1, "model": {"name": "https://ann:secret@host"}}
-        (tracker,) = start_all(["wandb"], folder, config, finished, NO_WARNING).values()
+        (tracker,) = start_all(["wandb"], TrackedRun(folder, config, finished), NO_WARNING).values()
         tracker.log({"x/loss": 1.0}, 3)
         tracker.finish()
     first, second, third = wandb.started
@@ -141,16 +149,16 @@ def test_wandb_gets_the_rounds_and_goes_on_in_the_same_run(wandb, tmp_path):
 def test_wandb_without_a_key_is_a_mistake_unless_it_is_offline(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(has_key=False))
     with pytest.raises(UserError, match="WANDB_MODE=offline"):
-        start_all(["wandb"], tmp_path, {}, None, NO_WARNING)
+        start_all(["wandb"], TrackedRun(tmp_path, {}), NO_WARNING)
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(has_key=False, mode="offline"))
-    assert list(start_all(["wandb"], tmp_path, {}, None, NO_WARNING)) == ["wandb"]
+    assert list(start_all(["wandb"], TrackedRun(tmp_path, {}), NO_WARNING)) == ["wandb"]
 
 
 @pytest.mark.parametrize("failing", ["init", "log"])
 def test_a_tracker_that_fails_is_named_once_and_the_record_is_whole(wandb, tmp_path, failing):
     wandb.failing = {failing}
     said: list[str] = []
-    journal = open_journal(["wandb", "tensorboard"], tmp_path, {}, None, said.append)
+    journal = open_journal(["wandb", "tensorboard"], TrackedRun(tmp_path, {}), said.append)
     for number in (1, 2, 3):
         journal.write_event({"event": "round", "round": number, "x/loss": 1.0, "clients": []})
     journal.close()
