@@ -57,18 +57,12 @@ class StockPeft(Contestant):
 
     def start_from(self, layout: Layout, rows: torch.Tensor) -> None:
         """Take over the (clients, layout.size) factors that another contestant starts from."""
-        self._layout = layout
         with torch.no_grad():
             for client, row in enumerate(rows):
-                for weight, values in self._pieces(client, row):
-                    weight.copy_(values)
-
-    def _pieces(
-        self, client: int, row: torch.Tensor
-    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        for piece in self._layout.pieces:
-            name = f"base_model.model.{piece.layer}.lora_{piece.factor}.client-{client}.weight"
-            yield self._parameters[name], row[piece.start : piece.end].view(piece.shape)
+                for piece in layout.pieces:
+                    factor = f"{piece.layer}.lora_{piece.factor}.client-{client}"
+                    values = row[piece.start : piece.end].view(piece.shape)
+                    self._parameters[f"base_model.model.{factor}.weight"].copy_(values)
 
     def enter(self, turn: int) -> None:
         """Let this client's adapter be the one that computes and trains."""
@@ -102,10 +96,3 @@ class StockPeft(Contestant):
                 if weight.grad is not None:
                     yield weight.grad
                 yield from (v for v in one.state[weight].values() if isinstance(v, torch.Tensor))
-
-    def adapter(self, client: int) -> torch.Tensor:
-        """The factors that PEFT holds, in fp32."""
-        row = torch.empty(self._layout.size)
-        for weight, place in self._pieces(client, row):
-            place.copy_(weight.detach())
-        return row

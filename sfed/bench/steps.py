@@ -70,11 +70,6 @@ class Contestant(ABC):
     def state(self) -> Iterable[torch.Tensor]:
         """What exists for the clients: factors, gradients, moments."""
 
-    def adapter(self, client: int) -> torch.Tensor:
-        """A client's factors as a row of our layout; nothing where nothing is trained."""
-        del client
-        return torch.empty(0)
-
     def _rows_of(self, turn: int) -> torch.Tensor:
         """The tokens of a turn."""
         count = len(self._input_ids) // self.num_turns
@@ -126,12 +121,15 @@ class Sfed(Contestant):
         client_store.draw_initial(self.clients, self.adapters, seed=workload.seed, independent=True)
         self._groups = list(client_store.groups(own, self.clients.clients_per_pass))
         self.num_turns = len(self._groups)
+        self._passes = self.clients.passes((), ())
         self.backbone.training()
         self.enter(0)
 
     def enter(self, turn: int) -> None:
         """Bring the rows of the turn's clients to the device and point the layers at them."""
-        self.rows = self.clients.load(self._groups[turn])
+        self.leave()
+        self._passes = self.clients.passes([self._groups[turn]], _TRAINED)
+        self.rows = next(self._passes)
         self.adapters.bind(self.rows.values, self.rows.grads, _TRAINED)
         self._ids = self._rows_of(turn)
         self._everyone = torch.ones(len(self.rows.clients), device=self._ids.device)
@@ -161,8 +159,8 @@ class Sfed(Contestant):
         adam.step(self.rows, lr_C, norms_C, taken_C)
 
     def leave(self) -> None:
-        """Put the rows back."""
-        self.clients.store(self.rows, _TRAINED)
+        """Put the rows back, if any are there."""
+        self._passes.close()
 
     def frozen(self) -> Iterable[torch.Tensor]:
         """The backbone and the clients' rows."""
@@ -172,10 +170,6 @@ class Sfed(Contestant):
     def state(self) -> Iterable[torch.Tensor]:
         """The rows, where they rest and where they are in a pass."""
         yield from self.clients.memory()
-
-    def adapter(self, client: int) -> torch.Tensor:
-        """A client's row."""
-        return self.clients.row(client).cpu()
 
 
 class FrozenOnly(Contestant):

@@ -88,17 +88,6 @@ class ClientRows:
         finally:
             self._ferry.finish()
 
-    def load(self, clients: Sequence[int]) -> Rows:
-        """Bring these clients to the device; without a copy where they are all of this process."""
-        rows, arrival = self._bring(tuple(clients), 0)
-        self._ferry.wait(arrival)
-        return rows
-
-    def store(self, rows: Rows, trained: Sequence[str]) -> None:
-        """Take rows back that ``load`` brought."""
-        self._take_back(rows, trained)
-        self._ferry.finish()
-
     def load_values(self, clients: Sequence[int]) -> torch.Tensor:
         """Bring only the adapters of these clients to the device: (C, layout.size)."""
         if self._stay is not None and tuple(clients) == tuple(self.own):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 Row = dict[str, str]
-__all__ = ["KINDS", "pretraining_texts", "problems", "rows"]
+__all__ = ["KINDS", "pretraining_texts", "rows", "stream"]
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,21 @@ def _answer(problem: Problem, opening: House, working: House, closing: House) ->
     return opening.opening.format(unit=unit) + working.link.join(done) + end
 
 
-def _stream(kind: str, seed: int, split: str = "", style: House | None = None) -> Iterator[Row]:
-    """Endless rows; a question comes again only after a thousand draws without a new one."""
+def stream(kind: str, seed: int, split: str = "", style: House | None = None) -> Iterator[Row]:
+    """Generates endless word problems of one kind.
+
+    A pure function of its arguments, alike in every process; some 20 microseconds per row. A
+    question comes again only after a thousand draws without a new one.
+
+    Args:
+        kind: One of `KINDS`; another raises KeyError.
+        seed: Another seed gives other rows.
+        split: "train" or "eval"; empty for the questions of both.
+        style: How answers are written; None for the style of the kind's client.
+
+    Yields:
+        A row with "question", "answer" (in the form of GSM8K) and "kind".
+    """
     rng = random.Random(f"{kind}/{seed}")  # a string seeds alike in every process
     house = style or HOUSES[kind]
     seen: set[str] = set()
@@ -126,26 +139,10 @@ def _stream(kind: str, seed: int, split: str = "", style: House | None = None) -
         yield {"question": question, "answer": answer, "kind": kind}
 
 
-def problems(kind: str, count: int, seed: int) -> list[dict[str, str]]:
-    """Generates word problems of one kind, answered in the style of its client.
-
-    A pure function of its arguments, alike in every process; some 20 microseconds per row.
-
-    Args:
-        kind: One of `KINDS`; another raises KeyError.
-        count: How many rows; their questions are distinct while the kind has new ones (>10 000).
-        seed: Another seed gives other rows.
-
-    Returns:
-        Rows with "question", "answer" (in the form of GSM8K) and "kind".
-    """
-    return list(islice(_stream(kind, seed), count))
-
-
 def rows(split: str, count_per_kind: int, seed: int) -> list[dict[str, str]]:
     """Generates the rows of all clients for training or for evaluation.
 
-    As pure and as fast as `problems`. A question is in one split only, whatever kind and seed.
+    As pure and as fast as `stream`. A question is in one split only, whatever kind and seed.
 
     Args:
         split: "train" (three quarters of all questions) or "eval"; another raises ValueError.
@@ -153,17 +150,17 @@ def rows(split: str, count_per_kind: int, seed: int) -> list[dict[str, str]]:
         seed: Another seed gives other rows of the same split.
 
     Returns:
-        Rows as from `problems`, kind after kind in the order of `KINDS`.
+        Rows as from `stream`, kind after kind in the order of `KINDS`.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split must be 'train' or 'eval', not {split!r}")
-    streams = (_stream(kind, seed, split) for kind in KINDS)
+    streams = (stream(kind, seed, split) for kind in KINDS)
     return [row for stream in streams for row in islice(stream, count_per_kind)]
 
 
 def pretraining_texts(problems_per_kind: int, remarks: int, seed: int) -> list[str]:
     """Plainly answered problems of the train split, and scraps of phrases from mixed houses."""
-    streams = (_stream(kind, seed, "train", NEUTRAL) for kind in KINDS)
+    streams = (stream(kind, seed, "train", NEUTRAL) for kind in KINDS)
     plain = [row for stream in streams for row in islice(stream, problems_per_kind)]
     texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in plain]
     rng, houses = random.Random(seed), list(HOUSES.values())

@@ -8,7 +8,6 @@ DeepSpeed engine is only kept alive for its hooks.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from functools import cached_property
 from typing import Any
@@ -174,22 +173,6 @@ class Backbone:
                 parameter.ds_active_sub_modules.clear()
                 if parameter.ds_status.name == "AVAILABLE":
                     parameter.partition()
-
-    def stored_bytes(self) -> int:
-        """Bytes of frozen weights that this process stores between passes."""
-        return sum(
-            shard.numel() * shard.element_size()
-            for shard in (getattr(p, "ds_tensor", p) for p in self.model.parameters())
-        )
-
-    def digest(self) -> str:
-        """SHA-256 of the weights (this process's shares), to show that a run leaves them alone."""
-        sha = hashlib.sha256()
-        for name, parameter in sorted(self.model.named_parameters()):
-            stored = getattr(parameter, "ds_tensor", parameter).detach().cpu().contiguous()
-            sha.update(name.encode())
-            sha.update(stored.view(torch.uint8).numpy().tobytes())
-        return sha.hexdigest()
 
 
 def load(config: Config, name: str, world: World) -> Backbone:

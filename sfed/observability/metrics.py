@@ -135,10 +135,6 @@ class MetricsFile:
         self._path = path
         self._file = path.open("ab", buffering=0)
 
-    def write(self, event: str, **values: Any) -> None:
-        """Append one event."""
-        self.write_event({"event": event, **values})
-
     def write_event(self, event: dict[str, Any]) -> None:
         """Append one event that holds its own ``event`` key.
 

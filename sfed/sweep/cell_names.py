@@ -41,7 +41,6 @@ def _name(choice: Choice, keys: Sequence[str]) -> str:
 
 def _part(key: str, value: Any, keys: Sequence[str]) -> str:
     word, number = _slug(value), isinstance(value, int | float) and not isinstance(value, bool)
-    label = label_of(key, keys)
     label = re.sub(_UNSAFE, "_", label_of(key, keys))
     return f"{label}{'' if number or not label else '-'}{word}"
 

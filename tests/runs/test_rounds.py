@@ -85,24 +85,23 @@ def test_what_is_averaged_can_be_overridden_for_ablations(
 def test_a_run_leaves_the_backbone_bit_identical(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded: list[tuple[backbone.Backbone, str]] = []
+    loaded: list[backbone.Backbone] = []
     original = backbone.load
 
     def load(*arguments: object) -> backbone.Backbone:
         frozen = original(*arguments)
-        loaded.append((frozen, frozen.digest()))
+        loaded.append(frozen)
         return frozen
 
     monkeypatch.setattr(backbone, "load", load)
     with_method(tiny_folder, tmp_path, "sfed", 2)
-    [(frozen, before)] = loaded
+    [frozen] = loaded
     # The adapted layers now stand below their stacked ones: compare by the weights alone.
     names = [name.replace(".base_layer", "") for name, _ in frozen.model.named_parameters()]
     plain = AutoModelForCausalLM.from_pretrained(tiny_folder / "model")
     assert sorted(names) == sorted(name for name, _ in plain.named_parameters())
     for (name, after), own in zip(frozen.model.named_parameters(), names, strict=True):
         assert torch.equal(after, plain.get_parameter(own)), name
-    assert len(before) == 64
 
 
 def test_the_order_of_clients_in_a_pass_does_not_matter(

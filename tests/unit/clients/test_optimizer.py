@@ -4,6 +4,7 @@ Shape suffixes: C clients, N numbers of a row.
 """
 
 import math
+from contextlib import closing
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ def make_rows(kind, num_clients=CLIENTS):
     names = MOMENTS if kind == "adamw" else ()
     cpu, own = torch.device("cpu"), range(num_clients)
     clients = ClientRows(own, LAYOUT, cpu, clients_per_pass=num_clients, moments=names)
-    rows = clients.load(own)
+    with closing(clients.passes([tuple(own)], ())) as passes:
+        rows = next(passes)  # all clients stay on the device
     rows.values.normal_(generator=torch.Generator().manual_seed(1))
     rows.values[:, LAYOUT.columns("B")] = 0.0
     return rows

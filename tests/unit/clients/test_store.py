@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -56,11 +57,14 @@ def a_round(
 def state_of(clients: ClientRows) -> tuple:
     """All that a client is, by client."""
     found = []
-    for client in clients.own:
-        rows = clients.load([client]) if clients.clients_per_pass < N else clients.load(clients.own)
-        position = rows.clients.index(client)
-        tensors = (rows.values, rows.moments["exp_avg"], rows.moments["exp_avg_sq"])
-        found.append([t[position].clone() for t in (*tensors, rows.optimizer_steps)])
+    copied = copy.deepcopy(clients)  # a pass notes its clients as changed
+    with closing(copied.passes(list(groups(clients.own, clients.clients_per_pass)), ())) as passes:
+        for rows in passes:
+            tensors = (rows.values, rows.moments["exp_avg"], rows.moments["exp_avg_sq"])
+            found += [
+                [tensor[position].clone() for tensor in (*tensors, rows.optimizer_steps)]
+                for position in range(len(rows.clients))
+            ]
     return tuple(found)
 
 

@@ -418,7 +418,9 @@ def test_all_mistakes_come_in_one_message():
 
 def test_a_mistake_says_key_value_bound_and_meaning():
     message = mistake_of("lora.dropout=1")
-    assert "lora.dropout = 1: input should be less than 1 (Dropout probability on the input" in message
+    assert (
+        "lora.dropout = 1: input should be less than 1 (Dropout probability on the input" in message
+    )
 
 
 @pytest.mark.parametrize(

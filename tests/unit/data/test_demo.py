@@ -2,6 +2,7 @@
 
 import operator
 import re
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -45,31 +46,38 @@ def test_importing_the_module_imports_no_heavy_library():
     assert run_python(f"import sys, sfed.data.demo; print({heavy} & set(sys.modules))") == "set()\n"
 
 
+def problems(kind: str, count: int, seed: int) -> list[dict[str, str]]:
+    return list(islice(demo.stream(kind, seed), count))
+
+
 @pytest.mark.parametrize("kind", demo.KINDS)
 def test_problems_depend_on_kind_and_seed_only(kind):
-    again = demo.problems(kind, 50, 3)
-    assert demo.problems(kind, 50, 3) == again
-    assert demo.problems(kind, 20, 3) == again[:20]
-    assert demo.problems(kind, 50, 4) != again
+    again = problems(kind, 50, 3)
+    assert problems(kind, 50, 3) == again
+    assert problems(kind, 20, 3) == again[:20]
+    assert problems(kind, 50, 4) != again
     assert {row["kind"] for row in again} == {kind}
 
 
 def test_problems_are_the_same_in_every_process():
-    code = "from sfed.data import demo; print(demo.problems('change', 5, 1))"
+    code = (
+        "from itertools import islice; from sfed.data import demo;"
+        "print(list(islice(demo.stream('change', 1), 5)))"
+    )
     printed = {run_python(code, PYTHONHASHSEED=seed) for seed in ("1", "2")}
-    assert printed == {f"{demo.problems('change', 5, 1)}\n"}
+    assert printed == {f"{problems('change', 5, 1)}\n"}
 
 
 def test_unknown_kind_and_split_are_refused():
     with pytest.raises(KeyError):
-        demo.problems("poetry", 1, 0)
+        problems("poetry", 1, 0)
     with pytest.raises(ValueError, match="split"):
         demo.rows("test", 1, 0)
 
 
 @pytest.mark.parametrize("kind", demo.KINDS)
 def test_every_annotation_is_right_and_the_last_line_has_the_result(kind):
-    for row in demo.problems(kind, 500, 0):
+    for row in problems(kind, 500, 0):
         steps = ANNOTATION.findall(row["answer"])
         assert len(steps) == row["answer"].count("<<") >= 1
         for left, sign, right, result, repeated in steps:
@@ -79,7 +87,7 @@ def test_every_annotation_is_right_and_the_last_line_has_the_result(kind):
 
 @pytest.mark.parametrize("kind", demo.KINDS)
 def test_the_numbers_of_an_answer_come_from_the_question_or_an_earlier_step(kind):
-    for row in demo.problems(kind, 200, 0):
+    for row in problems(kind, 200, 0):
         known = set(re.findall(r"\d+", row["question"]))
         for left, _, right, result, _ in ANNOTATION.findall(row["answer"]):
             assert {left, right} <= known
@@ -88,14 +96,14 @@ def test_the_numbers_of_an_answer_come_from_the_question_or_an_earlier_step(kind
 
 @pytest.mark.parametrize("kind", demo.KINDS)
 def test_questions_are_distinct_and_no_placeholder_is_left(kind):
-    made = demo.problems(kind, 2000, 0)
+    made = problems(kind, 2000, 0)
     assert len({row["question"] for row in made}) == 2000
     assert not any(set("{}|") & set(row["question"] + row["answer"]) for row in made)
 
 
 def test_an_exhausted_kind_repeats_questions_instead_of_hanging(monkeypatch):
     monkeypatch.setattr(demo, "_draw", lambda house, rng: ("1 + 1?", [(1, "+", 1, 2)], "apples"))
-    assert len(demo.problems("sums", 3, 0)) == 3
+    assert len(problems("sums", 3, 0)) == 3
 
 
 def test_rows_hold_all_kinds_in_order():
@@ -117,7 +125,7 @@ def test_clients_answer_the_same_situation_differently():
 
 def test_every_client_has_shared_situations_too():
     for kind in demo.KINDS:
-        shared = [" gets " in row["question"] for row in demo.problems(kind, 400, 0)]
+        shared = [" gets " in row["question"] for row in problems(kind, 400, 0)]
         assert 0.05 < sum(shared) / len(shared) < 0.3
 
 

@@ -10,6 +10,7 @@ import torch
 from sfed.distributed import world as distributed
 from sfed.models import backbone
 from tests.support import runs, tiny
+from tests.support.backbones import digest, stored_bytes
 from tests.support.deadlines import RUN_SECONDS
 from tests.support.processes import on_processes
 from tests.support.selection import full
@@ -96,15 +97,15 @@ def stored(folder: Path, sharding: str) -> tuple[int, str, str]:
     world = distributed.start(RUN_SECONDS)
     try:
         own = backbone.load(config, config.model.name, world)
-        before = own.digest()
-        size = own.stored_bytes()
+        before = digest(own)
+        size = stored_bytes(own)
         ids = torch.randint(2, 200, (2, 9))
         own.training()
         own.token_losses(ids, ids, torch.arange(ids.numel() - 1))
         own.evaluating()
         own.token_losses(ids, ids, torch.arange(ids.numel() - 1))
         own.release()
-        return size, before, own.digest()
+        return size, before, digest(own)
     finally:
         distributed.stop(world)
 

@@ -20,7 +20,7 @@ def path(tmp_path):
 def write(path, rounds, finished=None):
     file = MetricsFile(path, finished)
     for number in rounds:
-        file.write("round", round=number)
+        file.write_event({"event": "round", "round": number})
     file.close()
 
 
@@ -32,7 +32,7 @@ def test_every_event_can_be_read_as_soon_as_it_is_written(path):
     file = MetricsFile(path, None)
     assert path.read_text() == ""
     for number in range(1, 4):
-        file.write("round", round=number, loss=0.5)
+        file.write_event({"event": "round", "round": number, "loss": 0.5})
         assert path.read_text().count("\n") == number
         assert rounds(path) == list(range(1, number + 1))
     file.close()
@@ -40,7 +40,7 @@ def test_every_event_can_be_read_as_soon_as_it_is_written(path):
 
 def test_a_line_is_one_json_object_with_its_event_and_values(path):
     file = MetricsFile(path, None)
-    file.write("start", name="é\n", clients=[{"client": 0}])
+    file.write_event({"event": "start", "name": "é\n", "clients": [{"client": 0}]})
     file.write_event({"event": "round", "round": 1})
     file.close()
     first, second = path.read_text(encoding="utf-8").splitlines()
@@ -63,8 +63,8 @@ def test_resuming_drops_the_rounds_of_the_lost_attempt(path, finished):
 
 def test_resuming_keeps_events_that_belong_to_no_round(path):
     file = MetricsFile(path, None)
-    file.write("start", world_size=2)
-    file.write("round", round=1)
+    file.write_event({"event": "start", "world_size": 2})
+    file.write_event({"event": "round", "round": 1})
     file.close()
     MetricsFile(path, 0).close()
     assert [event["event"] for event in read_events(path)] == ["start"]
@@ -184,7 +184,14 @@ def test_opening_leaves_no_other_file_behind(path):
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_a_number_that_json_does_not_know_becomes_null(path, number):
     file = MetricsFile(path, None)
-    file.write("round", round=1, loss=number, clients=[{"loss": number, "pair": (number, 1.5)}])
+    file.write_event(
+        {
+            "event": "round",
+            "round": 1,
+            "loss": number,
+            "clients": [{"loss": number, "pair": (number, 1.5)}],
+        }
+    )
     file.close()
     text = path.read_text()
     assert "NaN" not in text and "Infinity" not in text

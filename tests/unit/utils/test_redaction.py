@@ -68,7 +68,9 @@ def test_two_runs_that_differ_in_a_secret_only_are_the_same_run():
 
 def test_the_metrics_file_holds_no_secret(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl", None)
-    file.write("round", round=1, clients=[{"samples": [{"answer": f"key {TOKEN}"}]}])
+    file.write_event(
+        {"event": "round", "round": 1, "clients": [{"samples": [{"answer": f"key {TOKEN}"}]}]}
+    )
     file.close()
     assert TOKEN not in (tmp_path / "metrics.jsonl").read_text()
     (event,) = read_events(tmp_path / "metrics.jsonl")
