@@ -14,12 +14,14 @@ project = "sfed"
 author = "The sfed developers"
 release = version = sfed.__version__
 
-extensions = ["myst_parser", "configuration_keys"]
+extensions = ["myst_parser", "configuration_keys", "python_api"]
 exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown"}
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 nitpicky = True
+# Types of other projects; their inventories are elsewhere, and the pages load nothing from there.
+nitpick_ignore_regex = [("py:.*", r"(?!sfed).*")]
 
 html_theme = "furo"
 html_title = "sfed"

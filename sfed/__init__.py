@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 # Public name -> its module, and its name there where that is another one.
-_PLACES = {
+PLACES = {
     "Config": "sfed.config.schema",
     "load_config": "sfed.config.load:load",
     "check": "sfed.federated.preflight",
@@ -83,9 +83,9 @@ _PLACES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name on its first use (PEP 562)."""
-    if name not in _PLACES:
+    if name not in PLACES:
         raise AttributeError(f"module 'sfed' has no attribute {name!r}")
-    module, _, there = _PLACES[name].partition(":")
+    module, _, there = PLACES[name].partition(":")
     value = getattr(importlib.import_module(module), there or name)
     globals()[name] = value
     return value

@@ -83,6 +83,7 @@ METHODS: dict[str, Method] = {
         Method("local", (_AB,), ((),), _LORA, independent_init=False, alpha=16.0),
     )
 }
+"""The methods by name, as ``federated.method`` takes them."""
 
 
 def resolve(config: Config) -> Method:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,33 +14,11 @@ from sfed import cli
 from sfed.utils import versions
 from sfed.utils.errors import UserError
 from tests.support import tiny
-
-ROOT = Path(__file__).resolve().parents[2]
-HEAVY = {"torch", "transformers", "deepspeed", "peft", "datasets", "numpy"}
+from tests.support.interpreter import HEAVY, ROOT, modules_after, python
 
 
 def sfed(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sfed", *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def modules_after(code: str) -> set[str]:
-    """The modules that a fresh interpreter has loaded after some code."""
-    code += "\nimport json, sys\nsys.stderr.write(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return set(json.loads(done.stderr))
+    return python("-m", "sfed", *words, folder=folder)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
@@ -54,7 +31,7 @@ def test_the_help_names_every_command(words: list[str], capsys: pytest.CaptureFi
 @pytest.mark.parametrize("word", ["--help", "--version"])
 def test_help_and_versions_load_nothing_heavy(word: str):
     loaded = modules_after(f"from sfed import cli\ncli.main([{word!r}])")
-    assert "sfed.cli" in loaded and not HEAVY & loaded
+    assert "sfed.cli" in loaded and not {"numpy", *HEAVY} & loaded
 
 
 def test_the_versions_are_what_a_report_of_a_bug_needs(capsys: pytest.CaptureFixture[str]):
@@ -87,14 +64,7 @@ def test_an_unknown_command_is_one_line_with_the_known_ones():
 def test_every_command_is_the_module_that_python_runs(name: str):
     by_word, by_module = (
         sfed(name, "--help"),
-        subprocess.run(
-            [sys.executable, "-m", f"sfed.{name}", "--help"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        ),
+        python("-m", f"sfed.{name}", "--help"),
     )
     assert by_word.returncode == by_module.returncode == 0
     assert by_word.stdout == by_module.stdout != ""
@@ -121,14 +91,7 @@ def test_a_sweep_runs_from_the_command_word_and_is_reported(tiny_folder: Path, t
     script.write_text(
         "import sys\nfrom sfed.cli import run\nif __name__ == '__main__':\n    run()\n"
     )
-    done = subprocess.run(
-        [sys.executable, str(script), "sweep", "grid.json", "output.dir=runs"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python(str(script), "sweep", "grid.json", "output.dir=runs", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     reported = sfed("report", "runs/seeds", folder=tmp_path)
     assert reported.returncode == 0, reported.stderr
