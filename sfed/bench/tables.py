@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sfed.utils.text import size_text
+
 _STEPS_OF_A_ROUND = 10
 
 Json = Mapping[str, Any]
@@ -43,8 +45,8 @@ def _heading(results: Json) -> list[str]:
     clients += f"{asked['num_clients']} clients"
     return [
         f"machine  {machine['device']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"{_size(machine['memory_bytes'])} of memory, {machine['processes']} processes; load "
-        f"{machine['load_average']:.1f} at the start",
+        f"{size_text(machine['memory_bytes'], 2)} of memory, {machine['processes']} processes; "
+        f"load {machine['load_average']:.1f} at the start",
         f"versions {versions}",
         f"model    {name}, {shape['num_hidden_layers']} x {shape['hidden_size']}, "
         f"{asked['dtype']}; {adapters}: A has {asked['a_bytes']:,} bytes",
@@ -91,9 +93,9 @@ def _memory(results: Json) -> Table:
             key,
             f"{one['saved_bytes_per_token_and_layer']:,.0f}",
             f"{one['saved_bytes_per_client_and_layer']:,.0f}",
-            _size(one["saved_bytes_of_pass"]),
+            size_text(one["saved_bytes_of_pass"], 2),
         ]
-        cells += [_size(one["peak_bytes"])] if has_peak else []
+        cells += [size_text(one["peak_bytes"], 2)] if has_peak else []
         operations = one["operations_per_layer"]
         cells += [f"{operations:,}", f"{operations * one['passes_per_step']:,}"]
         table.add_row(*cells)
@@ -219,9 +221,3 @@ def _ms(seconds: float) -> str:
 def _range(spread: Json) -> str:
     """Lowest and highest, on one line."""
     return f"{_ms(spread['min'])}..{_ms(spread['max'])}"
-
-
-def _size(num_bytes: float) -> str:
-    if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:.2f} GiB"
-    return f"{num_bytes / 2**20:.2f} MiB"

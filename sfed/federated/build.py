@@ -26,6 +26,7 @@ from sfed.methods import scaling
 from sfed.models import backbone, hf_config
 from sfed.models import demo as demo_model
 from sfed.models.backbone import Backbone
+from sfed.models.hf_config import MetaModel
 from sfed.models.tokenizer import load_tokenizer
 from sfed.observability import metrics
 from sfed.observability.console import Console
@@ -83,11 +84,13 @@ def build(
     held = splits.load(config, tokenizer, world, num_clients, own)
     for note in held.notes:
         console.warn(note)
-    estimate = clients_per_pass.estimate(config, name, world, held, placement, before)
+    start = clients_per_pass.Start(config, world, before)
+    meta = MetaModel.read(config, name)
+    estimate = clients_per_pass.estimate(start, meta, held, placement, console.say)
     loading = f"loading {config.model.name} ({hf_config.dtype_name(config, world)})"
     console.enter(metrics.LOADING_SECONDS, loading)
     with sync.together(world, "loading the backbone"):
-        frozen = backbone.load(config, name, world)
+        frozen = backbone.load(config, name, world, meta)
         check_rows_fit(config, held, frozen, own)
     frozen.weights_digest = fingerprints.of_backbone(frozen.model, frozen.model.config.to_dict())
     weights = context.client_weights(config, held, num_clients, tuple(range(num_clients)))
@@ -95,7 +98,7 @@ def build(
         method.alpha, config.lora.rank, scaling.effective_clients(weights), method.exponents
     )
     attached = _attached(config, world, frozen, gamma, name)
-    shared = clients_per_pass.agree(config, world, estimate, before, attached.layout.size)
+    shared = clients_per_pass.agree(start, estimate, attached.layout.size)
     if shared.is_doubtful:
         console.warn(f"memory may not suffice: {shared.reason}")
     rows = client_store.ClientRows(

@@ -6,6 +6,7 @@ All processes use one limit, since how many passes each of them makes follows fr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -17,7 +18,8 @@ from sfed.distributed.sync import gather_json, together
 from sfed.distributed.world import World
 from sfed.memory import counts, profile
 from sfed.memory.costs import ClientState, Costs, Work
-from sfed.models.hf_config import DTYPES, choose_sharding, dtype_name, free_bytes, read_model_config
+from sfed.memory.trial import Frozen
+from sfed.models.hf_config import DTYPES, MetaModel, choose_sharding, dtype_name, free_bytes
 from sfed.utils.errors import UserError
 from sfed.utils.text import size_text
 
@@ -43,101 +45,119 @@ class Sharing:
 
 
 @dataclass(frozen=True)
+class Start:
+    """A run that starts, as far as the limit depends on it."""
+
+    config: Config
+    world: World
+    before: int | None
+    """The limit of the run that is resumed; None where the run begins. With other groups of clients
+    its numbers would differ by round-off from those of a run that was never stopped."""
+
+
+@dataclass(frozen=True)
 class Estimate:
-    """What has been found out before the backbone is loaded."""
+    """What a process does, and what a pass costs."""
 
     work: Work
     costs: Costs
 
+    def most(self, state: ClientState, free: int) -> Sharing:
+        """As many clients as fit beside the backbone: the rule of ``auto``.
+
+        Args:
+            state: of a client.
+            free: bytes beside the backbone.
+        """
+        work, costs = self.work, self.costs
+        fitting = work.most_clients(costs, state, free)
+        needed = size_text(work.needs(costs, state, max(1, fitting)).total)
+        of_pass = f"{work.train_rows} rows of up to {work.tokens} tokens each"
+        if fitting:
+            reason = f"{of_pass} need about {needed} of the {size_text(free)} that are free"
+            return Sharing(fitting, reason)
+        reason = f"even one, with {of_pass}, needs about {needed}, and {size_text(free)} are free"
+        return Sharing(1, reason, is_doubtful=True)
+
 
 def estimate(
-    config: Config,
-    name: str,
-    world: World,
+    start: Start,
+    meta: MetaModel,
     held: Data,
     placement: list[range],
-    before: int | None,
+    say: Callable[[str], None],
 ) -> Estimate | None:
     """Measure what a pass costs, where that matters. Collective.
 
     Before the backbone is loaded: with DeepSpeed at work every model that is made gets sharded.
 
     Args:
-        config: of the run.
-        name: hub id or folder of the model.
-        world: the processes.
+        start: the run.
+        meta: its model.
         held: the rows of this process's clients.
         placement: the clients of each process.
-        before: what the run that is resumed agreed on; None where it begins.
+        say: told on process 0 where measuring takes long.
 
     Returns:
         None where the limit does not depend on it: all clients of a process fit without any doubt,
         or it is configured, or known from before.
     """
+    config, world = start.config, start.world
     own_clients = max(map(len, placement))
-    if own_clients == 1 or _settled(config, before):
+    if own_clients == 1 or _settled(config, start.before):
         return None
     rows = (
         some[client] for some in (held.train, held.held_out) for client in placement[world.rank]
     )
     longest = max((int(max(examples.lengths, default=0)) for examples in rows), default=0)
     known = gather_json(world, "rows and memory", [longest, _free(world)])
-    model_config = read_model_config(config, name)
     work = work_of(config, own_clients, max(tokens for tokens, _ in known))
     carefree = _CAREFREE_SHARE * min(free for _, free in known)
-    if _generous_bytes(config, model_config, work) <= carefree:
+    if _generous_bytes(config, meta.config, work) <= carefree:
         return None
     dtype = DTYPES[dtype_name(config, world)]
-    is_sharded = choose_sharding(config, model_config, dtype, world).is_sharded
+    is_sharded = choose_sharding(config, meta, dtype, world).is_sharded
     costs: Costs | None = None
     with together(world, "measuring a pass"):
         if world.is_main:
-            targets = counts.facts_of(config, model_config).targets
-            costs = profile.measure(config, model_config, dtype, targets, is_sharded=is_sharded)
+            targets = counts.facts_of(config, meta).targets
+            costs = profile.measure(config, Frozen(meta.config, dtype, targets, is_sharded), say)
     told = gather_json(world, "costs of a pass", costs and dataclasses.asdict(costs))[0]
     return Estimate(work, Costs.of_json(told))
 
 
-def agree(
-    config: Config,
-    world: World,
-    found: Estimate | None,
-    before: int | None,
-    numbers: int,
-) -> Sharing:
+def agree(start: Start, found: Estimate | None, numbers: int) -> Sharing:
     """Let as many clients share a pass as fit on the process with the least memory. Collective.
 
     Args:
-        config: of the run.
-        world: the processes.
+        start: the run.
         found: what a pass costs; None where the limit does not depend on it.
-        before: what the run that is resumed agreed on. With other groups of clients its numbers
-            would differ by round-off from those of a run that was never stopped.
         numbers: of a client's row.
     """
-    if known := _settled(config, before):
+    if known := _settled(start.config, start.before):
         return known
-    in_round = config.federated.clients_per_round or _ALL
     if found is None:
-        return Sharing(in_round, "all of a process fit")
+        return Sharing(_in_round(start.config), "all of a process fit")
+    world = start.world
     free = min(gather_json(world, "free memory beside the backbone", _free(world)))
-    work, costs, state = found.work, found.costs, state_of(config, numbers)
-    fitting = work.most_clients(costs, state, free)
-    needed = size_text(work.needs(costs, state, max(1, fitting)).total)
-    of_pass = f"{work.train_rows} rows of up to {work.tokens} tokens each"
-    if fitting:
-        reason = f"{of_pass} need about {needed} of the {size_text(free)} that are free"
-        return Sharing(fitting, reason)
-    reason = f"even one, with {of_pass}, needs about {needed}, and {size_text(free)} are free"
-    return Sharing(1, reason, is_doubtful=True)
+    return found.most(state_of(start.config, numbers), free)
+
+
+def planned(config: Config, found: Estimate, numbers: int, free: int) -> Sharing:
+    """The limit of a run that begins on processes with so much memory beside the backbone."""
+    return _settled(config, None) or found.most(state_of(config, numbers), free)
 
 
 def _settled(config: Config, before: int | None) -> Sharing | None:
     """The limit where it depends on no memory."""
-    asked, in_round = config.federated.clients_per_pass, config.federated.clients_per_round or _ALL
+    asked, in_round = config.federated.clients_per_pass, _in_round(config)
     if asked != "auto":
         return Sharing(min(asked or _ALL, in_round), "as configured")
     return None if before is None else Sharing(min(before, in_round), "as before the stop")
+
+
+def _in_round(config: Config) -> int:
+    return config.federated.clients_per_round or _ALL
 
 
 def state_of(config: Config, numbers: int) -> ClientState:

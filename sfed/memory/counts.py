@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sfed.config.schema import Config
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.head import Head
 from sfed.models import heads, synthetic
-from sfed.models.hf_config import auto_class
+from sfed.models.hf_config import MetaModel
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,15 @@ class Facts:
         return self.a_numbers + self.b_numbers + self.head_numbers
 
 
-def facts_of(config: Config, model_config: PreTrainedConfig) -> Facts:
+def facts_of(config: Config, meta: MetaModel) -> Facts:
     """Count weights and the numbers of the adapters, without memory for either.
+
+    The adapters are attached to the meta model, so this is done once.
 
     Raises:
         UserError: where a target of the adapters does not exist.
     """
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_class(config).from_config(model_config)
-    model.tie_weights()
-    num_weights = sum(weight.numel() for weight in model.parameters())
+    num_weights, model = meta.num_weights, meta.model
     matmul_weights = synthetic.matmul_weights(model)
     head_name, head_numbers = heads.name_of(config, model), 0
     if head_name is not None:  # as if it had been taken off

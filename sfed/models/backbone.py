@@ -27,14 +27,14 @@ from sfed.models.deepspeed import gathered_whole, prepare_deepspeed, shard
 from sfed.models.hf_config import (
     CANNOT_LOAD,
     DTYPES,
+    MetaModel,
     Sharding,
     auto_class,
     cannot_load,
     choose_sharding,
     dtype_name,
-    read_model_config,
 )
-from sfed.models.losses import TokenLosses
+from sfed.models.losses import TokenLosses, Traits
 from sfed.utils.errors import UserError
 
 # A token's 4 * 12 d^2 FLOPs of matrix products, and 12 d w of attention to w places, which runs at
@@ -47,7 +47,12 @@ class Backbone:
     """A frozen language model or encoder and how it is stored."""
 
     def __init__(
-        self, model: PreTrainedModel, head: Head | None, sharding: Sharding, keep_alive: Any
+        self,
+        model: PreTrainedModel,
+        head: Head | None,
+        sharding: Sharding,
+        keep_alive: Any,
+        traits: Traits | None = None,
     ) -> None:
         self.model = model
         self.head = head
@@ -55,7 +60,7 @@ class Backbone:
         self._keep_alive = keep_alive
         self.weights_digest = ""
         """Of the model as it was loaded; see ``guards.of_backbone``."""
-        self._losses = TokenLosses(model) if head is None else None
+        self._losses = TokenLosses(model, traits) if head is None else None
 
     @property
     def context_tokens(self) -> int:
@@ -175,31 +180,32 @@ class Backbone:
                     parameter.partition()
 
 
-def load(config: Config, name: str, world: World) -> Backbone:
+def load(config: Config, name: str, world: World, meta: MetaModel | None = None) -> Backbone:
     """Load and freeze the backbone, sharded over the processes or as a replica. Collective.
 
     Args:
         config: the run's configuration.
         name: hub id or folder of the model.
         world: the processes.
+        meta: the model, where its configuration has been read before.
 
     Raises:
         UserError: where the model cannot be found or is not one for the task.
     """
-    model_config = read_model_config(config, name)
+    meta = meta or MetaModel.read(config, name)
     dtype = DTYPES[dtype_name(config, world)]
-    sharding = choose_sharding(config, model_config, dtype, world)
+    sharding = choose_sharding(config, meta, dtype, world)
     settings, into_shards = None, None
     if sharding.is_sharded:
         from transformers.integrations import HfDeepSpeedConfig
 
-        settings = prepare_deepspeed(config, model_config, dtype)
+        settings = prepare_deepspeed(config, meta, dtype)
         # While it lives, from_pretrained loads straight into shards; it must outlive the model.
         into_shards = HfDeepSpeedConfig(settings)
     try:
         model, loading = auto_class(config).from_pretrained(
             name,
-            config=model_config,
+            config=meta.config,
             dtype=dtype,
             attn_implementation=config.model.attention,
             trust_remote_code=config.backbone.trust_remote_code,
@@ -230,6 +236,6 @@ def hooked(model: PreTrainedModel, config: Config) -> Backbone:
     It is for measurements: a process has to hold the whole model first. DeepSpeed puts another
     function in the place of torch's ``linear``, for this process and for good.
     """
-    settings = prepare_deepspeed(config, model.config, model.dtype)
+    settings = prepare_deepspeed(config, MetaModel(config, model.config), model.dtype)
     keep_alive = (None, shard(model, settings))
     return Backbone(model, None, Sharding("zero3", "as asked for"), keep_alive)

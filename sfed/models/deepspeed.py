@@ -11,25 +11,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sfed.config.schema import Config
-from sfed.models.hf_config import auto_class
+from sfed.models.hf_config import MetaModel
 from sfed.utils.errors import UserError
 
 
-def deepspeed_settings(
-    config: Config, model_config: PreTrainedConfig, dtype: torch.dtype
-) -> dict[str, Any]:
+def deepspeed_settings(config: Config, meta: MetaModel, dtype: torch.dtype) -> dict[str, Any]:
     """Build the DeepSpeed configuration: our defaults, then the user's raw keys over them.
 
     DeepSpeed's own defaults keep everything gathered for any model below a billion parameters, so
     the bounds follow the model's size: at most about three layers are gathered at a time.
     """
-    with torch.device("meta"):
-        model = auto_class(config).from_config(model_config)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    layer = total // max(1, getattr(model_config, "num_hidden_layers", 1))
+    total = meta.num_weights
+    layer = total // meta.num_layers
     zero: dict[str, Any] = {
         "stage": 3,
         "stage3_max_live_parameters": 3 * layer,
@@ -62,9 +58,7 @@ def gathered_whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Non
     return gathered
 
 
-def prepare_deepspeed(
-    config: Config, model_config: PreTrainedConfig, dtype: torch.dtype
-) -> dict[str, Any]:
+def prepare_deepspeed(config: Config, meta: MetaModel, dtype: torch.dtype) -> dict[str, Any]:
     """Let DeepSpeed join the processes that are there, and check its settings; returns them."""
     import deepspeed  # heavy, and only needed here
     import deepspeed.ops
@@ -75,7 +69,7 @@ def prepare_deepspeed(
     # What a launcher would have set; DeepSpeed reads them even where the group exists.
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(dist.get_backend())  # adopts the group that exists
-    settings = deepspeed_settings(config, model_config, dtype)
+    settings = deepspeed_settings(config, meta, dtype)
     try:
         deepspeed.DeepSpeedConfig(settings)
     except (

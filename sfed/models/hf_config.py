@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from sfed.config.schema import BackboneSection, Config
@@ -60,6 +63,48 @@ def auto_class(config: Config) -> Any:
     """The kind of model that the task needs."""
     is_classification = task_of(config).is_classification
     return AutoModelForSequenceClassification if is_classification else AutoModelForCausalLM
+
+
+def from_config(config: Config, model_config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
+    """A model of this shape without its weights, on torch's present default device."""
+    model: PreTrainedModel = auto_class(config).from_config(
+        model_config, trust_remote_code=config.backbone.trust_remote_code, **settings
+    )
+    return model
+
+
+class MetaModel:
+    """A model before any weight is read: its configuration, and what can be counted of it.
+
+    Counting builds the model on torch's meta device. That is done at most once, and not before
+    somebody asks.
+    """
+
+    def __init__(self, config: Config, model_config: PreTrainedConfig) -> None:
+        self.config = model_config
+        """The model's own configuration."""
+        self._run_config = config
+
+    @staticmethod
+    def read(config: Config, name: str) -> MetaModel:
+        """Read the configuration of a model; see ``read_model_config``."""
+        return MetaModel(config, read_model_config(config, name))
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model without memory for its weights. Read ``num_weights`` before it is changed."""
+        with torch.device("meta"):
+            return from_config(self._run_config, copy.deepcopy(self.config))
+
+    @cached_property
+    def num_weights(self) -> int:
+        """Of the whole backbone; those that two layers share count once."""
+        return sum(weight.numel() for weight in self.model.parameters())
+
+    @property
+    def num_layers(self) -> int:
+        """Of the transformer; 1 where its configuration does not tell."""
+        return max(1, getattr(self.config, "num_hidden_layers", 1))
 
 
 def read_model_config(config: Config, name: str) -> PreTrainedConfig:
@@ -120,15 +165,13 @@ def cannot_load(name: str, error: Exception) -> str:
     return f"model.name = {name!r} cannot be loaded for this task: {reason}"
 
 
-def choose_sharding(
-    config: Config, model_config: PreTrainedConfig, dtype: torch.dtype, world: World
-) -> Sharding:
+def choose_sharding(config: Config, meta: MetaModel, dtype: torch.dtype, world: World) -> Sharding:
     """Resolve ``backbone.sharding`` and say why. Collective: every process decides the same."""
 
     def sizes() -> tuple[int, int]:
         share = free_bytes(world.device) // world.processes_per_device
         free = min(gather_json(world, "free memory", share))
-        return stored_bytes(config, model_config, dtype), free
+        return dtype.itemsize * meta.num_weights, free
 
     return resolve_sharding(config.backbone, world.size, sizes)
 
@@ -158,13 +201,6 @@ def resolve_sharding(
     if needed <= allowed:
         return Sharding("none", f"a replica each, since it fits: {told}")
     return Sharding("zero3", f"stored once over all processes, since a replica is too much: {told}")
-
-
-def stored_bytes(config: Config, model_config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of a replica of the backbone."""
-    with torch.device("meta"):
-        model = auto_class(config).from_config(model_config)
-    return dtype.itemsize * sum(int(p.numel()) for p in model.parameters())
 
 
 def free_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ Shape suffixes: S supervised tokens, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,13 +31,27 @@ CHUNK_BYTES = 128 * 2**20
 _ROUND_OFF = 0.1
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What a causal model does with documents and logits."""
+
+    keeps_documents_apart: bool
+    """Whether documents that are packed into a row do not see each other."""
+    returns_logits: bool
+    """Whether it returns its head's output as it is: softcaps and scales are then in the head."""
+
+
 class TokenLosses:
     """Makes a causal model give losses in the place of logits. One per model, made once."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, traits: Traits | None = None) -> None:
         """Find out what the model does with logits and documents, by one small pass.
 
         Collective under a sharded backbone.
+
+        Args:
+            model: changed in place.
+            traits: of the model, where they are known; no pass is made then.
         """
         self._model = model
         self._head = model.get_output_embeddings()
@@ -44,8 +59,9 @@ class TokenLosses:
         self._positions: torch.Tensor | None = None
         self._targets: torch.Tensor | None = None
         self._head.register_forward_pre_hook(self._only_positions)
-        self.keeps_documents_apart, returns_logits = self._probe()
-        self._is_chunked = returns_logits and type(self._head) is nn.Linear
+        traits = traits or self._probe()
+        self.keeps_documents_apart = traits.keeps_documents_apart
+        self._is_chunked = traits.returns_logits and type(self._head) is nn.Linear
         if self._is_chunked:
             self._head.forward = self._forward
 
@@ -120,13 +136,11 @@ class TokenLosses:
         return losses_S[None, :, None]
 
     @torch.no_grad()
-    def _probe(self) -> tuple[bool, bool]:
+    def _probe(self) -> Traits:
         """Compare a document alone, behind another one, and packed behind it.
 
-        Returns:
-            Whether packed documents do not see each other: their losses are those of the document
-            alone, up to a tenth of what the other would have changed. And whether the model gives
-            out its head's output as it is: softcaps and scales are then all within the head.
+        Documents are kept apart where the losses of the packed one are those of the document alone,
+        up to a tenth of what the other would have changed.
         """
         first, second, device = 5, 11, self._head.weight.device
         width = first + second
@@ -154,7 +168,7 @@ class TokenLosses:
         losses = _cross_entropy(logits[0], input_ids.flatten()[positions + 1]).view(3, -1)
         at_stake, error = (losses[1] - losses[0]).norm(), (losses[2] - losses[0]).norm()
         is_apart = may_pack and bool(error <= _ROUND_OFF * at_stake)
-        return is_apart, torch.equal(logits.float(), given[0].float())
+        return Traits(is_apart, torch.equal(logits.float(), given[0].float()))
 
 
 def _cross_entropy(logits_SV: torch.Tensor, targets_S: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Plan: ``python -m sfed.plan CONFIG [key=value ...] --gpus 8 --gpu-memory 80GiB``: does it fit?
 
 No GPU is touched and no weights are read: only the model's own configuration. What a pass costs in
-memory is measured on two of its layers. Exit codes: 0 it fits, 1 it does not (and what would), 2 a
-mistake in the configuration or the arguments.
+memory is counted on two of its layers, without computing them. Exit codes: 0 it fits, 1 it does not
+(and what would), 2 a mistake in the configuration or the arguments.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from sfed.config import load as config_load
-from sfed.config.schema import Config
 from sfed.plan.checks import check_plan
+from sfed.plan.request import LINKS, Machine, Pace
 from sfed.utils import command
 from sfed.utils.errors import UserError
 from sfed.utils.text import parse_size
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("words", metavar="CONFIG | key=value", nargs="+", help="as for sfed.train")
     add("--gpus", metavar="N", type=_count, default=8, help="GPUs, a process on each [8]")
     add("--gpu-memory", metavar="SIZE", type=_size, default="80GiB", help="of each [80GiB]")
-    add("--link", choices=("nvlink", "pcie", "100gbe"), default="nvlink", help="[nvlink]")
+    add("--link", choices=tuple(LINKS), default="nvlink", help="[nvlink]")
     add("--tokens", metavar="MEAN", type=_count, help="of a row, for times [data.max_tokens]")
     add("--tokens-per-second", metavar="X", type=_positive, help="of a GPU, in place of a guess")
     add("--tflops", metavar="X", type=_positive, default=989.0, help="datasheet, bf16 [989: H100]")
@@ -80,19 +80,16 @@ def main(arguments: Sequence[str]) -> None:
     words = config_load.split(given.words)
     assert words is not None
     config = config_load.load(*words)
-    _check(config, given)
+    check_plan(config, given.gpus)
+    if given.json is not None and not given.json.parent.is_dir():
+        raise UserError(f"--json {given.json}: the folder {given.json.parent} does not exist")
     warnings.simplefilter("ignore")
+    _say("loading PyTorch")
     from sfed.plan import estimate  # torch and all that is behind it
 
-    results = estimate.predict(
-        config,
-        gpus=given.gpus,
-        memory_bytes=given.gpu_memory,
-        link=given.link,
-        datasheet_flops=given.tflops * 1e12,
-        mean_tokens=given.tokens,
-        tokens_per_second=given.tokens_per_second,
-    )
+    machine = Machine(given.gpus, given.gpu_memory, given.link, given.tflops * 1e12)
+    pace = Pace(given.tokens, given.tokens_per_second)
+    results = estimate.predict(config, machine, pace, _say)
     from sfed.plan.tables import show
 
     show(results)
@@ -102,11 +99,10 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(_DOES_NOT_FIT)
 
 
-def _check(config: Config, given: argparse.Namespace) -> None:
-    """Refuse what cannot work, before anything heavy is imported."""
-    check_plan(config, given.gpus)
-    if given.json is not None and not given.json.parent.is_dir():
-        raise UserError(f"--json {given.json}: the folder {given.json.parent} does not exist")
+def _say(line: str) -> None:
+    """Tell who waits what is under way; the plan itself goes to stdout."""
+    sys.stderr.write(f"{line} ...\n")
+    sys.stderr.flush()
 
 
 def _write(path: Path, results: object) -> None:

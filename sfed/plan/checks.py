@@ -15,6 +15,8 @@ def check_plan(config: Config, gpus: int) -> None:
         UserError: where the method is unstable with this scaling.
     """
     methods.resolve(config)
+    if gpus < 1:
+        raise ConfigError(f"gpus = {gpus} is less than 1: give the number of GPUs")
     num_clients = config.federated.num_clients
     if num_clients is not None and num_clients < gpus:
         raise ConfigError(

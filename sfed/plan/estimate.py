@@ -12,6 +12,7 @@ what gradient checkpointing computes again.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,21 +20,16 @@ from sfed.config.schema import DEFAULT_LOCAL_STEPS, Config
 from sfed.data.tasks import task_of
 from sfed.memory.costs import USABLE_SHARE
 from sfed.methods import method as methods
-from sfed.models import shapes
 from sfed.plan.checks import check_plan
-from sfed.plan.planner import CONTEXT_BYTES, Machine, Outlook, Planner, remedies
+from sfed.plan.planner import CONTEXT_BYTES, Outlook, Planner, remedies
+from sfed.plan.request import LINKS, Machine, Pace
 from sfed.utils.errors import ConfigError
 from sfed.utils.text import parse_size
 
 # Of the datasheet's rate; good public LoRA steps reach 37 to 45 % of it on an H100.
 USED_SHARE = 0.4
-H100_FLOPS = 989e12
-"""Of its datasheet: dense, bf16."""
 # A pass takes at least this long for each layer: a guess at what eager kernel launches cost.
 LAUNCH_SECONDS_PER_LAYER = 1.25e-3
-# Bytes per second of one GPU in a ring of all: NVLink as measured on 8 x H200, PCIe 5 x16 and
-# 100 Gbit/s Ethernet by what the link carries.
-LINKS = {"nvlink": 361e9, "pcie": 55e9, "100gbe": 12.5e9}
 
 
 @dataclass(frozen=True)
@@ -90,6 +86,8 @@ def estimate(
 ) -> dict[str, Any]:
     """Predict memory and time of a run; no GPU is touched and no weights are read.
 
+    A few passes through two layers of the model are followed with fake tensors: seconds of CPU.
+
     Args:
         config: the run.
         gpus: number of GPUs, with one process on each.
@@ -110,59 +108,58 @@ def estimate(
     if link not in LINKS:
         raise ConfigError(f"link = {link!r}: it is one of {', '.join(LINKS)}")
     check_plan(config, gpus)
-    return predict(
-        config,
-        gpus=gpus,
-        memory_bytes=memory_bytes,
-        link=link,
-        datasheet_flops=H100_FLOPS,
-        mean_tokens=None,
-        tokens_per_second=None,
-    )
+    return predict(config, Machine(gpus, memory_bytes, link), Pace(), lambda _: None)
 
 
 def predict(
-    config: Config,
-    *,
-    gpus: int,
-    memory_bytes: int,
-    link: str,
-    datasheet_flops: float,
-    mean_tokens: int | None,
-    tokens_per_second: float | None,
+    config: Config, machine: Machine, pace: Pace, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Predict a run.
+    """Plan a run that has been checked; see ``estimate``.
 
     Args:
         config: of the run.
-        gpus: all alike, a process on each.
-        memory_bytes: of each.
-        link: between them, one of ``pace.LINKS``.
-        datasheet_flops: per second, dense, in the backbone's dtype.
-        mean_tokens: of a row, for times; None = the longest.
-        tokens_per_second: of a GPU, in place of the assumed share of the datasheet's rate.
+        machine: the GPUs.
+        pace: what is known of its speed.
+        say: told what is under way.
 
     Raises:
         UserError: where the model or a target of the adapters is not to be found.
     """
-    planner = Planner(Machine(gpus, memory_bytes, link, datasheet_flops))
+    planner = Planner(machine, say)
     found = planner.outlook(config)
-    needs = found.needs
+    return {
+        **_asked(config, found),
+        **_memory(found),
+        "upload": _upload(config, found),
+        "round": _round(config, found, pace),
+        "remedies": [] if found.fits else remedies(config, planner),
+    }
+
+
+def _asked(config: Config, found: Outlook) -> dict[str, Any]:
+    """The model, the adapters, the GPUs and the clients."""
     return {
         "model": config.model.name,
         "weights": found.facts.num_weights,
         "adapter_numbers": found.facts.numbers,
         "lora_rank": config.lora.rank,
         "targets": config.lora.target_modules,
-        "gpus": gpus,
-        "gpu_memory_bytes": memory_bytes,
+        "gpus": found.machine.gpus,
+        "gpu_memory_bytes": found.machine.memory_bytes,
         "num_clients": found.num_clients,
+    }
+
+
+def _memory(found: Outlook) -> dict[str, Any]:
+    """Bytes by part, and what fits."""
+    needs, backbone = found.needs, found.backbone
+    return {
         "work": dataclasses.asdict(found.work),
         "clients_per_pass": found.clients_per_pass,
         "sharding": dataclasses.asdict(found.sharding),
         "context_bytes": CONTEXT_BYTES,
-        "backbone_bytes": found.device_bytes,
-        "gathered_bytes": found.gathered_bytes,
+        "backbone_bytes": backbone.device,
+        "gathered_bytes": backbone.gathered,
         "needs": {**dataclasses.asdict(needs), "training": needs.training, "total": needs.total},
         "kept_per_token_and_layer": found.costs.kept_by_layer.per_token,
         "spare_for_gaps_bytes": round(needs.total * (1 / USABLE_SHARE - 1)),
@@ -172,9 +169,6 @@ def predict(
         "most_rows_per_client_and_pass": found.most_rows(found.clients_per_pass),
         "host_bytes": _host_bytes(found),
         "checkpoint_bytes": found.num_clients * found.state.resting_bytes,
-        "upload": _upload(config, found),
-        "round": _round(config, found, mean_tokens, tokens_per_second),
-        "remedies": [] if found.fits else remedies(config, planner),
     }
 
 
@@ -182,7 +176,7 @@ def _host_bytes(found: Outlook) -> int:
     """Of each process: shards that are offloaded, and clients that rest."""
     rests = found.clients_per_pass < found.work.own_clients
     resting = found.work.own_clients * found.state.resting_bytes if rests else 0
-    return found.host_bytes + resting
+    return found.backbone.host + resting
 
 
 def _upload(config: Config, found: Outlook) -> dict[str, Any]:
@@ -194,30 +188,18 @@ def _upload(config: Config, found: Outlook) -> dict[str, Any]:
     return {"factors": factors, "bytes": 4 * sum(numbers[factor] for factor in factors)}
 
 
-def _round(
-    config: Config, found: Outlook, mean_tokens: int | None, tokens_per_second: float | None
-) -> dict[str, Any]:
+def _round(config: Config, found: Outlook, pace: Pace) -> dict[str, Any]:
     """Seconds of a round's local steps and of its mean; None where epochs decide on the steps."""
     machine, work, train = found.machine, found.work, config.train
-    model_config = shapes.shape_of(config)
-    tokens = min(mean_tokens or work.tokens, work.tokens)
-    one = Pass(
-        rows=found.clients_per_pass * work.train_rows,
-        tokens=tokens,
-        matmul_weights=found.facts.matmul_weights,
-        adapter_numbers=found.facts.a_numbers + found.facts.b_numbers,
-        hidden_size=int(model_config.hidden_size),
-        num_layers=int(model_config.num_hidden_layers),
-        is_causal=not task_of(config).is_classification,
-        recomputes=config.backbone.gradient_checkpointing,
-    )
+    one = _pass(config, found, pace)
     computing = one.seconds(USED_SHARE * machine.datasheet_flops)
-    if tokens_per_second is not None:
-        computing = one.rows * tokens / tokens_per_second
+    if pace.tokens_per_second is not None:
+        computing = one.rows * one.tokens / pace.tokens_per_second
     bandwidth = LINKS[machine.link]
     gathering = 0.0
     if found.sharding.is_sharded:
-        gathering = gather_seconds(found.stored_bytes, machine.gpus, bandwidth, one.recomputes)
+        stored = found.backbone.stored
+        gathering = gather_seconds(stored, machine.gpus, bandwidth, one.recomputes)
     groups = -(-work.round_clients // found.clients_per_pass)
     passes = groups * -(-train.batch_size // work.train_rows)
     steps = None if train.local_epochs else train.local_steps or DEFAULT_LOCAL_STEPS
@@ -225,7 +207,7 @@ def _round(
     mean = reduce_seconds(uploaded, machine.gpus, bandwidth)
     per_step = passes * max(computing, gathering)
     return {
-        "tokens_per_row": tokens,
+        "tokens_per_row": one.tokens,
         "passes_per_step": passes,
         "compute_seconds_per_pass": computing,
         "gather_seconds_per_pass": gathering,
@@ -235,7 +217,22 @@ def _round(
         "seconds": None if steps is None else steps * per_step + mean,
         "link": machine.link,
         "link_bytes_per_second": bandwidth,
-        "tokens_per_second": tokens_per_second,
+        "tokens_per_second": pace.tokens_per_second,
         "used_share": USED_SHARE,
         "datasheet_flops_per_second": machine.datasheet_flops,
     }
+
+
+def _pass(config: Config, found: Outlook, pace: Pace) -> Pass:
+    """One pass of as many clients as share one."""
+    model_config, work = found.model_config, found.work
+    return Pass(
+        rows=found.clients_per_pass * work.train_rows,
+        tokens=min(pace.mean_tokens or work.tokens, work.tokens),
+        matmul_weights=found.facts.matmul_weights,
+        adapter_numbers=found.facts.a_numbers + found.facts.b_numbers,
+        hidden_size=int(model_config.hidden_size),
+        num_layers=int(model_config.num_hidden_layers),
+        is_causal=not task_of(config).is_classification,
+        recomputes=config.backbone.gradient_checkpointing,
+    )

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedConfig
 
 from sfed.config import load as config_load
 from sfed.config.schema import Config
 from sfed.data.partition import place
 from sfed.memory import clients_per_pass, counts, profile
+from sfed.memory.clients_per_pass import Estimate
 from sfed.memory.costs import USABLE_SHARE, ClientState, Costs, Needs, Work, largest
 from sfed.memory.counts import Facts
+from sfed.memory.trial import Frozen
 from sfed.models import shapes
 from sfed.models.deepspeed import deepspeed_settings
-from sfed.models.hf_config import DTYPES, Sharding, resolve_sharding
+from sfed.models.hf_config import DTYPES, MetaModel, Sharding, resolve_sharding
+from sfed.plan.request import Machine
 
 # The driver's context, kernels and the buffers of NCCL: an assumption.
 CONTEXT_BYTES = 2**30
@@ -26,14 +28,17 @@ _MOST_ROWS, _MOST_CLIENTS = 2**12, 2**16
 
 
 @dataclass(frozen=True)
-class Machine:
-    """GPUs, all alike, one process on each."""
+class BackboneBytes:
+    """Where the frozen weights are."""
 
-    gpus: int
-    memory_bytes: int
-    """Of each."""
-    link: str
-    datasheet_flops: float
+    stored: int
+    """Of the whole backbone."""
+    device: int
+    """Of it, on each GPU between passes."""
+    gathered: int = 0
+    """Of it, on each GPU for a while."""
+    host: int = 0
+    """Of it, in host memory, for each GPU."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +46,12 @@ class Outlook:
     """The memory of one GPU: of one that holds the most clients."""
 
     machine: Machine
+    model_config: PreTrainedConfig
     num_clients: int
     facts: Facts
     costs: Costs
     sharding: Sharding
-    stored_bytes: int
-    """Of the whole backbone."""
-    device_bytes: int
-    """Of it, on each GPU between passes."""
-    gathered_bytes: int
-    """Of it, on each GPU for a while."""
-    host_bytes: int
-    """Of it, in host memory, for each GPU."""
+    backbone: BackboneBytes
     work: Work
     state: ClientState
     clients_per_pass: int
@@ -60,8 +59,11 @@ class Outlook:
     @property
     def free_bytes(self) -> int:
         """What is left for clients and passes."""
-        taken = CONTEXT_BYTES + self.device_bytes + self.gathered_bytes
-        return max(0, self.machine.memory_bytes - taken)
+        return max(0, self.machine.memory_bytes - self._taken_bytes)
+
+    @property
+    def _taken_bytes(self) -> int:
+        return CONTEXT_BYTES + self.backbone.device + self.backbone.gathered
 
     @property
     def needs(self) -> Needs:
@@ -80,8 +82,7 @@ class Outlook:
     @property
     def smallest_gpu_bytes(self) -> int:
         """The least memory of a GPU that would do."""
-        taken = CONTEXT_BYTES + self.device_bytes + self.gathered_bytes
-        return taken + round(self.needs.total / USABLE_SHARE)
+        return self._taken_bytes + round(self.needs.total / USABLE_SHARE)
 
     @property
     def most_clients(self) -> int:
@@ -116,10 +117,17 @@ class Outlook:
 
 
 class Planner:
-    """Predicts configurations for one machine; what has been measured once is kept."""
+    """Predicts configurations for one machine; what has been found out once is kept."""
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, machine: Machine, say: Callable[[str], None]) -> None:
+        """Make a planner.
+
+        Args:
+            machine: the GPUs.
+            say: told what is under way, before it takes time.
+        """
+        self._machine, self._say = machine, say
+        self._models: dict[str, tuple[MetaModel, Facts]] = {}
         self._costs: dict[str, Costs] = {}
 
     def outlook(self, config: Config) -> Outlook:
@@ -128,77 +136,81 @@ class Planner:
         Raises:
             UserError: where the model or a target of the adapters is not to be found.
         """
-        model_config = shapes.shape_of(config)
-        dtype = DTYPES["bf16" if config.model.dtype == "auto" else config.model.dtype]
-        facts = counts.facts_of(config, model_config)
-        machine, stored = self._machine, facts.num_weights * dtype.itemsize
+        machine, dtype = self._machine, DTYPES[_dtype_name(config)]
+        meta, facts = self._counted(config)
+        stored = facts.num_weights * dtype.itemsize
         sharding = resolve_sharding(
             config.backbone, machine.gpus, lambda: (stored, machine.memory_bytes - CONTEXT_BYTES)
         )
-        device, gathered, host = _weights(config, model_config, dtype, stored, machine, sharding)
         num_clients = config.federated.num_clients or machine.gpus
         own = max(map(len, place(num_clients, machine.gpus)))
-        tokens = min(config.data.max_tokens, _positions(model_config))
+        tokens = min(config.data.max_tokens, _positions(meta.config))
+        frozen = Frozen(meta.config, dtype, facts.targets, sharding.is_sharded)
         found = Outlook(
             machine=machine,
+            model_config=meta.config,
             num_clients=num_clients,
             facts=facts,
-            costs=self._measured(config, model_config, dtype, facts, sharding),
+            costs=self._measured(config, frozen),
             sharding=sharding,
-            stored_bytes=stored,
-            device_bytes=device,
-            gathered_bytes=gathered,
-            host_bytes=host,
+            backbone=BackboneBytes(stored, device=stored),
             work=clients_per_pass.work_of(config, own, tokens),
             state=clients_per_pass.state_of(config, facts.numbers),
             clients_per_pass=1,
         )
-        return dataclasses.replace(found, clients_per_pass=_clients_per_pass(config, found))
+        if sharding.is_sharded:
+            found = dataclasses.replace(found, backbone=_shards(config, meta, frozen, machine.gpus))
+        sharing = clients_per_pass.planned(
+            config, Estimate(found.work, found.costs), facts.numbers, found.free_bytes
+        )
+        return dataclasses.replace(
+            found, clients_per_pass=sharing.of(range(found.work.round_clients))
+        )
 
-    def _measured(
-        self,
-        config: Config,
-        model_config: PreTrainedConfig,
-        dtype: torch.dtype,
-        facts: Facts,
-        sharding: Sharding,
-    ) -> Costs:
-        asked = config.model_dump(include={"model", "lora", "backbone"}, mode="json")
-        key = json.dumps([asked, config.train.optimizer, sharding.is_sharded], sort_keys=True)
+    def _counted(self, config: Config) -> tuple[MetaModel, Facts]:
+        """The model and its counts."""
+        key = _key(config)
+        if key not in self._models:
+            self._say(f"counting the weights of {config.model.name}")
+            meta = MetaModel(config, shapes.shape_of(config))
+            self._models[key] = meta, counts.facts_of(config, meta)
+        return self._models[key]
+
+    def _measured(self, config: Config, frozen: Frozen) -> Costs:
+        """What a pass costs."""
+        backbone = config.backbone.model_dump_json()
+        key = "".join((_key(config), backbone, config.train.optimizer, str(frozen.is_sharded)))
         if key not in self._costs:
-            self._costs[key] = profile.measure(
-                config, model_config, dtype, facts.targets, is_sharded=sharding.is_sharded
-            )
+            how = "sharded" if frozen.is_sharded else "replicated"
+            how += ", checkpointed" if config.backbone.gradient_checkpointing else ""
+            self._say(f"following a pass through two layers of {config.model.name} ({how})")
+            self._costs[key] = profile.measure(config, frozen, self._say)
         return self._costs[key]
+
+
+def _key(config: Config) -> str:
+    """What tells the model and its adapters from others."""
+    return config.model_dump_json(
+        include={"model": True, "lora": True, "data": {"task": True, "name": True}}
+    )
+
+
+def _dtype_name(config: Config) -> str:
+    return "bf16" if config.model.dtype == "auto" else config.model.dtype
 
 
 def _positions(model_config: PreTrainedConfig) -> int:
     return int(getattr(model_config, "max_position_embeddings", None) or 2**31)
 
 
-def _clients_per_pass(config: Config, found: Outlook) -> int:
-    asked, most = config.federated.clients_per_pass, found.work.round_clients
-    if asked != "auto":
-        return min(most, asked or most)
-    return max(1, found.work.most_clients(found.costs, found.state, found.free_bytes))
-
-
-def _weights(
-    config: Config,
-    model_config: PreTrainedConfig,
-    dtype: torch.dtype,
-    stored: int,
-    machine: Machine,
-    sharding: Sharding,
-) -> tuple[int, int, int]:
-    """Bytes of the backbone on a GPU between passes, on it for a while, and in host memory."""
-    if not sharding.is_sharded:
-        return stored, 0, 0
-    zero = deepspeed_settings(config, model_config, dtype)["zero_optimization"]
-    live = int(zero.get("stage3_max_live_parameters", 1e9)) * dtype.itemsize
-    share = -(-stored // machine.gpus)
-    gathered = min(stored, live)
-    return (0, gathered, share) if config.backbone.offload == "cpu" else (share, gathered, 0)
+def _shards(config: Config, meta: MetaModel, frozen: Frozen, gpus: int) -> BackboneBytes:
+    """Where the weights are that all GPUs share."""
+    size, stored = frozen.dtype.itemsize, meta.num_weights * frozen.dtype.itemsize
+    zero = deepspeed_settings(config, meta, frozen.dtype)["zero_optimization"]
+    gathered = min(stored, int(zero.get("stage3_max_live_parameters", 1e9)) * size)
+    share = -(-stored // gpus)
+    on_host = config.backbone.offload == "cpu"
+    return BackboneBytes(stored, 0 if on_host else share, gathered, share if on_host else 0)
 
 
 def remedies(config: Config, planner: Planner) -> list[str]:

@@ -1,8 +1,11 @@
-"""Sizes and durations as text."""
+"""Sizes and durations as text, and sizes from text."""
 
 from __future__ import annotations
 
 import re
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT]i?B)")
+_UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def duration(seconds: float) -> str:
@@ -15,18 +18,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT]i?B)")
-_UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
 def parse_size(text: str) -> int | None:
     """Return the bytes of a size such as 80GiB; None for other texts."""
     match = _SIZE.fullmatch(text)
     return int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
-def size_text(num_bytes: float) -> str:
-    """A size as people read it."""
+def size_text(num_bytes: float, decimals: int = 1) -> str:
+    """A size as people read it: 12.6 GiB, 319.8 MiB."""
     if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:.1f} GiB"
-    return f"{num_bytes / 2**20:.1f} MiB"
+        return f"{num_bytes / 2**30:.{decimals}f} GiB"
+    return f"{num_bytes / 2**20:.{decimals}f} MiB"

@@ -20,7 +20,8 @@ from sfed.distributed import world as distributed
 from sfed.federated import session
 from sfed.memory import clients_per_pass, counts, profile
 from sfed.memory.costs import ClientState, Cost, Costs, Load, Work, largest
-from sfed.memory.profile import LiveBytes
+from sfed.memory.live_bytes import LiveBytes
+from sfed.memory.trial import Frozen
 from sfed.models import hf_config, synthetic
 from tests.support import runs, tiny
 from tests.support.deadlines import RUN_SECONDS
@@ -38,6 +39,11 @@ def settings(rank: int, targets: Any, checkpointing: bool = False) -> Any:
             "backbone": {"gradient_checkpointing": checkpointing},
         }
     )
+
+
+def measured(config: Any, model_config: Any, dtype: torch.dtype, is_sharded: bool = False) -> Costs:
+    targets = counts.facts_of(config, hf_config.MetaModel(config, model_config)).targets
+    return profile.measure(config, Frozen(model_config, dtype, targets, is_sharded), pytest.fail)
 
 
 def trainer(name: str, load: Load, rank: int, targets: Any, dtype: torch.dtype) -> Sfed:
@@ -64,8 +70,7 @@ def test_a_trial_of_two_layers_predicts_the_passes_of_the_whole_model(
     """stories has 5 layers and grouped queries, llama-30m 8 and as many keys as queries."""
     config = settings(16, targets, checkpointing)
     model_config = synthetic.model_config(name, None, None)
-    facts = counts.facts_of(config, model_config)
-    costs = profile.measure(config, model_config, dtype, facts.targets, is_sharded=False)
+    costs = measured(config, model_config, dtype)
     for load in (Load(1, 2, 64), Load(4, 1, 40), Load(8, 1, 16)):
         ours = trainer(name, load, 16, targets, dtype)
         if checkpointing:
@@ -93,7 +98,8 @@ def test_the_clients_state_is_what_the_trainer_allocates(
     load = Load(clients, 1, 16)
     ours = trainer("tiny", load, rank, targets, torch.float32)
     config = settings(rank, targets)
-    facts = counts.facts_of(config, synthetic.model_config("tiny", None, None))
+    meta = hf_config.MetaModel(config, synthetic.model_config("tiny", None, None))
+    facts = counts.facts_of(config, meta)
     layout = ours.clients.layout
     assert facts.a_numbers + facts.b_numbers == layout.size
     needs = Work(clients, clients, 1, 1, 16, 0).needs(FREE, ClientState(layout.size, 2), clients)
@@ -108,8 +114,7 @@ def test_an_optimizer_step_takes_what_the_trial_says() -> None:
     ours = trainer("tiny", load, 8, ALL, torch.float32)
     config = settings(8, ALL)
     model_config = synthetic.model_config("tiny", None, None)
-    targets = counts.facts_of(config, model_config).targets
-    costs = profile.measure(config, model_config, torch.float32, targets, is_sharded=False)
+    costs = measured(config, model_config, torch.float32)
     ours.losses().sum().backward()
     with LiveBytes() as live:
         ours.update()
@@ -121,10 +126,8 @@ def test_zero3_keeps_the_inputs_of_linear_layers() -> None:
     """Of a LLaMA layer two norms and the product of gate and up, which else are made again."""
     config = settings(4, ALL)
     model_config = synthetic.model_config("tiny", None, None)
-    targets = counts.facts_of(config, model_config).targets
     replica, sharded = (
-        profile.measure(config, model_config, torch.bfloat16, targets, is_sharded=is_sharded)
-        for is_sharded in (False, True)
+        measured(config, model_config, torch.bfloat16, is_sharded) for is_sharded in (False, True)
     )
     width = 2 * model_config.hidden_size + model_config.intermediate_size
     more = sharded.kept_by_layer.per_token - replica.kept_by_layer.per_token
@@ -225,15 +228,19 @@ def test_how_the_backbone_is_stored_follows_from_one_rule(
     assert chosen.kind == kind
 
 
+FOUR_CLIENTS = clients_per_pass.Estimate(
+    Work(4, 4, 1, 1, 8, 0), dataclasses.replace(FREE, kept=Cost(0, 100, 0, 0, 0))
+)
+
+
 def _agreed(config: Any, free_of_process: list[list[int]]) -> list[clients_per_pass.Sharing]:
     """What is agreed on with so much free memory on each process, one after another."""
     world = distributed.start(RUN_SECONDS)
-    costs = dataclasses.replace(FREE, kept=Cost(0, 100, 0, 0, 0))
-    found = clients_per_pass.Estimate(Work(4, 4, 1, 1, 8, 0), costs)
+    start = clients_per_pass.Start(config, world, None)
     agreed = []
     for free in free_of_process:
         clients_per_pass.free_bytes = lambda _, free=free: free[world.rank] * world.size
-        agreed.append(clients_per_pass.agree(config, world, found, None, 0))
+        agreed.append(clients_per_pass.agree(start, FOUR_CLIENTS, 0))
     distributed.stop(world)
     return agreed
 
@@ -241,8 +248,12 @@ def _agreed(config: Any, free_of_process: list[list[int]]) -> list[clients_per_p
 @pytest.mark.dist
 def test_processes_agree_on_what_fits_the_one_with_the_least_memory() -> None:
     config = config_load.validate({"data": {"task": "gsm8k"}})
-    one, other = on_processes(2, _agreed, config, [[10_000, 230], [20, 10_000], [10_000, 10_000]])
+    free_of_process = [[10_000, 230], [20, 10_000], [10_000, 10_000]]
+    one, other = on_processes(2, _agreed, config, free_of_process)
     assert one == other
+    assert one == [
+        clients_per_pass.planned(config, FOUR_CLIENTS, 0, min(free)) for free in free_of_process
+    ], "the plan follows another rule"
     some, none, all_of_them = one
     assert (some.clients_per_pass, some.is_doubtful) == (2, False)
     assert (none.clients_per_pass, none.is_doubtful) == (1, True)
@@ -289,8 +300,8 @@ def _free_for_two(folder: Path) -> int:
     """Memory in which passes of two clients of the tiny run fit, and of three do not."""
     config = tiny.config(folder)
     model_config = hf_config.read_model_config(config, str(folder / "model"))
-    facts = counts.facts_of(config, model_config)
-    costs = profile.measure(config, model_config, torch.float32, facts.targets, is_sharded=False)
+    facts = counts.facts_of(config, hf_config.MetaModel(config, model_config))
+    costs = measured(config, model_config, torch.float32)
     state = clients_per_pass.state_of(config, facts.a_numbers + facts.b_numbers)
     lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]

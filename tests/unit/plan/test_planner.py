@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sfed.config import load as config_load
 from sfed.plan import __main__ as plan
 from sfed.plan import estimate
+from sfed.plan.request import Machine, Pace
 from sfed.utils.errors import UserError
 from tests.support import runs, tiny
 
 LLAMA = ["model.name=llama2-7b", "data.task=gsm8k", "train.micro_batch_size=1"]
 
 
-def predicted(config, **changes):
-    asked = {"gpus": 1, "memory_bytes": 80 * 2**30, "link": "nvlink", "datasheet_flops": 1e15}
-    asked |= {"mean_tokens": None, "tokens_per_second": None, **changes}
-    return estimate.predict(config, **asked)
+def predicted(config, gpus=1, link="nvlink", pace=Pace()):  # noqa: B008  (frozen)
+    machine = Machine(gpus, 80 * 2**30, link, datasheet_flops=1e15)
+    return estimate.predict(config, machine, pace, lambda _: None)
 
 
 @pytest.mark.dist
@@ -36,8 +37,8 @@ def test_bytes_per_round_are_those_that_a_run_sends(
 
 def test_more_tokens_per_second_and_faster_links_take_less_time(tiny_folder: Path) -> None:
     config = tiny.config(tiny_folder, backbone={"sharding": "zero3"})
-    slow = predicted(config, gpus=2, link="100gbe", tokens_per_second=10.0)["round"]
-    fast = predicted(config, gpus=2, link="nvlink", tokens_per_second=100.0)["round"]
+    slow = predicted(config, gpus=2, link="100gbe", pace=Pace(None, 10.0))["round"]
+    fast = predicted(config, gpus=2, link="nvlink", pace=Pace(None, 100.0))["round"]
     assert slow["compute_seconds_per_pass"] == pytest.approx(10 * fast["compute_seconds_per_pass"])
     assert slow["gather_seconds_per_pass"] > fast["gather_seconds_per_pass"] > 0
     assert slow["mean_seconds"] > fast["mean_seconds"] > 0
@@ -73,10 +74,34 @@ def test_a_plan_is_shown_and_written(tiny_folder: Path, tmp_path: Path, capsys) 
     file = tmp_path / "plan.json"
     words = [f"model.name={tiny_folder / 'model'}", "data.task=gsm8k", "--json", str(file)]
     plan.main([*words, "--gpus", "2", "--link", "pcie"])
-    assert "It fits" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "It fits" in shown.out
+    assert "following a pass through two layers of" in shown.err, "silence while a person waits"
     results = json.loads(file.read_text(encoding="utf-8"))
     assert results["fits"]
     assert results["needed_bytes"] <= results["gpu_memory_bytes"]
+    config = config_load.load(None, words[:2])
+    same = estimate.estimate(config, gpus=2, gpu_memory="80GiB", link="pcie")
+    assert json.loads(json.dumps(same)) == results
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"gpu_memory": "80"}, "no size such as 80GiB"),
+        ({"gpus": 0}, "gpus = 0 is less than 1"),
+        ({"link": "rope"}, "link = 'rope': it is one of nvlink, pcie, 100gbe"),
+        ({"gpus": 4}, "give --gpus 3"),
+    ],
+)
+def test_an_estimate_that_makes_no_sense_is_refused(asked: dict[str, Any], told: str) -> None:
+    federated = {"num_clients": 3}
+    config = config_load.validate(
+        {"model": {"name": "tiny"}, "data": {"task": "gsm8k"}, "federated": federated}
+    )
+    with pytest.raises(UserError, match=re.escape(told)):
+        estimate.estimate(config, **asked)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,214 @@
+"""A small model with the trainer's layers, whose passes are followed to count bytes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd import Function
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from sfed.clients.optimizer import StackedOptimizer
+from sfed.clients.state import FACTORS, MOMENTS, Rows
+from sfed.config.schema import Config
+from sfed.data.batches import Batch
+from sfed.data.tokenize import Row
+from sfed.lora.hf_blocks import make_lean
+from sfed.memory.costs import Load
+from sfed.memory.counts import attach
+from sfed.memory.fake import FakeFloats
+from sfed.memory.live_bytes import LiveBytes
+from sfed.models import heads, synthetic
+from sfed.models.backbone import Backbone
+from sfed.models.hf_config import Sharding, from_config
+from sfed.models.losses import Traits
+from sfed.models.objective import objective_of
+
+TOKENS = 16
+"""Of the shortest row of a trial."""
+# So few that logits do not count: their size is known, and they would hide the layers' own.
+_WORDS = 16
+# What transformers would say of a model that was read from its files.
+_ALL_FOUND: dict[str, list[str]] = {"missing_keys": [], "mismatched_keys": []}
+# Autograd's names of operations that leave every number as it is.
+_COPIES = ("ToCopyBackward0", "AliasBackward0", "CloneBackward0", "ViewBackward0")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The frozen model of a run, as far as a pass depends on it."""
+
+    config: PreTrainedConfig
+    """Of the whole model."""
+    dtype: torch.dtype
+    targets: tuple[str, ...]
+    """Names of the adapted layers within a layer of the transformer."""
+    is_sharded: bool
+    """ZeRO-3 keeps the input of every linear layer for the backward pass."""
+
+    def small(self, num_layers: int) -> PreTrainedConfig:
+        """The same layers, but few of them and few words."""
+        small = copy.deepcopy(synthetic.with_layers(self.config, num_layers))
+        small.vocab_size = _WORDS
+        small.pad_token_id = None if self.config.pad_token_id is None else 0
+        return small
+
+
+class _KeepInput(Function):
+    """Changes nothing and keeps its input, as linear layers do under ZeRO-3."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+def _keep_input(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    kept: torch.Tensor = _KeepInput.apply(inputs[0])  # type: ignore[no-untyped-call]
+    return (kept, *inputs[1:])
+
+
+class Trial:
+    """A model of few layers on the CPU, with the adapters of a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        frozen: Frozen,
+        num_layers: int,
+        lora_rank: int,
+        fake: FakeFloats | None,
+    ) -> None:
+        """Make the model.
+
+        Args:
+            config: of the run.
+            frozen: its model.
+            num_layers: of the trial.
+            lora_rank: of the trial.
+            fake: under which nothing is computed; None = real tensors, with zeros for weights.
+        """
+        self._config = config
+        self._fake: AbstractContextManager[Any] = fake or nullcontext()
+        with self._fake:
+            self.backbone = _backbone(config, frozen, num_layers)
+        self._objective = objective_of(self.backbone)
+        # Not under fake tensors: PEFT puts its own weights on the meta device.
+        model, head = self.backbone.model, self.backbone.head
+        self._adapters = attach(config, model, head, frozen.targets, lora_rank)
+
+    def kept(self, load: Load) -> int:
+        """Bytes that are there for the backward pass: copies of factors, and what is saved."""
+        with self._forward(load) as (live, _loss):
+            return live.now
+
+    def transient(self, load: Load) -> int:
+        """Bytes at the worst moment of forward and backward pass, beside what is kept."""
+        with self._forward(load) as (live, loss):
+            kept = live.now
+            torch.autograd.backward(loss)
+            return live.peak - kept
+
+    @contextmanager
+    def _forward(self, load: Load) -> Iterator[tuple[LiveBytes, torch.Tensor]]:
+        """Make a forward pass with gradients; gives what counts its bytes, and its loss."""
+        seeds = tuple(range(load.clients)) if self._config.lora.dropout else None
+        self._adapters.context.dropout_seeds = seeds
+        self.backbone.training()
+        with self._fake:
+            rows, batch, live = self._rows(load.clients), self.batch(load), LiveBytes()
+            with live:
+                self._adapters.bind(rows.values, rows.grads, FACTORS)
+                yield live, self._objective.losses(batch).sum()
+
+    def evaluated(self, load: Load) -> int:
+        """Bytes at the worst moment of a forward pass without gradients."""
+        live = LiveBytes()
+        with self._fake:
+            rows, batch = self._rows(load.clients), self.batch(load)
+            self._adapters.context.dropout_seeds = None
+            self.backbone.evaluating()
+            with torch.no_grad(), live:
+                self._adapters.bind(rows.values)
+                self._objective.losses(batch)
+        return live.peak
+
+    def optimised(self) -> float:
+        """Bytes at the worst moment of an optimizer step, per parameter of an adapter."""
+        layout = self._adapters.layout
+        stacked = StackedOptimizer(self._config.train, layout, layout.factors)
+        live = LiveBytes()
+        with self._fake:
+            rows, once = self._rows(1), torch.ones(1)
+            with live:
+                norms = stacked.gradient_norms(rows)
+                stacked.step(rows, once, norms, once.bool())
+        return live.peak / layout.size
+
+    def _rows(self, clients: int) -> Rows:
+        shape = (clients, self._adapters.layout.size)
+        names = MOMENTS if self._config.train.optimizer == "adamw" else ()
+        moments = {name: torch.zeros(shape) for name in names}
+        steps = torch.zeros(clients, len(FACTORS))
+        return Rows(tuple(range(clients)), torch.zeros(shape), torch.zeros(shape), moments, steps)
+
+    def batch(self, load: Load) -> Batch:
+        """Rows that are shorter than the batch is wide: attention may then need a mask."""
+        target = None if self.backbone.head is None else 0.0
+        part = load.tokens // TOKENS
+        row = Row(np.zeros(load.tokens - part, dtype=np.int32), part, target)
+        return self._objective.collate([[row] * load.rows] * load.clients, load.rows)
+
+
+def _backbone(config: Config, frozen: Frozen, num_layers: int) -> Backbone:
+    """The frozen model as ``models.backbone.load`` makes it, but with zeros for weights."""
+    eager = config.model.attention == "eager"
+    with no_init_weights():
+        model = from_config(
+            config,
+            # flash-attn, which needs a GPU, keeps what the fused kernel of torch keeps.
+            frozen.small(num_layers),
+            dtype=frozen.dtype,
+            attn_implementation="eager" if eager else "sdpa",
+        )
+    model.tie_weights()
+    synthetic.fill_with_zeros(model)
+    model.requires_grad_(False)
+    make_lean(model)
+    head = heads.take_off(config, model, _ALL_FOUND, lambda _: nullcontext())
+    if config.backbone.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules() if frozen.is_sharded else ():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(_keep_input)
+    traits = None if head else Traits(keeps_documents_apart=True, returns_logits=_returns(model))
+    return Backbone(model, head, Sharding("none", "a trial"), None, traits)
+
+
+def _returns(model: PreTrainedModel) -> bool:
+    """Whether the model returns its head's output as it is, and not scaled or capped.
+
+    Told by the operations between the two, since the weights of a trial hold nothing.
+    """
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda _head, _inputs, output: output.detach().requires_grad_()
+    )
+    try:
+        ids = torch.zeros(1, TOKENS, dtype=torch.long)
+        node = model(input_ids=ids, use_cache=False).logits.grad_fn
+    finally:
+        hook.remove()
+    while node is not None and node.name() in _COPIES:
+        node = node.next_functions[0][0]
+    return node is None or node.name().endswith("AccumulateGrad")

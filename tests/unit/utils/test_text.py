@@ -1,0 +1,40 @@
+"""Sizes and durations are written as people read them, and sizes are read."""
+
+from __future__ import annotations
+
+import pytest
+
+from sfed.utils.text import duration, parse_size, size_text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "decimals", "text"),
+    [
+        (0, 1, "0.0 MiB"),
+        (2**20, 1, "1.0 MiB"),
+        (2**30 - 1, 1, "1024.0 MiB"),
+        (80 * 2**30, 1, "80.0 GiB"),
+        (1.234 * 2**30, 2, "1.23 GiB"),
+    ],
+)
+def test_a_size_has_one_unit_and_so_many_decimals(
+    num_bytes: float, decimals: int, text: str
+) -> None:
+    assert size_text(num_bytes, decimals) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("80GiB", 80 * 2**30), ("1.5 TB", 1_500_000_000_000), ("512MiB", 2**29), ("1GB", 10**9)],
+)
+def test_a_size_is_read(text: str, num_bytes: int) -> None:
+    assert parse_size(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["80", "GiB", "80 gib", "80KiB", "-1GiB", "1e3GiB", ""])
+def test_what_is_no_size_is_not_read(text: str) -> None:
+    assert parse_size(text) is None
+
+
+def test_a_duration_has_two_units_at_most() -> None:
+    assert [duration(s) for s in (45.4, 200, 7500)] == ["45 s", "3 min 20 s", "2 h 5 min"]
