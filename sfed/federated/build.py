@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from sfed.clients import store as client_store
 from sfed.clients.state import MOMENTS
+from sfed.clients.store import ClientRows
 from sfed.config.schema import Config
 from sfed.data import partition, splits
 from sfed.data.splits import Data
@@ -16,28 +19,32 @@ from sfed.data.tasks import task_of
 from sfed.data.tokenizer import identity_of
 from sfed.distributed import consistency, sync
 from sfed.distributed.world import World
-from sfed.federated import context, fingerprints, round_metrics, shared_passes
+from sfed.federated import context, fingerprints, round_metrics
 from sfed.federated.context import Run
 from sfed.lora import adapters
 from sfed.lora.adapters import LoraSpec
 from sfed.memory import clients_per_pass
+from sfed.memory.clients_per_pass import Sharing
 from sfed.methods import method as methods
 from sfed.methods import scaling
+from sfed.methods.method import Method
 from sfed.models import backbone, hf_config
 from sfed.models import demo as demo_model
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import MetaModel
+from sfed.models.isolation import check
 from sfed.models.tokenizer import load_tokenizer
+from sfed.models.trial_passes import Subject, ordinary_tokens
 from sfed.observability import metrics
 from sfed.observability.console import Console
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask
 
 
-def check_rows_fit(config: Config, held: Data, frozen: Backbone, own: range) -> None:
+def check_rows_fit(config: Config, held: Data, frozen: Backbone) -> None:
     """Refuse rows that are longer than the model's context or hold tokens it does not know."""
     context, vocabulary = frozen.context_tokens, frozen.vocabulary_size
-    tables = {id(e.table): e.table for c in own for e in (held.train[c], held.held_out[c])}
+    tables = {id(e.table): e.table for c in held.train for e in (held.train[c], held.held_out[c])}
     for table in tables.values():
         largest = int(table.flat.max(initial=0))
         if largest >= vocabulary:
@@ -45,7 +52,7 @@ def check_rows_fit(config: Config, held: Data, frozen: Backbone, own: range) -> 
                 f"model.name = {config.model.name!r}: its tokenizer gives token {largest} and "
                 f"the model knows {vocabulary}; the tokenizer belongs to another model"
             )
-    for client in own:
+    for client in held.train:
         for examples in (held.train[client], held.held_out[client]):
             longest = max(examples.lengths, default=0)
             if longest > context:
@@ -76,46 +83,63 @@ def build(
             f"federated.clients_per_round = {config.federated.clients_per_round} is more than the "
             f"{num_clients} clients"
         )
-    placement = partition.place(num_clients, world.size)
-    own, method = placement[world.rank], methods.resolve(config)
     name = _model_folder(config, world, console)
     tokenizer, tokenizer_digest = _tokenizer(config, name, world, console)
+    placement = partition.place(num_clients, world.size)
     console.enter(metrics.READING_SECONDS, f"reading {config.data.task}")
-    held = splits.load(config, tokenizer, world, num_clients, own)
+    held = splits.load(config, tokenizer, world, num_clients, placement[world.rank])
     for note in held.notes:
         console.warn(note)
-    start = clients_per_pass.Start(config, world, before)
-    meta = MetaModel.read(config, name)
+    start, meta = clients_per_pass.Start(config, world, before), MetaModel.read(config, name)
     estimate = clients_per_pass.estimate(start, meta, held, placement, console.say)
     loading = f"loading {config.model.name} ({hf_config.dtype_name(config, world)})"
     console.enter(metrics.LOADING_SECONDS, loading)
+    frozen = _backbone(config, name, world, meta, held)
+    method, gamma = _method(config, held, num_clients)
+    attached = _attached(config, world, frozen, gamma, name)
+    sharing = clients_per_pass.agree(start, estimate, attached.layout.size)
+    if sharing.is_doubtful:
+        console.warn(f"memory may not suffice: {sharing.reason}")
+    of_config = (config, world, task_of(config), tokenizer, method, num_clients, gamma)
+    clients = _clients(config, world, attached, placement[world.rank], sharing)
+    run = Run(*of_config, frozen, attached, held, clients, sharing)
+    loaded = fingerprints.when_built(run, tokenizer_digest)
+    consistency.require_same(world, "what was loaded", loaded)
+    run = _as_far_as_right(run, console.warn)
+    for line in round_metrics.header(run):
+        console.say(line)
+    return run
+
+
+def _backbone(config: Config, name: str, world: World, meta: MetaModel, held: Data) -> Backbone:
+    """The frozen backbone, for which the rows of this process are fit. Collective."""
     with sync.together(world, "loading the backbone"):
         frozen = backbone.load(config, name, world, meta)
-        check_rows_fit(config, held, frozen, own)
+        check_rows_fit(config, held, frozen)
     frozen.weights_digest = fingerprints.of_backbone(frozen.model, frozen.model.config.to_dict())
+    return frozen
+
+
+def _method(config: Config, held: Data, num_clients: int) -> tuple[Method, float]:
+    """The method and its gamma, which may depend on the weights of the clients."""
+    method = methods.resolve(config)
     weights = context.client_weights(config, held, num_clients, tuple(range(num_clients)))
-    gamma = scaling.lora_scaling(
-        method.alpha, config.lora.rank, scaling.effective_clients(weights), method.exponents
-    )
-    attached = _attached(config, world, frozen, gamma, name)
-    shared = clients_per_pass.agree(start, estimate, attached.layout.size)
-    if shared.is_doubtful:
-        console.warn(f"memory may not suffice: {shared.reason}")
-    rows = client_store.ClientRows(
+    effective = scaling.effective_clients(weights)
+    gamma = scaling.lora_scaling(method.alpha, config.lora.rank, effective, method.exponents)
+    return method, gamma
+
+
+def _clients(
+    config: Config, world: World, attached: adapters.Adapters, own: range, sharing: Sharing
+) -> ClientRows:
+    """The clients of this process, all zero."""
+    return ClientRows(
         own,
         attached.layout,
         world.device,
-        clients_per_pass=shared.of(own),
+        clients_per_pass=sharing.of(own),
         moments=MOMENTS if config.train.optimizer == "adamw" else (),
     )
-    of_config = (config, world, task_of(config), tokenizer, method, num_clients, gamma)
-    parts = Run(*of_config, frozen, attached, held, rows, shared)
-    loaded = fingerprints.when_built(parts, tokenizer_digest)
-    consistency.require_same(world, "what was loaded", loaded)
-    parts = shared_passes.ensure(parts, console.warn)
-    for line in round_metrics.header(parts):
-        console.say(line)
-    return parts
 
 
 def _tokenizer(
@@ -169,3 +193,48 @@ def _say_end_mark(tokenizer: PreTrainedTokenizerFast, source: str, console: Cons
             "config.json one that its vocabulary holds, so no row teaches the adapters to stop; "
             "set eos_token in tokenizer_config.json of the model"
         )
+
+
+def _as_far_as_right(run: Run, warn: Callable[[str], None]) -> Run:
+    """Let clients share passes, and documents rows, only where that was found right. Collective.
+
+    Args:
+        run: of which nothing has trained.
+        warn: takes a line.
+
+    Raises:
+        UserError: on every process, where the backbone cannot be trained with right numbers.
+    """
+    widest = max(run.sharing.of(own) for own in run.placement())
+    found = check(_subject_of(run), partial(_first, run.world), shares_passes=widest > 1)
+    if run.packing is not None and not found.documents_share_rows:
+        warn(f"each sequence gets a row of its own: {found.packing_reason}")
+        run.backbone.keep_documents_in_rows_of_their_own()
+    if widest == 1 or found.clients_share_passes:
+        return run
+    warn(f"each client gets passes of its own: {found.reason}")
+    sharing = Sharing(1, found.reason)
+    clients = _clients(run.config, run.world, run.adapters, run.clients.own, sharing)
+    return dataclasses.replace(run, sharing=sharing, clients=clients)
+
+
+def _subject_of(run: Run) -> Subject:
+    """The parts of a run that are tried."""
+    rows = (some[client] for some in (run.data.train, run.data.held_out) for client in some)
+    longest = max(int(max(examples.lengths, default=0)) for examples in rows)
+    if run.config.evaluation.generate:
+        longest = min(longest + run.config.evaluation.max_new_tokens, run.backbone.context_tokens)
+    return Subject(
+        run.backbone,
+        run.adapters,
+        run.world.device,
+        ordinary_tokens(run.tokenizer, run.backbone.vocabulary_size),
+        max(sync.gather_json(run.world, "longest row", longest)),
+        run.packing,
+    )
+
+
+def _first(world: World, reason: str | None) -> str | None:
+    """The reason of the first process that has one. Collective."""
+    found = sync.gather_json(world, "checking the backbone", reason)
+    return next((one for one in found if one), None)
