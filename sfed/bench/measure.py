@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_PACKAGES = ("torch", "transformers", "peft", "deepspeed", "numpy")
+from sfed.utils.versions import LIBRARIES, versions_of
+
 # Dense bf16 FLOP/s of the datasheet, by a part of the device's name; the first that fits.
 _DATASHEET_BF16 = {
     "H200": 989e12,
@@ -189,7 +189,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": versions_of(*LIBRARIES, "numpy"),
     }
     if device.type == "cuda":
         known["cpu"] = known["device"]

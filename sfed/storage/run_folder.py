@@ -29,6 +29,7 @@ from sfed.storage import checkpoint, resume
 from sfed.storage.checkpoint import Found, State
 from sfed.storage.previous_run import Sight, began_with, read_attempt, rounds_of, sight_of
 from sfed.utils.errors import CheckpointError, UserError
+from sfed.utils.files import write_at_once
 from sfed.utils.redaction import masked
 
 _NAME = "lock"
@@ -372,6 +373,4 @@ def _unreadable(folder: Path) -> Iterator[None]:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_at_once(path, f"{text}\n".encode())

@@ -6,8 +6,8 @@ Needs no torch.
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +26,7 @@ from sfed.storage.run_record import held_out, look, number
 from sfed.sweep.cell_names import label_of
 from sfed.sweep.grid import Cell, Grid
 from sfed.utils.errors import UserError
+from sfed.utils.files import write_at_once
 from sfed.utils.redaction import masked
 
 Status = Literal["complete", "failed", "not run"]
@@ -158,12 +159,11 @@ def write_csv(grid: Grid, rows: Iterable[Row]) -> None:
     columns = ["cell", "status", *grid.keys, "gamma", "rounds", *_LOSSES, "perplexity"]
     columns += [*_scores(rows), *_AFTER_SCORES]
     grid.folder.mkdir(parents=True, exist_ok=True)
-    temporary = grid.folder / "sweep.csv.tmp"
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: _plain(value) for key, value in one.items()} for one in rows)
-    os.replace(temporary, grid.folder / "sweep.csv")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _plain(value) for key, value in one.items()} for one in rows)
+    write_at_once(grid.folder / "sweep.csv", text.getvalue().encode())
 
 
 def _plain(value: Any) -> Any:

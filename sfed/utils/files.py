@@ -34,6 +34,17 @@ def damage(file: Path, known: dict[str, Any]) -> str | None:
     return None
 
 
+def write_at_once(file: Path, content: bytes) -> None:
+    """Write a small file anew: a reader sees the old content or the new one, and never a part.
+
+    Raises:
+        OSError: where it cannot be written; the old file is as it was.
+    """
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)
+
+
 def second_name(file: Path, name: Path) -> None:
     """Let a finished file be in two folders; where the file system cannot, a copy is."""
     try:

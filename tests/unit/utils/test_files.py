@@ -33,6 +33,18 @@ def test_a_file_with_other_bytes_is_damaged(tmp_path: Path):
     assert files.damage(path, known) == f"file has 0 bytes instead of {3 * 2**20}"
 
 
+def test_a_small_file_is_the_old_one_or_the_new_one(tmp_path: Path):
+    path = tmp_path / "file.csv"
+    for content in (b"old", b"new"):
+        files.write_at_once(path, content)
+        assert path.read_bytes() == content
+        assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "file.csv.tmp").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        files.write_at_once(path, b"newer")
+    assert path.read_bytes() == b"new"
+
+
 @pytest.mark.parametrize(("mode", "expected"), [(0o755, 0o644), (0o700, 0o600), (0o777, 0o644)])
 def test_tensors_may_be_read_by_whom_their_folder_lets_in(tmp_path: Path, mode: int, expected: int):
     folder = tmp_path / "adapter"
