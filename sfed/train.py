@@ -7,7 +7,6 @@ else.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from sfed.federated import preflight
 from sfed.observability import logs
 from sfed.utils import command
 from sfed.utils.errors import DivergedError, MissingProcessError, TrainingFailedError
+from sfed.utils.launcher import launch
 
 if TYPE_CHECKING:
     from sfed.distributed.shutdown import StopRequest
@@ -37,7 +37,7 @@ below where there is no file; with data.task=demo, over the demo's configuration
 def main(arguments: Sequence[str]) -> None:
     """Parse, check what can be checked without torch, then run."""
     config = config_load.parse(logs.take_options(arguments))
-    process = int(os.environ.get("RANK", "0"))
+    process = launch().rank
     if config is None:
         if process == 0:
             print(config_load.help_text(USAGE + logs.USAGE))

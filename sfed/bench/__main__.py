@@ -9,29 +9,16 @@ torchrun ``--collectives`` measures the links among the job's own processes.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from sfed.bench.tables import show
 from sfed.utils import command
 from sfed.utils.errors import UserError
+from sfed.utils.launcher import launch
 
 MODELS = ("llama2-7b", "tinyllama", "llama-30m", "stories", "tiny")
 _VALUES = {"clients": (1, 2, 4, 8, 16), "rank": (4, 16, 64, 256)}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m sfed.bench --help")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
 
 
 def _seconds(text: str) -> float:
@@ -50,15 +37,14 @@ def _compared(text: str) -> tuple[str, tuple[int, ...]]:
         raise argparse.ArgumentTypeError(
             f"{text!r}: say clients or rank, or values such as clients=1,2,4"
         )
-    values = tuple(map(_positive, listed.split(","))) if listed else _VALUES[what]
+    values = tuple(map(command.count, listed.split(","))) if listed else _VALUES[what]
     return what, tuple(sorted(set(values)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> command.Parser:
+    parser = command.Parser(
         prog="python -m sfed.bench",
         description="Measure sfed beside HF + PEFT, in turns, on random weights of a given shape.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group()
@@ -66,21 +52,21 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--model-config", metavar="FOLDER", type=Path, help="with the config.json of another shape"
     )
-    add("--layers", metavar="K", type=_positive, help="so many layers of the shape [all]")
+    add("--layers", metavar="K", type=command.count, help="so many layers of the shape [all]")
     add("--dtype", choices=("bf16", "fp32"), help="of the backbone [bf16 on a GPU, fp32 on a CPU]")
-    add("--clients", metavar="C", type=_positive, default=8, help="clients [8]")
-    add("--rows", metavar="B", type=_positive, default=1, help="rows of a client and step [1]")
-    add("--tokens", metavar="T", type=_positive, default=128, help="tokens of a row [128]")
-    add("--rank", metavar="r", type=_positive, default=16, help="LoRA rank [16]")
+    add("--clients", metavar="C", type=command.count, default=8, help="clients [8]")
+    add("--rows", metavar="B", type=command.count, default=1, help="rows of a client and step [1]")
+    add("--tokens", metavar="T", type=command.count, default=128, help="tokens of a row [128]")
+    add("--rank", metavar="r", type=command.count, default=16, help="LoRA rank [16]")
     add(
         "--targets",
         metavar="NAMES",
         default="all-linear",
         help="adapted layers: all-linear, or names such as q_proj,v_proj [all-linear]",
     )
-    add("--repeat", metavar="n", type=_positive, default=7, help="counted turns [7]")
+    add("--repeat", metavar="n", type=command.count, default=7, help="counted turns [7]")
     add("--seconds", metavar="s", type=_seconds, help="begin no further turn after s seconds")
-    add("--json", metavar="FILE", type=Path, help="write everything here, every sample included")
+    parser.add_json("write everything here, every sample included")
     add(
         "--compare",
         metavar="WHAT",
@@ -99,15 +85,14 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything heavy is imported."""
     if options.tokens < 2:
         raise UserError("--tokens 1: the first token of a row is never predicted; give at least 2")
-    if options.collectives and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if options.collectives and launch().size < 2:
         raise UserError(
             "--collectives needs at least two processes: torchrun --nproc_per_node 2 -m sfed.bench "
             "--collectives"
         )
     if options.collectives and options.compare:
         raise UserError("--collectives and --compare exclude each other")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UserError(f"--json {options.json}: the folder {options.json.parent} does not exist")
+    command.check_json(options.json)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -138,15 +123,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     if is_main:
         show(results)
-        if given.json is not None:
-            _write(given.json, results)
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
+        command.write_json(given.json, results)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfed.utils.versions import LIBRARIES, versions_of
+from sfed.utils import versions
 
 # Dense bf16 FLOP/s of the datasheet, by a part of the device's name; the first that fits.
 _DATASHEET_BF16 = {
@@ -189,7 +189,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": versions_of(*LIBRARIES, "numpy"),
+        "versions": versions.installed(*versions.LIBRARIES, "numpy"),
     }
     if device.type == "cuda":
         known["cpu"] = known["device"]

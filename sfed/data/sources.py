@@ -15,6 +15,7 @@ from sfed.config.schema import Config
 from sfed.data import demo
 from sfed.data.tasks import is_json_list, read_rows, task_of
 from sfed.utils.errors import DataError
+from sfed.utils.text import one_line
 
 # Endings of the names of means over clients (records): a part's score has to be told from them.
 _MEANS = ("unweighted", "by_examples")
@@ -150,7 +151,7 @@ def _hub_rows(config: Config, split: Split) -> tuple[Iterator[tuple[Place, Any]]
     except (OSError, ValueError) as error:
         raise DataError(
             f"data.task={config.data.task}: {task.hub} cannot be loaded from the hub "
-            f"({' '.join(str(error).split())[:200]}); give data.train_files for local files"
+            f"({one_line(error, 200)}); give data.train_files for local files"
         ) from None
     parts = part_names(names)
     source = (

@@ -16,8 +16,7 @@ import torch.distributed as dist
 
 from sfed.distributed.world import World
 from sfed.utils.errors import MissingProcessError
-
-_LONGEST_REASON = 300
+from sfed.utils.text import one_line
 
 
 class StoppedEarlyError(SystemExit):
@@ -108,7 +107,7 @@ def ending(world: World) -> Iterator[None]:
         if not is_lost_contact(error):
             _tell(world, error)
             raise
-        reason = f"lost contact with another process ({_short(error)})"
+        reason = f"lost contact with another process ({one_line(error)})"
         raise _diagnosed(world, reason) from error
     except StoppedEarlyError:
         raise  # it has told the others
@@ -123,11 +122,7 @@ def _diagnosed(world: World, reason: str) -> MissingProcessError:
 
 
 def _tell(world: World, error: BaseException) -> None:
-    world.watch.tell_end(f"{type(error).__name__}: {_short(error)}")
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:_LONGEST_REASON]
+    world.watch.tell_end(f"{type(error).__name__}: {one_line(error)}")
 
 
 def is_lost_contact(error: RuntimeError) -> bool:

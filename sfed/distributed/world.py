@@ -19,6 +19,7 @@ import torch.distributed as dist
 from sfed.distributed.rendezvous import open_store
 from sfed.distributed.watchdog import Heartbeat, Watch
 from sfed.utils.errors import UserError
+from sfed.utils.launcher import launch
 
 SECONDS_OF_SLACK = 5.0
 """What a collective waits beyond the deadline, at which ``watchdog`` says who keeps it waiting."""
@@ -64,19 +65,16 @@ def start(deadline_seconds: float) -> World:
             "torch.distributed is initialised already in this process, and a run makes a process "
             "group of its own; call torch.distributed.destroy_process_group() before"
         )
-    environment = os.environ
-    process, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
-    local_rank = int(environment.get("LOCAL_RANK", "0"))
-    # torchrun says LOCAL_WORLD_SIZE, deepspeed says LOCAL_SIZE.
-    local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or size)
+    environment, here = os.environ, launch()
+    process, size, local_rank = here.rank, here.size, here.local_rank
     heartbeat = Heartbeat.of_environment(local_rank)
-    device, per_device = torch.device("cpu"), local_size
+    device, per_device = torch.device("cpu"), here.local_size
     if "OMP_NUM_THREADS" not in environment:  # torchrun sets it, deepspeed and python do not
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here.local_size))
     if torch.cuda.is_available():
         num_devices = torch.cuda.device_count()
         device = torch.device("cuda", local_rank % num_devices)
-        per_device = -(-local_size // num_devices)
+        per_device = -(-here.local_size // num_devices)
         torch.cuda.set_device(device)
     # fp32 is fp32: no matrix product is rounded to TF32, whatever the GPU or the environment says.
     torch.set_float32_matmul_precision("highest")

@@ -6,9 +6,7 @@ each round: what was averaged. Only digests are sent, and where they differ the 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,10 +19,8 @@ from sfed.distributed.consistency import bit_sum, by_value, digest
 from sfed.distributed.sync import gather_json
 from sfed.distributed.world import World
 from sfed.federated.context import Run
+from sfed.utils import versions
 from sfed.utils.errors import DivergedError
-from sfed.utils.version import __version__
-
-_LIBRARIES = ("torch", "transformers", "peft", "deepspeed")
 
 
 def require_same_mean(
@@ -67,9 +63,7 @@ def require_same_mean(
 
 def at_start(config: Config) -> dict[str, Any]:
     """What has to agree before anything is loaded."""
-    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {**flatten(config), "sfed": __version__, "python": python, **versions}
+    return {**flatten(config), **versions.of_libraries(*versions.LIBRARIES)}
 
 
 def of_backbone(model: nn.Module, settings: Mapping[str, Any]) -> str:

@@ -5,13 +5,13 @@ They run before anything heavy is imported.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from sfed.config.schema import Config
 from sfed.methods import method as methods
 from sfed.observability import trackers
 from sfed.utils.errors import ConfigError, UserError
+from sfed.utils.launcher import launch
 
 
 def check(config: Config, num_processes: int | None = None) -> None:
@@ -32,7 +32,7 @@ def check(config: Config, num_processes: int | None = None) -> None:
         methods.resolve(config)
     except UserError as mistake:
         mistakes.append(str(mistake))
-    num_processes = num_processes or int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = num_processes or launch().size
     num_clients = config.federated.num_clients
     if num_clients is not None and num_clients < num_processes:
         mistakes.append(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,9 +22,7 @@ from sfed.observability import metrics
 from sfed.observability.console import Console
 from sfed.observability.trackers import Journal
 from sfed.storage.checkpoint_writer import Writer
-from sfed.utils.version import __version__
-
-_VERSIONS = ("torch", "transformers", "peft", "deepspeed", "datasets", "safetensors", "numpy")
+from sfed.utils import versions
 
 
 def header(run: Run) -> list[str]:
@@ -90,11 +86,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "world_size": run.world.size,
             "device": str(run.world.device.type),
         },
-        "versions": {
-            "sfed": __version__,
-            "python": ".".join(map(str, sys.version_info[:3])),
-            **{name: importlib.metadata.version(name) for name in _VERSIONS},
-        },
+        "versions": versions.of_libraries(*versions.RECORDED),
     }
 
 

@@ -28,7 +28,7 @@ from sfed.storage import checkpoint, resume
 from sfed.storage.checkpoint import Found, State
 from sfed.storage.checkpoint_writer import RunIdentity, Writer
 from sfed.storage.run_folder import RunFolder
-from sfed.storage.run_record import RunRecord, open_run
+from sfed.storage.run_record import METRICS_FILE, RunRecord, open_run, read_rounds
 
 OnStart = Callable[[World, StopRequest], None]
 """What a command does at the start of a session, such as to listen to signals."""
@@ -199,7 +199,7 @@ def _close(parts: Run, folder: Path, console: Console) -> None:
     """The closing table and where everything is."""
     if not parts.world.is_main:
         return
-    events = metrics.read_metrics(folder / "metrics.jsonl").events
+    events = read_rounds(folder).events
     evaluated = [event for event in events if _has_losses(event)]
     if evaluated:
         before = evaluated[0] if evaluated[0]["round"] == 0 else None
@@ -208,7 +208,7 @@ def _close(parts: Run, folder: Path, console: Console) -> None:
         names = {client: some[0] for client, some in labels.items() if len(some) == 1}
         console.closing_table(before, evaluated[-1], names)
     console.say(f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)")
-    console.say(f"metrics    {folder / 'metrics.jsonl'}")
+    console.say(f"metrics    {folder / METRICS_FILE}")
     console.where_the_time_went(events)
 
 

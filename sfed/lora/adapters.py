@@ -12,7 +12,6 @@ import dataclasses
 import enum
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from sfed.lora.layout import Layout, Piece
 from sfed.lora.linear import PassContext, Siblings, StackedLoraLinear
 from sfed.lora.tensor_files import save_tensors
 from sfed.utils.errors import UserError
+from sfed.utils.files import replacing
 
 _SUPPORTED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
@@ -138,9 +138,8 @@ class Adapters:
             for piece in self.layout.pieces
         }
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "adapter_model.safetensors.tmp"
-        save_tensors(tensors, temporary, {"format": "pt"})
-        os.replace(temporary, folder / "adapter_model.safetensors")
+        with replacing(folder / "adapter_model.safetensors") as temporary:
+            save_tensors(tensors, temporary, {"format": "pt"})
         settings = {**self.peft_config.to_dict(), "inference_mode": True}
         if self.head is not None:
             settings["task_type"] = "SEQ_CLS"

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from sfed.config.schema import Config
 from sfed.models.hf_config import MetaModel
 from sfed.utils.errors import UserError
+from sfed.utils.text import one_line
 
 
 def deepspeed_settings(config: Config, meta: MetaModel, dtype: torch.dtype) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def prepare_deepspeed(config: Config, meta: MetaModel, dtype: torch.dtype) -> di
         AssertionError,
         deepspeed.DeepSpeedConfigError,
     ) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"backbone.deepspeed is refused by DeepSpeed: {reason}") from None
     return settings
 

@@ -27,7 +27,7 @@ from sfed.data.tasks import task_of
 from sfed.distributed.sync import gather_json
 from sfed.distributed.world import World
 from sfed.utils.errors import UserError
-from sfed.utils.text import size_text
+from sfed.utils.text import one_line, size_text
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # What transformers raises for weights that are not there, damaged, of another model or hostile.
@@ -154,7 +154,7 @@ def classes_of_checkpoint(config: Config, name: str) -> int:
 
 def cannot_load(name: str, error: Exception) -> str:
     """The message of a model that transformers refuses, with its reason in one line."""
-    reason = " ".join(str(error).split())[:300]
+    reason = one_line(error)
     if "trust_remote_code" in str(error):
         reason = (
             "it comes with Python code of its own, which is not run unless "

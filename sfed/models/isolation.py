@@ -43,6 +43,7 @@ from sfed.models.trial_passes import (
     tracing,
 )
 from sfed.utils.errors import UserError
+from sfed.utils.text import one_line
 
 Result = TypeVar("Result")
 Agree = Callable[[str | None], str | None]
@@ -418,7 +419,7 @@ class _Trial:
         except torch.OutOfMemoryError:
             raise
         except _FAILURES as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             self._subject.backbone.release()
             place = self._named(self._trace(make).failed_in)
             raise _FailedPassError(f"a pass fails in {place}: {reason}") from None

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 from sfed.config.schema import Config
 from sfed.models.hf_config import read_model_config
 from sfed.utils.errors import UserError
+from sfed.utils.text import one_line
 
 
 def load_tokenizer(config: Config, name: str) -> tuple[PreTrainedTokenizerFast, str]:
@@ -33,7 +34,7 @@ def load_tokenizer(config: Config, name: str) -> tuple[PreTrainedTokenizerFast, 
             name, trust_remote_code=config.backbone.trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"model.name = {name!r} has no readable tokenizer: {reason}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"model.name = {name!r}: its tokenizer is not a fast one (tokenizer.json)")

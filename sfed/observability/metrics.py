@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sfed.utils.errors import UserError
-from sfed.utils.files import write_at_once
+from sfed.utils.files import replacing
 from sfed.utils.redaction import masked
 
 TRAIN_LOSS = "train/loss"
@@ -130,7 +130,8 @@ class MetricsFile:
             for event, line in zip(found.events, found.lines, strict=True)
             if finished_rounds is not None and event.get("round", 0) <= finished_rounds
         ]
-        write_at_once(path, b"".join(lines))
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"".join(lines))
         self._path = path
         self._file = path.open("ab", buffering=0)
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from sfed.observability.metrics import MetricsFile, free_name
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import masked
+from sfed.utils.text import one_line
 
 # Each of them adds a curve for every number of a client.
 MOST_CLIENTS = 16
@@ -112,7 +113,7 @@ def _spared(name: str, warn: Callable[[str], None]) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  (it is named, and the run matters more)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error, 200)}"
         warn(f"{name} fails and is left out from here on ({reason}); metrics.jsonl has all")
 
 

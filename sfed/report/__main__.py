@@ -6,11 +6,9 @@ on a run that is still going on. Needs no torch.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from sfed.report.page import MOST_SECTIONS, write_report
 from sfed.storage.run_record import find_runs, read_story
@@ -21,17 +19,11 @@ from sfed.utils.redaction import mask
 _SEVERAL = 8
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m sfed.report --help")
-
-
 def main(arguments: Sequence[str]) -> None:
     """Read the run folders, write the report, say where it is."""
-    parser = _Parser(
+    parser = command.Parser(
         prog="python -m sfed.report",
         description="Make one self-contained report.html, and figures/*.png, of run folders.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "runs", nargs="*", metavar="RUN", type=Path, help="a run folder, or a folder of run folders"

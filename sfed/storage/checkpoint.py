@@ -30,6 +30,7 @@ from sfed.clients.store import ClientRows
 from sfed.distributed.sync import together
 from sfed.distributed.world import World
 from sfed.utils.errors import CheckpointError
+from sfed.utils.text import one_line
 
 FACTS = "run.json"
 COMMON = "common.safetensors"
@@ -142,7 +143,7 @@ def load(found: Found, world: World, clients: ClientRows) -> State:
                 "what keeps it from being read and start again"
             ) from None
         except (SafetensorError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise CheckpointError(
                 f"the checkpoint {found.folder} cannot be read ({reason}); output.resume=FOLDER "
                 "goes on from another one"

@@ -41,6 +41,7 @@ from sfed.lora.tensor_files import save_tensors
 from sfed.storage.checkpoint import COMMON, FACTS, Found, State, by_age, facts_of, file_of, keyed
 from sfed.utils.errors import CheckpointError, MissingProcessError, UserError
 from sfed.utils.files import describe, replace_folder, second_name, sync
+from sfed.utils.text import one_line
 
 _SECONDS_BETWEEN_LOOKS = 0.02
 _SECONDS_FOR_OTHERS_AFTER_AN_ERROR = 10.0
@@ -330,7 +331,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"the checkpoint {folder} cannot be written ({' '.join(str(error).split())[:300]}); "
+            f"the checkpoint {folder} cannot be written ({one_line(error)}); "
             "make room or set output.dir, then start again: the run goes on from the last whole "
             "checkpoint"
         ) from None

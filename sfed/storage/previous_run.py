@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from sfed.config.diff import comparable, differences
 from sfed.config.schema import Config
-from sfed.observability.metrics import Metrics, read_metrics
 from sfed.storage.checkpoint import by_age
+from sfed.storage.run_record import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    ForeignFileError,
+    SavedConfig,
+    read_config,
+    read_rounds,
+)
+from sfed.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ def sight_of(folder: Path) -> Sight:
         OSError: where it cannot be read.
     """
     try:
-        found = (folder / "metrics.jsonl").stat()
+        found = (folder / METRICS_FILE).stat()
         record = (found.st_ino, found.st_size)
     except FileNotFoundError:
         record = None
@@ -70,63 +77,43 @@ def read_attempt(folder: Path) -> Attempt:
     Raises:
         OSError: where they are there and cannot be read.
     """
-    config, num_clients, foreign = _read_config(folder / "config.json")
-    found = read_metrics(folder / "metrics.jsonl")
-    rounds = _last_round(found)
-    if found.odd_lines and not found.events:
-        foreign = foreign or found.path.name
+    foreign = None
+    try:
+        saved = read_config(folder)
+    except ForeignFileError:
+        saved, foreign = None, CONFIG_FILE
+    config, num_clients = _settings(saved)
+    found = read_rounds(folder)
+    if found.is_foreign:
+        foreign = foreign or METRICS_FILE
     # A checkpoint is whole before the next but one begins.
     surely = 2 * (config.output.checkpoint_every_rounds if config else 1)
     has_ended = (folder / "adapters").is_dir()
-    return Attempt(rounds, config, num_clients, has_ended or rounds > surely, foreign)
+    return Attempt(
+        found.finished, config, num_clients, has_ended or found.finished > surely, foreign
+    )
 
 
-def rounds_of(path: Path) -> int:
-    """Finished rounds that a metrics file reports.
-
-    Raises:
-        OSError: where it is there and cannot be read.
-    """
-    return _last_round(read_metrics(path))
-
-
-def _last_round(found: Metrics) -> int:
-    return max((event.get("round", 0) for event in found.events), default=0)
-
-
-def _read_config(path: Path) -> tuple[Config | None, int, str | None]:
-    """The configuration of a run's last start, its N, and the file's name where it is no run's.
-
-    Raises:
-        OSError: where it is there and cannot be read.
-    """
+def _settings(saved: SavedConfig | None) -> tuple[Config | None, int]:
+    """The configuration and N; None and 0 where they are not known to this version."""
+    if saved is None or saved.num_clients is None:
+        return None, 0
     try:
-        saved = json.loads(path.read_text(encoding="utf-8") or "null")
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise
-        return None, 0, None
-    except (ValueError, RecursionError):
-        return None, 0, path.name
-    if saved is None:  # empty, as a machine leaves it that lost its power
-        return None, 0, None
-    if not isinstance(saved, dict) or not {"resolved", "versions"} <= saved.keys():
-        return None, 0, path.name
-    try:
-        num_clients = int(saved.pop("resolved")["num_clients"])
-        del saved["versions"]
-        return Config.model_validate_json(json.dumps(saved)), num_clients, None
-    except (ValueError, KeyError, TypeError):
-        return None, 0, None  # of a version that knew other keys
+        return saved.parse(), saved.num_clients
+    except ConfigError:
+        return None, 0
 
 
-def began_with(path: Path, config: Config) -> int | None:
+def began_with(folder: Path, config: Config) -> int | None:
     """N of an attempt of this very run that came to no checkpoint.
 
     Raises:
         OSError: where the file is there and cannot be read.
     """
-    before, num_clients, _ = _read_config(path)
+    try:
+        before, num_clients = _settings(read_config(folder))
+    except ForeignFileError:
+        return None
     if before is None:
         return None
     is_same = comparable(before, num_clients) == comparable(config, num_clients)

@@ -27,9 +27,10 @@ from sfed.observability.metrics import free_name
 from sfed.observability.trackers import Journal
 from sfed.storage import checkpoint, resume
 from sfed.storage.checkpoint import Found, State
-from sfed.storage.previous_run import Sight, began_with, read_attempt, rounds_of, sight_of
+from sfed.storage.previous_run import Sight, began_with, read_attempt, sight_of
+from sfed.storage.run_record import CONFIG_FILE, METRICS_FILE, PARTITION_FILE, read_rounds
 from sfed.utils.errors import CheckpointError, UserError
-from sfed.utils.files import write_at_once
+from sfed.utils.files import replacing
 from sfed.utils.redaction import masked
 
 _NAME = "lock"
@@ -226,7 +227,7 @@ class RunFolder:
             return stated or world.size
         before: int | None
         if found is None:
-            before = began_with(self.path / "config.json", self._config)
+            before = began_with(self.path, self._config)
         else:
             before = found.facts["config"].get("federated.num_clients")
         if stated is not None or before is None or before == world.size:
@@ -275,9 +276,9 @@ class RunFolder:
             self._claim()
             if found is not None:
                 self._set_aside(found, console)
-            _write(folder / "config.json", json.dumps(masked(facts), indent=2))
+            _write(folder / CONFIG_FILE, json.dumps(masked(facts), indent=2))
             lines = map(json.dumps, masked(held))  # a line for each client
-            _write(folder / "partition.json", '{"clients": [\n' + ",\n".join(lines) + "\n]}")
+            _write(folder / PARTITION_FILE, '{"clients": [\n' + ",\n".join(lines) + "\n]}")
             told = None if state is None else state.finished_rounds - bool(state.unreported)
             names = self._config.output.trackers
             run = trackers.TrackedRun(folder, facts, told)
@@ -335,8 +336,9 @@ class RunFolder:
         would not be of this run, or damaged.
         """
         later = resume.later_than(found, self.path / "checkpoints")
-        record, finished = self.path / "metrics.jsonl", found.facts["finished_rounds"]
-        is_rewound = self._config.output.resume != "auto" and rounds_of(record) > finished
+        record, finished = self.path / METRICS_FILE, found.facts["finished_rounds"]
+        takes_other = self._config.output.resume != "auto"
+        is_rewound = takes_other and read_rounds(self.path).finished > finished
         # To a sweep, adapters beside more rounds than theirs would pass for the result.
         is_outgrown = self._one_of_many and finished < self._config.federated.num_rounds
         adapters = self.path / "adapters"
@@ -373,4 +375,5 @@ def _unreadable(folder: Path) -> Iterator[None]:
 
 
 def _write(path: Path, text: str) -> None:
-    write_at_once(path, f"{text}\n".encode())
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,7 @@
-"""Run folders as they are on disk, finished or still going on. Needs no torch."""
+"""The only reader of run folders: of what runs, finished or still training, have written there.
+
+The report, sweeps, a start that may resume, and the public API read through it. Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sfed.config import load as config_load
+from sfed.config.schema import Config
 from sfed.observability import metrics
 from sfed.utils.errors import UserError
 
@@ -19,6 +24,7 @@ KINDS = {
     "global": "global adapter, everybody's data",
 }
 LOSS = "loss"
+CONFIG_FILE, METRICS_FILE, PARTITION_FILE = "config.json", "metrics.jsonl", "partition.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 _SQUARED_ERROR_SCORES = ("pearson", "spearman")
 
@@ -204,6 +210,91 @@ def clients_of(event: Event) -> list[Event]:
     ]
 
 
+class ForeignFileError(ValueError):
+    """A file that stands in the place of a run's is not that of a run."""
+
+
+@dataclass(frozen=True)
+class SavedConfig:
+    """Content of a ``config.json``."""
+
+    sections: Mapping[str, Any]
+    """The configuration of the last start, as it was written."""
+    resolved: Mapping[str, Any]
+    """What that start made of it, such as gamma and N."""
+
+    @property
+    def num_clients(self) -> int | None:
+        """Number of clients, N, as it was resolved; None where that is unknown."""
+        known = number(self.resolved, "num_clients")
+        return None if known is None else int(known)
+
+    def parse(self) -> Config:
+        """Return the configuration.
+
+        Raises:
+            ConfigError: where a version of sfed wrote it that knew other keys.
+        """
+        return config_load.validate(dict(self.sections))
+
+
+def read_config(folder: Path) -> SavedConfig | None:
+    """Read ``config.json`` of a run folder.
+
+    Returns:
+        None where there is none, or an empty one, as a machine leaves it that lost its power.
+
+    Raises:
+        OSError: where it is there and cannot be read, or is a link that leads nowhere.
+        ForeignFileError: where it is not that of a run.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8") or "null")
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise
+        return None
+    except (ValueError, RecursionError) as error:
+        raise ForeignFileError(f"it is not JSON: {error}") from None
+    if saved is None:
+        return None
+    if not isinstance(saved, dict) or not {"resolved", "versions"} <= saved.keys():
+        raise ForeignFileError("it is no object with the keys resolved and versions")
+    resolved = saved.pop("resolved")
+    del saved["versions"]
+    return SavedConfig(saved, resolved if isinstance(resolved, dict) else {})
+
+
+@dataclass(frozen=True)
+class SavedRounds:
+    """The rounds that a ``metrics.jsonl`` reports."""
+
+    events: list[dict[str, Any]]
+    """An event for each round, in order."""
+    note: str | None = None
+    """What was passed over while reading; None where nothing was."""
+    is_foreign: bool = False
+    """Whether the file has lines and none of them is an event."""
+
+    @property
+    def finished(self) -> int:
+        """Number of finished rounds."""
+        return int(self.events[-1]["round"]) if self.events else 0
+
+
+def read_rounds(folder: Path) -> SavedRounds:
+    """Read ``metrics.jsonl`` of a run folder; where there is none, there are no rounds.
+
+    Raises:
+        OSError: where it is there and cannot be read.
+    """
+    found = metrics.read_metrics(folder / METRICS_FILE)
+    rounds = {event["round"]: event for event in found.events if event["event"] == "round"}
+    events = [rounds[key] for key in sorted(rounds)]
+    return SavedRounds(events, found.note, bool(found.odd_lines) and not found.events)
+
+
 def open_run(folder: Path | str) -> RunRecord:
     """Read a run folder, of a finished run or of one that still trains. Needs no torch.
 
@@ -216,26 +307,25 @@ def open_run(folder: Path | str) -> RunRecord:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the run folder {str(folder)!r} does not exist")
-    if not (folder / "metrics.jsonl").is_file():
+    if not (folder / METRICS_FILE).is_file():
         raise UserError(
             f"{str(folder)!r} holds no metrics.jsonl and no folder in it does, so it is no run "
             "folder and no folder of runs"
         )
     try:
-        found = metrics.read_metrics(folder / "metrics.jsonl")
+        found = read_rounds(folder)
     except OSError as error:
-        raise UserError(f"{folder / 'metrics.jsonl'} is not readable: {error}") from None
-    if found.odd_lines and not found.events:
-        raise UserError(f"{found.path} is not readable: no line of it is an event")
-    rounds = {event["round"]: event for event in found.events if event["event"] == "round"}
-    config = _read_json(folder / "config.json")
-    partition = folder / "partition.json"
+        raise UserError(f"{folder / METRICS_FILE} is not readable: {error}") from None
+    if found.is_foreign:
+        raise UserError(f"{folder / METRICS_FILE} is not readable: no line of it is an event")
+    config = _read_json(folder / CONFIG_FILE)
+    partition = folder / PARTITION_FILE
     parts = clients_of(_read_json(partition)) if partition.is_file() else []
-    last = clients_of(rounds[max(rounds)]) if rounds else []
+    last = clients_of(found.events[-1]) if found.events else []
     return RunRecord(
         folder=folder.resolve(),
         config=config,
-        rounds=[rounds[key] for key in sorted(rounds)],
+        rounds=found.events,
         labels={part["client"]: counts for part in parts if (counts := _counts(part))},
         sizes={part["client"]: len(part.get("train") or ()) for part in parts}
         | {entry["client"]: int(n) for entry in last if (n := number(entry, "examples"))},
@@ -268,9 +358,9 @@ def _counts(part: Event) -> dict[str, int]:
 
 def find_runs(folder: Path) -> list[Path]:
     """The folder itself, or the run folders in it; what a newer run put aside is left out."""
-    if (folder / "metrics.jsonl").is_file():
+    if (folder / METRICS_FILE).is_file():
         return [folder]
-    inside = (path.parent for path in folder.glob("*/metrics.jsonl"))
+    inside = (path.parent for path in folder.glob(f"*/{METRICS_FILE}"))
     kept = [run for run in inside if not re.search(r"\.old-\d+$", run.name)]
     return sorted(kept, key=lambda run: natural(run.name)) or [folder]
 

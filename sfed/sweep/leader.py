@@ -11,7 +11,7 @@ from sfed.sweep.grid import Cell, Grid
 from sfed.sweep.results import Row, Standing, Status
 from sfed.sweep.workers import Party
 from sfed.utils.errors import UserError
-from sfed.utils.text import duration
+from sfed.utils.text import duration, one_line
 
 LONGEST_REASON = 300
 
@@ -125,7 +125,7 @@ class _Leader:
             self._say(f"cell {cell.name} failed, {self._reasons[cell.name]}")
 
     def _fail(self, cell: Cell, standing: Standing, reason: str) -> None:
-        self._reasons[cell.name] = " ".join(reason.split())[:LONGEST_REASON]
+        self._reasons[cell.name] = one_line(reason, LONGEST_REASON)
         self._note(cell, "failed", standing)
 
     def _note(self, cell: Cell, status: Status, standing: Standing) -> None:

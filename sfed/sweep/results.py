@@ -6,27 +6,32 @@ Needs no torch.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
 
-from sfed.config import load as config_load
 from sfed.config.diff import comparable, differences, flatten
 from sfed.config.schema import Config
 from sfed.methods import method as methods
 from sfed.observability import metrics
 from sfed.observability.metrics import deviation
-from sfed.storage.run_record import held_out, look, number
+from sfed.storage.run_record import (
+    CONFIG_FILE,
+    ForeignFileError,
+    held_out,
+    look,
+    number,
+    read_config,
+    read_rounds,
+)
 from sfed.sweep.cell_names import label_of
 from sfed.sweep.grid import Cell, Grid
-from sfed.utils.errors import UserError
-from sfed.utils.files import write_at_once
+from sfed.utils.errors import ConfigError
+from sfed.utils.files import replacing
 from sfed.utils.redaction import masked
 
 Status = Literal["complete", "failed", "not run"]
@@ -67,19 +72,21 @@ def stand(cell: Cell, num_processes: int) -> Standing:
 
 
 def _stand(cell: Cell, num_processes: int) -> Standing:
-    path, now = cell.folder / "config.json", cell.config
+    path, now = cell.folder / CONFIG_FILE, cell.config
     if not path.is_file():
         return Standing()
     num_clients = cell.num_clients(num_processes)
     try:
-        there, resolved = _read_config(path)
-        num_there = int(number(resolved, "num_clients") or there.federated.num_clients or 1)
-    except UserError as mistake:
-        return Standing(problem=str(mistake))
+        saved = read_config(cell.folder)
+        there = None if saved is None else saved.parse()
+    except (ForeignFileError, ConfigError) as error:
+        return Standing(problem=f"{path} is not that of a run ({error}); move the folder away")
+    if saved is None or there is None:
+        return Standing(problem=f"{path} is empty; move the folder away")
+    num_there = saved.num_clients or there.federated.num_clients or 1
     changed = differences(_settings(there, num_there), _settings(now, num_clients))
-    found = metrics.read_metrics(cell.folder / "metrics.jsonl")
-    events = [event for event in found.events if event["event"] == "round"]
-    standing = Standing(events=events, note=found.note, resolved=resolved)
+    found = read_rounds(cell.folder)
+    standing = Standing(events=found.events, note=found.note, resolved=saved.resolved)
     if standing.rounds > now.federated.num_rounds:
         planned = now.federated.num_rounds
         changed.append(f"federated.num_rounds: {standing.rounds} rounds done there, {planned} now")
@@ -94,16 +101,6 @@ def _stand(cell: Cell, num_processes: int) -> Standing:
         )
     complete = standing.rounds == now.federated.num_rounds and _is_exported(cell, num_clients)
     return replace(standing, complete=complete)
-
-
-def _read_config(path: Path) -> tuple[Config, dict[str, Any]]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        resolved = data.pop("resolved")
-        data.pop("versions")
-        return config_load.validate(data), dict(resolved)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not that of a run ({error}); move the folder away") from None
 
 
 def _settings(config: Config, num_clients: int) -> dict[str, Any]:
@@ -159,11 +156,13 @@ def write_csv(grid: Grid, rows: Iterable[Row]) -> None:
     columns = ["cell", "status", *grid.keys, "gamma", "rounds", *_LOSSES, "perplexity"]
     columns += [*_scores(rows), *_AFTER_SCORES]
     grid.folder.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _plain(value) for key, value in one.items()} for one in rows)
-    write_at_once(grid.folder / "sweep.csv", text.getvalue().encode())
+    with (
+        replacing(grid.folder / "sweep.csv") as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _plain(value) for key, value in one.items()} for one in rows)
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,6 @@ of its child, and for a sign of life of the others.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any
 from sfed.config.schema import Config
 from sfed.distributed.store import LocalStore, Store
 from sfed.sweep.run_process import Child, End, prepare
+from sfed.utils.launcher import launch
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_BETWEEN_BEATS = 1.0
@@ -40,13 +40,9 @@ class Party:
     """The sweep's own processes, one for each of the launcher's."""
 
     def __init__(self) -> None:
-        environment = os.environ
-        self.rank = int(environment.get("RANK", "0"))
-        self.size = int(environment.get("WORLD_SIZE", "1"))
-        self.local_rank = int(environment.get("LOCAL_RANK", "0"))
-        # torchrun says LOCAL_WORLD_SIZE, deepspeed says LOCAL_SIZE.
-        local = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")
-        self.local_size = int(local or self.size)
+        here = launch()
+        self.rank, self.size = here.rank, here.size
+        self.local_rank, self.local_size = here.local_rank, here.local_size
         self._is_stopping = False
         self._store: Store = LocalStore()
         self._left = threading.Event()

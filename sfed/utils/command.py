@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import signal
 import stat
@@ -9,14 +11,62 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
 from sfed.utils.errors import UserError
+from sfed.utils.launcher import launch
 from sfed.utils.redaction import mask
 
 EXIT_MISTAKE = 2
 _SECONDS_FOR_PROCESS_0 = 3.0
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses the arguments of a command; an error in them is a ``UserError``."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error with where the help is."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def add_json(self, meaning: str) -> None:
+        """Add ``--json FILE``; see ``check_json`` and ``write_json``."""
+        self.add_argument("--json", metavar="FILE", type=Path, help=meaning)
+
+
+def count(text: str) -> int:
+    """Return an argument that is a whole number from 1 up.
+
+    Raises:
+        ArgumentTypeError: for other texts.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def check_json(path: Path | None) -> None:
+    """Refuse a ``--json FILE`` in a folder that does not exist, before anything is computed."""
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"--json {path}: the folder {path.parent} does not exist")
+
+
+def write_json(path: Path | None, results: object) -> None:
+    """Write the results of a command to its ``--json FILE``, where one is given.
+
+    Raises:
+        UserError: where it cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
 
 
 def run_command(command: Callable[[Sequence[str]], None]) -> None:
@@ -57,7 +107,7 @@ def leave(message: str, code: int) -> NoReturn:
     A launcher ends all processes as soon as one has failed, so the others leave a little later:
     otherwise process 0 might be ended before it has spoken.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if launch().rank == 0:
         print(mask(f"sfed: {message}"), file=sys.stderr, flush=True)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,14 @@ def damage(file: Path, known: dict[str, Any]) -> str | None:
     return None
 
 
-def write_at_once(file: Path, content: bytes) -> None:
-    """Write a small file anew: a reader sees the old content or the new one, and never a part.
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Give a temporary name beside ``file``, which it is renamed to at the end of the block.
 
-    Raises:
-        OSError: where it cannot be written; the old file is as it was.
+    A reader sees the whole old file or the whole new one. After an error the old one stays.
     """
     temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_bytes(content)
+    yield temporary
     os.replace(temporary, file)
 
 

@@ -18,6 +18,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def one_line(error: object, most: int = 300) -> str:
+    """Return a text, such as that of an error, on one line and cut to ``most`` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 def parse_size(text: str) -> int | None:
     """Return the bytes of a size such as 80GiB; None for other texts."""
     match = _SIZE.fullmatch(text)

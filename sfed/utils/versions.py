@@ -10,31 +10,28 @@ from sfed.utils.version import __version__
 
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed")
 """What a run stands on; its processes must have the same of each."""
+RECORDED = (*LIBRARIES, "datasets", "safetensors", "numpy")
+"""What ``config.json`` of a run folder names."""
 
 
-def version_of(library: str) -> str:
-    """Return the version of an installed library; "not installed" for another one."""
+def installed(*libraries: str) -> dict[str, str]:
+    """Return the version of each library, "not installed" of one that is not there."""
+    return {name: _version_of(name) for name in libraries}
+
+
+def _version_of(library: str) -> str:
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
         return "not installed"
 
 
-def versions_of(*libraries: str) -> dict[str, str]:
-    """Return the version of each library by its name."""
-    return {name: version_of(name) for name in libraries}
-
-
-def python_version() -> str:
-    """Return the version of Python, such as 3.12.1."""
-    return ".".join(map(str, sys.version_info[:3]))
+def of_libraries(*libraries: str) -> dict[str, str]:
+    """Return the versions of sfed, of Python, and of these libraries."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"sfed": __version__, "python": python, **installed(*libraries)}
 
 
 def about() -> dict[str, str]:
-    """Return what a report of a bug needs: sfed, Python, the libraries and the platform."""
-    return {
-        "sfed": __version__,
-        "python": python_version(),
-        **versions_of(*LIBRARIES),
-        "platform": platform.platform(),
-    }
+    """Return what a report of a bug needs: versions and the platform."""
+    return {**of_libraries(*LIBRARIES), "platform": platform.platform()}

@@ -46,7 +46,7 @@ def test_the_versions_are_what_a_report_of_a_bug_needs(capsys: pytest.CaptureFix
 
 
 def test_a_library_that_is_not_installed_is_said_to_be_so():
-    assert versions.versions_of("no-such-library") == {"no-such-library": "not installed"}
+    assert versions.installed("no-such-library") == {"no-such-library": "not installed"}
 
 
 def test_an_unknown_command_is_one_line_with_the_known_ones():

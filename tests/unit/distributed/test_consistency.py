@@ -13,7 +13,7 @@ from sfed.distributed.consistency import bit_sum
 from sfed.federated import fingerprints
 from sfed.methods import aggregation
 from sfed.models import backbone
-from sfed.utils import command
+from sfed.utils import command, versions
 from tests.support import runs, tiny
 from tests.support.processes import End, ends_of
 
@@ -60,7 +60,7 @@ def train(settings: dict, change: str) -> None:
         if change == "configuration":
             settings["train"] = {**settings["train"], "lr": 0.5}
         if change == "version":
-            fingerprints.__dict__["__version__"] = "0.0.9"
+            versions.__version__ = "0.0.9"
         if change == "weights":
             settings["model"] = {"name": settings["model"]["name"]}
             flip_weights()
