@@ -63,6 +63,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 _LLAMA = {
     "meta-llama/Llama-2-7b-hf": SHAPES["llama2-7b"],
+    "meta-llama/Llama-2-70b-hf": {
+        **SHAPES["llama2-7b"],
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
     "meta-llama/Meta-Llama-3-8B": {
         **SHAPES["llama2-7b"],
         "vocab_size": 128256,
