@@ -129,7 +129,8 @@ def check(call: Call) -> None:
     elif call.module in ("sfed.--help", "sfed.--version"):
         assert not words
     else:
-        assert (ROOT / call.module.replace(".", "/")).with_suffix(".py").is_file()
+        path = ROOT / call.module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
 
 
 CALLS = [

@@ -1,0 +1,15 @@
+"""The cases on each device; the same bodies as ``python -m tests.gpu``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.cases import CASES
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", CASES)
+def test_case(name: str, device: str, tmp_path: Path):
+    assert CASES[name](device, tmp_path)
