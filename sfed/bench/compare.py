@@ -85,7 +85,7 @@ def run(options: Options) -> tuple[dict[str, Any], bool]:
                 "raise --rows instead"
             )
         results = _measure(options, config, world)
-        sync.part(world)
+        sync.leave_store_last(world)
     except torch.OutOfMemoryError:
         raise UserError(
             "the device has too little memory for this: lower --clients, --rows, --tokens, --rank "

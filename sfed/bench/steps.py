@@ -17,11 +17,11 @@ from sfed.bench.workload import Workload
 from sfed.clients import store as client_store
 from sfed.clients.optimizer import StackedOptimizer
 from sfed.clients.state import MOMENTS
-from sfed.clients.store import ClientRows
+from sfed.clients.store import ClientStore
 from sfed.config.schema import TrainSection
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
-from sfed.lora.hf_blocks import make_lean
+from sfed.lora.hf_blocks import patch_blocks
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding
 
@@ -107,11 +107,11 @@ class Sfed(Contestant):
         store: Callable[[PreTrainedModel], Backbone] = replica,
     ) -> None:
         super().__init__(workload, input_ids)
-        make_lean(model)
+        patch_blocks(model)
         self.backbone = store(model)
         self.adapters = attach(model, workload)
         own = range(workload.num_clients)
-        self.clients = ClientRows(
+        self.clients = ClientStore(
             own,
             self.adapters.layout,
             input_ids.device,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Ferry:
+class HostOffload:
     """Carries tensors between one device and host memory."""
 
     def __init__(self, device: torch.device) -> None:

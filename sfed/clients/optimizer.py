@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sfed.clients.state import FACTORS, Rows
+from sfed.clients.state import FACTORS, PassState
 from sfed.config.schema import TrainSection
 from sfed.lora.layout import Layout
 
@@ -46,7 +46,7 @@ class StackedOptimizer:
     trained: tuple[str, ...]
     """Factors that move."""
 
-    def gradient_norms(self, rows: Rows) -> torch.Tensor:
+    def gradient_norms(self, rows: PassState) -> torch.Tensor:
         """Return the Euclidean norm of each client's gradient over its trained factors: (C,)."""
         spans = self.layout.spans(self.trained)
         norms: list[torch.Tensor] = [
@@ -58,7 +58,7 @@ class StackedOptimizer:
         return total
 
     def step(
-        self, rows: Rows, lr_C: torch.Tensor, norms_C: torch.Tensor, active_C: torch.Tensor
+        self, rows: PassState, lr_C: torch.Tensor, norms_C: torch.Tensor, active_C: torch.Tensor
     ) -> None:
         """Take one step, in place; nothing is read back from the device.
 
@@ -90,7 +90,7 @@ class StackedOptimizer:
             values_CN.addcmul_(update_CN, rates_C1, value=-1.0)
 
 
-def _update_moments(rows: Rows, columns: slice, active_C1: torch.Tensor) -> None:
+def _update_moments(rows: PassState, columns: slice, active_C1: torch.Tensor) -> None:
     """Move the means of the gradient and of its square; of who does not step, by nothing."""
     grads_CN, weight_C1 = rows.grads[:, columns], active_C1.to(rows.grads.dtype)
     rows.moments["exp_avg"][:, columns].lerp_(grads_CN, (1.0 - BETA1) * weight_C1)
@@ -100,7 +100,7 @@ def _update_moments(rows: Rows, columns: slice, active_C1: torch.Tensor) -> None
 
 
 def _adam(
-    rows: Rows, columns: slice, steps_C1: torch.Tensor, update_CN: torch.Tensor
+    rows: PassState, columns: slice, steps_C1: torch.Tensor, update_CN: torch.Tensor
 ) -> torch.Tensor:
     """Write mean / (sqrt(square) + eps * c) to ``update_CN``; return the factor c / (1 - beta1^t).
 

@@ -22,7 +22,7 @@ Parts = dict[str, torch.Tensor]
 
 
 @dataclass
-class Rows:
+class PassState:
     """The clients of a pass, on the device."""
 
     clients: tuple[int, ...]
@@ -35,7 +35,7 @@ class Rows:
     optimizer_steps: torch.Tensor
     """(C, 3) fp32, whole numbers: steps that A, that B and that the head have made."""
 
-    def put_back(self, bad_C: torch.Tensor, start: torch.Tensor) -> None:
+    def restore(self, bad_C: torch.Tensor, start: torch.Tensor) -> None:
         """Give the clients of a (C,) bool mask their values of the start, and fresh moments."""
         self.values.copy_(torch.where(bad_C[:, None], start, self.values))
         self.optimizer_steps.masked_fill_(bad_C[:, None], 0.0)
@@ -53,18 +53,18 @@ class Rows:
         named[STEPS] = self.optimizer_steps
         return named
 
-    def first(self, clients: tuple[int, ...]) -> Rows:
+    def first(self, clients: tuple[int, ...]) -> PassState:
         """The same memory for as many clients as given."""
         count = len(clients)
         moments = {name: moment[:count] for name, moment in self.moments.items()}
         steps = self.optimizer_steps[:count]
-        return Rows(clients, self.values[:count], self.grads[:count], moments, steps)
+        return PassState(clients, self.values[:count], self.grads[:count], moments, steps)
 
 
 def part_widths(layout: Layout, moments: Sequence[str]) -> dict[str, int]:
     """How many numbers each part of a client has."""
     row = torch.empty(1, layout.size, device="meta")
     steps = torch.empty(1, len(FACTORS), device="meta")
-    rows = Rows((), row, row, dict.fromkeys(moments, row), steps)
+    rows = PassState((), row, row, dict.fromkeys(moments, row), steps)
     parts = rows.parts(layout, layout.factors)
     return {name: part.shape[1] for name, part in parts.items()} | {DRAWN: 1}

@@ -16,14 +16,14 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import torch
 
-from sfed.clients.offload import Ferry
-from sfed.clients.state import DRAWN, FACTORS, Parts, Rows, part_widths
+from sfed.clients.offload import HostOffload
+from sfed.clients.state import DRAWN, FACTORS, Parts, PassState, part_widths
 from sfed.lora.adapters import Adapters
 from sfed.lora.layout import Layout
 from sfed.utils.rng import Stream, derive
 
 
-class ClientRows:
+class ClientStore:
     """The state of all clients of this process."""
 
     def __init__(
@@ -50,9 +50,9 @@ class ClientRows:
         self.examples_drawn = dict.fromkeys(own, 0)
         self._device = device
         self.moments = tuple(moments)
-        self._ferry = Ferry(device)
+        self._ferry = HostOffload(device)
         self._grads = torch.zeros(self.clients_per_pass, layout.size, device=device)
-        self._places: list[Rows] = []
+        self._places: list[PassState] = []
         """Memory of the device for groups that come and go: one, or two where there are several."""
         self._stay = self._new_rows() if self.clients_per_pass == len(own) else None
         self.widths = part_widths(layout, moments)
@@ -64,7 +64,7 @@ class ClientRows:
 
     def passes(
         self, groups_of_clients: Sequence[tuple[int, ...]], trained: Sequence[str]
-    ) -> Generator[Rows, None, None]:
+    ) -> Generator[PassState, None, None]:
         """Bring in groups of clients, one after another; what trained goes back.
 
         No client is in two of them. Close the iterator, by its end or with ``contextlib.closing``,
@@ -103,11 +103,11 @@ class ClientRows:
         name = factor.lower()
         return self._parts[client].get(name, self._common[name])
 
-    def common(self, factor: str) -> torch.Tensor:
+    def shared(self, factor: str) -> torch.Tensor:
         """The factor of all clients that hold none of their own, flat, where it rests."""
         return self._common[factor.lower()]
 
-    def holders(self, factor: str) -> list[int]:
+    def owners(self, factor: str) -> list[int]:
         """The clients whose factor is their own, in order."""
         return [client for client in self.own if factor.lower() in self._parts[client]]
 
@@ -115,7 +115,7 @@ class ClientRows:
         """A copy of one client's adapter, (layout.size,)."""
         return torch.cat([self.factor(client, factor) for factor in self.layout.factors])
 
-    def give(self, client: int, parts: Parts) -> None:
+    def set_own(self, client: int, parts: Parts) -> None:
         """Make these parts the client's own."""
         self._changed.add(client)
         if self._stay is None:
@@ -125,7 +125,7 @@ class ClientRows:
         for name, part in parts.items():
             self._parts[client][name] = staying[name][client - self.own.start].copy_(part)
 
-    def make_common(self, factor: str, values: torch.Tensor) -> None:
+    def set_shared(self, factor: str, values: torch.Tensor) -> None:
         """Let all clients have this factor, (numbers of the factor,)."""
         self._set_common(factor, values)
         for client, parts in self._parts.items():
@@ -152,10 +152,10 @@ class ClientRows:
 
     @property
     def changed(self) -> frozenset[int]:
-        """Those who changed since ``take_changes``."""
+        """Those who changed since ``collect_changes``."""
         return frozenset(self._changed)
 
-    def take_changes(
+    def collect_changes(
         self, *, also: Iterable[int] = (), everything: bool = False
     ) -> tuple[Parts, dict[int, Parts]]:
         """What clients have in common, and all that those hold who changed since the last call.
@@ -187,12 +187,17 @@ class ClientRows:
         return part if self._stay is None else self._ferry.keep(part)
 
     def restore(self, common: Parts, held: dict[int, Parts]) -> None:
-        """Be as ``take_changes`` found it; clients that are not named hold nothing of their own."""
+        """Restore the state that ``collect_changes`` returned.
+
+        Args:
+            common: what the clients share.
+            held: what clients hold of their own; those that are not named hold nothing.
+        """
         for factor in self.layout.factors:
-            self.make_common(factor, common[factor.lower()])
+            self.set_shared(factor, common[factor.lower()])
         for client, parts in held.items():
             self.examples_drawn[client] = int(parts[DRAWN])
-            self.give(client, {name: part for name, part in parts.items() if name != DRAWN})
+            self.set_own(client, {name: part for name, part in parts.items() if name != DRAWN})
         self._changed.clear()
 
     def _set_common(self, factor: str, values: torch.Tensor) -> None:
@@ -204,9 +209,9 @@ class ClientRows:
             self._common[factor.lower()] = self._ferry.keep(values)
         self._ferry.finish()
 
-    def _new_rows(self) -> Rows:
+    def _new_rows(self) -> PassState:
         shape = (self.clients_per_pass, self.layout.size)
-        return Rows(
+        return PassState(
             tuple(self.own)[: self.clients_per_pass],
             torch.zeros(shape, device=self._device),
             self._grads,
@@ -214,7 +219,9 @@ class ClientRows:
             torch.zeros(self.clients_per_pass, len(FACTORS), device=self._device),
         )
 
-    def _bring(self, clients: tuple[int, ...], place: int) -> tuple[Rows, torch.cuda.Event | None]:
+    def _bring(
+        self, clients: tuple[int, ...], place: int
+    ) -> tuple[PassState, torch.cuda.Event | None]:
         """Copy a group into one of two places, behind what that place was used for before."""
         if self._stay is not None and clients == self._stay.clients:
             return self._stay, None
@@ -228,7 +235,7 @@ class ClientRows:
                     self._ferry.bring(row, held)
         return rows, self._ferry.mark()
 
-    def _take_back(self, rows: Rows, trained: Sequence[str]) -> None:
+    def _take_back(self, rows: PassState, trained: Sequence[str]) -> None:
         """Let clients hold what they have become."""
         parts = rows.parts(self.layout, self.layout.factors)
         of_trained = rows.parts(self.layout, trained).keys()
@@ -241,7 +248,7 @@ class ClientRows:
                     self._parts[client] |= become
                     self._changed.add(client)
                 else:
-                    self.give(client, become)
+                    self.set_own(client, become)
 
 
 def groups(clients: Sequence[int], clients_per_pass: int) -> Iterator[tuple[int, ...]]:
@@ -257,7 +264,7 @@ def initial_a(own: Sequence[int], adapters: Adapters, seed: int) -> Iterator[tor
         yield adapters.initial_a(generator)
 
 
-def draw_initial(clients: ClientRows, adapters: Adapters, *, seed: int, independent: bool) -> None:
+def draw_initial(clients: ClientStore, adapters: Adapters, *, seed: int, independent: bool) -> None:
     """Give each client its first A, from (seed, client) or from one draw for all; B stays 0.
 
     Heads start the same on all clients.
@@ -265,9 +272,9 @@ def draw_initial(clients: ClientRows, adapters: Adapters, *, seed: int, independ
     if independent:
         draws = initial_a(clients.own, adapters, seed)
         for client, a in zip(clients.own, draws, strict=True):
-            clients.give(client, {"a": a})
+            clients.set_own(client, {"a": a})
     else:
         generator = torch.Generator().manual_seed(derive(Stream.INIT_A, seed))
-        clients.make_common("A", adapters.initial_a(generator))
+        clients.set_shared("A", adapters.initial_a(generator))
     if adapters.head is not None:
-        clients.make_common("head", adapters.initial_head())
+        clients.set_shared("head", adapters.initial_head())

@@ -23,7 +23,7 @@ from sfed.data.sources import Split, has_split
 from sfed.data.tasks import task_of
 from sfed.data.tokenize import Examples, Tokens, tokenise
 from sfed.data.tokenizer import identity_of
-from sfed.distributed.sync import first_of_node_first, gather_json, together
+from sfed.distributed.sync import first_of_node_first, gather_json, raise_everywhere
 from sfed.distributed.world import World
 from sfed.utils.errors import DataError
 from sfed.utils.rng import Stream, generator
@@ -67,7 +67,7 @@ def load(
     Raises:
         DataError: on every process, where a file, a line or the split is wrong on any.
     """
-    with together(world, "reading the data"):
+    with raise_everywhere(world, "reading the data"):
         if config.partition.kind == "by_file":
             held = _split_by_file(config, tokenizer, world, num_clients, own_clients)
         else:

@@ -43,7 +43,7 @@ def agree_on_attempt(
         MissingProcessError: naming the processes that did not come before the deadline.
     """
     end = time.monotonic() + deadline_seconds
-    side = _Host(store, size) if process == 0 else _Guest(store, process, size)
+    side = _Leader(store, size) if process == 0 else _Member(store, process, size)
     while not side.look():
         if time.monotonic() > end:
             raise MissingProcessError(
@@ -55,7 +55,7 @@ def agree_on_attempt(
     return side.attempt
 
 
-class _Host:
+class _Leader:
     """Process 0: answers whoever says hello, until everybody has confirmed."""
 
     def __init__(self, store: Store, size: int) -> None:
@@ -88,7 +88,7 @@ class _Host:
         return "process " + ", ".join(str(peer) for peer in others if peer not in self._present)
 
 
-class _Guest:
+class _Member:
     """Any other process: says hello and confirms each answer, until its host begins."""
 
     def __init__(self, store: Store, process: int, size: int) -> None:

@@ -86,7 +86,7 @@ def _warn(world: World, name: str, missing: list[int], seconds: float) -> None:
         )
 
 
-def meet(world: World, name: str) -> None:
+def barrier(world: World, name: str) -> None:
     """Wait until every process is here. Collective.
 
     Raises:
@@ -95,7 +95,7 @@ def meet(world: World, name: str) -> None:
     gather_json(world, name, None)
 
 
-def part(world: World) -> None:
+def leave_store_last(world: World) -> None:
     """Let process 0, which may serve the store, be the last to go. Collective, at a good end.
 
     Otherwise a process that still reads what was said last would lose the store.
@@ -108,7 +108,7 @@ def part(world: World) -> None:
 
 
 @contextmanager
-def together(world: World, name: str) -> Iterator[None]:
+def raise_everywhere(world: World, name: str) -> Iterator[None]:
     """Make a user's mistake met by one process the mistake of all of them. Collective.
 
     Raises:

@@ -76,7 +76,7 @@ class Heartbeat:
             self._path.touch()
 
 
-class Watch:
+class Watchdog:
     """Where this process is, and the threads that look after it."""
 
     def __init__(

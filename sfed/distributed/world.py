@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from sfed.distributed.rendezvous import open_store
-from sfed.distributed.watchdog import Heartbeat, Watch
+from sfed.distributed.watchdog import Heartbeat, Watchdog
 from sfed.utils.errors import UserError
 from sfed.utils.launcher import launch
 
@@ -39,7 +39,7 @@ class World:
     store: dist.Store
     side_store: dist.Store
     """The same over a connection of its own, for what is said while a wait holds the other."""
-    watch: Watch
+    watch: Watchdog
     meetings: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -83,7 +83,7 @@ def start(deadline_seconds: float) -> World:
     store = open_store(process, size, deadline_seconds, heartbeat.renew)
     whole: Any = store  # torch's types do not know clone
     side_store = whole.clone() if size > 1 else store
-    watch = Watch(process, size, deadline_seconds, side_store, heartbeat, flight_record)
+    watch = Watchdog(process, size, deadline_seconds, side_store, heartbeat, flight_record)
     environment.setdefault("TORCH_FR_BUFFER_SIZE", _COLLECTIVES_REMEMBERED)
     timeout = datetime.timedelta(seconds=deadline_seconds + SECONDS_OF_SLACK)
     dist.init_process_group(backend, store=store, rank=process, world_size=size, timeout=timeout)

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from sfed.clients.state import MOMENTS
-from sfed.clients.store import ClientRows
+from sfed.clients.store import ClientStore
 from sfed.config.schema import Config
 from sfed.data import partition, splits
 from sfed.data.splits import Data
@@ -24,7 +24,7 @@ from sfed.federated.context import Run
 from sfed.lora import adapters
 from sfed.lora.adapters import LoraSpec
 from sfed.memory import clients_per_pass
-from sfed.memory.clients_per_pass import Sharing
+from sfed.memory.clients_per_pass import ClientsPerPass
 from sfed.methods import method as methods
 from sfed.methods import scaling
 from sfed.methods.method import Method
@@ -113,7 +113,7 @@ def build(
 
 def _backbone(config: Config, name: str, world: World, meta: MetaModel, held: Data) -> Backbone:
     """The frozen backbone, for which the rows of this process are fit. Collective."""
-    with sync.together(world, "loading the backbone"):
+    with sync.raise_everywhere(world, "loading the backbone"):
         frozen = backbone.load(config, name, world, meta)
         check_rows_fit(config, held, frozen)
     frozen.weights_digest = fingerprints.of_backbone(frozen.model, frozen.model.config.to_dict())
@@ -130,10 +130,10 @@ def _method(config: Config, held: Data, num_clients: int) -> tuple[Method, float
 
 
 def _clients(
-    config: Config, world: World, attached: adapters.Adapters, own: range, sharing: Sharing
-) -> ClientRows:
+    config: Config, world: World, attached: adapters.Adapters, own: range, sharing: ClientsPerPass
+) -> ClientStore:
     """The clients of this process, all zero."""
-    return ClientRows(
+    return ClientStore(
         own,
         attached.layout,
         world.device,
@@ -151,7 +151,7 @@ def _tokenizer(
             "backbone.trust_remote_code = true: Python code that comes with "
             f"{config.model.name} runs here, with all your rights"
         )
-    with sync.together(world, "tokenizer"):
+    with sync.raise_everywhere(world, "tokenizer"):
         tokenizer, end_mark_source = load_tokenizer(config, name)
     if not task_of(config).is_classification:
         _say_end_mark(tokenizer, end_mark_source, console)
@@ -162,7 +162,7 @@ def _attached(
     config: Config, world: World, frozen: Backbone, gamma: float, name: str
 ) -> adapters.Adapters:
     """The adapters on the frozen backbone. Collective."""
-    with sync.together(world, "attaching the adapters"):
+    with sync.raise_everywhere(world, "attaching the adapters"):
         return adapters.attach(
             frozen.model,
             LoraSpec(
@@ -213,7 +213,7 @@ def _as_far_as_right(run: Run, warn: Callable[[str], None]) -> Run:
     if widest == 1 or found.clients_share_passes:
         return run
     warn(f"each client gets passes of its own: {found.reason}")
-    sharing = Sharing(1, found.reason)
+    sharing = ClientsPerPass(1, found.reason)
     clients = _clients(run.config, run.world, run.adapters, run.clients.own, sharing)
     return dataclasses.replace(run, sharing=sharing, clients=clients)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from sfed.clients.store import ClientRows, groups
+from sfed.clients.store import ClientStore, groups
 from sfed.config.schema import DEFAULT_LOCAL_STEPS, Config
 from sfed.data import partition
 from sfed.data.packing import Packing
@@ -16,7 +16,7 @@ from sfed.data.tasks import Task
 from sfed.distributed.world import World
 from sfed.federated.round_stats import RoundStats
 from sfed.lora.adapters import Adapters
-from sfed.memory.clients_per_pass import Sharing
+from sfed.memory.clients_per_pass import ClientsPerPass
 from sfed.methods import sampling
 from sfed.methods.aggregation import normalised_weights
 from sfed.methods.method import Method
@@ -73,8 +73,8 @@ class Run:
     backbone: Backbone
     adapters: Adapters
     data: Data
-    clients: ClientRows
-    sharing: Sharing
+    clients: ClientStore
+    sharing: ClientsPerPass
 
     def plan(self, round_index: int) -> RoundPlan:
         """What a 0-based round does; the same on every process, without communication."""

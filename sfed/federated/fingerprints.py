@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from sfed.clients.store import ClientRows
+from sfed.clients.store import ClientStore
 from sfed.config.diff import flatten
 from sfed.config.schema import Config
 from sfed.distributed.consistency import bit_sum, by_value, digest
@@ -24,7 +24,7 @@ from sfed.utils.errors import DivergedError
 
 
 def require_same_mean(
-    world: World, clients: ClientRows, factors: Sequence[str], finished_rounds: int
+    world: World, clients: ClientStore, factors: Sequence[str], finished_rounds: int
 ) -> None:
     """Compare what was averaged with all other processes: 8 bytes each. Collective.
 

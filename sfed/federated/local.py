@@ -14,12 +14,12 @@ from functools import partial
 import torch
 
 from sfed.clients.optimizer import StackedOptimizer, learning_rate
-from sfed.clients.state import Rows
+from sfed.clients.state import PassState
 from sfed.data import batches
 from sfed.data.batches import Order
 from sfed.data.tokenize import Row
 from sfed.distributed.shutdown import StopRequest
-from sfed.distributed.sync import meet
+from sfed.distributed.sync import barrier
 from sfed.distributed.world import all_gather_rows
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.lockstep import Lockstep
@@ -66,7 +66,7 @@ def gather(run: Run, plan: RoundPlan, stats: RoundStats) -> None:
 
     Sums of losses and norms are sent, and nothing of an adapter.
     """
-    meet(run.world, f"end of local training in round {plan.finished_rounds}")
+    barrier(run.world, f"end of local training in round {plan.finished_rounds}")
     own, placement = run.clients.own, run.placement()
     mine = torch.zeros(max(map(len, placement)), len(RoundStats.COLUMNS), dtype=torch.float64)
     mine[: len(own)] = torch.from_numpy(stats.table[own.start : own.stop])
@@ -91,7 +91,7 @@ class LocalSteps:
     Suffix: C clients of the pass.
     """
 
-    def __init__(self, run: Run, plan: RoundPlan, rows: Rows, stats: RoundStats) -> None:
+    def __init__(self, run: Run, plan: RoundPlan, rows: PassState, stats: RoundStats) -> None:
         """Resume from the sums of these clients.
 
         Args:
@@ -210,7 +210,7 @@ class LocalSteps:
     def close(self) -> None:
         """Write the sums down; a client that turned non-finite is back where the round began."""
         self._is_bad_C |= ~torch.isfinite(self._rows.values).all(dim=1)
-        self._rows.put_back(self._is_bad_C, self._start)
+        self._rows.restore(self._is_bad_C, self._start)
         self._sums["is_bad"].copy_(self._is_bad_C)
         table = dict(zip(RoundStats.COLUMNS, self._table.cpu().numpy().T, strict=True))
         for name in _ON_DEVICE:

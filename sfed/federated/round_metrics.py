@@ -20,7 +20,7 @@ from sfed.methods.aggregation import message_bytes
 from sfed.models.hf_config import dtype_name
 from sfed.observability import metrics
 from sfed.observability.console import Console
-from sfed.observability.trackers import Journal
+from sfed.observability.trackers import MetricLogger
 from sfed.storage.checkpoint_writer import Writer
 from sfed.utils import versions
 
@@ -114,7 +114,7 @@ class RoundMeasurements:
 class RoundLog:
     """Clocks the phases of a round and reports it: a line on process 0, and its event."""
 
-    def __init__(self, run: Run, console: Console, journal: Journal | None) -> None:
+    def __init__(self, run: Run, console: Console, journal: MetricLogger | None) -> None:
         """Clock nothing yet.
 
         Args:

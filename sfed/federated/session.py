@@ -25,7 +25,7 @@ from sfed.federated.round_metrics import RoundLog
 from sfed.observability import metrics
 from sfed.observability.console import Console
 from sfed.storage import checkpoint, resume
-from sfed.storage.checkpoint import Found, State
+from sfed.storage.checkpoint import CheckpointRef, State
 from sfed.storage.checkpoint_writer import RunIdentity, Writer
 from sfed.storage.run_folder import RunFolder
 from sfed.storage.run_record import METRICS_FILE, RunRecord, open_run, read_rounds
@@ -124,7 +124,7 @@ def run_session(
     """
     world = distributed.start(config.federated.deadline_seconds)
     stop = StopRequest(world)
-    console = Console(speaks=world.is_main, import_seconds=import_seconds)
+    console = Console(is_main=world.is_main, import_seconds=import_seconds)
     folder = RunFolder(config, one_of_many=one_of_many)
     world.watch.debug_folder = folder.path / "debug"
     try:
@@ -140,7 +140,7 @@ def run_session(
             finished = _train_and_export(parts, found, folder, console, stop)
             if finished and not one_of_many:
                 _close(parts, folder.path, console)
-            sync.part(world)
+            sync.leave_store_last(world)
     except StoppedEarlyError:
         console.say("stopped as asked, before training began")
         return SessionEnd(folder.path, was_asked_here=True)
@@ -152,7 +152,7 @@ def run_session(
 
 
 def _train_and_export(
-    parts: Run, found: Found | None, folder: RunFolder, console: Console, stop: StopRequest
+    parts: Run, found: CheckpointRef | None, folder: RunFolder, console: Console, stop: StopRequest
 ) -> bool:
     """Resume or begin, train, write the adapters; returns whether all rounds are done."""
     world, total = parts.world, parts.config.federated.num_rounds
@@ -162,7 +162,7 @@ def _train_and_export(
         state = checkpoint.load(found, world, parts.clients)
         within = " and a part of the next" if state.is_within else ""
         console.say(f"going on after round {state.finished_rounds}{within} ({found.folder})")
-    with sync.together(world, "making the run folder"):
+    with sync.raise_everywhere(world, "making the run folder"):
         log = None
         if world.is_main:
             held = parts.data.summary["clients"]
@@ -184,7 +184,7 @@ def _train_and_export(
     console.end_rounds()
     if finished:
         world.watch.at("writing the adapters")
-        with sync.together(world, "writing the adapters"):
+        with sync.raise_everywhere(world, "writing the adapters"):
             export_adapters(parts, folder.path)
     else:
         console.say(

@@ -21,7 +21,7 @@ from sfed.lora.ops import rms_norm, rotate, swiglu
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
-def make_lean(model: nn.Module) -> None:
+def patch_blocks(model: nn.Module) -> None:
     """Give the model's attentions, MLPs and RMSNorms their lean forms, in place."""
     for module in model.modules():
         kind = _kind(module)
@@ -34,7 +34,7 @@ def make_lean(model: nn.Module) -> None:
 
 
 @contextmanager
-def without_lean_forms(model: nn.Module) -> Iterator[None]:
+def without_patched_blocks(model: nn.Module) -> Iterator[None]:
     """Let the modules compute in their own ways meanwhile."""
     lean = [
         (module, module.__dict__.pop("forward"))

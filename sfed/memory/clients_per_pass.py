@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from sfed.clients.state import MOMENTS
 from sfed.config.schema import Config
 from sfed.data.splits import Data
-from sfed.distributed.sync import gather_json, together
+from sfed.distributed.sync import gather_json, raise_everywhere
 from sfed.distributed.world import World
 from sfed.memory import counts, profile
 from sfed.memory.costs import ClientState, Costs, Work
@@ -31,7 +31,7 @@ _CAREFREE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class Sharing:
+class ClientsPerPass:
     """The agreement."""
 
     clients_per_pass: int
@@ -62,7 +62,7 @@ class Estimate:
     work: Work
     costs: Costs
 
-    def most(self, state: ClientState, free: int) -> Sharing:
+    def most(self, state: ClientState, free: int) -> ClientsPerPass:
         """As many clients as fit beside the backbone: the rule of ``auto``.
 
         Args:
@@ -75,9 +75,9 @@ class Estimate:
         of_pass = f"{work.train_rows} rows of up to {work.tokens} tokens each"
         if fitting:
             reason = f"{of_pass} need about {needed} of the {size_text(free)} that are free"
-            return Sharing(fitting, reason)
+            return ClientsPerPass(fitting, reason)
         reason = f"even one, with {of_pass}, needs about {needed}, and {size_text(free)} are free"
-        return Sharing(1, reason, is_doubtful=True)
+        return ClientsPerPass(1, reason, is_doubtful=True)
 
 
 def estimate(
@@ -118,15 +118,15 @@ def estimate(
     dtype = DTYPES[dtype_name(config, world)]
     is_sharded = choose_sharding(config, meta, dtype, world).is_sharded
     costs: Costs | None = None
-    with together(world, "measuring a pass"):
+    with raise_everywhere(world, "measuring a pass"):
         if world.is_main:
-            targets = counts.facts_of(config, meta).targets
+            targets = counts.counts_of(config, meta).targets
             costs = profile.measure(config, Frozen(meta.config, dtype, targets, is_sharded), say)
     told = gather_json(world, "costs of a pass", costs and dataclasses.asdict(costs))[0]
     return Estimate(work, Costs.of_json(told))
 
 
-def agree(start: Start, found: Estimate | None, numbers: int) -> Sharing:
+def agree(start: Start, found: Estimate | None, numbers: int) -> ClientsPerPass:
     """Let as many clients share a pass as fit on the process with the least memory. Collective.
 
     Args:
@@ -137,23 +137,23 @@ def agree(start: Start, found: Estimate | None, numbers: int) -> Sharing:
     if known := _settled(start.config, start.before):
         return known
     if found is None:
-        return Sharing(_in_round(start.config), "all of a process fit")
+        return ClientsPerPass(_in_round(start.config), "all of a process fit")
     world = start.world
     free = min(gather_json(world, "free memory beside the backbone", _free(world)))
     return found.most(state_of(start.config, numbers), free)
 
 
-def planned(config: Config, found: Estimate, numbers: int, free: int) -> Sharing:
+def planned(config: Config, found: Estimate, numbers: int, free: int) -> ClientsPerPass:
     """The limit of a run that begins on processes with so much memory beside the backbone."""
     return _settled(config, None) or found.most(state_of(config, numbers), free)
 
 
-def _settled(config: Config, before: int | None) -> Sharing | None:
+def _settled(config: Config, before: int | None) -> ClientsPerPass | None:
     """The limit where it depends on no memory."""
     asked, in_round = config.federated.clients_per_pass, _in_round(config)
     if asked != "auto":
-        return Sharing(min(asked or _ALL, in_round), "as configured")
-    return None if before is None else Sharing(min(before, in_round), "as before the stop")
+        return ClientsPerPass(min(asked or _ALL, in_round), "as configured")
+    return None if before is None else ClientsPerPass(min(before, in_round), "as before the stop")
 
 
 def _in_round(config: Config) -> int:

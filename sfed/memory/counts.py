@@ -17,7 +17,7 @@ from sfed.models.hf_config import MetaModel
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelCounts:
     """A model and the adapters on it, in numbers."""
 
     num_weights: int
@@ -37,7 +37,7 @@ class Facts:
         return self.a_numbers + self.b_numbers + self.head_numbers
 
 
-def facts_of(config: Config, meta: MetaModel) -> Facts:
+def counts_of(config: Config, meta: MetaModel) -> ModelCounts:
     """Count weights and the numbers of the adapters, without memory for either.
 
     The adapters are attached to the meta model, so this is done once.
@@ -56,7 +56,7 @@ def facts_of(config: Config, meta: MetaModel) -> Facts:
     columns = [attached.layout.columns(factor) for factor in ("A", "B")]
     a_numbers, b_numbers = (some.stop - some.start for some in columns)
     targets = {re.sub(r"^.*\.\d+\.", "", name) for name in attached.layers}
-    return Facts(
+    return ModelCounts(
         num_weights, matmul_weights, a_numbers, b_numbers, head_numbers, tuple(sorted(targets))
     )
 

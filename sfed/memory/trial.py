@@ -16,11 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from sfed.clients.optimizer import StackedOptimizer
-from sfed.clients.state import FACTORS, MOMENTS, Rows
+from sfed.clients.state import FACTORS, MOMENTS, PassState
 from sfed.config.schema import Config
 from sfed.data.batches import Batch
 from sfed.data.tokenize import Row
-from sfed.lora.hf_blocks import make_lean
+from sfed.lora.hf_blocks import patch_blocks
 from sfed.memory.costs import Load
 from sfed.memory.counts import attach
 from sfed.memory.fake import FakeFloats
@@ -156,12 +156,14 @@ class Trial:
                 stacked.step(rows, once, norms, once.bool())
         return live.peak / layout.size
 
-    def _rows(self, clients: int) -> Rows:
+    def _rows(self, clients: int) -> PassState:
         shape = (clients, self._adapters.layout.size)
         names = MOMENTS if self._config.train.optimizer == "adamw" else ()
         moments = {name: torch.zeros(shape) for name in names}
         steps = torch.zeros(clients, len(FACTORS))
-        return Rows(tuple(range(clients)), torch.zeros(shape), torch.zeros(shape), moments, steps)
+        return PassState(
+            tuple(range(clients)), torch.zeros(shape), torch.zeros(shape), moments, steps
+        )
 
     def batch(self, load: Load) -> Batch:
         """Rows that are shorter than the batch is wide: attention may then need a mask."""
@@ -185,8 +187,8 @@ def _backbone(config: Config, frozen: Frozen, num_layers: int) -> Backbone:
     model.tie_weights()
     synthetic.fill_with_zeros(model)
     model.requires_grad_(False)
-    make_lean(model)
-    head = heads.take_off(config, model, _ALL_FOUND, lambda _: nullcontext())
+    patch_blocks(model)
+    head = heads.detach_head(config, model, _ALL_FOUND, lambda _: nullcontext())
     if config.backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules() if frozen.is_sharded else ():

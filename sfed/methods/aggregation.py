@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from sfed.clients.store import ClientRows
+from sfed.clients.store import ClientStore
 from sfed.distributed.world import World, all_reduce_sum
 from sfed.lora.layout import Layout
 
@@ -69,7 +69,7 @@ def mean_over_clients(world: World, sums: Sequence[torch.Tensor]) -> list[torch.
 
 
 def share(
-    world: World, clients: ClientRows, factors: Sequence[str], weights: Sequence[float]
+    world: World, clients: ClientStore, factors: Sequence[str], weights: Sequence[float]
 ) -> int:
     """Replace the given factors of every client by their weighted mean. Collective.
 
@@ -88,12 +88,12 @@ def share(
         return 0
     means = mean_over_clients(world, [_own_sum(clients, f, weights) for f in factors])
     for factor, mean in zip(factors, means, strict=True):
-        clients.make_common(factor, mean)
+        clients.set_shared(factor, mean)
     return message_bytes(clients.layout, factors)
 
 
 def share_draws(
-    world: World, clients: ClientRows, draws: Iterable[torch.Tensor], weights: Sequence[float]
+    world: World, clients: ClientStore, draws: Iterable[torch.Tensor], weights: Sequence[float]
 ) -> int:
     """Give every client the weighted mean of A's that are drawn one at a time. Collective.
 
@@ -108,15 +108,15 @@ def share_draws(
     """
     own_weights = [weights[client] for client in clients.own]
     [mean] = mean_over_clients(world, [weighted_sum(draws, own_weights)])
-    clients.make_common("A", mean)
+    clients.set_shared("A", mean)
     return message_bytes(clients.layout, ("A",))
 
 
-def _own_sum(clients: ClientRows, factor: str, weights: Sequence[float]) -> torch.Tensor:
+def _own_sum(clients: ClientStore, factor: str, weights: Sequence[float]) -> torch.Tensor:
     """The weighted sum over this process's clients; those that hold nothing cost nothing."""
-    holders = clients.holders(factor)
+    holders = clients.owners(factor)
     rest = math.fsum(weights[client] for client in set(clients.own) - set(holders))
-    rows = [clients.common(factor), *(clients.factor(client, factor) for client in holders)]
+    rows = [clients.shared(factor), *(clients.factor(client, factor) for client in holders)]
     return weighted_sum(rows, [rest, *(weights[client] for client in holders)])
 
 
@@ -125,7 +125,7 @@ def message_bytes(layout: Layout, factors: Sequence[str]) -> int:
     return sum(4 * (layout.columns(f).stop - layout.columns(f).start) for f in factors)
 
 
-def global_row(world: World, clients: ClientRows, weights: Sequence[float]) -> torch.Tensor:
+def global_row(world: World, clients: ClientStore, weights: Sequence[float]) -> torch.Tensor:
     """Return the global adapter (A, mean B, mean head): (layout.size,). Collective.
 
     Exact once A is the same on all clients: mean_i(B_i A) = (mean_i B_i) A. The mean of the heads
@@ -140,7 +140,7 @@ def global_row(world: World, clients: ClientRows, weights: Sequence[float]) -> t
     return row
 
 
-def similarity(world: World, clients: ClientRows) -> dict[str, float | None]:
+def similarity(world: World, clients: ClientStore) -> dict[str, float | None]:
     """Return the mean cosine between two clients' A, and between their B. Collective.
 
     From the sum s of the n clients' unit vectors: (|s|^2 - n) / (n (n - 1)). Asked for between
@@ -149,10 +149,10 @@ def similarity(world: World, clients: ClientRows) -> dict[str, float | None]:
     """
     sums: list[torch.Tensor] = []
     for factor in ("A", "B"):
-        holders = clients.holders(factor)
-        units, num = torch.zeros_like(clients.common(factor)), 0
+        holders = clients.owners(factor)
+        units, num = torch.zeros_like(clients.shared(factor)), 0
         # Those with nothing of their own are all alike.
-        walk = [(clients.common(factor), len(clients.own) - len(holders))]
+        walk = [(clients.shared(factor), len(clients.own) - len(holders))]
         walk += [(clients.factor(client, factor), 1) for client in holders]
         for row, times in walk:
             norm = float(torch.linalg.vector_norm(row))

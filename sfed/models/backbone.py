@@ -21,7 +21,7 @@ from sfed.data.batches import Documents
 from sfed.data.packing import Packing
 from sfed.distributed.world import World
 from sfed.lora.head import Head
-from sfed.lora.hf_blocks import make_lean
+from sfed.lora.hf_blocks import patch_blocks
 from sfed.models import heads
 from sfed.models.deepspeed import gathered_whole, prepare_deepspeed, shard
 from sfed.models.hf_config import (
@@ -211,13 +211,13 @@ def load(config: Config, name: str, world: World, meta: MetaModel | None = None)
             trust_remote_code=config.backbone.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # of a head with other classes; see heads.take_off
-            key_mapping=heads.passing_over(config, name) if sharding.is_sharded else None,
+            key_mapping=heads.hide_mismatched_head(config, name) if sharding.is_sharded else None,
         )
     except CANNOT_LOAD as error:
         raise UserError(cannot_load(name, error)) from None
     model.requires_grad_(False)
-    make_lean(model)
-    head = heads.take_off(config, model, loading, gathered_whole)
+    patch_blocks(model)
+    head = heads.detach_head(config, model, loading, gathered_whole)
     keep_alive = None
     if settings is None:
         model.to(world.device)

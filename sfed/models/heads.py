@@ -23,7 +23,7 @@ _STD = 0.02
 Whole = Callable[[list[nn.Parameter]], AbstractContextManager[None]]
 
 
-def passing_over(config: Config, name: str) -> dict[str, str] | None:
+def hide_mismatched_head(config: Config, name: str) -> dict[str, str] | None:
     """Renames that hide a checkpoint's head of other classes.
 
     Loading into shards refuses what is of another size, whatever ``ignore_mismatched_sizes`` says.
@@ -63,7 +63,7 @@ def _refuse_random(loading: Mapping[str, Any], head_name: str | None, name: str)
     return bool(of_head)
 
 
-def take_off(
+def detach_head(
     config: Config, model: PreTrainedModel, loading: Mapping[str, Any], whole: Whole
 ) -> Head | None:
     """Put a head with the clients' own weights in the place of the model's, before it is sharded.

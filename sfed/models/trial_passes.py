@@ -25,7 +25,7 @@ from sfed.data.batches import Batch, Documents
 from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
 from sfed.lora.adapters import Adapters
-from sfed.lora.hf_blocks import without_lean_forms
+from sfed.lora.hf_blocks import without_patched_blocks
 from sfed.lora.linear import StackedLoraLinear
 from sfed.models.backbone import Backbone
 from sfed.models.objective import objective_of, target_losses
@@ -201,7 +201,7 @@ class PlainPasses:
             for name, layer in adapters.layers.items():
                 plain = self._plain_forward(name, layer, **factors[name])
                 layer.forward = plain  # type: ignore[method-assign, assignment]
-            with without_lean_forms(self._subject.model):
+            with without_patched_blocks(self._subject.model):
                 yield grads_1N
         finally:
             for layer in adapters.layers.values():

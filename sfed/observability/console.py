@@ -40,8 +40,8 @@ _FACTS = (
 class Console:
     """Speaks on process 0; the same calls are silent elsewhere."""
 
-    def __init__(self, *, speaks: bool, import_seconds: float = 0.0) -> None:
-        self.speaks = speaks
+    def __init__(self, *, is_main: bool, import_seconds: float = 0.0) -> None:
+        self.is_main = is_main
         self._rich = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -56,12 +56,12 @@ class Console:
 
     def say(self, text: str, facts: Mapping[str, Any] | None = None) -> None:
         """Print a line; ``facts`` are its numbers, for logs that are read by programs."""
-        if self.speaks:
+        if self.is_main:
             LOG.info(text, extra={"facts": facts or {}})
 
     def warn(self, text: str) -> None:
         """Print a line that a person should not overlook."""
-        if self.speaks:
+        if self.is_main:
             LOG.warning(text)
 
     def enter(self, phase: str, text: str) -> None:
@@ -84,7 +84,7 @@ class Console:
     def begin_rounds(self, finished: int, total: int, scores: Sequence[str] = ()) -> None:
         """Show that rounds are under way; ``scores`` are shown too, the main one first."""
         self._rounds, self._scores = (finished, total), tuple(scores)
-        is_seen = self.speaks and LOG.isEnabledFor(logging.INFO) and not logs.is_json()
+        is_seen = self.is_main and LOG.isEnabledFor(logging.INFO) and not logs.is_json()
         if is_seen and self._rich.is_terminal and finished < total:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -111,7 +111,7 @@ class Console:
         self._tokens += tokens
         now = time.monotonic()
         pause = _SECONDS_BETWEEN_REDRAWS if self._bar else _SECONDS_BETWEEN_LINES
-        is_shown = self.speaks and now - self._drawn >= pause
+        is_shown = self.is_main and now - self._drawn >= pause
         is_detailed = LOG.isEnabledFor(logging.DEBUG)
         if not is_shown and not is_detailed:
             return
@@ -194,7 +194,7 @@ class Console:
             after: the event of the last evaluated round.
             names: what a client holds, where that is one thing with a name.
         """
-        if not self.speaks:
+        if not self.is_main:
             return
         what = "held-out loss and scores" if self._scores else "held-out loss"
         table = Table(title=f"{what} after round {after['round']}", title_justify="left")
@@ -242,7 +242,7 @@ class Console:
 
     def print_table(self, table: Table) -> None:
         """Print a table; where there is no terminal that bounds it, as wide as it is, in ASCII."""
-        if not self.speaks or logs.is_json() or not LOG.isEnabledFor(logging.INFO):
+        if not self.is_main or logs.is_json() or not LOG.isEnabledFor(logging.INFO):
             return
         if not self._rich.is_terminal:
             table.box = box.ASCII2

@@ -70,7 +70,7 @@ def scalars_of(event: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-class Journal:
+class MetricLogger:
     """``metrics.jsonl`` and the trackers beside it; on process 0."""
 
     def __init__(
@@ -117,13 +117,15 @@ def _spared(name: str, warn: Callable[[str], None]) -> Iterator[None]:
         warn(f"{name} fails and is left out from here on ({reason}); metrics.jsonl has all")
 
 
-def open_journal(names: Sequence[str], run: TrackedRun, warn: Callable[[str], None]) -> Journal:
+def open_metric_logger(
+    names: Sequence[str], run: TrackedRun, warn: Callable[[str], None]
+) -> MetricLogger:
     """Open the metrics file and start the trackers; arguments and errors as of ``start_all``."""
     started = start_all(names, run, warn)
     file = MetricsFile(run.folder / "metrics.jsonl", run.finished_rounds)
     if file.note:
         warn(file.note)
-    return Journal(file, started, warn)
+    return MetricLogger(file, started, warn)
 
 
 def start_all(

@@ -21,7 +21,7 @@ from sfed.data.tasks import task_of
 from sfed.memory.costs import USABLE_SHARE
 from sfed.methods import method as methods
 from sfed.plan.checks import check_plan
-from sfed.plan.planner import CONTEXT_BYTES, Outlook, Planner, remedies
+from sfed.plan.planner import CONTEXT_BYTES, MemoryPlan, Planner, remedies
 from sfed.plan.request import LINKS, Machine, Pace
 from sfed.utils.errors import ConfigError
 from sfed.utils.text import parse_size
@@ -136,12 +136,12 @@ def predict(
     }
 
 
-def _asked(config: Config, found: Outlook) -> dict[str, Any]:
+def _asked(config: Config, found: MemoryPlan) -> dict[str, Any]:
     """The model, the adapters, the GPUs and the clients."""
     return {
         "model": config.model.name,
-        "weights": found.facts.num_weights,
-        "adapter_numbers": found.facts.numbers,
+        "weights": found.counts.num_weights,
+        "adapter_numbers": found.counts.numbers,
         "lora_rank": config.lora.rank,
         "targets": config.lora.target_modules,
         "gpus": found.machine.gpus,
@@ -150,7 +150,7 @@ def _asked(config: Config, found: Outlook) -> dict[str, Any]:
     }
 
 
-def _memory(found: Outlook) -> dict[str, Any]:
+def _memory(found: MemoryPlan) -> dict[str, Any]:
     """Bytes by part, and what fits."""
     needs, backbone = found.needs, found.backbone
     return {
@@ -172,23 +172,23 @@ def _memory(found: Outlook) -> dict[str, Any]:
     }
 
 
-def _host_bytes(found: Outlook) -> int:
+def _host_bytes(found: MemoryPlan) -> int:
     """Of each process: shards that are offloaded, and clients that rest."""
     rests = found.clients_per_pass < found.work.own_clients
     resting = found.work.own_clients * found.state.resting_bytes if rests else 0
     return found.backbone.host + resting
 
 
-def _upload(config: Config, found: Outlook) -> dict[str, Any]:
+def _upload(config: Config, found: MemoryPlan) -> dict[str, Any]:
     """What a process sends in the first round."""
     factors: list[str] = list(methods.resolve(config).averaged_in(0))
-    facts = found.facts
-    numbers = {"A": facts.a_numbers, "B": facts.b_numbers, "head": facts.head_numbers}
-    factors += ["head"] if config.federated.share_head and facts.head_numbers else []
+    counted = found.counts
+    numbers = {"A": counted.a_numbers, "B": counted.b_numbers, "head": counted.head_numbers}
+    factors += ["head"] if config.federated.share_head and counted.head_numbers else []
     return {"factors": factors, "bytes": 4 * sum(numbers[factor] for factor in factors)}
 
 
-def _round(config: Config, found: Outlook, pace: Pace) -> dict[str, Any]:
+def _round(config: Config, found: MemoryPlan, pace: Pace) -> dict[str, Any]:
     """Seconds of a round's local steps and of its mean; None where epochs decide on the steps."""
     machine, work, train = found.machine, found.work, config.train
     one = _pass(config, found, pace)
@@ -223,14 +223,14 @@ def _round(config: Config, found: Outlook, pace: Pace) -> dict[str, Any]:
     }
 
 
-def _pass(config: Config, found: Outlook, pace: Pace) -> Pass:
+def _pass(config: Config, found: MemoryPlan, pace: Pace) -> Pass:
     """One pass of as many clients as share one."""
     model_config, work = found.model_config, found.work
     return Pass(
         rows=found.clients_per_pass * work.train_rows,
         tokens=min(pace.mean_tokens or work.tokens, work.tokens),
-        matmul_weights=found.facts.matmul_weights,
-        adapter_numbers=found.facts.a_numbers + found.facts.b_numbers,
+        matmul_weights=found.counts.matmul_weights,
+        adapter_numbers=found.counts.a_numbers + found.counts.b_numbers,
         hidden_size=int(model_config.hidden_size),
         num_layers=int(model_config.num_hidden_layers),
         is_causal=not task_of(config).is_classification,

@@ -15,7 +15,7 @@ from sfed.data.partition import place
 from sfed.memory import clients_per_pass, counts, profile
 from sfed.memory.clients_per_pass import Estimate
 from sfed.memory.costs import USABLE_SHARE, ClientState, Costs, Needs, Work, largest
-from sfed.memory.counts import Facts
+from sfed.memory.counts import ModelCounts
 from sfed.memory.trial import Frozen
 from sfed.models import shapes
 from sfed.models.deepspeed import deepspeed_settings
@@ -42,13 +42,13 @@ class BackboneBytes:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class MemoryPlan:
     """The memory of one GPU: of one that holds the most clients."""
 
     machine: Machine
     model_config: PreTrainedConfig
     num_clients: int
-    facts: Facts
+    counts: ModelCounts
     costs: Costs
     sharding: Sharding
     backbone: BackboneBytes
@@ -127,53 +127,53 @@ class Planner:
             say: told what is under way, before it takes time.
         """
         self._machine, self._say = machine, say
-        self._models: dict[str, tuple[MetaModel, Facts]] = {}
+        self._models: dict[str, tuple[MetaModel, ModelCounts]] = {}
         self._costs: dict[str, Costs] = {}
 
-    def outlook(self, config: Config) -> Outlook:
+    def outlook(self, config: Config) -> MemoryPlan:
         """Predict the memory of a configuration.
 
         Raises:
             UserError: where the model or a target of the adapters is not to be found.
         """
         machine, dtype = self._machine, DTYPES[_dtype_name(config)]
-        meta, facts = self._counted(config)
-        stored = facts.num_weights * dtype.itemsize
+        meta, counted = self._counted(config)
+        stored = counted.num_weights * dtype.itemsize
         sharding = resolve_sharding(
             config.backbone, machine.gpus, lambda: (stored, machine.memory_bytes - CONTEXT_BYTES)
         )
         num_clients = config.federated.num_clients or machine.gpus
         own = max(map(len, place(num_clients, machine.gpus)))
         tokens = min(config.data.max_tokens, _positions(meta.config))
-        frozen = Frozen(meta.config, dtype, facts.targets, sharding.is_sharded)
-        found = Outlook(
+        frozen = Frozen(meta.config, dtype, counted.targets, sharding.is_sharded)
+        found = MemoryPlan(
             machine=machine,
             model_config=meta.config,
             num_clients=num_clients,
-            facts=facts,
+            counts=counted,
             costs=self._measured(config, frozen),
             sharding=sharding,
             backbone=BackboneBytes(stored, device=stored),
             work=clients_per_pass.work_of(config, own, tokens),
-            state=clients_per_pass.state_of(config, facts.numbers),
+            state=clients_per_pass.state_of(config, counted.numbers),
             clients_per_pass=1,
         )
         if sharding.is_sharded:
             found = dataclasses.replace(found, backbone=_shards(config, meta, frozen, machine.gpus))
         sharing = clients_per_pass.planned(
-            config, Estimate(found.work, found.costs), facts.numbers, found.free_bytes
+            config, Estimate(found.work, found.costs), counted.numbers, found.free_bytes
         )
         return dataclasses.replace(
             found, clients_per_pass=sharing.of(range(found.work.round_clients))
         )
 
-    def _counted(self, config: Config) -> tuple[MetaModel, Facts]:
+    def _counted(self, config: Config) -> tuple[MetaModel, ModelCounts]:
         """The model and its counts."""
         key = _key(config)
         if key not in self._models:
             self._say(f"counting the weights of {config.model.name}")
             meta = MetaModel(config, shapes.shape_of(config))
-            self._models[key] = meta, counts.facts_of(config, meta)
+            self._models[key] = meta, counts.counts_of(config, meta)
         return self._models[key]
 
     def _measured(self, config: Config, frozen: Frozen) -> Costs:
@@ -230,7 +230,7 @@ def remedies(config: Config, planner: Planner) -> list[str]:
     return []
 
 
-def _candidates(config: Config, found: Outlook, to_the_least: bool = False) -> Iterator[str]:
+def _candidates(config: Config, found: MemoryPlan, to_the_least: bool = False) -> Iterator[str]:
     """Changes, the one that costs least first."""
     if config.federated.clients_per_pass != "auto":  # noqa: S105  (no password)
         yield "federated.clients_per_pass=auto"

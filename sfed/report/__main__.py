@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sfed.report.page import MOST_SECTIONS, write_report
-from sfed.storage.run_record import find_runs, read_story
+from sfed.storage.run_record import find_runs, open_run
 from sfed.utils import command
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     if not given:
         raise UserError("no runs given; name run folders, such as runs/demo, or see --help")
     runs = {run.resolve(): run for folder in given.values() for run in find_runs(folder)}
-    stories = [read_story(run) for run in runs.values()]
+    stories = [open_run(run) for run in runs.values()]
     for note in filter(None, (story.note for story in stories)):
         sys.stderr.write(mask(f"warning: {note}\n"))
     if len(stories) > _SEVERAL:

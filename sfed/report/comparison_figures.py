@@ -18,7 +18,7 @@ from sfed.observability.metrics import deviation
 from sfed.report.grouping import BY_CLIENTS, BY_RANK, Axis, Group, Sweep, group, sweeps
 from sfed.report.plotting import Curve, Panel
 from sfed.report.run_figures import PERPLEXITY, Picture, curves, file_name
-from sfed.report.scaling_law import FIRST_GRADIENT, OUTPUT, Law, fullest
+from sfed.report.scaling_law import FIRST_GRADIENT, OUTPUT, ScalingFit, fullest
 from sfed.report.series import (
     Reader,
     held_out_reader,
@@ -27,7 +27,7 @@ from sfed.report.series import (
     reader,
     unit_of,
 )
-from sfed.storage.run_record import KINDS, LOSS, Story, words_of
+from sfed.storage.run_record import KINDS, LOSS, RunRecord, words_of
 
 MOST_ON_ONE_PANEL = 8
 _ERRORS = "; mean over the seeds and one standard deviation"
@@ -49,7 +49,7 @@ class Quantity:
     log: bool = False
 
 
-def comparisons(stories: Sequence[Story]) -> list[Picture]:
+def comparisons(stories: Sequence[RunRecord]) -> list[Picture]:
     """The figures that hold several runs against each other."""
     groups, swept = group(stories), sweeps(stories)
     along = [axis for axis in (BY_RANK, BY_CLIENTS) if any(s.fixed_values(axis) for s in swept)]
@@ -62,7 +62,7 @@ def comparisons(stories: Sequence[Story]) -> list[Picture]:
     return [picture for picture in made if picture is not None]
 
 
-def _held_out(stories: Sequence[Story]) -> list[Quantity]:
+def _held_out(stories: Sequence[RunRecord]) -> list[Quantity]:
     """Main scores, perplexity where losses are by token, losses; for each kind of adapter."""
     found = []
     for kind in KINDS:
@@ -83,7 +83,7 @@ def _gradient() -> Quantity:
     return Quantity("grad-norm", words, "L2 norm", reader(metrics.GRAD_NORM), log=True)
 
 
-def _on_one_panel(stories: Sequence[Story], groups: Sequence[Group]) -> list[Picture | None]:
+def _on_one_panel(stories: Sequence[RunRecord], groups: Sequence[Group]) -> list[Picture | None]:
     """All runs over rounds, a line each."""
     seeds = _SEEDS if any(len(one.stories) > 1 for one in groups) else ""
     found: dict[str, list[Quantity]] = {}
@@ -226,7 +226,7 @@ def _end_panel(
     return Panel(title, one.y_label, lines, log=one.log, x_label=axis.words, x_ticks=sorted(ticks))
 
 
-def law_pictures(laws: Sequence[Law]) -> list[Picture]:
+def law_pictures(laws: Sequence[ScalingFit]) -> list[Picture]:
     """The quantities of the law against N and against r, with the slopes of theory."""
     made = []
     optimizers = sorted({law.theory.optimizer for law in laws})
@@ -244,7 +244,7 @@ def law_pictures(laws: Sequence[Law]) -> list[Picture]:
     return [picture for picture in made if picture is not None]
 
 
-def _law_panel(laws: Sequence[Law], axis: Axis) -> Panel:
+def _law_panel(laws: Sequence[ScalingFit], axis: Axis) -> Panel:
     fixed = fullest(laws, axis)
     measured, predicted, ticks = [], [], set()
     for law in laws:

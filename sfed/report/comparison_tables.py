@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from sfed.observability import metrics
 from sfed.observability.metrics import deviation
 from sfed.report.grouping import BY_CLIENTS, BY_RANK, RANK, Axis, Group, group
-from sfed.report.scaling_law import Law
+from sfed.report.scaling_law import ScalingFit
 from sfed.report.series import held_out_reader, main_scores, unit_of
 from sfed.report.tables import NONE, Table, mebibytes, show, total
-from sfed.storage.run_record import KINDS, LOSS, Story, number, words_of
+from sfed.storage.run_record import KINDS, LOSS, RunRecord, number, words_of
 from sfed.utils.text import duration
 
 _MOST_SCORES = 2
 _STARTS = {"mean": "mean of N", "shared": "shared", "apart": "apart"}
 
 
-def runs_table(stories: Sequence[Story]) -> Table:
+def runs_table(stories: Sequence[RunRecord]) -> Table:
     """A row per run: what it was, and how it ended."""
     shown = _compared(stories)
     rows = [
@@ -43,7 +43,7 @@ def runs_table(stories: Sequence[Story]) -> Table:
     return Table(head, rows, text_columns=2, groups=groups)
 
 
-def seeds_table(stories: Sequence[Story]) -> Table:
+def seeds_table(stories: Sequence[RunRecord]) -> Table:
     """Mean and standard deviation of runs that differ only in the seed; no row without such."""
     shown = _compared(stories)
     rows = [
@@ -59,7 +59,7 @@ def seeds_table(stories: Sequence[Story]) -> Table:
     return Table(head, rows, groups=[("", 2), *_headings(stories, shown)])
 
 
-def _compared(stories: Sequence[Story]) -> list[str]:
+def _compared(stories: Sequence[RunRecord]) -> list[str]:
     """What the runs are compared by: their scores, and the loss.
 
     An empty name stands for the main score of each run, where runs have different ones.
@@ -71,12 +71,12 @@ def _compared(stories: Sequence[Story]) -> list[str]:
     return [*(scores if len(scores) <= _MOST_SCORES else mains), LOSS]
 
 
-def _headings(stories: Sequence[Story], shown: Sequence[str]) -> list[tuple[str, int]]:
+def _headings(stories: Sequence[RunRecord], shown: Sequence[str]) -> list[tuple[str, int]]:
     names = {"": "main score", LOSS: f"loss{unit_of(stories)}"}
     return [(names.get(what) or words_of(what), len(KINDS)) for what in shown]
 
 
-def _end(story: Story, kind: str, what: str) -> str:
+def _end(story: RunRecord, kind: str, what: str) -> str:
     if not what and not story.score_names:
         return NONE
     name = what or story.score_names[0]
@@ -120,7 +120,7 @@ class LawRow:
     """Over N, over r."""
 
 
-def law_rows(laws: Sequence[Law]) -> list[LawRow]:
+def law_rows(laws: Sequence[ScalingFit]) -> list[LawRow]:
     """Slopes in N and r, measured and predicted."""
     return [
         LawRow(
@@ -137,7 +137,7 @@ def law_rows(laws: Sequence[Law]) -> list[LawRow]:
     ]
 
 
-def _powers(law: Law) -> list[tuple[str, str]] | None:
+def _powers(law: ScalingFit) -> list[tuple[str, str]] | None:
     if law.theory.exponents is None:
         return None
     axes = (BY_CLIENTS, BY_RANK)
@@ -145,7 +145,7 @@ def _powers(law: Law) -> list[tuple[str, str]] | None:
     return [(letter, f"{exponent:g}") for letter, exponent in pairs if exponent]
 
 
-def _slope(law: Law, axis: Axis) -> Slope:
+def _slope(law: ScalingFit, axis: Axis) -> Slope:
     fit, theory = law.fit(axis), _signed(law.predicted(axis))
     if fit is None:
         return Slope(NONE, NONE, theory)

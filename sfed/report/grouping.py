@@ -11,7 +11,7 @@ from typing import Any
 from sfed.observability.metrics import deviation
 from sfed.report.plotting import Curve
 from sfed.report.series import Reader
-from sfed.storage.run_record import Story, number
+from sfed.storage.run_record import RunRecord, number
 
 CLIENTS, RANK = "federated.num_clients", "lora.rank"
 # What moves work around and leaves the numbers as they are.
@@ -30,7 +30,7 @@ class Group:
     """Runs that differ in nothing but the seed."""
 
     label: str
-    stories: Sequence[Story]
+    stories: Sequence[RunRecord]
 
     def curve(self, read: Reader, label: str | None = None) -> Curve:
         """Mean over the seeds of a number, for the rounds that all of them have."""
@@ -50,7 +50,7 @@ class Group:
         return [value for value in ends if value is not None]
 
 
-def settings(story: Story) -> dict[str, Any]:
+def settings(story: RunRecord) -> dict[str, Any]:
     """What may set a run apart from another, as dotted names; N as it was in fact."""
     flat: dict[str, Any] = {CLIENTS: story.num_clients}
     for section, values in story.config.items():
@@ -61,12 +61,12 @@ def settings(story: Story) -> dict[str, Any]:
     return flat
 
 
-def group(stories: Sequence[Story], ignored: Sequence[str] = ()) -> list[Group]:
+def group(stories: Sequence[RunRecord], ignored: Sequence[str] = ()) -> list[Group]:
     """Put runs together that differ only in the seed (and in ``ignored`` settings).
 
     Two runs with equal settings and an equal seed are no repetition: each is a group of its own.
     """
-    found: list[tuple[str, list[Story]]] = []
+    found: list[tuple[str, list[RunRecord]]] = []
     for story in stories:
         kept = {key: value for key, value in settings(story).items() if key not in ignored}
         key = json.dumps(kept, sort_keys=True)
@@ -95,7 +95,7 @@ def _differing(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _label(story: Story, differing: Sequence[str]) -> str:
+def _label(story: RunRecord, differing: Sequence[str]) -> str:
     values = settings(story)
     short = {CLIENTS: "N", RANK: "r"}
     words = [
@@ -153,12 +153,12 @@ class Sweep:
         return [value for value in values if len(self.along(axis, value)) > 1]
 
 
-def sweeps(stories: Sequence[Story]) -> list[Sweep]:
+def sweeps(stories: Sequence[RunRecord]) -> list[Sweep]:
     """Sort the runs with a known N and r by all other settings, then by (N, r)."""
     placed = [s for s in stories if s.num_clients and number(s.config, RANK)]
     found = []
     for one in group(placed, ignored=(CLIENTS, RANK, *_PLACEMENT)):
-        cells: dict[tuple[float, float], list[Story]] = {}
+        cells: dict[tuple[float, float], list[RunRecord]] = {}
         for story in one.stories:
             pair = story.num_clients or 0.0, number(story.config, RANK) or 0.0
             cells.setdefault(pair, []).append(story)

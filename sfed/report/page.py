@@ -14,10 +14,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sfed.report import comparison_tables, tables
 from sfed.report.comparison_figures import comparisons, law_pictures
 from sfed.report.run_figures import Picture, pictures_of
-from sfed.report.scaling_law import Law, laws
+from sfed.report.scaling_law import ScalingFit, laws
 from sfed.report.series import last_samples
 from sfed.report.tables import show
-from sfed.storage.run_record import Story, number
+from sfed.storage.run_record import RunRecord, number
 from sfed.utils.errors import UserError
 
 # With more runs than these the page compares them and leaves each to a report of its own.
@@ -38,7 +38,7 @@ def page(title: str, **sections: Any) -> str:
     return template.render(title=title, dash=tables.NONE, **sections)
 
 
-def heading(story: Story) -> str:
+def heading(story: RunRecord) -> str:
     """Name, method, N, r and gamma of a run, as plain text."""
     gamma, lora_rank = number(story.config, "resolved.gamma"), number(story.config, "lora.rank")
     return (
@@ -47,7 +47,7 @@ def heading(story: Story) -> str:
     )
 
 
-def run_section(story: Story, anchor: str, pictures: Sequence[Picture]) -> dict[str, Any]:
+def run_section(story: RunRecord, anchor: str, pictures: Sequence[Picture]) -> dict[str, Any]:
     """All about one run, as ``run.html.j2`` shows it."""
     return {
         "anchor": anchor,
@@ -67,7 +67,7 @@ def run_section(story: Story, anchor: str, pictures: Sequence[Picture]) -> dict[
     }
 
 
-def comparison_section(stories: Sequence[Story], pictures: Sequence[Picture]) -> dict[str, Any]:
+def comparison_section(stories: Sequence[RunRecord], pictures: Sequence[Picture]) -> dict[str, Any]:
     """Several runs against each other, as ``comparison.html.j2`` shows them."""
     return {
         "runs": comparison_tables.runs_table(stories),
@@ -76,7 +76,7 @@ def comparison_section(stories: Sequence[Story], pictures: Sequence[Picture]) ->
     }
 
 
-def law_section(found: Sequence[Law], pictures: Sequence[Picture]) -> dict[str, Any]:
+def law_section(found: Sequence[ScalingFit], pictures: Sequence[Picture]) -> dict[str, Any]:
     """Growth with N and r beside what theory says, as ``law.html.j2`` shows it."""
     return {"rows": comparison_tables.law_rows(found), "figures": _folds(pictures)}
 
@@ -86,7 +86,7 @@ def _folds(pictures: Sequence[Picture]) -> list[tuple[str, list[Picture]]]:
     return [(folded, list(members)) for folded, members in groupby(pictures, lambda p: p.folded)]
 
 
-def write_report(stories: Sequence[Story], out: Path | str) -> Path:
+def write_report(stories: Sequence[RunRecord], out: Path | str) -> Path:
     """Write ``report.html`` and ``figures/`` into a folder; needs no torch.
 
     Args:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sfed.observability import metrics
 from sfed.report import plotting
 from sfed.report.plotting import Bars, Curve, Panel
-from sfed.storage.run_record import KINDS, LOSS, Story, clients_of, natural, number, words_of
+from sfed.storage.run_record import KINDS, LOSS, RunRecord, clients_of, natural, number, words_of
 
 PERPLEXITY, ROUND = "perplexity per token", "round"
 BYTES = {"federated message": metrics.UPLOADED_BYTES, "for evaluation": metrics.EVALUATION_BYTES}
@@ -48,7 +48,7 @@ _TRAIN_LOSS = _Measured(metrics.TRAIN_LOSS, "train_loss")
 _GRAD_NORM = _Measured(metrics.GRAD_NORM, "grad_norm")
 
 
-def pictures_of(story: Story) -> list[Picture]:
+def pictures_of(story: RunRecord) -> list[Picture]:
     """All figures of one run for which there are numbers."""
     thin = "each client thin" if len(story.sizes) <= _MOST_CLIENT_LINES else "clients in grey"
     made = [
@@ -101,14 +101,14 @@ def file_name(text: str) -> str:
 
 
 def _held_out_panel(
-    story: Story, kind: str, what: str, y_label: str, change: Change | None = None
+    story: RunRecord, kind: str, what: str, y_label: str, change: Change | None = None
 ) -> Panel:
     mean_key = metrics.held_out_key(kind, what, metrics.UNWEIGHTED)
     return _panel(story, KINDS[kind], y_label, _Measured(mean_key, f"{kind}_{what}"), change)
 
 
 def _panel(
-    story: Story, title: str, y_label: str, measured: _Measured, change: Change | None = None
+    story: RunRecord, title: str, y_label: str, measured: _Measured, change: Change | None = None
 ) -> Panel:
     """The mean thick and each client thin; clients in grey and without names where many."""
     lines: dict[int, list[tuple[float, float]]] = {}
@@ -131,7 +131,7 @@ def _panel(
     return Panel(title, y_label, curves, log=change is not None)
 
 
-def _adapters(story: Story) -> Picture | None:
+def _adapters(story: RunRecord) -> Picture | None:
     """How alike the clients' factors are, and how large the adapters' output is."""
     similar = [
         _line(story, f"clients' {factor}", key) for factor, key in metrics.SIMILARITIES.items()
@@ -150,12 +150,12 @@ def _adapters(story: Story) -> Picture | None:
     return curves("adapters", caption, panels)
 
 
-def _line(story: Story, label: str, key: str) -> Curve:
+def _line(story: RunRecord, label: str, key: str) -> Curve:
     pairs = [(float(event["round"]), number(event, key)) for event in story.rounds]
     return Curve(label, [(x, y) for x, y in pairs if y is not None])
 
 
-def _costs(story: Story) -> Picture | None:
+def _costs(story: RunRecord) -> Picture | None:
     panels = [
         _bars(story, "bytes sent", "MiB", BYTES, 2.0**20),
         _bars(story, "time of the round", "s", SECONDS, 1.0),
@@ -169,7 +169,7 @@ def _costs(story: Story) -> Picture | None:
     return Picture("cost", caption, plotting.stacked(shown)) if shown else None
 
 
-def _bars(story: Story, title: str, unit: str, keys: Mapping[str, str], of: float) -> Bars:
+def _bars(story: RunRecord, title: str, unit: str, keys: Mapping[str, str], of: float) -> Bars:
     parts = {
         label: [(number(event, key) or 0.0) / of for event in story.rounds]
         for label, key in keys.items()
@@ -177,7 +177,7 @@ def _bars(story: Story, title: str, unit: str, keys: Mapping[str, str], of: floa
     return Bars(title, ROUND, unit, [float(e["round"]) for e in story.rounds], parts)
 
 
-def _partition(story: Story) -> Picture | None:
+def _partition(story: RunRecord) -> Picture | None:
     if not any(story.sizes.values()):
         return None
     clients = sorted(story.sizes)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from sfed.methods.method import METHODS
 from sfed.observability import metrics
 from sfed.report.grouping import BY_CLIENTS, BY_RANK, Axis, Group, Sweep, sweeps
-from sfed.storage.run_record import Story, look, number
+from sfed.storage.run_record import RunRecord, look, number
 
 FIRST_GRADIENT, OUTPUT = "first gradient norm", "output squared"
 _LARGEST_EXPONENT = 700
@@ -60,7 +60,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Law:
+class ScalingFit:
     """One quantity of one method: measured, fitted and predicted."""
 
     label: str
@@ -94,7 +94,7 @@ class Law:
         return predict(self.quantity, self.theory, axis)
 
 
-def fullest(laws: Sequence[Law], axis: Axis) -> float | None:
+def fullest(laws: Sequence[ScalingFit], axis: Axis) -> float | None:
     """The value of the other variable with most points along this one; the largest of equals."""
     fixed = {pair[axis.other.position] for law in laws for pair in law.values}
     sizes = {value: sum(len(law.along(axis, value)) for law in laws) for value in fixed}
@@ -126,7 +126,7 @@ def predict(quantity: str, theory: Theory, axis: Axis) -> float | None:
     return 2 * (size + 2 * rows) if theory.optimizer == "adamw" else None
 
 
-def theory_of(stories: Sequence[Story]) -> Theory:
+def theory_of(stories: Sequence[RunRecord]) -> Theory:
     """What the law asks of runs that differ in N, r and seed only."""
     story = stories[0]
     given = look(story.config, "resolved.scaling_exponents")
@@ -139,7 +139,7 @@ def theory_of(stories: Sequence[Story]) -> Theory:
     return Theory(exponents, start, optimizer, clipped=any(map(_was_clipped, stories)))
 
 
-def _averages_a(story: Story) -> bool:
+def _averages_a(story: RunRecord) -> bool:
     method = METHODS.get(story.method)
     averaged = look(story.config, "federated.averaged")
     if method is not None and isinstance(averaged, list):
@@ -147,7 +147,7 @@ def _averages_a(story: Story) -> bool:
     return method is not None and method.has_global_adapter
 
 
-def _was_clipped(story: Story) -> bool:
+def _was_clipped(story: RunRecord) -> bool:
     bound = number(story.config, "train.max_grad_norm")
     norms = [
         number(event, key) or 0.0
@@ -157,7 +157,7 @@ def _was_clipped(story: Story) -> bool:
     return bound is not None and max(norms, default=0.0) > bound
 
 
-def laws(stories: Sequence[Story]) -> list[Law]:
+def laws(stories: Sequence[RunRecord]) -> list[ScalingFit]:
     """All that can be fitted: methods whose runs have two values of N at one r, or of r at one N.
 
     The output is that of the last evaluated round that all of a method's runs have.
@@ -172,13 +172,13 @@ def laws(stories: Sequence[Story]) -> list[Law]:
         wanted += [(OUTPUT, metrics.OUTPUT_RMS, max(common), 2)] if common else []
         for quantity, key, after_round, power in wanted:
             values = _values(sweep, key, after_round, power)
-            law = Law(sweep.label, theory, quantity, after_round, values)
+            law = ScalingFit(sweep.label, theory, quantity, after_round, values)
             if law.fit(BY_CLIENTS) or law.fit(BY_RANK):
                 found.append(law)
     return found
 
 
-def _rounds_with_output(story: Story) -> set[int]:
+def _rounds_with_output(story: RunRecord) -> set[int]:
     return {
         event["round"] for event in story.rounds if (number(event, metrics.OUTPUT_RMS) or 0.0) > 0
     }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from sfed.observability import metrics
-from sfed.storage.run_record import LOSS, Event, Story, clients_of, held_out, number
+from sfed.storage.run_record import LOSS, Event, RunRecord, clients_of, held_out, number
 
-Reader = Callable[[Story, Event], float | None]
+Reader = Callable[[RunRecord, Event], float | None]
 """Takes one number out of a round of a run."""
 
 
@@ -28,7 +28,7 @@ def perplexity_reader(kind: str) -> Reader:
     )
 
 
-def last_samples(story: Story) -> tuple[int, list[tuple[int, Event]]]:
+def last_samples(story: RunRecord) -> tuple[int, list[tuple[int, Event]]]:
     """The last round with generated text, and (client, sample) pairs; round 0 and none without."""
     for event in reversed(story.rounds):
         found: list[tuple[int, Event]] = [
@@ -43,12 +43,12 @@ def last_samples(story: Story) -> tuple[int, list[tuple[int, Event]]]:
     return 0, []
 
 
-def main_scores(stories: Sequence[Story]) -> list[str]:
+def main_scores(stories: Sequence[RunRecord]) -> list[str]:
     """The main score of each run; a single name as a rule."""
     return list(dict.fromkeys(story.score_names[0] for story in stories if story.score_names))
 
 
-def unit_of(stories: Sequence[Story]) -> str:
+def unit_of(stories: Sequence[RunRecord]) -> str:
     """The unit of the losses in brackets; nothing where runs have different ones."""
     units = {story.unit for story in stories}
     return f" ({units.pop()})" if len(units) == 1 else ""

@@ -13,7 +13,7 @@ from sfed.storage.run_record import (
     KINDS,
     LOSS,
     Event,
-    Story,
+    RunRecord,
     clients_of,
     held_out,
     look,
@@ -53,12 +53,12 @@ def show(value: float | None, form: str = ".4f") -> str:
     return f"{value:.4g}" if form == ".4f" and abs(value) >= 1e4 else f"{value:{form}}"
 
 
-def what_of(story: Story, what: str) -> str:
+def what_of(story: RunRecord, what: str) -> str:
     """The name of a score, or the loss and its unit."""
     return f"loss ({story.unit})" if what == LOSS else words_of(what)
 
 
-def clients_tables(story: Story) -> list[Table]:
+def clients_tables(story: RunRecord) -> list[Table]:
     """Each client before training and after the last evaluated round; none before there is one.
 
     The main score and the loss stand side by side, further scores in tables of their own.
@@ -69,7 +69,7 @@ def clients_tables(story: Story) -> list[Table]:
     return [_clients_table(story, shown[i : i + 2]) for i in range(0, len(shown), 2)]
 
 
-def _clients_table(story: Story, shown: Sequence[str]) -> Table:
+def _clients_table(story: RunRecord, shown: Sequence[str]) -> Table:
     last, first = story.evaluated[-1], story.evaluated[0]
     before = clients_of(first) if first["round"] == 0 else []
     old = {entry["client"]: entry for entry in before}
@@ -108,7 +108,7 @@ def _personal_key(entry: Event, what: str) -> str:
     return personal if personal in entry else f"global_{what}"
 
 
-def means_table(story: Story) -> Table:
+def means_table(story: RunRecord) -> Table:
     """Means over clients after the last evaluated round, and the best round beside them."""
     last = story.evaluated[-1] if story.evaluated else {}
     rows = []
@@ -126,14 +126,14 @@ def means_table(story: Story) -> Table:
     return Table(head, rows, text_columns=2, style="means")
 
 
-def pooled_over(story: Story) -> str:
+def pooled_over(story: RunRecord) -> str:
     """What a pooled mean counts."""
     if not story.by_token:
         return "examples"
     return "tokens (loss) or examples (scores)" if story.score_names else "tokens"
 
 
-def _best(story: Story, kind: str, what: str) -> str:
+def _best(story: RunRecord, kind: str, what: str) -> str:
     known = [(x, e["round"]) for e in story.evaluated if (x := held_out(e, kind, what)) is not None]
     if not known:
         return NONE
@@ -142,7 +142,7 @@ def _best(story: Story, kind: str, what: str) -> str:
     return f"{show(best)} (round {at})"
 
 
-def samples_table(story: Story) -> Table:
+def samples_table(story: RunRecord) -> Table:
     """Generated text of the last round that has some, a few clients and samples."""
     _, samples = last_samples(story)
     clients = list(dict.fromkeys(client for client, _ in samples))[:MOST_SAMPLED_CLIENTS]
@@ -163,7 +163,7 @@ def _text(value: object) -> str:
     return (text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}...") or NONE
 
 
-def facts_table(story: Story) -> Table:
+def facts_table(story: RunRecord) -> Table:
     """What was run, in two columns."""
     config, last = story.config, story.rounds[-1] if story.rounds else {}
     speeds = [v for e in story.rounds if (v := number(e, metrics.TOKENS_PER_SECOND))]
@@ -188,7 +188,7 @@ def facts_table(story: Story) -> Table:
     return Table(["", ""], list(facts.items()), text_columns=2)
 
 
-def time_table(story: Story) -> Table:
+def time_table(story: RunRecord) -> Table:
     """Where the time of a run went, over all its starts."""
     spent = metrics.time_spent(story.rounds)
     whole = math.fsum(spent.values())
@@ -199,7 +199,7 @@ def time_table(story: Story) -> Table:
     return Table(["phase", "time", "share"], rows)
 
 
-def total(story: Story, key: str) -> float:
+def total(story: RunRecord, key: str) -> float:
     """The sum of a number over all rounds."""
     return math.fsum(number(event, key) or 0.0 for event in story.rounds)
 
@@ -209,7 +209,7 @@ def mebibytes(size: float) -> str:
     return f"{size / 2**20:.3g} MiB" if size < 1000 * 2**20 else f"{size / 2**20:,.0f} MiB"
 
 
-def excluded(story: Story) -> str:
+def excluded(story: RunRecord) -> str:
     """Name who was left out of a mean because its numbers were not finite; empty for nobody."""
     left_out = [
         f"client {entry['client']} in round {event['round']}"

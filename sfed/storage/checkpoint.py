@@ -26,13 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sfed.clients.state import Parts
-from sfed.clients.store import ClientRows
-from sfed.distributed.sync import together
+from sfed.clients.store import ClientStore
+from sfed.distributed.sync import raise_everywhere
 from sfed.distributed.world import World
 from sfed.utils.errors import CheckpointError
 from sfed.utils.text import one_line
 
-FACTS = "run.json"
+METADATA_FILE = "run.json"
 COMMON = "common.safetensors"
 FORMAT = 1
 """Of a checkpoint; one without a number has this."""
@@ -64,11 +64,12 @@ class State:
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckpointRef:
     """A whole checkpoint on disk."""
 
     folder: Path
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
+    """What ``run.json`` says."""
 
 
 def file_of(client: int) -> str:
@@ -102,9 +103,9 @@ def age_of_name(name: str) -> tuple[int, bool] | None:
     return (int(match[1]), bool(match[2])) if match else None
 
 
-def facts_of(folder: Path) -> dict[str, Any]:
+def metadata_of(folder: Path) -> dict[str, Any]:
     """What a whole checkpoint says about itself."""
-    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts: dict[str, Any] = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
     return facts
 
 
@@ -114,22 +115,22 @@ def age_of(facts: Mapping[str, Any]) -> tuple[int, bool]:
     return facts["finished_rounds"], is_within
 
 
-def clients_per_pass(found: Found | None, world: World) -> int | None:
+def clients_per_pass(found: CheckpointRef | None, world: World) -> int | None:
     """How many clients shared a pass when a checkpoint was written by equally many processes."""
-    if found is None or found.facts.get("processes") != world.size:
+    if found is None or found.metadata.get("processes") != world.size:
         return None
-    shared = found.facts.get("clients_per_pass")
+    shared = found.metadata.get("clients_per_pass")
     return shared if type(shared) is int and shared > 0 else None
 
 
-def load(found: Found, world: World, clients: ClientRows) -> State:
+def load(found: CheckpointRef, world: World, clients: ClientStore) -> State:
     """Read this process's clients from a checkpoint of any number of processes. Collective.
 
     Raises:
         CheckpointError: where the files do not hold what the run needs.
     """
-    facts = found.facts
-    with together(world, "loading the checkpoint"):
+    facts = found.metadata
+    with raise_everywhere(world, "loading the checkpoint"):
         if facts["layout_size"] != clients.layout.size:
             raise CheckpointError(
                 f"{found.folder} holds adapters of {facts['layout_size']} numbers and this model "
@@ -157,19 +158,19 @@ def load(found: Found, world: World, clients: ClientRows) -> State:
     )
 
 
-def _restore(found: Found, clients: ClientRows) -> None:
+def _restore(found: CheckpointRef, clients: ClientStore) -> None:
     common = _read(found.folder / COMMON, "common/", clients)
     if missing := {factor.lower() for factor in clients.layout.factors} - common.keys():
         raise ValueError(f"{COMMON} lacks {', '.join(sorted(missing))}")
     held: dict[int, Parts] = {}
     for client in clients.own:
-        if file_of(client) in found.facts["files"]:
+        if file_of(client) in found.metadata["files"]:
             path = found.folder / file_of(client)
             held[client] = _read(path, f"clients/{client:04d}/", clients)
     clients.restore(common, held)
 
 
-def _read(path: Path, prefix: str, clients: ClientRows) -> Parts:
+def _read(path: Path, prefix: str, clients: ClientStore) -> Parts:
     """Read one file.
 
     Raises:

@@ -32,13 +32,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from sfed.clients.store import ClientRows
+from sfed.clients.store import ClientStore
 from sfed.config.diff import comparable
 from sfed.config.schema import Config
-from sfed.distributed.sync import together
+from sfed.distributed.sync import raise_everywhere
 from sfed.distributed.world import World
 from sfed.lora.tensor_files import save_tensors
-from sfed.storage.checkpoint import COMMON, FACTS, Found, State, by_age, facts_of, file_of, keyed
+from sfed.storage.checkpoint import (
+    COMMON,
+    METADATA_FILE,
+    CheckpointRef,
+    State,
+    by_age,
+    file_of,
+    keyed,
+    metadata_of,
+)
 from sfed.utils.errors import CheckpointError, MissingProcessError, UserError
 from sfed.utils.files import describe, replace_folder, second_name, sync
 from sfed.utils.text import one_line
@@ -97,9 +106,9 @@ class Writer:
         self,
         identity: RunIdentity,
         world: World,
-        clients: ClientRows,
+        clients: ClientStore,
         run_folder: Path,
-        found: Found | None,
+        found: CheckpointRef | None,
     ) -> None:
         """Write nothing yet.
 
@@ -112,7 +121,7 @@ class Writer:
         """
         self._identity, self._world, self._clients = identity, world, clients
         self._parent = run_folder / "checkpoints"
-        files = () if found is None else found.facts["files"]
+        files = () if found is None else found.metadata["files"]
         names = {file_of(client) for client in clients.own} & set(files)
         self._earlier = [] if found is None else [_Written(found.folder, names, frozenset())]
         """The last checkpoints, the newest first: as many as it takes until files are shared."""
@@ -150,7 +159,7 @@ class Writer:
         changed_now = self._clients.changed
         source = self._source()
         rested = [] if source is None else [one.changed for one in self._earlier[:-1]]
-        common, changed = self._clients.take_changes(
+        common, changed = self._clients.collect_changes(
             also=frozenset().union(*rested), everything=source is None
         )
         files = {file_of(c): keyed(f"clients/{c:04d}", parts) for c, parts in changed.items()}
@@ -172,7 +181,7 @@ class Writer:
         kept = () if source is None else tuple(sorted(source.names - files.keys()))
         where = None if source is None else source.folder
         job = _Job(folder, files, kept, where, facts, time.monotonic())
-        with together(world, "checkpoint"), disk_errors(folder):
+        with raise_everywhere(world, "checkpoint"), disk_errors(folder):
             if world.is_main:
                 _make_room(job.temporary)
         self._under_way = [_in_thread(lambda: self._write(job))]
@@ -214,7 +223,7 @@ class Writer:
         world = self._world
         try:
             for number in range(2 if self._under_way else 0):
-                with together(world, "the checkpoint of the round before"):
+                with raise_everywhere(world, "the checkpoint of the round before"):
                     for future in self._under_way[number : number + 1]:
                         self._result_of(future)
         except UserError:
@@ -244,7 +253,7 @@ class Writer:
                 second_name(job.source / name, job.temporary / name)
             files = {name: describe(job.temporary / name) for name in job.files}
             if job.source is not None and job.kept:
-                known = facts_of(job.source)["files"]
+                known = metadata_of(job.source)["files"]
                 files |= {name: known[name] for name in job.kept}
             note = job.temporary / _note(self._world.rank)
             unfinished = note.with_suffix(".part")
@@ -256,9 +265,9 @@ class Writer:
         """Make the folder whole when all have written; in the thread of process 0."""
         with disk_errors(job.folder):
             files = self._files_of_all(job)
-            with (job.temporary / FACTS).open("w", encoding="utf-8") as file:
+            with (job.temporary / METADATA_FILE).open("w", encoding="utf-8") as file:
                 json.dump({**job.facts, "files": files}, file)
-            sync(job.temporary / FACTS)
+            sync(job.temporary / METADATA_FILE)
             for process in range(self._world.size):
                 (job.temporary / _note(process)).unlink()
             sync(job.temporary)

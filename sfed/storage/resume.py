@@ -19,13 +19,13 @@ from sfed.config.diff import comparable, differences
 from sfed.config.schema import Config
 from sfed.storage.checkpoint import (
     COMMON,
-    FACTS,
     FORMAT,
-    Found,
+    METADATA_FILE,
+    CheckpointRef,
     age_of,
     age_of_name,
     by_age,
-    facts_of,
+    metadata_of,
 )
 from sfed.utils.errors import CheckpointError
 from sfed.utils.files import damage
@@ -45,7 +45,7 @@ _NEWER = {"data_digests"}
 """What earlier versions do not say."""
 
 
-def find(run_folder: Path, resume: str) -> tuple[Found | None, list[str]]:
+def find(run_folder: Path, resume: str) -> tuple[CheckpointRef | None, list[str]]:
     """Return the checkpoint to go on from, and a note about each damaged one that was passed over.
 
     Args:
@@ -61,7 +61,7 @@ def find(run_folder: Path, resume: str) -> tuple[Found | None, list[str]]:
         problem, _ = _look_at(Path(resume))
         if problem:
             raise CheckpointError(f"output.resume = {resume!r}: {problem}")
-        return Found(Path(resume), facts_of(Path(resume))), []
+        return CheckpointRef(Path(resume), metadata_of(Path(resume))), []
     try:
         folders = by_age(run_folder / "checkpoints")
     except OSError as error:
@@ -75,7 +75,7 @@ def find(run_folder: Path, resume: str) -> tuple[Found | None, list[str]]:
             raise CheckpointError(_newest_unreadable(problems, folder))
         if not problem:
             notes = [f"the checkpoint {one} is damaged and passed over: {p}" for one, p in problems]
-            return Found(folder, facts_of(folder)), notes
+            return CheckpointRef(folder, metadata_of(folder)), notes
         is_kept_from_us |= not is_damage
         problems.append((folder, problem))
     if problems:
@@ -105,23 +105,23 @@ def _newest_unreadable(problems: Sequence[tuple[Path, str]], older: Path) -> str
     )
 
 
-def later_than(found: Found, parent: Path) -> list[Path]:
+def later_than(found: CheckpointRef, parent: Path) -> list[Path]:
     """The checkpoints in a folder that are of a later state than one that is gone on from.
 
     Raises:
         OSError: as of ``by_age``.
     """
-    age = age_of(found.facts)
+    age = age_of(found.metadata)
     return [path for path in by_age(parent) if (age_of_name(path.name) or age) > age]
 
 
-def refuse_other_run(found: Found, config: Config, num_clients: int) -> None:
+def refuse_other_run(found: CheckpointRef, config: Config, num_clients: int) -> None:
     """Refuse to go on with settings under which the numbers would have been others.
 
     Raises:
         CheckpointError: naming each key with both values.
     """
-    changed = differences(found.facts["config"], comparable(config, num_clients))
+    changed = differences(found.metadata["config"], comparable(config, num_clients))
     if changed:
         raise CheckpointError(
             f"the run in {found.folder.parent.parent} was made with other settings:\n  "
@@ -131,7 +131,7 @@ def refuse_other_run(found: Found, config: Config, num_clients: int) -> None:
         )
 
 
-def refuse_other_data(found: Found, digests: Sequence[str]) -> None:
+def refuse_other_data(found: CheckpointRef, digests: Sequence[str]) -> None:
     """Refuse to go on with rows that are not those of the run so far.
 
     Args:
@@ -141,7 +141,7 @@ def refuse_other_data(found: Found, digests: Sequence[str]) -> None:
     Raises:
         CheckpointError: naming the clients.
     """
-    known = found.facts.get("data_digests") or digests
+    known = found.metadata.get("data_digests") or digests
     pairs = enumerate(zip_longest(known, digests))
     changed = [str(client) for client, (before, now) in pairs if before != now]
     if changed:
@@ -173,9 +173,9 @@ def _damage(folder: Path) -> str | None:
     Raises:
         OSError: where it cannot be read; a file that is missing is damage.
     """
-    file = folder / FACTS
+    file = folder / METADATA_FILE
     try:
-        facts = facts_of(folder)
+        facts = metadata_of(folder)
         if wrong := _wrong_facts(facts) or _wrong_name(folder.name, facts):
             return wrong
         for name, known in facts["files"].items():
@@ -188,7 +188,7 @@ def _damage(folder: Path) -> str | None:
             return f"{file.name} is missing"
         raise OSError(error.errno, error.strerror, str(file)) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{FACTS} is not readable ({type(error).__name__}: {error})"
+        return f"{METADATA_FILE} is not readable ({type(error).__name__}: {error})"
     return None
 
 
@@ -199,25 +199,25 @@ def _wrong_facts(facts: Any) -> str | None:
         _UnknownFormatError: where a later version of sfed has written it.
     """
     if not isinstance(facts, dict):
-        return f"{FACTS} holds {type(facts).__name__}, not an object"
+        return f"{METADATA_FILE} holds {type(facts).__name__}, not an object"
     if facts.get("format", FORMAT) != FORMAT:
         raise _UnknownFormatError(
-            f"{FACTS} is of format {facts['format']!r} and this version of sfed reads {FORMAT}; "
-            "use the version that wrote it, or a later one"
+            f"{METADATA_FILE} is of format {facts['format']!r} and this version of sfed reads "
+            f"{FORMAT}; use the version that wrote it, or a later one"
         )
     if missing := sorted(_FACTS.keys() - _NEWER - facts.keys()):
-        return f"{FACTS} lacks {', '.join(missing)}"
+        return f"{METADATA_FILE} lacks {', '.join(missing)}"
     for name, kinds in _FACTS.items():
         if type(facts.get(name)) not in kinds:
-            return f"{FACTS}: {name} is {type(facts.get(name)).__name__}"
+            return f"{METADATA_FILE}: {name} is {type(facts.get(name)).__name__}"
     if COMMON not in facts["files"]:
-        return f"{FACTS} does not name {COMMON}"
+        return f"{METADATA_FILE} does not name {COMMON}"
     if facts["ledger"] is not None and np.asarray(facts["ledger"], dtype=np.float64).ndim != 2:
-        return f"{FACTS}: ledger is no table"
+        return f"{METADATA_FILE}: ledger is no table"
     return None
 
 
 def _wrong_name(name: str, facts: Mapping[str, Any]) -> str | None:
     if age_of_name(name) in (None, age_of(facts)):
         return None
-    return f"{FACTS} is of another checkpoint, after {facts['finished_rounds']} rounds"
+    return f"{METADATA_FILE} is of another checkpoint, after {facts['finished_rounds']} rounds"

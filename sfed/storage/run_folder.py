@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from sfed.config.schema import Config
-from sfed.distributed.sync import gather_json, together
+from sfed.distributed.sync import gather_json, raise_everywhere
 from sfed.distributed.world import World
 from sfed.observability import trackers
 from sfed.observability.console import Console
 from sfed.observability.metrics import free_name
-from sfed.observability.trackers import Journal
+from sfed.observability.trackers import MetricLogger
 from sfed.storage import checkpoint, resume
-from sfed.storage.checkpoint import Found, State
+from sfed.storage.checkpoint import CheckpointRef, State
 from sfed.storage.previous_run import Sight, began_with, read_attempt, sight_of
 from sfed.storage.run_record import CONFIG_FILE, METRICS_FILE, PARTITION_FILE, read_rounds
 from sfed.utils.errors import CheckpointError, UserError
@@ -149,7 +149,7 @@ class RunFolder:
         self._lock = RunLock()
         self._seen: Sight | None = None
 
-    def look(self, world: World, console: Console) -> tuple[Found | None, int]:
+    def look(self, world: World, console: Console) -> tuple[CheckpointRef | None, int]:
         """Return the checkpoint to go on from, and N. Collective; only the lock is written.
 
         Process 0 reads every byte of the checkpoint; the others believe it.
@@ -158,13 +158,13 @@ class RunFolder:
             UserError: on every process, where another run holds the folder, or the run in it is
                 another one, or has checkpoints of which none can be read.
         """
-        with together(world, "looking for checkpoints"), _unreadable(self.path):
+        with raise_everywhere(world, "looking for checkpoints"), _unreadable(self.path):
             newest, notes = self._newest() if world.is_main else (None, [])
         for note in notes:
             console.warn(note)
         told = gather_json(world, "the newest checkpoint", newest and str(newest))[0]
-        with together(world, "comparing with the run so far"), _unreadable(self.path):
-            found = Found(Path(told), checkpoint.facts_of(Path(told))) if told else None
+        with raise_everywhere(world, "comparing with the run so far"), _unreadable(self.path):
+            found = CheckpointRef(Path(told), checkpoint.metadata_of(Path(told))) if told else None
             num_clients = self._count_clients(found, world, console)
             if found is not None:
                 resume.refuse_other_run(found, self._config, num_clients)
@@ -180,7 +180,9 @@ class RunFolder:
         found, notes = resume.find(self.path, self._config.output.resume)
         return None if found is None else found.folder, notes
 
-    def _refuse_to_overwrite(self, found: Found | None, num_clients: int, console: Console) -> None:
+    def _refuse_to_overwrite(
+        self, found: CheckpointRef | None, num_clients: int, console: Console
+    ) -> None:
         """Refuse where a start would write over what another run, or a lost one, has left.
 
         A run that was stopped before its first checkpoint has nothing to lose: its rounds are done
@@ -220,7 +222,7 @@ class RunFolder:
             f"{before.rounds} reported rounds are done again, with the same numbers"
         )
 
-    def _count_clients(self, found: Found | None, world: World, console: Console) -> int:
+    def _count_clients(self, found: CheckpointRef | None, world: World, console: Console) -> int:
         """N as configured; else that of the run's first start; else one client per process."""
         stated = self._config.federated.num_clients
         if self._is_anew:
@@ -229,7 +231,7 @@ class RunFolder:
         if found is None:
             before = began_with(self.path, self._config)
         else:
-            before = found.facts["config"].get("federated.num_clients")
+            before = found.metadata["config"].get("federated.num_clients")
         if stated is not None or before is None or before == world.size:
             return stated or world.size
         if before > world.size:
@@ -251,10 +253,10 @@ class RunFolder:
         self,
         facts: Mapping[str, Any],
         held: Sequence[Any],
-        found: Found | None,
+        found: CheckpointRef | None,
         state: State | None,
         console: Console,
-    ) -> Journal:
+    ) -> MetricLogger:
         """Make the folder, its own files and trackers; what an older run left is moved aside.
 
         Args:
@@ -282,7 +284,7 @@ class RunFolder:
             told = None if state is None else state.finished_rounds - bool(state.unreported)
             names = self._config.output.trackers
             run = trackers.TrackedRun(folder, facts, told)
-            return trackers.open_journal(names, run, console.warn)
+            return trackers.open_metric_logger(names, run, console.warn)
         except OSError as error:
             raise UserError(
                 f"output.dir: the run folder {folder} cannot be written ({error.strerror})"
@@ -329,14 +331,14 @@ class RunFolder:
                 "choose another output.name"
             )
 
-    def _set_aside(self, found: Found, console: Console) -> None:
+    def _set_aside(self, found: CheckpointRef, console: Console) -> None:
         """Move what is of a later state than the checkpoint that is gone on from out of the way.
 
         Otherwise these rounds would be there twice, and what is kept as the newest checkpoints
         would not be of this run, or damaged.
         """
         later = resume.later_than(found, self.path / "checkpoints")
-        record, finished = self.path / METRICS_FILE, found.facts["finished_rounds"]
+        record, finished = self.path / METRICS_FILE, found.metadata["finished_rounds"]
         takes_other = self._config.output.resume != "auto"
         is_rewound = takes_other and read_rounds(self.path).finished > finished
         # To a sweep, adapters beside more rounds than theirs would pass for the result.

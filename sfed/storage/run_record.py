@@ -333,11 +333,6 @@ def open_run(folder: Path | str) -> RunRecord:
     )
 
 
-# The names that the report's files use.
-Story = RunRecord
-read_story = open_run
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

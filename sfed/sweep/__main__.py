@@ -18,7 +18,7 @@ from sfed.federated import preflight
 from sfed.observability import logs
 from sfed.sweep import grid
 from sfed.sweep.leader import LONGEST_REASON, follow, lead
-from sfed.sweep.workers import Party
+from sfed.sweep.workers import Workers
 from sfed.utils import command
 from sfed.utils.errors import UserError
 
@@ -46,7 +46,7 @@ Keys of a configuration: python -m sfed.train --help"""
 def main(arguments: Sequence[str]) -> None:
     """Read and check the grid, then run what is not complete."""
     words = config_load.split(logs.take_options(arguments))
-    party = Party()
+    party = Workers()
     logs.begin(party.rank)
     if words is None:
         if party.is_main:

@@ -8,15 +8,15 @@ from typing import Any
 from sfed.observability.console import Console
 from sfed.sweep import results, run_process
 from sfed.sweep.grid import Cell, Grid
-from sfed.sweep.results import Row, Standing, Status
-from sfed.sweep.workers import Party
+from sfed.sweep.results import CellStatus, Row, Status
+from sfed.sweep.workers import Workers
 from sfed.utils.errors import UserError
 from sfed.utils.text import duration, one_line
 
 LONGEST_REASON = 300
 
 
-def follow(party: Party, found: Grid) -> int:
+def follow(party: Workers, found: Grid) -> int:
     """Do what process 0 says, until it says that it is over."""
     while (order := party.hear(f"order-{party.count(f'orders/{party.rank}')}"))["run"] is not None:
         party.run(order["number"], found.cells[order["run"]].config)
@@ -24,7 +24,7 @@ def follow(party: Party, found: Grid) -> int:
     return int(order["code"])
 
 
-def lead(party: Party, found: Grid) -> int:
+def lead(party: Workers, found: Grid) -> int:
     """Decide and speak."""
     leader = _Leader(party, found)
     code = 1
@@ -40,9 +40,9 @@ def lead(party: Party, found: Grid) -> int:
 class _Leader:
     """Process 0 of a sweep: it alone looks at the run folders, so that all do the same."""
 
-    def __init__(self, party: Party, found: Grid) -> None:
+    def __init__(self, party: Workers, found: Grid) -> None:
         self._party, self._grid = party, found
-        self._console = Console(speaks=True)
+        self._console = Console(is_main=True)
         self._orders = 0
         self._reasons: dict[str, str] = {}
         self._seconds: list[float] = []
@@ -124,11 +124,11 @@ class _Leader:
             self._fail(cell, standing, reason or "it ended before it was complete")
             self._say(f"cell {cell.name} failed, {self._reasons[cell.name]}")
 
-    def _fail(self, cell: Cell, standing: Standing, reason: str) -> None:
+    def _fail(self, cell: Cell, standing: CellStatus, reason: str) -> None:
         self._reasons[cell.name] = one_line(reason, LONGEST_REASON)
         self._note(cell, "failed", standing)
 
-    def _note(self, cell: Cell, status: Status, standing: Standing) -> None:
+    def _note(self, cell: Cell, status: Status, standing: CellStatus) -> None:
         self._rows[cell.name] = results.row(self._grid, cell, status, standing)
 
     def _count(self, status: Status) -> int:

@@ -41,7 +41,7 @@ _AFTER_SCORES = ("grad_norm", "first_grad_norm", "output_rms", "seconds", "uploa
 
 
 @dataclass(frozen=True)
-class Standing:
+class CellStatus:
     """How far a cell's run folder has come."""
 
     complete: bool = False
@@ -60,41 +60,41 @@ class Standing:
         return max((event["round"] for event in self.events), default=0)
 
 
-def stand(cell: Cell, num_processes: int) -> Standing:
+def stand(cell: Cell, num_processes: int) -> CellStatus:
     """Look at a cell's run folder."""
     try:
         return _stand(cell, num_processes)
     except OSError as error:
-        return Standing(
+        return CellStatus(
             problem=f"the run folder {cell.folder} cannot be read ({error.strerror}: "
             f"{error.filename}); mend that and start again"
         )
 
 
-def _stand(cell: Cell, num_processes: int) -> Standing:
+def _stand(cell: Cell, num_processes: int) -> CellStatus:
     path, now = cell.folder / CONFIG_FILE, cell.config
     if not path.is_file():
-        return Standing()
+        return CellStatus()
     num_clients = cell.num_clients(num_processes)
     try:
         saved = read_config(cell.folder)
         there = None if saved is None else saved.parse()
     except (ForeignFileError, ConfigError) as error:
-        return Standing(problem=f"{path} is not that of a run ({error}); move the folder away")
+        return CellStatus(problem=f"{path} is not that of a run ({error}); move the folder away")
     if saved is None or there is None:
-        return Standing(problem=f"{path} is empty; move the folder away")
+        return CellStatus(problem=f"{path} is empty; move the folder away")
     num_there = saved.num_clients or there.federated.num_clients or 1
     changed = differences(_settings(there, num_there), _settings(now, num_clients))
     found = read_rounds(cell.folder)
-    standing = Standing(events=found.events, note=found.note, resolved=saved.resolved)
+    standing = CellStatus(events=found.events, note=found.note, resolved=saved.resolved)
     if standing.rounds > now.federated.num_rounds:
         planned = now.federated.num_rounds
         changed.append(f"federated.num_rounds: {standing.rounds} rounds done there, {planned} now")
     if changed and now.output.resume == "never":
-        return Standing()  # the session moves the folder aside
+        return CellStatus()  # the session moves the folder aside
     if changed:
         rows = "\n  ".join(changed)
-        return Standing(
+        return CellStatus(
             problem=f"the run in {cell.folder} was made with other settings:\n  {rows}\n"
             "set them back, or choose another name for the sweep, or set output.resume=never to "
             "begin such runs anew"
@@ -119,7 +119,7 @@ def _is_exported(cell: Cell, num_clients: int) -> bool:
     return all((folder / name / file).is_file() for name in names for file in files)
 
 
-def row(grid: Grid, cell: Cell, status: Status, standing: Standing) -> Row:
+def row(grid: Grid, cell: Cell, status: Status, standing: CellStatus) -> Row:
     """A cell's row of ``sweep.csv``. Only a complete cell has figures, those of its last round."""
     found: dict[str, Any] = {"cell": cell.name, "status": status}
     found |= {key: cell.value(key) for key in grid.keys}
@@ -127,7 +127,7 @@ def row(grid: Grid, cell: Cell, status: Status, standing: Standing) -> Row:
     return found | (_figures(standing) if status == "complete" else {})
 
 
-def _figures(standing: Standing) -> dict[str, Any]:
+def _figures(standing: CellStatus) -> dict[str, Any]:
     events = standing.events
     by_round = {event["round"]: event for event in events}
     evaluated = [event for event in events if event.get(metrics.EVAL_LOSS) is not None]

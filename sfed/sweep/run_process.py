@@ -68,7 +68,7 @@ def prepare() -> None:
     signal.signal(signal.SIGTERM, handler)
 
 
-class Child:
+class RunProcess:
     """A process that runs one configuration."""
 
     def __init__(self, config: Config, environment: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from sfed.config.schema import Config
 from sfed.distributed.store import LocalStore, Store
-from sfed.sweep.run_process import Child, End, prepare
+from sfed.sweep.run_process import End, RunProcess, prepare
 from sfed.utils.launcher import launch
 
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -36,7 +36,7 @@ class LostProcessError(RuntimeError):
     """Another process of the sweep is gone, so the sweep cannot go on."""
 
 
-class Party:
+class Workers:
     """The sweep's own processes, one for each of the launcher's."""
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class Party:
         taking_part = min(self.size, config.federated.num_clients or self.size)
         cell = f"cell-{index}"
         if self.rank < taking_part:
-            child = Child(config, self._environment(cell, taking_part))
+            child = RunProcess(config, self._environment(cell, taking_part))
             end = self._watch(cell, taking_part, child)
             self.tell(
                 f"{cell}/end/{self.rank}", asdict(end) | {"order": self.count(f"{cell}/ends")}
@@ -165,7 +165,7 @@ class Party:
         # The store is there already: the launcher's, or that of the sweep's process 0.
         return found | ({"TORCHELASTIC_USE_AGENT_STORE": "True"} if self.size > 1 else {})
 
-    def _watch(self, cell: str, taking_part: int, child: Child) -> End:
+    def _watch(self, cell: str, taking_part: int, child: RunProcess) -> End:
         """Wait for the end of the child, and end it where another's end makes it pointless."""
         try:
             noticed: float | None = None

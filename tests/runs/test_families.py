@@ -21,7 +21,7 @@ from sfed.data.tokenize import Row
 from sfed.lora import adapters
 from sfed.lora import head as lora_head
 from sfed.lora.adapters import LoraSpec
-from sfed.lora.hf_blocks import make_lean
+from sfed.lora.hf_blocks import patch_blocks
 from sfed.models import isolation
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding
@@ -150,7 +150,7 @@ def made(kind: str, settings: dict[str, Any]) -> PreTrainedModel:
 
 def subject_of(model: PreTrainedModel, targets: str | tuple[str, ...]) -> Subject:
     """The model as the trainer has it."""
-    make_lean(model)
+    patch_blocks(model)
     is_classifier = hasattr(model, "classifier")
     head = None
     if is_classifier:

@@ -164,7 +164,7 @@ def test_a_run_of_which_no_checkpoint_can_be_read_is_refused_and_left_as_it_is(
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, is_meant: Callable[[Path], bool]) -> None:
     """Let the system refuse to read some files."""
-    describe, facts_of = files.describe, storage_checkpoint.facts_of
+    describe, metadata_of = files.describe, storage_checkpoint.metadata_of
 
     def refuse(path: Path) -> None:
         if is_meant(path):
@@ -176,10 +176,10 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, is_meant: Callable[[Pa
 
     def failing_facts_of(checkpoint: Path) -> dict[str, Any]:
         refuse(checkpoint / "run.json")
-        return facts_of(checkpoint)
+        return metadata_of(checkpoint)
 
     monkeypatch.setattr(files, "describe", failing_describe)
-    monkeypatch.setattr(resume, "facts_of", failing_facts_of)
+    monkeypatch.setattr(resume, "metadata_of", failing_facts_of)
 
 
 ERRORS = [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE, errno.ENOTCONN, errno.ETIMEDOUT]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sfed.clients import optimizer
-from sfed.clients.state import Rows
+from sfed.clients.state import PassState
 from sfed.config.schema import TrainSection
 from sfed.lora.layout import Layout
 from sfed.methods import scaling
@@ -80,7 +80,7 @@ def trained(
     lora_rank, layout = a_start.shape[0], Layout.of([("l", WIDTH, 24)], a_start.shape[0])
     shape = (num_clients, layout.size)
     moments = {name: torch.zeros(shape, dtype=torch.float64) for name in ("exp_avg", "exp_avg_sq")}
-    rows = Rows(
+    rows = PassState(
         tuple(range(num_clients)),
         torch.zeros(shape, dtype=torch.float64),
         torch.zeros(shape, dtype=torch.float64),

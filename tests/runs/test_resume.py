@@ -16,7 +16,7 @@ import pytest
 
 from sfed.config import load as config_load
 from sfed.data import splits
-from sfed.distributed.watchdog import Watch
+from sfed.distributed.watchdog import Watchdog
 from sfed.federated import evaluate, local, session
 from sfed.federated.context import RoundPlan, Run
 from sfed.utils.errors import UserError
@@ -347,14 +347,14 @@ def test_sigterm_to_a_process_that_waits_for_the_others_stops_all(
 
 def stop_while_waiting(own: dict, asked: Path) -> None:
     """Train; in round 2 process 0 gets SIGTERM while it waits, which process 1 waits to hear."""
-    train, pause = local.train, Watch.pause
+    train, pause = local.train, Watchdog.pause
 
     def train_and_wait(run: Run, plan: RoundPlan, *arguments: Any) -> None:
         train(run, plan, *arguments)
         if os.environ["RANK"] == "0" and plan.finished_rounds == 2:
-            Watch.pause = ask_and_pause
+            Watchdog.pause = ask_and_pause
 
-    def ask_and_pause(self: Watch) -> None:
+    def ask_and_pause(self: Watchdog) -> None:
         if not asked.exists():
             os.kill(os.getpid(), signal.SIGTERM)
             asked.touch()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sfed.clients import optimizer
 from sfed.clients.state import MOMENTS
-from sfed.clients.store import ClientRows
+from sfed.clients.store import ClientStore
 from sfed.config.schema import TrainSection
 from sfed.lora.layout import Layout
 
@@ -30,7 +30,7 @@ def make_rows(kind, num_clients=CLIENTS):
     """Clients that differ, with B = 0 as at the start of a run."""
     names = MOMENTS if kind == "adamw" else ()
     cpu, own = torch.device("cpu"), range(num_clients)
-    clients = ClientRows(own, LAYOUT, cpu, clients_per_pass=num_clients, moments=names)
+    clients = ClientStore(own, LAYOUT, cpu, clients_per_pass=num_clients, moments=names)
     with closing(clients.passes([tuple(own)], ())) as passes:
         rows = next(passes)  # all clients stay on the device
     rows.values.normal_(generator=torch.Generator().manual_seed(1))

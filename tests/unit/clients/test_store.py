@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfed.clients import store as client_store
-from sfed.clients.offload import Ferry
-from sfed.clients.state import MOMENTS, Rows
-from sfed.clients.store import ClientRows, groups
+from sfed.clients.offload import HostOffload
+from sfed.clients.state import MOMENTS, PassState
+from sfed.clients.store import ClientStore, groups
 from sfed.distributed import world as distributed
 from sfed.lora.layout import Layout
 from sfed.methods import aggregation
@@ -28,12 +28,12 @@ N = 6
 ALL = ("A", "B")
 
 
-def make(clients_per_pass: int, num_clients: int = N) -> ClientRows:
+def make(clients_per_pass: int, num_clients: int = N) -> ClientStore:
     own = range(num_clients)
-    return ClientRows(own, LAYOUT, CPU, clients_per_pass=clients_per_pass, moments=MOMENTS)
+    return ClientStore(own, LAYOUT, CPU, clients_per_pass=clients_per_pass, moments=MOMENTS)
 
 
-def train(rows: Rows, factors: tuple[str, ...], seed: int) -> None:
+def train(rows: PassState, factors: tuple[str, ...], seed: int) -> None:
     """Something that depends on the client, its state and the seed only."""
     for position, client in enumerate(rows.clients):
         generator = torch.Generator().manual_seed(1000 * seed + client)
@@ -46,7 +46,7 @@ def train(rows: Rows, factors: tuple[str, ...], seed: int) -> None:
 
 
 def a_round(
-    clients: ClientRows, cohort: tuple[int, ...], trained: tuple[str, ...], seed: int
+    clients: ClientStore, cohort: tuple[int, ...], trained: tuple[str, ...], seed: int
 ) -> None:
     shared = list(groups(cohort, clients.clients_per_pass))
     with closing(clients.passes(shared, trained)) as passes:
@@ -54,7 +54,7 @@ def a_round(
             train(rows, trained, seed)
 
 
-def state_of(clients: ClientRows) -> tuple:
+def state_of(clients: ClientStore) -> tuple:
     """All that a client is, by client."""
     found = []
     copied = copy.deepcopy(clients)  # a pass notes its clients as changed
@@ -68,7 +68,7 @@ def state_of(clients: ClientRows) -> tuple:
     return tuple(found)
 
 
-def assert_same(one: ClientRows, other: ClientRows) -> None:
+def assert_same(one: ClientStore, other: ClientStore) -> None:
     for client, (mine, theirs) in enumerate(zip(state_of(one), state_of(other), strict=True)):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), client
 
@@ -94,7 +94,9 @@ def test_paged_clients_are_bit_for_bit_those_that_stay(per_pass: int, course: li
         for clients in (paged, staying):
             for client in clients.own:
                 generator = torch.Generator().manual_seed(client)
-                clients.give(client, {"a": torch.randn(clients.widths["a"], generator=generator)})
+                clients.set_own(
+                    client, {"a": torch.randn(clients.widths["a"], generator=generator)}
+                )
         for seed, (cohort, trained, averaged, resets) in enumerate(course):
             weights = aggregation.normalised_weights(N, sorted(cohort), range(1, N + 1))
             for clients in (paged, staying):
@@ -135,11 +137,11 @@ def test_who_has_never_taken_part_costs_nothing_and_a_mean_leaves_one_a() -> Non
         a_round(clients, (3, 500, 900), ALL, 0)
         held = {c: set(parts) for c, parts in clients._parts.items() if parts}
         assert held.keys() == {3, 500, 900}
-        assert clients.holders("A") == [3, 500, 900]
+        assert clients.owners("A") == [3, 500, 900]
         weights = aggregation.normalised_weights(1000, (3, 500, 900), None)
         aggregation.share(world, clients, ("A",), weights)
-        assert clients.holders("A") == []
-        assert clients.holders("B") == [3, 500, 900]
+        assert clients.owners("A") == []
+        assert clients.owners("B") == [3, 500, 900]
         assert torch.equal(clients.factor(3, "A"), clients.factor(0, "A"))
         assert clients.factor(7, "A").data_ptr() == clients.factor(8, "A").data_ptr()
     finally:
@@ -149,7 +151,7 @@ def test_who_has_never_taken_part_costs_nothing_and_a_mean_leaves_one_a() -> Non
 def test_a_factor_that_never_trains_is_never_held() -> None:
     clients = make(2)
     a_round(clients, tuple(range(N)), ("B",), 0)
-    assert clients.holders("A") == []
+    assert clients.owners("A") == []
     assert set(clients._parts[0]) == {"b", "b_exp_avg", "b_exp_avg_sq", "optimizer_steps"}
 
 
@@ -157,23 +159,23 @@ def test_a_factor_that_never_trains_is_never_held() -> None:
 def test_changes_are_those_since_the_last_time_and_stay_as_they_were(clients_per_pass: int) -> None:
     clients = make(clients_per_pass)
     a_round(clients, (1, 4), ALL, 0)
-    _, changed = clients.take_changes()
+    _, changed = clients.collect_changes()
     assert set(changed) == {1, 4}
     kept = {c: {name: t.clone() for name, t in parts.items()} for c, parts in changed.items()}
-    assert clients.take_changes()[1] == {}
+    assert clients.collect_changes()[1] == {}
     a_round(clients, (0, 4), ALL, 1)
     for client, parts in kept.items():
         assert all(torch.equal(changed[client][name], part) for name, part in parts.items())
-    common, later = clients.take_changes()
+    common, later = clients.collect_changes()
     assert set(later) == {0, 4}
     other = make(N + 2 - clients_per_pass)
     other.restore(common, {**changed, **later})
     assert_same(clients, other)
-    assert other.take_changes()[1] == {}
-    assert set(other.take_changes(everything=True)[1]) == {0, 1, 4}
+    assert other.collect_changes()[1] == {}
+    assert set(other.collect_changes(everything=True)[1]) == {0, 1, 4}
 
 
-class LateFerry(Ferry):
+class LateFerry(HostOffload):
     """A GPU at its slowest: a copy is made, in order, when somebody waits for it and not before."""
 
     def __init__(self, device: torch.device) -> None:
@@ -182,7 +184,7 @@ class LateFerry(Ferry):
         self._done = 0
 
     def bring(self, place: torch.Tensor, held: torch.Tensor | None) -> None:
-        self._asked.append(lambda: Ferry.bring(self, place, held))
+        self._asked.append(lambda: HostOffload.bring(self, place, held))
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         kept = torch.full_like(tensor, torch.nan)
@@ -208,14 +210,14 @@ def test_copies_that_come_as_late_as_they_may_change_nothing(
     world = distributed.start(RUN_SECONDS)
     try:
         prompt = make(per_pass)
-        monkeypatch.setattr(client_store, "Ferry", LateFerry)
+        monkeypatch.setattr(client_store, "HostOffload", LateFerry)
         late = make(per_pass)
         for clients in (prompt, late):
             for seed, cohort in enumerate([(0, 1, 2, 3, 4, 5), (1, 2, 5), (0, 2, 3, 4)]):
                 a_round(clients, cohort, ALL, seed)
                 weights = aggregation.normalised_weights(N, cohort, None)
                 aggregation.share(world, clients, ("A",), weights)
-                clients.take_changes()
+                clients.collect_changes()
         assert all(bool(torch.isfinite(late.row(client)).all()) for client in late.own)
         assert_same(prompt, late)
     finally:
@@ -228,7 +230,7 @@ def test_a_round_that_is_broken_off_keeps_what_was_trained() -> None:
         for rows in passes:
             train(rows, ALL, 0)
             break
-    assert clients.holders("B") == [0, 1]
+    assert clients.owners("B") == [0, 1]
 
 
 SHAPES = {
@@ -259,10 +261,10 @@ def test_a_paged_run_ends_with_the_adapters_of_one_that_stays(
         return runs.adapters(tmp_path / out)
 
     paged = run("paged")
-    original = ClientRows.__init__
+    original = ClientStore.__init__
 
-    def all_stay(self: ClientRows, own: range, *arguments: object, **named: object) -> None:
+    def all_stay(self: ClientStore, own: range, *arguments: object, **named: object) -> None:
         original(self, own, *arguments, **{**named, "clients_per_pass": len(own)})
 
-    monkeypatch.setattr(ClientRows, "__init__", all_stay)
+    monkeypatch.setattr(ClientStore, "__init__", all_stay)
     assert runs.identical(paged, run("staying"))

@@ -21,7 +21,7 @@ from sfed.data.packing import Packing, first_fit_decreasing, pack
 from sfed.data.tokenize import Row
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
-from sfed.lora.hf_blocks import make_lean
+from sfed.lora.hf_blocks import patch_blocks
 from sfed.lora.linear import Probe
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding
@@ -78,7 +78,7 @@ def make(shape: transformers.PreTrainedConfig, attention: str = "sdpa") -> Backb
     else:
         model = transformers.AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
     model.requires_grad_(False)
-    make_lean(model)  # as the trainer does
+    patch_blocks(model)  # as the trainer does
     model.name_or_path = "test"
     return Backbone(model, None, Sharding("none", "a test"), None)
 

@@ -20,7 +20,7 @@ def read_late() -> str:
         if world.rank == 1:
             time.sleep(2.0)
         word = world.store.get("word/0").decode()
-        sync.part(world)
+        sync.leave_store_last(world)
         return word
     finally:
         distributed.stop(world)

@@ -53,7 +53,7 @@ def make(family="llama", dtype=torch.float32, attention="sdpa"):
 
 def lean(model):
     quick = copy.deepcopy(model)
-    hf_blocks.make_lean(quick)
+    hf_blocks.patch_blocks(quick)
     return quick
 
 
@@ -275,7 +275,7 @@ def test_a_class_that_only_has_the_name_stays_as_it_is():
     model = make()
     own = model.model.layers[0].self_attn
     own.__class__ = Namesake
-    hf_blocks.make_lean(model)
+    hf_blocks.patch_blocks(model)
     assert "forward" not in vars(own)
     assert "forward" in vars(model.model.layers[1].self_attn)
 

@@ -64,7 +64,7 @@ def losses_and_gradients(model: torch.nn.Module, checkpointing: bool = False):
 def test_the_lean_forms_compute_what_the_modules_compute(family, checkpointing):
     model = make(FAMILIES[family](**SIZES))
     quick = copy.deepcopy(model)
-    hf_blocks.make_lean(quick)
+    hf_blocks.patch_blocks(quick)
     assert any("forward" in vars(module) for module in quick.modules())
     slow_losses, slow_grads = losses_and_gradients(model)
     quick_losses, quick_grads = losses_and_gradients(quick, checkpointing)
@@ -78,7 +78,7 @@ def test_in_bf16_the_lean_forms_are_no_further_from_fp32_than_the_modules_are():
     exact_model = make(LlamaConfig(**SIZES))
     model = copy.deepcopy(exact_model).to(torch.bfloat16)
     quick = copy.deepcopy(model)
-    hf_blocks.make_lean(quick)
+    hf_blocks.patch_blocks(quick)
     exact = losses_and_gradients(exact_model)[1]
     plain_error = (losses_and_gradients(model)[1] - exact).norm()
     quick_error = (losses_and_gradients(quick)[1] - exact).norm()
@@ -89,7 +89,7 @@ def test_in_bf16_the_lean_forms_are_no_further_from_fp32_than_the_modules_are():
 def test_an_activation_that_is_no_silu_stays_as_it_is():
     model = make(LlamaConfig(**SIZES, hidden_act="gelu"))
     quick = copy.deepcopy(model)
-    hf_blocks.make_lean(quick)
+    hf_blocks.patch_blocks(quick)
     assert not any("forward" in vars(layer.mlp) for layer in quick.model.layers)
     slow, fast = losses_and_gradients(model), losses_and_gradients(quick)
     torch.testing.assert_close(fast[1], slow[1], rtol=1e-5, atol=1e-7)
@@ -137,7 +137,7 @@ def saved_bytes(config: LlamaConfig, tokens: int) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = model.to_empty(device="cpu").requires_grad_(False)  # the numbers do not matter
-    hf_blocks.make_lean(model)
+    hf_blocks.patch_blocks(model)
     _, values, grads = attach(model, num_clients=1, lora_rank=16)
     held = [*model.parameters(), *model.buffers(), values, grads]
     known = {tensor.untyped_storage().data_ptr() for tensor in held}

@@ -42,7 +42,7 @@ def settings(rank: int, targets: Any, checkpointing: bool = False) -> Any:
 
 
 def measured(config: Any, model_config: Any, dtype: torch.dtype, is_sharded: bool = False) -> Costs:
-    targets = counts.facts_of(config, hf_config.MetaModel(config, model_config)).targets
+    targets = counts.counts_of(config, hf_config.MetaModel(config, model_config)).targets
     return profile.measure(config, Frozen(model_config, dtype, targets, is_sharded), pytest.fail)
 
 
@@ -99,7 +99,7 @@ def test_the_clients_state_is_what_the_trainer_allocates(
     ours = trainer("tiny", load, rank, targets, torch.float32)
     config = settings(rank, targets)
     meta = hf_config.MetaModel(config, synthetic.model_config("tiny", None, None))
-    facts = counts.facts_of(config, meta)
+    facts = counts.counts_of(config, meta)
     layout = ours.clients.layout
     assert facts.a_numbers + facts.b_numbers == layout.size
     needs = Work(clients, clients, 1, 1, 16, 0).needs(FREE, ClientState(layout.size, 2), clients)
@@ -233,7 +233,7 @@ FOUR_CLIENTS = clients_per_pass.Estimate(
 )
 
 
-def _agreed(config: Any, free_of_process: list[list[int]]) -> list[clients_per_pass.Sharing]:
+def _agreed(config: Any, free_of_process: list[list[int]]) -> list[clients_per_pass.ClientsPerPass]:
     """What is agreed on with so much free memory on each process, one after another."""
     world = distributed.start(RUN_SECONDS)
     start = clients_per_pass.Start(config, world, None)
@@ -300,7 +300,7 @@ def _free_for_two(folder: Path) -> int:
     """Memory in which passes of two clients of the tiny run fit, and of three do not."""
     config = tiny.config(folder)
     model_config = hf_config.read_model_config(config, str(folder / "model"))
-    facts = counts.facts_of(config, hf_config.MetaModel(config, model_config))
+    facts = counts.counts_of(config, hf_config.MetaModel(config, model_config))
     costs = measured(config, model_config, torch.float32)
     state = clients_per_pass.state_of(config, facts.a_numbers + facts.b_numbers)
     lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()

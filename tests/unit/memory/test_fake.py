@@ -71,7 +71,7 @@ def run_config(said: dict[str, Any]) -> Config:
 
 def frozen_of(config: Config, family: str, settings: dict[str, Any], dtype: torch.dtype) -> Frozen:
     shape = fitted(config, getattr(transformers, f"{family}Config")(**settings))
-    targets = counts.facts_of(config, MetaModel(config, shape)).targets
+    targets = counts.counts_of(config, MetaModel(config, shape)).targets
     return Frozen(shape, dtype, targets, is_sharded=False)
 
 
@@ -125,7 +125,7 @@ def test_a_pass_of_large_layers_is_followed_without_memory_for_them() -> None:
         {"data": {"task": "gsm8k"}, "lora": {"rank": 8, "target_modules": QV}}
     )
     shape = fitted(config, synthetic.model_config("llama2-7b", None, None))
-    targets = counts.facts_of(config, MetaModel(config, shape)).targets
+    targets = counts.counts_of(config, MetaModel(config, shape)).targets
     said: list[str] = []
     costs = profile.measure(config, Frozen(shape, BF16, targets, False), said.append)
     assert costs.kept_by_layer.per_token == 93_352

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed.clients.store import ClientRows
+from sfed.clients.store import ClientStore
 from sfed.data import partition
 from sfed.distributed import sync
 from sfed.distributed import world as distributed
@@ -24,10 +24,10 @@ MEAN_A = [[2 / 3, 1], [4 / 3, 5 / 3]]
 MEAN_B = [[2 / 3, 2 / 3], [2 / 3, 2 / 3], [1, 4 / 3]]
 
 
-def three_clients(own: range) -> ClientRows:
-    clients = ClientRows(own, LAYOUT, torch.device("cpu"), clients_per_pass=len(own), moments=())
+def three_clients(own: range) -> ClientStore:
+    clients = ClientStore(own, LAYOUT, torch.device("cpu"), clients_per_pass=len(own), moments=())
     for client in own:
-        clients.give(client, {"a": A[client].flatten(), "b": B[client].flatten()})
+        clients.set_own(client, {"a": A[client].flatten(), "b": B[client].flatten()})
     return clients
 
 
@@ -36,8 +36,8 @@ def shared(factors: tuple[str, ...], weights: list[float]) -> tuple[int, dict[in
     try:
         clients = three_clients(partition.place(3, world.size)[world.rank])
         sent = aggregation.share(world, clients, factors, weights)
-        sync.meet(world, "end")  # nobody leaves while another still connects,
-        sync.part(world)  # and the store not before all have read that
+        sync.barrier(world, "end")  # nobody leaves while another still connects,
+        sync.leave_store_last(world)  # and the store not before all have read that
         return sent, {client: clients.row(client) for client in clients.own}
     finally:
         distributed.stop(world)

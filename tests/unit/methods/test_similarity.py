@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sfed.clients.store import ClientRows
+from sfed.clients.store import ClientStore
 from sfed.config import load as config_load
 from sfed.data import partition
 from sfed.distributed import world as distributed
@@ -53,9 +53,9 @@ def similarity_of(values: torch.Tensor) -> dict[str, float | None]:
     try:
         own = partition.place(len(values), world.size)[world.rank]
         num = len(own)
-        clients = ClientRows(own, LAYOUT, torch.device("cpu"), clients_per_pass=num, moments=())
+        clients = ClientStore(own, LAYOUT, torch.device("cpu"), clients_per_pass=num, moments=())
         for client in own:
-            clients.give(client, {"a": values[client, A], "b": values[client, B]})
+            clients.set_own(client, {"a": values[client, A], "b": values[client, B]})
         before = clients.load_values(own).clone()
         found = aggregation.similarity(world, clients)
         torch.testing.assert_close(clients.load_values(own), before, rtol=0, atol=0, equal_nan=True)

@@ -18,7 +18,7 @@ from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
 from sfed.lora import adapters
 from sfed.lora.adapters import LoraSpec
-from sfed.lora.hf_blocks import make_lean
+from sfed.lora.hf_blocks import patch_blocks
 from sfed.models import isolation
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding
@@ -40,7 +40,7 @@ def subject(
 ) -> Subject:
     """A language model with adapters, as the trainer makes them."""
     model = model.to(dtype).requires_grad_(False)
-    make_lean(model)
+    patch_blocks(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     backbone = Backbone(model, None, Sharding("none", "one process"), None)

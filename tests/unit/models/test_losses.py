@@ -129,7 +129,7 @@ def test_chunks_give_the_losses_and_gradients_of_all_logits_at_once(
     assert not chunked[[3, 7]].any() and not gradient[[3, 7]].any()
 
 
-class Watch(TorchDispatchMode):
+class Watchdog(TorchDispatchMode):
     """The largest tensor that is made, and the matrix products."""
 
     def __init__(self) -> None:
@@ -147,18 +147,18 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("chunk_tokens", [5, 10])
 def test_no_tensor_holds_more_logits_than_a_chunk_and_none_are_kept(chunk_tokens):
     hidden, weight, _, targets, grads = problem(torch.float32, with_bias=False)
-    with SavedBytes([weight]) as saved, Watch() as seen:
+    with SavedBytes([weight]) as saved, Watchdog() as seen:
         chunked = linear_cross_entropy(hidden, weight, None, targets, 4 * WORDS * chunk_tokens)
     assert seen.largest == chunk_tokens * WORDS
     assert saved.total == hidden.numel() * 4
-    with Watch() as seen:
+    with Watchdog() as seen:
         torch.autograd.grad(chunked, hidden, grads)
     assert seen.largest == hidden.numel() and not seen.products
 
 
 def test_without_gradients_none_are_computed():
     hidden, weight, _, targets, _ = problem(torch.float32, with_bias=False)
-    with torch.no_grad(), Watch() as seen:
+    with torch.no_grad(), Watchdog() as seen:
         linear_cross_entropy(hidden.detach(), weight, None, targets, 4 * WORDS * 10)
     assert seen.products == TOKENS // 10
 
@@ -166,7 +166,7 @@ def test_without_gradients_none_are_computed():
 def test_a_pass_makes_its_logits_in_chunks(frozen, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 258 * 2)
     batch = batches.collate(BATCHES["unequal rows"], 2)
-    with Watch() as seen:
+    with Watchdog() as seen:
         found = objective_of(frozen).losses(batch)
     torch.testing.assert_close(found, plain(frozen.model, batch), rtol=1e-6, atol=1e-6)
     wide = [p.numel() for p in frozen.model.parameters()]
@@ -205,7 +205,7 @@ def test_a_model_that_changes_its_heads_output_keeps_doing_so(name, dtype):
     own = Backbone(model.requires_grad_(False), None, Sharding("none", "a test"), None)
     batch = batches.collate(BATCHES["unequal rows"], 2)
     assert (own.model.get_output_embeddings().forward.__name__ == "_forward") == is_chunked
-    with Watch() as seen:
+    with Watchdog() as seen:
         found = objective_of(own).losses(batch)
     labels = batch.labels
     given = model(input_ids=batch.input_ids, labels=labels).loss  # as transformers computes it

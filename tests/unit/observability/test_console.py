@@ -18,7 +18,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> tuple[list[in
     said: list[str] = []
     monkeypatch.setattr(Console, "print_table", lambda _self, table: tables.append(table))
     monkeypatch.setattr(Console, "say", lambda _self, text: said.append(text))
-    Console(speaks=True).closing_table(event(losses), event(losses), {})
+    Console(is_main=True).closing_table(event(losses), event(losses), {})
     [table] = tables
     return [int(str(cell)) for cell in table.columns[0].cells], said
 

@@ -112,7 +112,7 @@ def test_an_unknown_value_in_the_environment_is_a_mistake_too(monkeypatch):
 def test_json_lines_are_objects_with_the_numbers(capsys):
     logs.take_options(["--log-format=json"])
     logs.begin(0)
-    speaker = Console(speaks=True)
+    speaker = Console(is_main=True)
     speaker.begin_rounds(0, 2)
     speaker.begin_round(0)
     speaker.end_round(event(1))
@@ -159,7 +159,7 @@ def test_a_log_gets_a_line_per_round_and_one_now_and_then_within(monkeypatch, ca
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     logs.begin(0)
-    speaker = Console(speaks=True)
+    speaker = Console(is_main=True)
     speaker.begin_rounds(0, 2)
     for number in (0, 1):
         speaker.begin_round(number)
@@ -188,7 +188,7 @@ def test_only_debug_has_every_step_of_every_process(capsys):
     for level in ("info", "debug"):
         logs.take_options(["--log-level", level])
         logs.begin(1)
-        silent = Console(speaks=False)
+        silent = Console(is_main=False)
         silent.begin_rounds(0, 1)
         silent.begin_round(0)
         for step in (1, 2):

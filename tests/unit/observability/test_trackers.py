@@ -15,7 +15,7 @@ from sfed.observability import metrics, trackers
 from sfed.observability.trackers import (
     MOST_CLIENTS,
     TrackedRun,
-    open_journal,
+    open_metric_logger,
     scalars_of,
     start_all,
 )
@@ -158,7 +158,7 @@ def test_wandb_without_a_key_is_a_mistake_unless_it_is_offline(monkeypatch, tmp_
 def test_a_tracker_that_fails_is_named_once_and_the_record_is_whole(wandb, tmp_path, failing):
     wandb.failing = {failing}
     said: list[str] = []
-    journal = open_journal(["wandb", "tensorboard"], TrackedRun(tmp_path, {}), said.append)
+    journal = open_metric_logger(["wandb", "tensorboard"], TrackedRun(tmp_path, {}), said.append)
     for number in (1, 2, 3):
         journal.write_event({"event": "round", "round": number, "x/loss": 1.0, "clients": []})
     journal.close()

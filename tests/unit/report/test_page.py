@@ -296,7 +296,7 @@ def test_seeds_are_compared_by_mean_and_standard_deviation(tmp_path: Path) -> No
     # mean 3.4 / 3; squares of deviations add up to 0.046667, over n - 1 = 2: 0.023333
     assert "sfed 3 1.1333 ± 0.1528 1.6333 ± 0.1528" in words
     assert "compare-held-out-loss" in figures(tmp_path / "out")
-    found = grouping.group([run_record.read_story(folder) for folder in (*seeds, other)])
+    found = grouping.group([run_record.open_run(folder) for folder in (*seeds, other)])
     assert [len(one.stories) for one in found] == [3, 1]
     curve = found[0].curve(PERSONAL)
     assert curve.points == [(0.0, 2.0), (1.0, pytest.approx(1.1333333))]
@@ -306,14 +306,14 @@ def test_seeds_are_compared_by_mean_and_standard_deviation(tmp_path: Path) -> No
 
 def test_a_repetition_with_the_same_seed_is_no_second_seed(tmp_path: Path) -> None:
     twins = [make_run(tmp_path / name, [[2.0, 2.0]]) for name in ("a", "b")]
-    found = grouping.group([run_record.read_story(folder) for folder in twins])
+    found = grouping.group([run_record.open_run(folder) for folder in twins])
     assert [one.label for one in found] == ["sfed, a", "sfed, b"]
 
 
 def test_the_mean_of_seeds_stops_where_one_of_them_stops(tmp_path: Path) -> None:
     long = make_run(tmp_path / "long", [[2.0], [1.0], [0.5]], seed=0)
     short = make_run(tmp_path / "short", [[2.0], [1.0]], seed=1)
-    (one,) = grouping.group([run_record.read_story(long), run_record.read_story(short)])
+    (one,) = grouping.group([run_record.open_run(long), run_record.open_run(short)])
     assert [x for x, _ in one.curve(series.held_out_reader("global")).points] == [0.0, 1.0]
 
 
@@ -449,7 +449,7 @@ def test_small_multiples_are_drawn(tmp_path: Path) -> None:
             )  # fmt: skip
     write_run(tmp_path / "sweep" / "local", method="local", rank=64, num_clients=1, rounds=1)
     found = comparisons(
-        [run_record.read_story(run) for run in run_record.find_runs(tmp_path / "sweep")]
+        [run_record.open_run(run) for run in run_record.find_runs(tmp_path / "sweep")]
     )
     sizes = {p.name: struct.unpack(">II", p.png[16:24]) for p in found}
     assert sizes["compare-grad-norm-by-rank"][1] > 700, "two rows"
@@ -460,10 +460,10 @@ def test_settings_that_only_move_work_do_not_break_a_sweep(tmp_path: Path) -> No
     for rank in (4, 64):
         settings = {"federated.clients_per_pass": rank, "train.micro_batch_size": rank}
         write_run(tmp_path / f"r{rank}", rank=rank, settings=settings)
-    found = [run_record.read_story(tmp_path / f"r{rank}") for rank in (4, 64)]
+    found = [run_record.open_run(tmp_path / f"r{rank}") for rank in (4, 64)]
     assert [list(one.cells) for one in grouping.sweeps(found)] == [[(4.0, 4.0), (4.0, 64.0)]]
     write_run(tmp_path / "lr", rank=128, settings={"train.lr": 0.5})
-    found.append(run_record.read_story(tmp_path / "lr"))
+    found.append(run_record.open_run(tmp_path / "lr"))
     assert [one.label for one in grouping.sweeps(found)] == ["sfed, lr = 0.001", "sfed, lr = 0.5"]
 
 
@@ -516,11 +516,11 @@ def damage(name: str, text: str):
 def test_lines_that_are_no_events_are_named_beside_the_report(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run_record.read_story(run).rounds
+    whole = run_record.open_run(run).rounds
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b"\xff\n[1]\n" + b"[" * 100_000 + b"\n")
         file.write(b'{"event": "round", "round": 1' + b"0" * 5000 + b"}\n")
-    assert run_record.read_story(run).rounds == whole
+    assert run_record.open_run(run).rounds == whole
     report.main([str(run)])
     complaints = capsys.readouterr().err
     first = len(whole) + 1

@@ -20,28 +20,30 @@ from tests.support.run_folders import write_events, write_run
 RSLORA, SFED, LORA = (0.0, -0.5), (0.5, -0.5), (0.0, -1.0)
 
 
-def grid(folder: Path, clients=(2, 4, 8), ranks=(4, 16, 64), **options) -> list[run_record.Story]:
+def grid(
+    folder: Path, clients=(2, 4, 8), ranks=(4, 16, 64), **options
+) -> list[run_record.RunRecord]:
     """Runs over N and r; every option of ``write_run`` holds for all of them."""
     method = options.get("method", "sfed")
     found = []
     for num_clients, rank in itertools.product(clients, ranks):
         path = folder / f"{method}-{num_clients}-{rank}-{options.get('seed', 0)}"
         found.append(write_run(path, num_clients=num_clients, rank=rank, **options))
-    return [run_record.read_story(path) for path in found]
+    return [run_record.open_run(path) for path in found]
 
 
-def by_quantity(runs: list[run_record.Story]) -> dict[str, scaling_law.Law]:
+def by_quantity(runs: list[run_record.RunRecord]) -> dict[str, scaling_law.ScalingFit]:
     return {one.quantity: one for one in scaling_law.laws(runs)}
 
 
-def change(story: run_record.Story, key: str, factor: float | None) -> run_record.Story:
+def change(story: run_record.RunRecord, key: str, factor: float | None) -> run_record.RunRecord:
     """Multiply a number in all rounds; None takes it away."""
     path = story.folder / "metrics.jsonl"
     events = [json.loads(line) for line in path.read_text().splitlines()]
     for event in events:
         event[key] = None if factor is None or event[key] is None else event[key] * factor
     write_events(story.folder, events)
-    return run_record.read_story(story.folder)
+    return run_record.open_run(story.folder)
 
 
 @pytest.mark.parametrize("n", [-0.5, 0.0, 0.75])
@@ -127,7 +129,7 @@ def test_no_prediction_where_theory_has_none() -> None:
 
 def test_what_a_run_is_for_theory(tmp_path: Path) -> None:
     def theory(name: str, **options) -> Theory:
-        return scaling_law.theory_of([run_record.read_story(write_run(tmp_path / name, **options))])
+        return scaling_law.theory_of([run_record.open_run(write_run(tmp_path / name, **options))])
 
     assert theory("a") == Theory(SFED, "mean", "sgd", clipped=False)
     assert theory("b", method="fedsa", optimizer="adamw") == Theory(LORA, "shared", "adamw", False)
@@ -200,7 +202,7 @@ def test_the_page_has_the_table_and_the_figures(tmp_path: Path, monkeypatch) -> 
 
 
 def test_one_run_has_no_law(tmp_path: Path) -> None:
-    runs = [run_record.read_story(write_run(tmp_path / f"s{seed}", seed=seed)) for seed in range(2)]
+    runs = [run_record.open_run(write_run(tmp_path / f"s{seed}", seed=seed)) for seed in range(2)]
     assert scaling_law.laws(runs) == []
     assert comparison_figures.law_pictures([]) == []
 
@@ -214,5 +216,5 @@ def test_the_figure_is_drawn_where_most_points_are(tmp_path: Path) -> None:
     assert {row.slopes[0].fitted for row in rows} == {"\N{EN DASH}"}, "one N has no slope"
 
 
-def grid_with_one_n(folder: Path) -> list[scaling_law.Law]:
+def grid_with_one_n(folder: Path) -> list[scaling_law.ScalingFit]:
     return scaling_law.laws(grid(folder, (4,), (4, 16)))

@@ -19,7 +19,7 @@ from sfed.sweep import __main__ as sweep
 from sfed.sweep import grid, results, workers
 from sfed.sweep.cell_names import name_cells
 from sfed.sweep.grid import Grid
-from sfed.sweep.workers import LostProcessError, Party
+from sfed.sweep.workers import LostProcessError, Workers
 from sfed.utils.errors import UserError
 from tests.support import launchers, runs, tiny
 from tests.support.deadlines import wait_until
@@ -262,7 +262,7 @@ def test_those_that_take_part_stand_as_their_nodes_do(monkeypatch: pytest.Monkey
         for key, value in (("RANK", rank), ("LOCAL_RANK", rank % 8), ("WORLD_SIZE", 16)):
             monkeypatch.setenv(key, str(value))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-        place = Party()._environment("cell-1", taking_part=10)
+        place = Workers()._environment("cell-1", taking_part=10)
         assert place["RANK"] == str(rank)
         assert place["LOCAL_RANK"] == str(rank % 8)
         assert place["WORLD_SIZE"] == "10"
@@ -270,7 +270,7 @@ def test_those_that_take_part_stand_as_their_nodes_do(monkeypatch: pytest.Monkey
 
 
 def test_a_process_without_a_sign_of_life_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = Party()
+    some = Workers()
     some.count("beats/1")
     some._must_live(1)
     some.count("beats/1")
