@@ -41,10 +41,13 @@ def fences(page: Path, language: str) -> list[str]:
 
 
 def inline(page: Path) -> list[str]:
-    """Commands within the text, without those that hold a placeholder such as FILE or ..."""
+    """Commands within the text, without those that hold a placeholder such as FILE or ...
+
+    A command's name alone, such as ``sfed plan``, is no call of it.
+    """
     outside = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
     found = re.findall(
-        r"`((?:[A-Z_]+=\S+ )*(?:python|sfed|torchrun|deepspeed|pytest) [^`]*)`", outside
+        r"`((?:[A-Z_]+=\S+ )*(?:python|sfed \w+|torchrun|deepspeed|pytest) [^`]*)`", outside
     )
     placeholder = re.compile(r"(?:^| )(?:\.\.\.|\[|[A-Z]+(?:[ ./]|$)|\S*/[A-Z]+(?: |$))")
     return [line for line in found if not placeholder.search(line)]
