@@ -149,7 +149,7 @@ class MetricsFile:
         if written < len(line):
             raise UserError(
                 f"{self._path} cannot be written ({refusal}); make room or set output.dir, then "
-                "start again: the run goes on from the last whole checkpoint"
+                "start again: the run resumes from the newest complete checkpoint"
             )
 
     def close(self) -> None:

@@ -154,7 +154,7 @@ def start_all(
 
 
 class TensorBoard:
-    """Event files in ``tensorboard/`` of the run folder; a run that goes on adds to them."""
+    """Event files in ``tensorboard/`` of the run folder; a resumed run adds to them."""
 
     def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -182,7 +182,7 @@ class WeightsAndBiases:
     """A W&B run named after the run folder; WANDB_MODE, WANDB_PROJECT and so on are respected.
 
     Only numbers and the configuration go there: no code, no command line, no console output, no
-    generated text. A run that goes on continues the same W&B run, by the id in its folder.
+    generated text. A resumed run continues the same W&B run, by the id in its folder.
     """
 
     def __init__(self, run: TrackedRun) -> None:

@@ -1,9 +1,9 @@
 """Sweep: ``torchrun --nproc_per_node 8 -m sfed.sweep GRID.yaml [key=value ...]``.
 
 Runs every configuration of a grid file, one after another, each in processes of its own. The same
-command goes on where a sweep was stopped: what is complete is skipped, what is not is resumed.
+command resumes a sweep that was stopped: complete runs are skipped, the others are resumed.
 Exit codes: 0 all runs are complete (or stopped by SIGTERM with everything on disk), 1 some failed,
-2 a mistake in the grid file or the arguments.
+2 an error in the grid file or the arguments.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ USAGE = """usage: python -m sfed.sweep GRID.yaml [key=value ...]
        torchrun --nproc_per_node 8 -m sfed.sweep GRID.yaml [key=value ...]
 
 Runs every configuration of a grid, one after another, and compares them in sweep.csv. The same
-command goes on where it was stopped. key=value goes over every run. A grid file:
+command resumes a stopped sweep. key=value overrides every run. A grid file:
 
     name: methods                  # runs are in <output.dir>/methods/<run>/; default: the file's
     base: gsm8k.yaml               # a configuration, seen from the grid file (optional)
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         reason = str(error).strip().splitlines()[0][:LONGEST_REASON]
         sys.exit(
             f"sfed: process {party.rank} of the sweep stops: {reason}. Start the same command "
-            "again: it goes on from what is complete"
+            "again: it skips complete runs and resumes the others"
         )
     sys.exit(code)
 

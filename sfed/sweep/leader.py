@@ -156,6 +156,6 @@ class _Leader:
         for name, reason in self._reasons.items():
             self._say(f"  failed  {name}  {reason}")
         if self._count("not run"):
-            self._say("stopped as asked; the same command goes on")
+            self._say("stopped as asked; the same command resumes the sweep")
         self._say(f"figures    {self._grid.folder / 'sweep.csv'}")
         self._say(f"report     python -m sfed.report {self._grid.folder}")

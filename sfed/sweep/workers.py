@@ -33,7 +33,7 @@ _SECONDS_OF_LAG = 120.0
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the sweep is gone, so the sweep cannot go on."""
+    """Another process of the sweep is gone, so the sweep ends."""
 
 
 class Workers:

@@ -540,7 +540,7 @@ class TestTwoProcesses:
         codes, outputs = launchers.ended(processes)
         assert codes == [0, 0], outputs
         assert "1 of 4 complete, 3 not run" in outputs[0]
-        assert "stopped as asked; the same command goes on" in outputs[0]
+        assert "stopped as asked; the same command resumes the sweep" in outputs[0]
         assert any((folder / "sfed-seed1" / "checkpoints").iterdir())
         assert not (folder / "fedsa-seed0").exists()
         before = times(folder / "sfed-seed0")
