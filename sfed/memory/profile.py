@@ -19,6 +19,7 @@ from sfed.memory.costs import Cost, Costs, Load
 from sfed.memory.fake import CANNOT_TRACE, FakeFloats
 from sfed.memory.trial import TOKENS, Frozen, Trial
 from sfed.utils.errors import UserError
+from sfed.utils.text import one_line
 
 _SMALLEST_RANK = 2  # at 1 torch warns of how gradients lie in memory
 _ALL = 2**62
@@ -45,7 +46,7 @@ def measure(config: Config, frozen: Frozen, say: Callable[[str], None]) -> Costs
     except UserError:
         raise
     except CANNOT_TRACE as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        reason = one_line(f"{type(error).__name__}: {error}", most=120)
         say(
             f"fake tensors cannot follow a pass of {frozen.config.model_type} ({reason}); passes "
             "through two layers are computed instead, which takes minutes where these are large"

@@ -22,6 +22,7 @@ from sfed.utils.errors import UserError
 from tests.support import glue, runs
 from tests.support.glue import NAMES, N
 from tests.support.reference import parts_of
+from tests.support.selection import full
 
 
 @pytest.fixture
@@ -263,8 +264,14 @@ class Outside:
         return float(np.average(values, weights=weights))
 
 
-@pytest.mark.parametrize("clients_per_pass", [1, 2, 3])
-@pytest.mark.parametrize("family", ["roberta", "bert", "llama"])
+@pytest.mark.parametrize(
+    ("family", "clients_per_pass"),
+    [
+        *(("roberta", 1), full("roberta", 2), full("roberta", 3)),
+        *(full("bert", 1), ("bert", 2), full("bert", 3)),
+        *(full("llama", 1), full("llama", 2), ("llama", 3)),
+    ],
+)
 def test_losses_and_accuracies_are_those_of_the_exported_adapters(
     folder, tmp_path, family, clients_per_pass
 ):

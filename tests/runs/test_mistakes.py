@@ -31,6 +31,7 @@ from sfed.utils.errors import UserError
 from tests.support import launchers, tiny
 from tests.support.deadlines import HANG_SECONDS
 from tests.support.processes import free_port, on_processes
+from tests.support.selection import full
 
 GOOD_ROW = '{"prompt": "a:", "completion": " b", "kind": "x"}\n'
 LONG_ROW = json.dumps({"prompt": "p" * 200, "completion": "c"}) + "\n"
@@ -852,8 +853,10 @@ def train_paged(arguments: list[str], what: str) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("sharding", ["none", "zero3"])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("what", "sharding"),
+    [("loss", "none"), full("loss", "zero3"), full("gradient", "none"), ("gradient", "zero3")],
+)
 def test_a_client_that_turns_infinite_in_a_pass_of_its_own_is_left_out_too(what, sharding, folder):
     settings = {**SICK, "federated.clients_per_pass": 1, "backbone.sharding": sharding}
     on_processes(2, train_paged, written(folder, settings), what)
@@ -930,10 +933,15 @@ def test_only_process_0_prints_a_mistake():
     assert (done.returncode, done.stdout, done.stderr) == (EXIT_MISTAKE, "", "")
 
 
-@pytest.mark.slow
+def train_without_a_launcher(arguments: list[str]) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    train.main(arguments)
+
+
+@pytest.mark.dist
 def test_sharding_asked_for_without_a_launcher_is_no_mistake(folder):
-    done = run_command("sfed.train", *written(folder, {}), "backbone.sharding=zero3")
-    assert done.returncode == 0, done.stderr
+    on_processes(1, train_without_a_launcher, [*written(folder, {}), "backbone.sharding=zero3"])
     assert_finite(folder / "runs" / "run" / "adapters" / "client-0000")
 
 

@@ -138,7 +138,8 @@ def test_every_dependency_is_pinned():
     assert {"torch", "peft", "markupsafe", "pytest"} <= needed
     # On GPUs torch brings CUDA's libraries, in the versions that it pins itself.
     unpinned = {name for name in needed - pinned if not name.startswith(("nvidia-", "cuda-"))}
-    assert unpinned <= {"triton", "setuptools"}
+    # An extra may name other extras of the project itself.
+    assert unpinned <= {"triton", "setuptools", project["name"]}
 
 
 # --- what a run leaves and says -------------------------------------------------------------------
@@ -215,32 +216,13 @@ def test_a_mistake_with_a_secret_in_it_is_said_without(tmp_path: Path):
 # --- untrusted files ------------------------------------------------------------------------------
 
 
-def plant_code(model: Path, proof: Path) -> None:
-    """Give a model folder code of its own, which leaves a proof when it runs."""
-    (model / "planted.py").write_text(
-        f"open({str(proof)!r}, 'w').close()\n"
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class PlantedConfig(LlamaConfig):\n    model_type = 'planted'\n"
-        "class Planted(LlamaForCausalLM):\n    config_class = PlantedConfig\n"
-    )
-    settings = json.loads((model / "config.json").read_text())
-    settings |= {
-        "model_type": "planted",
-        "auto_map": {
-            "AutoConfig": "planted.PlantedConfig",
-            "AutoModelForCausalLM": "planted.Planted",
-        },
-    }
-    (model / "config.json").write_text(json.dumps(settings))
-
-
 @pytest.mark.parametrize("trusted", [False, True])
 def test_code_of_a_model_runs_only_where_it_is_trusted_and_then_that_is_said(
     trusted, tiny_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     shutil.copytree(tiny_folder / "model", tmp_path / "model")
-    plant_code(tmp_path / "model", tmp_path / "proof")
+    tiny.plant_code(tmp_path / "model", tmp_path / "proof")
     settings = tiny.settings(
         tmp_path,
         backbone={"trust_remote_code": trusted},

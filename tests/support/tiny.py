@@ -186,3 +186,22 @@ def settings(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
 def config(folder: Path, **sections: dict[str, Any]) -> Config:
     """The same as a checked configuration."""
     return validate(settings(folder, **sections))
+
+
+def plant_code(model: Path, proof: Path) -> None:
+    """Give a model folder code of its own, which leaves a proof when it runs."""
+    (model / "planted.py").write_text(
+        f"open({str(proof)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class PlantedConfig(LlamaConfig):\n    model_type = 'planted'\n"
+        "class Planted(LlamaForCausalLM):\n    config_class = PlantedConfig\n"
+    )
+    settings = json.loads((model / "config.json").read_text())
+    settings |= {
+        "model_type": "planted",
+        "auto_map": {
+            "AutoConfig": "planted.PlantedConfig",
+            "AutoModelForCausalLM": "planted.Planted",
+        },
+    }
+    (model / "config.json").write_text(json.dumps(settings))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,22 @@ def test_a_classifier_has_a_plan_too() -> None:
     assert found["fits"]
     # 24 layers, query and value, r = 8, 1,024 wide, fp32.
     assert found["upload"]["bytes"] == 24 * 2 * 8 * 1024 * 4
+
+
+def test_a_model_with_code_of_its_own_has_a_plan_where_it_is_trusted(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    shutil.copytree(tiny_folder / "model", tmp_path / "model")
+    tiny.plant_code(tmp_path / "model", tmp_path / "proof")
+    trusting, wary = (
+        tiny.config(tmp_path, backbone={"trust_remote_code": trusted}) for trusted in (True, False)
+    )
+    with pytest.raises(UserError, match="trust_remote_code"):
+        predicted(wary)
+    assert not (tmp_path / "proof").exists()
+    plain = predicted(tiny.config(tiny_folder))
+    assert predicted(trusting)["needs"] == plain["needs"]
 
 
 def test_what_does_not_fit_is_told_with_what_would(tiny_folder: Path, capsys) -> None:
