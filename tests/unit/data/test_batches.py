@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfed.data import batches
-from sfed.data.batches import IGNORED_LABEL, Order, collate, draw, empty, supervised_count
+from sfed.data.batches import IGNORED_LABEL, Order, collate, draw, supervised_count
 from sfed.data.tokenize import Examples, Row, Tokens
 
 seeds = st.integers(min_value=0, max_value=2**40)
@@ -115,12 +115,12 @@ def test_ignored_tokens_are_those_that_torch_ignores():
 
 @pytest.mark.parametrize("num_clients", [1, 3])
 def test_an_empty_batch_has_a_row_for_each_client_and_nothing_to_learn(num_clients):
-    batch = empty(num_clients)
+    batch = collate([[] for _ in range(num_clients)], 1)
     assert batch.input_ids.shape == (num_clients, 8)
     assert (batch.labels == IGNORED_LABEL).all()
     assert not batch.input_ids.any()
 
 
 def test_a_batch_moves_as_a_whole():
-    batch = empty(2).to(torch.device("meta"))
+    batch = collate([[], []], 1).to(torch.device("meta"))
     assert batch.input_ids.is_meta and batch.labels.is_meta
