@@ -1,8 +1,8 @@
 """Train: ``torchrun --nproc_per_node 8 -m sfed.train [CONFIG.yaml] [key=value ...]``.
 
 Without arguments it runs the embedded demo, which downloads nothing. Exit codes: 0 done (or stopped
-by SIGTERM with everything on disk), 2 a mistake in configuration, data or arguments, 1 anything
-else.
+by SIGTERM with everything on disk), 2 an error in the configuration, the data or the arguments,
+1 anything else.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 AdamW (arXiv 1711.05101) and SGD over the flat rows of the clients. Learning rate, clipping, weight
 decay and bias correction are per client; a client that does not step keeps every bit of its row and
-of its moments. Shape suffixes: C clients, N numbers of a row.
+of its moments. Shape suffixes: C clients, N parameters of a row.
 """
 
 from __future__ import annotations

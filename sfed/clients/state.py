@@ -43,7 +43,7 @@ class PassState:
             moment.masked_fill_(bad_C[:, None], 0.0)
 
     def parts(self, layout: Layout, factors: Sequence[str]) -> Parts:
-        """Views of the parts that belong to some factors, (C, numbers of the part) each."""
+        """Views of the parts that belong to some factors, (C, parameters of the part) each."""
         named: Parts = {}
         for factor in factors:
             columns, short = layout.columns(factor), factor.lower()

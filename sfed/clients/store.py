@@ -126,7 +126,7 @@ class ClientStore:
             self._parts[client][name] = staying[name][client - self.own.start].copy_(part)
 
     def set_shared(self, factor: str, values: torch.Tensor) -> None:
-        """Let all clients have this factor, (numbers of the factor,)."""
+        """Let all clients have this factor, (parameters of the factor,)."""
         self._set_common(factor, values)
         for client, parts in self._parts.items():
             if parts.pop(factor.lower(), None) is not None:
@@ -258,7 +258,7 @@ def groups(clients: Sequence[int], clients_per_pass: int) -> Iterator[tuple[int,
 
 
 def initial_a(own: Sequence[int], adapters: Adapters, seed: int) -> Iterator[torch.Tensor]:
-    """Draw each client's first A, from (seed, client): (numbers of A,) on CPU, one at a time."""
+    """Draw each client's first A, from (seed, client): (parameters of A,) on CPU, one at a time."""
     for client in own:
         generator = torch.Generator().manual_seed(derive(Stream.INIT_A, seed, client))
         yield adapters.initial_a(generator)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-_GO_ON = "Start the same command again: it goes on from the last checkpoint"
+_GO_ON = "Start the same command again: it resumes from the last checkpoint"
 
 
 @dataclass
@@ -44,7 +44,7 @@ def judge(reason: str, found: Mapping[int, Report], size: int, records: Path | N
     """Name the processes that the others wait for, and where they are.
 
     Args:
-        reason: why the process that speaks cannot go on.
+        reason: why the process that speaks cannot continue.
         found: what is known of each process.
         size: number of processes.
         records: folder of what each process did last, where it could be written.

@@ -1,8 +1,8 @@
-"""How a process ends: as asked by SIGTERM, or because the run cannot go on.
+"""How a process ends: as asked by SIGTERM, or because the run cannot continue.
 
 SIGTERM is an orderly end, wherever a process is. So is SIGUSR1, with which Slurm tells that the
-time of a job is nearly over. A process whose run cannot go on tells the others, and says what they
-know.
+time of a job is nearly over. A process whose run cannot continue tells the others, and says what
+they know.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ class Watchdog:
         Takes some seconds, in which the others say where they are.
 
         Args:
-            reason: why this process cannot go on.
+            reason: why this process cannot continue.
         """
         self._gave_up_since = time.monotonic()
         with self._one_gives_up:

@@ -55,7 +55,7 @@ def require_same_mean(
                     *lines,
                     "  one of these machines has altered a number (memory, network or device). "
                     "Nothing of this round was written; look at the machine that stands alone, "
-                    "then start the same command again: it goes on from the last checkpoint",
+                    "then start the same command again: it resumes from the last checkpoint",
                 ]
             )
         )

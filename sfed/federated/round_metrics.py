@@ -38,7 +38,7 @@ def header(run: Run) -> list[str]:
         "examples",
         f"gamma = {method.alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gamma:.4g} with "
         f"N = {run.num_clients}, r = {run.config.lora.rank}; A starts {start}",
-        f"adapter: {layout.size:,} numbers per client; a round sends "
+        f"adapter: {layout.size:,} parameters per client; a round sends "
         f"{' and '.join(averaged) or 'nothing'} ({message_bytes(layout, averaged):,} bytes)",
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
         f"rows: padded ({run.why_padded})" if run.why_padded else "rows: short sequences packed",

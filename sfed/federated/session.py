@@ -161,7 +161,7 @@ def _train_and_export(
         resume.refuse_other_data(found, parts.data.digests)
         state = checkpoint.load(found, world, parts.clients)
         within = " and a part of the next" if state.is_within else ""
-        console.say(f"going on after round {state.finished_rounds}{within} ({found.folder})")
+        console.say(f"resuming after round {state.finished_rounds}{within} ({found.folder})")
     with sync.raise_everywhere(world, "making the run folder"):
         log = None
         if world.is_main:
@@ -188,7 +188,7 @@ def _train_and_export(
             export_adapters(parts, folder.path)
     else:
         console.say(
-            f"stopped as asked; the same command goes on from {folder.path / 'checkpoints'}"
+            f"stopped as asked; the same command resumes from {folder.path / 'checkpoints'}"
         )
     if log is not None:
         log.close()

@@ -101,7 +101,7 @@ class Adapters:
         In the sorted order of the layers' names, wherever they stand in a row.
 
         Returns:
-            (numbers of A,) fp32 on CPU; each A is uniform in +-1/sqrt(in).
+            (parameters of A,) fp32 on CPU; each A is uniform in +-1/sqrt(in).
         """
         row = torch.empty(self.layout.columns("A").stop)
         a_pieces = [piece for piece in self.layout.pieces if piece.factor == "A"]
@@ -111,7 +111,7 @@ class Adapters:
         return row
 
     def initial_head(self) -> torch.Tensor:
-        """The weights with which every client's head starts: (numbers of the head,) fp32."""
+        """The weights with which every client's head starts: (parameters of the head,) fp32."""
         if self.head is None:
             return torch.empty(0)
         names = [piece.layer for piece in self.layout.pieces if piece.factor == "head"]

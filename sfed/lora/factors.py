@@ -1,7 +1,7 @@
 """The factors of the clients of a pass: views of their flat rows, in the dtype of the pass.
 
-Shape suffixes: C clients, R LoRA rank, I in, O out, N numbers of a row. Layers that read the same
-input stand next to each other in a row, so that their A are one matrix.
+Shape suffixes: C clients, R LoRA rank, I in, O out, N parameters of a row. Layers that read the
+same input stand next to each other in a row, so that their A are one matrix.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the numbers of a client's adapter stand in its flat row."""
+"""Where the parameters of a client's adapter stand in its flat row."""
 
 from __future__ import annotations
 

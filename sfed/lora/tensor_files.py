@@ -17,7 +17,7 @@ def save_tensors(
     """Write a safetensors file that those may read who may read its folder.
 
     safetensors itself makes files for their owner alone, whatever the umask says; then neither a
-    server under another name could load an adapter, nor a colleague go on from a checkpoint.
+    server under another name could load an adapter, nor a colleague resume from a checkpoint.
     """
     save_file(dict(tensors), file, metadata=metadata)
     file.chmod(file.parent.stat().st_mode & _NEVER_MORE_THAN)

@@ -71,7 +71,7 @@ class Costs:
     """For the backward pass, by all layers."""
     kept_by_layer: Cost
     transient: Cost
-    """The most that comes and goes in forward and backward pass, beside what is kept."""
+    """Peak of the transient buffers of forward and backward pass, beside what is kept."""
     forward: Cost
     """The most that a pass without gradients holds at a time."""
     logits_per_token: int
@@ -80,7 +80,7 @@ class Costs:
     cache_per_token: int
     """Keys and values of all layers while answers are written."""
     optimizer_per_number: float
-    """What comes and goes in an optimizer step, per number of a client's row."""
+    """Transient buffers of an optimizer step, per number of a client's row."""
 
     @staticmethod
     def of_json(values: Mapping[str, Any]) -> Costs:

@@ -38,7 +38,7 @@ class ModelCounts:
 
 
 def counts_of(config: Config, meta: MetaModel) -> ModelCounts:
-    """Count weights and the numbers of the adapters, without memory for either.
+    """Count weights and the parameters of the adapters, without memory for either.
 
     The adapters are attached to the meta model, so this is done once.
 

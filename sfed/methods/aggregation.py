@@ -100,7 +100,7 @@ def share_draws(
     Args:
         world: the processes.
         clients: of this process.
-        draws: an A for each of them, (numbers of A,) fp32; none is kept.
+        draws: an A for each of them, (parameters of A,) fp32; none is kept.
         weights: (N,) of all clients, summing to 1.
 
     Returns:

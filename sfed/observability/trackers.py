@@ -107,7 +107,7 @@ class MetricLogger:
 
 @contextmanager
 def _spared(name: str, warn: Callable[[str], None]) -> Iterator[None]:
-    """Let the run go on whatever becomes of a tracker."""
+    """Let the run continue whatever becomes of a tracker."""
     try:
         yield
     except UserError:

@@ -2,7 +2,7 @@
 
 No GPU is touched and no weights are read: only the model's own configuration. What a pass costs in
 memory is counted on two of its layers, without computing them. Exit codes: 0 it fits, 1 it does not
-(and what would), 2 a mistake in the configuration or the arguments.
+(and what would), 2 an error in the configuration or the arguments.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Time is arithmetic: operations, bytes on the links, and stated assumptions.
 
-    operations per token = 4 P + 6 s d L + 6 (numbers of A and B)       [+ 2 P + 2 s d L + 2 (...)]
+    operations per token = 4 P + 6 s d L + 6 (parameters of A and B)  [+ 2 P + 2 s d L + 2 (...)]
 
 P weights of the matrix products (forward 2 P, gradients of inputs 2 P, frozen weights get none), s
 tokens of a row, d width, L layers: attention, causal; twice as much where it is not. In brackets

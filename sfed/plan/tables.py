@@ -55,7 +55,7 @@ def _memory(results: Json) -> Table:
         ("adapters: the round's start", needs["round_start"], ""),
         ("pass: copies of A and B", needs["copies"], "in the backbone's dtype"),
         ("pass: kept for backward", needs["activations"], kept),
-        ("pass: what comes and goes", max(needs["logits"], needs["transient"]), ""),
+        ("pass: transient buffers", max(needs["logits"], needs["transient"]), ""),
         ("or the optimizer's step", needs["optimizer"], "in place of the pass"),
         ("or evaluation", needs["evaluation"], "in place of the pass"),
         ("or writing answers", needs["writing"], "in place of the pass"),

@@ -1,7 +1,7 @@
 """Report: ``python -m sfed.report RUN [RUN ...]`` turns run folders into one ``report.html``.
 
 A folder of runs stands for all runs in it. The page holds its figures and loads nothing. It works
-on a run that is still going on. Needs no torch.
+on a run that is still running. Needs no torch.
 """
 
 from __future__ import annotations

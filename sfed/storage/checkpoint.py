@@ -1,4 +1,4 @@
-"""Checkpoints: a round is on disk whole or not at all, and any number of processes goes on from it.
+"""Checkpoints: a round is on disk whole or not at all, and any number of processes resumes from it.
 
     checkpoints/round-000010/            after 10 finished rounds
     checkpoints/round-000010-partial/    stopped by SIGTERM within the 11th
@@ -147,7 +147,7 @@ def load(found: CheckpointRef, world: World, clients: ClientStore) -> State:
             reason = one_line(error)
             raise CheckpointError(
                 f"the checkpoint {found.folder} cannot be read ({reason}); output.resume=FOLDER "
-                "goes on from another one"
+                "resumes from another one"
             ) from None
     stats = facts["ledger"]
     return State(

@@ -117,7 +117,7 @@ class Writer:
             world: the processes.
             clients: of this process.
             run_folder: of the run.
-            found: the checkpoint that the run goes on from.
+            found: the checkpoint that the run resumes from.
         """
         self._identity, self._world, self._clients = identity, world, clients
         self._parent = run_folder / "checkpoints"
@@ -341,6 +341,6 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint {folder} cannot be written ({one_line(error)}); "
-            "make room or set output.dir, then start again: the run goes on from the last whole "
+            "make room or set output.dir, then start again: the run resumes from the last whole "
             "checkpoint"
         ) from None

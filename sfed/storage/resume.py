@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest whole one, and never past one that may be whole.
+"""Which checkpoint a run resumes from: the newest whole one, and never past one that may be whole.
 
 Damage is what is in a checkpoint: a file that is missing or holds other bytes than were written.
 Then the checkpoint before is taken. Where the system does not let a checkpoint be read (rights, a
@@ -46,7 +46,7 @@ _NEWER = {"data_digests"}
 
 
 def find(run_folder: Path, resume: str) -> tuple[CheckpointRef | None, list[str]]:
-    """Return the checkpoint to go on from, and a note about each damaged one that was passed over.
+    """Return the checkpoint to resume from, and a note about each damaged one that was passed over.
 
     Args:
         run_folder: of the run.
@@ -90,7 +90,7 @@ def _no_checkpoint(run_folder: Path, reasons: Sequence[str]) -> str:
         f"no checkpoint of this run can be read, so nothing in {run_folder} was touched:\n  "
         + "\n  ".join(reasons)
         + "\nmend what keeps them from being read, or put back a copy, and start again; "
-        "output.resume=FOLDER goes on from a checkpoint elsewhere, output.resume=never moves this "
+        "output.resume=FOLDER resumes from a checkpoint elsewhere, output.resume=never moves this "
         "run aside and begins anew"
     )
 
@@ -100,7 +100,7 @@ def _newest_unreadable(problems: Sequence[tuple[Path, str]], older: Path) -> str
     return (
         "the newest checkpoint of this run cannot be read, so nothing in "
         f"{older.parent.parent} was touched:\n  {lines}\nthat is not damage, after which the one "
-        "before would be taken: mend what keeps it from being read and start again, or go on from "
+        "before would be taken: mend what keeps it from being read and start again, or resume from "
         f"the one before with output.resume={older}"
     )
 
@@ -116,7 +116,7 @@ def later_than(found: CheckpointRef, parent: Path) -> list[Path]:
 
 
 def refuse_other_run(found: CheckpointRef, config: Config, num_clients: int) -> None:
-    """Refuse to go on with settings under which the numbers would have been others.
+    """Refuse to resume with settings under which the numbers would have been others.
 
     Raises:
         CheckpointError: naming each key with both values.
@@ -132,7 +132,7 @@ def refuse_other_run(found: CheckpointRef, config: Config, num_clients: int) -> 
 
 
 def refuse_other_data(found: CheckpointRef, digests: Sequence[str]) -> None:
-    """Refuse to go on with rows that are not those of the run so far.
+    """Refuse to resume with rows that are not those of the run so far.
 
     Args:
         found: the checkpoint; one of an earlier version does not know its data.

@@ -150,7 +150,7 @@ class RunFolder:
         self._seen: Sight | None = None
 
     def look(self, world: World, console: Console) -> tuple[CheckpointRef | None, int]:
-        """Return the checkpoint to go on from, and N. Collective; only the lock is written.
+        """Return the checkpoint to resume from, and N. Collective; only the lock is written.
 
         Process 0 reads every byte of the checkpoint; the others believe it.
 
@@ -262,7 +262,7 @@ class RunFolder:
         Args:
             facts: what config.json says.
             held: what partition.json says, an entry for each client.
-            found: the checkpoint that the run goes on from.
+            found: the checkpoint that the run resumes from.
             state: None where the run begins.
             console: speaks on process 0.
 
@@ -327,7 +327,7 @@ class RunFolder:
         if self._sight() != self._seen:
             raise UserError(
                 f"output.name: another start has written to {self.path} since this one looked at "
-                "it, so this one has changed nothing; start again to go on from what is there, or "
+                "it, so this one has changed nothing; start again to resume from what is there, or "
                 "choose another output.name"
             )
 

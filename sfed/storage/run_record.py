@@ -153,7 +153,7 @@ class RunRecord:
         planned = number(self.config, "federated.num_rounds")
         if planned is None:
             return f"{done} rounds done"
-        going = "" if done >= planned else " so far (still going on, or stopped)"
+        going = "" if done >= planned else " so far (still running, or stopped)"
         return f"{done} of {planned:g} rounds{going}"
 
     def title(self, client: int) -> str:

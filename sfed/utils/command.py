@@ -70,7 +70,7 @@ def write_json(path: Path | None, results: object) -> None:
 
 
 def run_command(command: Callable[[Sequence[str]], None]) -> None:
-    """Run ``command(sys.argv[1:])`` and turn a user's mistake into one message and exit code 2.
+    """Run ``command(sys.argv[1:])`` and turn a user's error into one message and exit code 2.
 
     Only process 0 speaks: under a launcher every process meets the same mistake. Nothing that the
     command makes can be written by everybody, whatever the umask, and no traceback shows a secret.

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 
 class UserError(ValueError):
-    """A mistake in the configuration, the data or the arguments: one plain message, exit code 2.
+    """An error in the configuration, the data or the arguments: one plain message, exit code 2.
 
     The message names the key or file, the value, the bound and the remedy. It may come from any
     process; only process 0 prints it.

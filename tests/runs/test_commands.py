@@ -59,7 +59,7 @@ def test_the_demo_learns_on_two_processes(tmp_path: Path) -> None:
     assert "8 clients on 2 processes" in output
     assert_each_has_its_own_style(tmp_path / "runs" / "demo", share=0.8)
     again = torchrun(2, folder=tmp_path)
-    assert "going on after round 5" in again
+    assert "resuming after round 5" in again
 
 
 @pytest.mark.full

@@ -136,7 +136,7 @@ def test_a_node_that_is_lost_and_comes_back_is_taken_in_again(
     job.go_on()
     agents[1] = job.torchrun(1, "2", restarts=3)
     assert netns.wait(agents) == [0, 0], job.log(0) + job.log(1)
-    assert "going on after round" in job.log(0)
+    assert "resuming after round" in job.log(0)
     assert runs.identical(job.undisturbed(2), runs.adapters(job.run_folder))
 
 

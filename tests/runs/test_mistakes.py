@@ -728,7 +728,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
     said, complained = capsys.readouterr()
     (warning,) = [line for line in said.splitlines() if "warning: " in line]
     assert str(checkpoints / "round-000002") in warning and "passed over" in warning
-    assert "going on after round 1 " in said
+    assert "resuming after round 1 " in said
     assert "Traceback" not in said + complained
     rounds = [event["round"] for event in metrics.read_events(checkpoints.parent / "metrics.jsonl")]
     assert rounds == [0, 1, 2, 3]
@@ -805,7 +805,7 @@ def make_sick(
 
 
 def stopped(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a run says that cannot go on: one plain message, exit code 1."""
+    """What a run says that cannot continue: one plain message, exit code 1."""
     with pytest.raises(SystemExit) as raised:
         train.main(arguments)
     assert raised.value.code == 1
@@ -892,9 +892,9 @@ def test_too_many_bad_rounds_stop_the_run_and_name_the_key(folder, monkeypatch, 
         complained = stopped(written(folder, settings), capsys)
     for word in ("round 2", "client 1", "federated.max_bad_rounds is 1"):
         assert word in complained
-    # Round 1 is on disk; with the client well again the run goes on from there.
+    # Round 1 is on disk; with the client well again the run resumes from there.
     train.main(written(folder, settings))
-    assert "going on after round 1 " in capsys.readouterr().out
+    assert "resuming after round 1 " in capsys.readouterr().out
     assert_finite(folder / "runs" / "run" / "adapters" / "client-0001")
 
 

@@ -66,7 +66,7 @@ def test_a_process_killed_in_the_middle_of_a_round_costs_nothing_but_that_round(
     assert [event["round"] for event in runs.rounds(folder)] == [0, 1, 2]
     again = ends_of(2, runs.train_settings, own)
     assert [end.code for end in again] == [0, 0], again
-    assert "going on after round" in again[0].said
+    assert "resuming after round" in again[0].said
     undisturbed = calm(2)
     assert runs.identical(runs.adapters(undisturbed), runs.adapters(folder))
     assert [event["round"] for event in runs.rounds(folder)] == [0, 1, 2, 3, 4]

@@ -1,6 +1,6 @@
 """Tests of the optimizer: every client against torch.optim run on its own.
 
-Shape suffixes: C clients, N numbers of a row.
+Shape suffixes: C clients, N parameters of a row.
 """
 
 import math

@@ -127,7 +127,7 @@ def test_a_process_that_hangs_or_fails_is_named_with_its_place(
     assert survivor.code == 1 and culprit.code in (1, -signal.SIGKILL)
     (line,) = [line for line in survivor.said.splitlines() if line.startswith("  process ")]
     assert line.startswith("  process 1 (pid ") and words in line
-    assert "goes on from the last checkpoint" in survivor.said
+    assert "resumes from the last checkpoint" in survivor.said
     if how == "asleep":
         assert "in sleep" not in line and "tests/unit/distributed/test_watchdog.py" in line, (
             "where it hangs"
