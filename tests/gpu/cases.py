@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sfed.clients import optimizer
+from sfed.clients.optimizer import StackedOptimizer
 from sfed.distributed import world as distributed
 from sfed.memory.costs import USABLE_SHARE
 from tests.gpu import measure, meters
@@ -245,7 +245,7 @@ def an_error_ends_all_processes(device: str, folder: Path) -> Figures:
 
 def _train_and_fail(settings: dict[str, Any]) -> None:
     """Train; process 1 fails at its third optimizer step."""
-    steps, own = [0], optimizer.step
+    steps, own = [0], StackedOptimizer.step
 
     def step(*arguments: Any, **options: Any) -> Any:
         steps[0] += 1
@@ -253,7 +253,7 @@ def _train_and_fail(settings: dict[str, Any]) -> None:
             raise torch.OutOfMemoryError("injected: out of memory")
         return own(*arguments, **options)
 
-    optimizer.step = step
+    StackedOptimizer.step = step
     runs.train_settings(settings)
 
 
@@ -267,7 +267,7 @@ def host_seldom_waits(device: str, folder: Path) -> Figures:
 
 def _waits_of_steps(settings: dict[str, Any]) -> Figures:
     """Train and count between the first optimizer step and the last, of one group of clients."""
-    own, steps = optimizer.step, SGD["local_steps"]
+    own, steps = StackedOptimizer.step, SGD["local_steps"]
     counting: list[Any] = []
     found: Figures = {}
 
@@ -284,7 +284,7 @@ def _waits_of_steps(settings: dict[str, Any]) -> Figures:
             found["waits_per_step"] = waits.total() / counting[2]
             found["places"] = meters.most_common(waits)
 
-    optimizer.step = step
+    StackedOptimizer.step = step
     runs.train_settings(settings)
     return found
 

@@ -113,18 +113,26 @@ def _wait_for_moment(
     run_folder: Path, num_rounds: int, left: int, chance: random.Random, processes: list[Any]
 ) -> None:
     """Wait for some time from the start, or for a round and some time within it."""
-    begin = time.monotonic()
+    begin, done = time.monotonic(), _finished(run_folder)
+    # A fast machine must not be done before: the last quarter of the run is left alone.
+    latest = num_rounds - num_rounds // 4
     if chance.random() < _SHARE_OF_TIMED_KILLS:
-        time.sleep(chance.uniform(0.0, _SECONDS_OF_START))
-        return
-    done = _finished(run_folder)
-    # So that all kills find a place in the run.
-    target = done + 1 + chance.uniform(0.0, 1.5) * (num_rounds - done) / (left + 1)
+        target, rest = latest, chance.uniform(0.0, _SECONDS_OF_START)
+    else:
+        # So that all kills find a place in the run.
+        target = min(
+            latest, done + 1 + int(chance.uniform(0.0, 1.5) * (latest - done) / (left + 1))
+        )
+        rest = HANG_SECONDS
     while _finished(run_folder) < target and all(process.is_alive() for process in processes):
-        if time.monotonic() - begin > HANG_SECONDS:
+        waited = time.monotonic() - begin
+        if waited > rest < HANG_SECONDS:
+            return
+        if waited > HANG_SECONDS:
             raise TakesTooLongError("no progress")
         time.sleep(0.002)
-    time.sleep(chance.uniform(0.0, 0.2))
+    # Somewhere within a round of a few hundredths of a second.
+    time.sleep(chance.uniform(0.0, 0.05))
 
 
 def _finished(run_folder: Path) -> int:
