@@ -12,15 +12,20 @@ from __future__ import annotations
 import datetime
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future
 
 import torch.distributed as dist
 
 from sfed.distributed.store import Store
-from sfed.utils.errors import MissingProcessError
+from sfed.utils.errors import MissingProcessError, UserError
+from sfed.utils.text import one_line
 
 _SECONDS_BETWEEN_LOOKS = 0.02
+_SECONDS_BETWEEN_PAUSES = 0.5
 
 
 def agree_on_attempt(
@@ -137,23 +142,82 @@ def open_store(
 
     Raises:
         MissingProcessError: naming the processes that did not come before the deadline.
+        UserError: where another program uses the port.
     """
     environment = os.environ
     if size == 1:
         return dist.HashStore()
     agent_serves = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        environment["MASTER_ADDR"],
-        int(environment["MASTER_PORT"]),
+    store = _connect(
+        (environment["MASTER_ADDR"], int(environment["MASTER_PORT"])),
         size,
+        deadline_seconds,
+        pause,
         is_master=process == 0 and not agent_serves,
-        timeout=datetime.timedelta(seconds=deadline_seconds),
-        wait_for_workers=False,  # it cannot say who is missing
     )
     of_group = dist.PrefixStore(f"sfed/{environment.get('SFED_GROUP', 'run')}", store)
     # torchrun keeps its store over a restart, with all that the processes said that died.
     attempt = agree_on_attempt(of_group, process, size, deadline_seconds, pause)
     return dist.PrefixStore(attempt, of_group)
+
+
+def _connect(
+    address: tuple[str, int],
+    size: int,
+    deadline_seconds: float,
+    pause: Callable[[], None],
+    *,
+    is_master: bool,
+) -> dist.Store:
+    """Serve the store or connect to it.
+
+    A thread does it: where another program holds the port and says nothing, the call stays for
+    longer than the deadline.
+    """
+    host, port = address
+    opened: Future[dist.Store] = Future()
+
+    def connect() -> None:
+        try:
+            opened.set_result(
+                dist.TCPStore(
+                    host,
+                    port,
+                    size,
+                    is_master=is_master,
+                    timeout=datetime.timedelta(seconds=deadline_seconds),
+                    wait_for_workers=False,  # it cannot say who is missing
+                )
+            )
+        except RuntimeError as error:
+            opened.set_exception(error)
+
+    threading.Thread(target=connect, name="sfed store", daemon=True).start()
+    end = time.monotonic() + deadline_seconds
+    while time.monotonic() < end:
+        if futures.wait([opened], _SECONDS_BETWEEN_PAUSES).done:
+            return _store_of(opened, address)
+        pause()
+    raise MissingProcessError(
+        f"joining: {host}:{port} (MASTER_ADDR, MASTER_PORT) did not answer as process 0 within "
+        f"{deadline_seconds:g} s (federated.deadline_seconds); is process 0 there, or does another "
+        "program use this port? set MASTER_PORT to a free one on all processes"
+    )
+
+
+def _store_of(opened: Future[dist.Store], address: tuple[str, int]) -> dist.Store:
+    try:
+        return opened.result()
+    except RuntimeError as error:
+        reason = one_line(error)
+        if "EADDRINUSE" in reason or "already in use" in reason:
+            raise UserError(
+                f"MASTER_PORT = {address[1]}: another program on this machine uses the port; set "
+                "MASTER_PORT to a free one on all processes"
+            ) from None
+        raise MissingProcessError(
+            f"joining: {address[0]}:{address[1]} (MASTER_ADDR, MASTER_PORT): {reason}"
+        ) from None
 
 
 def prefixed(store: dist.Store, prefix: str) -> dist.Store:

@@ -14,6 +14,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
+from sfed.distributed.sync import EndedProcessError
 from sfed.distributed.world import World
 from sfed.utils.errors import MissingProcessError
 from sfed.utils.text import one_line
@@ -51,6 +52,7 @@ class StopRequest:
         """
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
+        self._world.watch.hear_signals()
 
     def training_begins(self, *, in_step: bool) -> None:
         """From now on there is something to write; ``in_step`` = all count passes alike."""
@@ -78,10 +80,15 @@ class StopRequest:
 
         Args:
             place: where the loop is now, for whoever waits for it.
+
+        Raises:
+            EndedProcessError: where another process has ended: nothing of this round can be kept.
         """
         self._passes += 1
         watch, store = self._world.watch, self._world.store
         watch.at(place)
+        if watch.has_somebody_ended:
+            raise EndedProcessError(f"{place}: another process has ended")
         if self._asked and not watch.is_asked_to_stop:
             self._announce()
         if self._in_step:

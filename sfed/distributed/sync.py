@@ -111,15 +111,24 @@ def leave_store_last(world: World) -> None:
 def raise_everywhere(world: World, name: str) -> Iterator[None]:
     """Make a user's mistake met by one process the mistake of all of them. Collective.
 
+    The body may be collective too: processes that wait in it for the one that failed are told.
+
     Raises:
         UserError: on every process, where the body raised it on any; of the subclass that it was.
     """
-    mistake: list[str] | None = None
+    mistake: UserError | None = None
     try:
         yield
     except UserError as error:
-        mistake = [str(error), kind_of(error)]
-    mistakes = [other for other in gather_json(world, name, mistake) if other is not None]
+        mistake = error
+        world.watch.tell_mistake(str(error))
+    told = None if mistake is None else [str(mistake), kind_of(mistake)]
+    try:
+        mistakes = [other for other in gather_json(world, name, told) if other is not None]
+    except MissingProcessError:
+        if mistake is not None:  # the others wait for this process, and not the other way about
+            raise mistake from None
+        raise
     if mistakes:
         message = "\n".join(sorted({text for text, _ in mistakes}))
         raise made_of({kind for _, kind in mistakes}, message)

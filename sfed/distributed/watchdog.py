@@ -1,8 +1,9 @@
 """Where each process is, for whoever waits for it; and an end for a process that hangs.
 
 The training loop says where it is. One background thread repeats that to the others through the
-store and hears whether one of them has ended. A second one only looks at the clock: calls into the
-store or into a collective may never come back when the network is gone, and it must.
+store and hears whether one of them has ended; it also looks after the next process, so that a
+process that dies without a word is noticed within seconds. A second one only looks at the clock:
+calls into the store or into a collective may never come back when the network is gone, and it must.
 
 A heartbeat file is renewed by the loop itself, never by a thread, which would beat on while the
 loop hangs.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -24,7 +26,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sfed.distributed.diagnosis import Report, judge
+from sfed.distributed.liveness import Identity, Silence
 from sfed.utils.errors import UserError
+from sfed.utils.launcher import Launch
 
 HEARTBEAT_VARIABLE = "SFED_HEARTBEAT_FILE"
 _SECONDS_BETWEEN_BEATS = 1.0
@@ -35,6 +39,8 @@ _SECONDS_FOR_OTHERS = 4.0
 _SECONDS_TO_TELL = 2.0
 _SECONDS_TO_LEAVE = 20.0
 """For the main thread to end after another process has, or after it has given up itself."""
+_SECONDS_TO_LEAVE_THE_DEAD = 2.0
+"""The same where another process is gone: there is nothing that could still come from it."""
 _SLACK_SECONDS = 3.0
 """Where the main thread has a deadline of its own it comes first, because it can tidy up."""
 
@@ -81,8 +87,7 @@ class Watchdog:
 
     def __init__(
         self,
-        process: int,
-        size: int,
+        here: Launch,
         deadline_seconds: float,
         store: Any,
         heartbeat: Heartbeat,
@@ -91,8 +96,7 @@ class Watchdog:
         """Begin to watch.
 
         Args:
-            process: the number of this one.
-            size: number of processes.
+            here: this process among all.
             deadline_seconds: longest stay at one place of the loop, and longest wait for others.
             store: shared by all processes, over a connection that no wait holds.
             heartbeat: renewed whenever the loop gets on.
@@ -102,17 +106,26 @@ class Watchdog:
         self.on_pause: Callable[[], None] = lambda: None
         self.is_asked_to_stop = False
         """Whether some process has been asked to stop (``shutdown``)."""
-        self._process, self._size, self._deadline = process, size, deadline_seconds
+        self._process, self._size, self._deadline = here.rank, here.size, deadline_seconds
         self._store, self._heartbeat, self._flight_record = store, heartbeat, flight_record
         self._place, self._since, self._is_waiting = "starting", time.monotonic(), False
         self._is_bounded = False
         self._ended_since: float | None = None
+        self._is_somebody_gone = False
+        self._store_failed_since: float | None = None
+        self._mistake_since: float | None = None
+        self._mistake = ""
         self._gave_up_since: float | None = None
+        self._last_words = ""
+        self._is_told_to_stop = False
+        self._signals: int | None = None
+        self._silences: dict[int, Silence] = {}
         self._one_gives_up = threading.Lock()
         self._left = threading.Event()
         self._main = threading.main_thread()
-        if size > 1:
-            store.set(f"who/{process}", json.dumps([os.getpid(), socket.gethostname()]))
+        if here.size > 1:
+            own = Identity.of_this_process(socket.gethostname())
+            store.set(f"who/{here.rank}", json.dumps(own.as_json()))
             for work in (self._talk, self._look_at_the_clock):
                 threading.Thread(target=work, name=f"sfed{work.__name__}", daemon=True).start()
 
@@ -137,8 +150,8 @@ class Watchdog:
 
     def whereabouts(self, peer: int) -> str:
         """Where another process was when it last said so, and how to look at it."""
-        key = f"who/{peer}"
-        pid, host = json.loads(self._store.get(key)) if self._store.check([key]) else ("?", "?")
+        who = _identity(self._store, peer)
+        pid, host = ("?", "?") if who is None else (who.pid, who.host)
         return (
             f"process {peer} is at {_posted(self._store, peer)[1]} (py-spy dump --pid {pid} on "
             f"{host} shows what it does)"
@@ -150,8 +163,18 @@ class Watchdog:
         return self._ended_since is not None
 
     def leave(self) -> None:
-        """Stop watching."""
+        """Stop watching, and tell the others that this process may go."""
+        if self._size > 1 and not self._left.is_set():
+            key = f"left/{self._process}"
+            self._ask_store(lambda: self._store.set(key, ""), _SECONDS_TO_TELL)
         self._left.set()
+
+    def hear_signals(self) -> None:
+        """Hear of signals also while the main thread is inside a call that never comes back."""
+        self._signals, written = os.pipe()
+        for end in (self._signals, written):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
 
     def report(self, reason: str | None = None) -> Report:
         """Where this process is now, and why it ends, where it has a reason of its own."""
@@ -167,15 +190,34 @@ class Watchdog:
             reason=reason,
         )
 
+    def tell_mistake(self, mistake: str) -> None:
+        """Let the others know of a mistake that only this process met.
+
+        They come to hear of it at the meeting that follows, but for those that wait inside a
+        collective for this process: they end, and say why.
+        """
+        if self._size > 1:
+            said = json.dumps([self._process, mistake])
+            self._ask_store(lambda: self._store.set("mistake", said), _SECONDS_TO_TELL)
+
     def tell_end(self, reason: str) -> None:
-        """Let the others know that this process ends, so that they do not wait for it."""
+        """Let the others know that this process ends, so that they do not wait for it.
+
+        From here on it has some seconds to end by itself; a clean-up may hang.
+        """
+        error = sys.exc_info()[1]
+        self._last_words = "" if error is None else "".join(traceback.format_exception(error))
+        self._gave_up_since = time.monotonic()
         if self._size > 1:
             report = self.report(reason)
             self._ask_store(lambda: self._publish(report), _SECONDS_TO_TELL)
 
-    def _publish(self, report: Report) -> None:
-        self._store.set(f"ended/{self._process}", report.to_json())
+    def _publish(self, report: Report, *, of: int | None = None) -> None:
+        """Say that a process has ended: this one, or one that is gone without having said so."""
+        self._store.set(f"ended/{self._process if of is None else of}", report.to_json())
         self._store.set("ended", "")
+        if of is not None:
+            self._store.set("gone", "")
 
     def give_up(self, reason: str) -> str:
         """Find out which processes are waited for and where they are; keep a record of this one.
@@ -220,7 +262,8 @@ class Watchdog:
             last = _posted(store, peer)
             found[peer] = Report(place=last[1], is_silent=last == first[peer])
         for peer, report in found.items():
-            report.pid, report.host = json.loads(store.get(f"who/{peer}"))
+            who = _identity(store, peer)
+            report.pid, report.host = (None, None) if who is None else (who.pid, who.host)
 
     def _keep_record(self, own: Report) -> Path | None:
         """Write what this process did last into the run folder, for whoever looks for the cause."""
@@ -237,32 +280,90 @@ class Watchdog:
         return self.debug_folder
 
     def _talk(self) -> None:
-        """Repeat where this process is; hear whether another has ended or was asked to stop."""
+        """Repeat where this process is; hear what has become of the others."""
         count = 0
-        with suppress(RuntimeError):  # without the store the clock alone has to do
+        try:
             while not self._left.is_set():
                 count += 1
                 self._store.set(f"at/{self._process}", json.dumps([count, self._place]))
-                if self._ended_since is None and self._store.check(["ended"]):
-                    self._ended_since = time.monotonic()
-                self.is_asked_to_stop = self.is_asked_to_stop or self._store.check(["stop"])
+                self._look_after_others()
+                self._hear()
                 self._left.wait(_SECONDS_BETWEEN_POSTS)
+        except RuntimeError:  # whoever serves the store has gone
+            self._store_failed_since = time.monotonic()
+
+    def _hear(self) -> None:
+        """Whether some process has ended, met a mistake or was asked to stop."""
+        store = self._store
+        if self._ended_since is None and store.check(["ended"]):
+            self._is_somebody_gone = store.check(["gone"])
+            self._ended_since = time.monotonic()
+        if self._mistake_since is None and store.check(["mistake"]):
+            process, text = json.loads(store.get("mistake"))
+            if process != self._process:
+                self._mistake, self._mistake_since = f"process {process}: {text}", time.monotonic()
+        self.is_asked_to_stop = self.is_asked_to_stop or store.check(["stop"])
+
+    def _look_after_others(self) -> None:
+        """Say of a process that is gone that it has ended, because it did not.
+
+        Each process looks after the next one; one that was told to stop, after all others: its
+        launcher has missed somebody.
+        """
+        peers = {(self._process + 1) % self._size}
+        if self._is_told_to_stop:
+            peers = set(range(self._size))
+        for peer in peers - {self._process}:
+            is_over = any(self._store.check([f"{key}/{peer}"]) for key in ("ended", "left"))
+            if not is_over and (reason := self._why_gone(peer)):
+                place = str(_posted(self._store, peer)[1])
+                self._publish(Report(place=place, reason=reason), of=peer)
+
+    def _why_gone(self, peer: int) -> str | None:
+        """What shows that a process is gone; None where nothing does."""
+        who = _identity(self._store, peer)
+        is_gone = None if who is None else who.is_gone()
+        if is_gone is not None:
+            return (
+                "it is gone without a word, as after kill -9 or out of memory" if is_gone else None
+            )
+        silence = self._silences.setdefault(peer, Silence())
+        count = int(_posted(self._store, peer)[0])
+        if silence.is_too_long(count, is_told_to_stop=self._is_told_to_stop):
+            return "it gives no sign of life: it, its machine or the network is gone"
+        return None
 
     def _look_at_the_clock(self) -> None:
         """End this process where its main thread stays anywhere for too long."""
         while not self._left.wait(_SECONDS_BETWEEN_LOOKS):
             now = time.monotonic()
+            self._hear_signals()
             if self._gave_up_since is not None:
                 if now - self._gave_up_since > _SECONDS_TO_LEAVE:
+                    sys.stderr.write(self._last_words)  # which nobody has seen yet
+                    sys.stderr.flush()
                     os._exit(1)
                 continue
             stays = now - self._since
             limit = self._deadline + (_SLACK_SECONDS if self._is_waiting else 0.0)
             if (self._is_bounded or self._is_waiting) and stays > limit:
                 self._end(f"no progress for {self._deadline:g} s (federated.deadline_seconds)")
-            ended = self._ended_since
-            if ended is not None and min(stays, now - ended) > _SECONDS_TO_LEAVE:
-                self._end("another process has ended")
+            for since, grace, reason in self._ends():
+                if since is not None and min(stays, now - since) > grace:
+                    self._end(reason)
+
+    def _ends(self) -> Iterator[tuple[float | None, float, str]]:
+        """Why this process has to end, since when, and how long it may take by itself."""
+        grace = _SECONDS_TO_LEAVE_THE_DEAD if self._is_somebody_gone else _SECONDS_TO_LEAVE
+        yield self._ended_since, grace, "another process has ended"
+        yield self._mistake_since, _SECONDS_TO_LEAVE, self._mistake
+        gone = "the process that serves the launcher's store has gone"
+        yield self._store_failed_since, _SECONDS_TO_LEAVE_THE_DEAD, gone
+
+    def _hear_signals(self) -> None:
+        with suppress(BlockingIOError):
+            if self._signals is not None and os.read(self._signals, 64):
+                self._is_told_to_stop = True
 
     def _end(self, reason: str) -> NoReturn:
         verdict = self.give_up(reason)
@@ -276,6 +377,11 @@ def _posted(store: Any, peer: int) -> list[Any]:
     key = f"at/{peer}"
     said: list[Any] = json.loads(store.get(key)) if store.check([key]) else [0, "starting"]
     return said
+
+
+def _identity(store: Any, peer: int) -> Identity | None:
+    key = f"who/{peer}"
+    return Identity(**json.loads(store.get(key))) if store.check([key]) else None
 
 
 def _enqueued(record: dict[str, Any]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sfed.distributed import devices
 from sfed.distributed.rendezvous import open_store
 from sfed.distributed.watchdog import Heartbeat, Watchdog
-from sfed.utils.errors import UserError
-from sfed.utils.launcher import launch
+from sfed.utils.errors import MissingProcessError, UserError
+from sfed.utils.launcher import Launch, launch
 
 SECONDS_OF_SLACK = 5.0
 """What a collective waits beyond the deadline, at which ``watchdog`` says who keeps it waiting."""
@@ -58,40 +60,35 @@ def start(deadline_seconds: float) -> World:
 
     Raises:
         MissingProcessError: naming the processes that did not come before the deadline.
-        UserError: where the heartbeat file cannot be written, or torch.distributed is in use.
+        UserError: where the heartbeat file cannot be written, torch.distributed is in use, or a GPU
+            cannot be used.
     """
     if dist.is_initialized():
         raise UserError(
             "torch.distributed is initialised already in this process, and a run makes a process "
             "group of its own; call torch.distributed.destroy_process_group() before"
         )
-    environment, here = os.environ, launch()
-    process, size, local_rank = here.rank, here.size, here.local_rank
-    heartbeat = Heartbeat.of_environment(local_rank)
-    device, per_device = torch.device("cpu"), here.local_size
-    if "OMP_NUM_THREADS" not in environment:  # torchrun sets it, deepspeed and python do not
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here.local_size))
-    if torch.cuda.is_available():
-        num_devices = torch.cuda.device_count()
-        device = torch.device("cuda", local_rank % num_devices)
-        per_device = -(-here.local_size // num_devices)
-        torch.cuda.set_device(device)
-    # fp32 is fp32: no matrix product is rounded to TF32, whatever the GPU or the environment says.
-    torch.set_float32_matmul_precision("highest")
-    # NCCL refuses two processes on one device; gloo carries CUDA tensors through host memory.
-    backend = "nccl" if device.type == "cuda" and per_device == 1 else "gloo"
-    store = open_store(process, size, deadline_seconds, heartbeat.renew)
+    here = launch()
+    heartbeat = Heartbeat.of_environment(here.local_rank)
+    devices.set_arithmetic(here)
+    device = devices.choose(here.local_rank)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _COLLECTIVES_REMEMBERED)
+    store = open_store(here.rank, here.size, deadline_seconds, heartbeat.renew)
     whole: Any = store  # torch's types do not know clone
-    side_store = whole.clone() if size > 1 else store
-    watch = Watchdog(process, size, deadline_seconds, side_store, heartbeat, flight_record)
-    environment.setdefault("TORCH_FR_BUFFER_SIZE", _COLLECTIVES_REMEMBERED)
+    side_store = whole.clone() if here.size > 1 else store
+    watch = Watchdog(here, deadline_seconds, side_store, heartbeat, flight_record)
+    sharing = _processes_on(device, here, store, deadline_seconds)
+    # NCCL refuses two processes on one device; gloo carries CUDA tensors through host memory.
+    backend = "nccl" if device.type == "cuda" and sharing == 1 else "gloo"
     timeout = datetime.timedelta(seconds=deadline_seconds + SECONDS_OF_SLACK)
-    dist.init_process_group(backend, store=store, rank=process, world_size=size, timeout=timeout)
+    dist.init_process_group(
+        backend, store=store, rank=here.rank, world_size=here.size, timeout=timeout
+    )
     return World(
-        process,
-        local_rank,
-        size,
-        per_device,
+        here.rank,
+        here.local_rank,
+        here.size,
+        sharing,
         device,
         deadline_seconds,
         store,
@@ -100,11 +97,45 @@ def start(deadline_seconds: float) -> World:
     )
 
 
+def _processes_on(
+    device: torch.device, here: Launch, store: dist.Store, deadline_seconds: float
+) -> int:
+    """How many processes compute on this process's device. Collective.
+
+    Two processes may see one device under different numbers, or two devices under one, where the
+    launcher shows each process a device of its own.
+    """
+    own = devices.identity(device, socket.gethostname())
+    store.set(f"device/{here.rank}", own)
+    keys = [f"device/{rank}" for rank in range(here.size)]
+    try:
+        store.wait(keys, datetime.timedelta(seconds=deadline_seconds))
+    except RuntimeError:
+        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        raise MissingProcessError(
+            f"choosing devices: process {', '.join(missing)} of {here.size} did not come within "
+            f"{deadline_seconds:g} s (federated.deadline_seconds)"
+        ) from None
+    return sum(store.get(key).decode() == own for key in keys)
+
+
+def abandon(world: World) -> None:
+    """Drop the connections to the other processes after an error, without waiting for any.
+
+    NCCL's orderly end is a collective, which others do not come to: it would hang, and the reason
+    of the error would not be seen. The watchdog ends the process where even this hangs.
+    """
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        # No public name for it yet.
+        dist.distributed_c10d._abort_process_group()
+    stop(world)
+
+
 def stop(world: World) -> None:
-    """Leave the process group. No collective: it is safe after an error on one process."""
-    world.watch.leave()
+    """Leave the process group at a good end; see ``abandon`` for another end."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    world.watch.leave()
 
 
 def flight_record() -> dict[str, Any]:

@@ -84,6 +84,11 @@ def _unchanged_process() -> Iterator[None]:
     """Restore what a session changes in the process of its caller."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     environment = dict(os.environ)
+    matmul = torch.backends.cuda.matmul
+    reduces, has_cudnn = (
+        matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
+    )
     has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     # DeepSpeed, which other libraries import too, otherwise announces its own guess.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -94,6 +99,8 @@ def _unchanged_process() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
+        matmul.allow_bf16_reduced_precision_reduction = reduces
+        torch.backends.cuda.enable_cudnn_sdp(has_cudnn)
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
@@ -131,19 +138,15 @@ def run_session(
         with ending(world):
             if on_start is not None:
                 on_start(world, stop)
-            start = fingerprints.at_start(config)
-            consistency.require_same(world, "configuration and versions", start)
-            found, num_clients = folder.look(world, console)
-            parts = build(
-                config, world, num_clients, console, checkpoint.clients_per_pass(found, world)
-            )
-            finished = _train_and_export(parts, found, folder, console, stop)
-            if finished and not one_of_many:
-                _close(parts, folder.path, console)
+            finished = _build_and_train(config, world, folder, console, stop)
             sync.leave_store_last(world)
     except StoppedEarlyError:
+        distributed.abandon(world)
         console.say("stopped as asked, before training began")
         return SessionEnd(folder.path, was_asked_here=True)
+    except BaseException:
+        distributed.abandon(world)
+        raise
     finally:
         console.end_rounds()
         folder.close()
@@ -151,41 +154,56 @@ def run_session(
     return SessionEnd(folder.path, finished, stop.came_here)
 
 
+def _build_and_train(
+    config: Config, world: World, folder: RunFolder, console: Console, stop: StopRequest
+) -> bool:
+    """Find what there is of the run, build it and train it; returns whether all rounds are done."""
+    start = fingerprints.at_start(config)
+    consistency.require_same(world, "configuration and versions", start)
+    found, num_clients = folder.look(world, console)
+    shared = checkpoint.clients_per_pass(found, world)
+    run = build(config, world, num_clients, console, shared)
+    finished = _train_and_export(run, found, folder, console, stop)
+    if finished and not folder.one_of_many:
+        _close(run, folder.path, console)
+    return finished
+
+
 def _train_and_export(
-    parts: Run, found: CheckpointRef | None, folder: RunFolder, console: Console, stop: StopRequest
+    run: Run, found: CheckpointRef | None, folder: RunFolder, console: Console, stop: StopRequest
 ) -> bool:
     """Resume or begin, train, write the adapters; returns whether all rounds are done."""
-    world, total = parts.world, parts.config.federated.num_rounds
+    world, total = run.world, run.config.federated.num_rounds
     state: State | None = None
     if found is not None:
-        resume.refuse_other_data(found, parts.data.digests)
-        state = checkpoint.load(found, world, parts.clients)
+        resume.refuse_other_data(found, run.data.digests)
+        state = checkpoint.load(found, world, run.clients)
         within = " and a part of the next" if state.is_within else ""
         console.say(f"resuming after round {state.finished_rounds}{within} ({found.folder})")
     with sync.raise_everywhere(world, "making the run folder"):
         log = None
         if world.is_main:
-            held = parts.data.summary["clients"]
-            log = folder.make(round_metrics.describe_run(parts), held, found, state, console)
+            held = run.data.summary["clients"]
+            log = folder.make(round_metrics.describe_run(run), held, found, state, console)
     if log is not None:
         log.add_to_next(console.end_of_start())
-    stop.training_begins(in_step=parts.backbone.sharding.is_sharded)
-    console.begin_rounds(0 if state is None else state.finished_rounds, total, score_names(parts))
+    stop.training_begins(in_step=run.backbone.sharding.is_sharded)
+    console.begin_rounds(0 if state is None else state.finished_rounds, total, score_names(run))
     identity = RunIdentity(
-        parts.config,
-        parts.num_clients,
-        parts.gamma,
-        parts.sharing.clients_per_pass,
-        parts.data.digests,
+        run.config,
+        run.num_clients,
+        run.gamma,
+        run.sharing.clients_per_pass,
+        run.data.digests,
     )
-    with Writer(identity, world, parts.clients, folder.path, found) as writer:
-        finished = rounds.train(parts, state, writer, RoundLog(parts, console, log), stop)
+    with Writer(identity, world, run.clients, folder.path, found) as writer:
+        finished = rounds.train(run, state, writer, RoundLog(run, console, log), stop)
         writer.finish()
     console.end_rounds()
     if finished:
         world.watch.at("writing the adapters")
         with sync.raise_everywhere(world, "writing the adapters"):
-            export_adapters(parts, folder.path)
+            export_adapters(run, folder.path)
     else:
         console.say(
             f"stopped as asked; the same command resumes from {folder.path / 'checkpoints'}"
@@ -195,15 +213,15 @@ def _train_and_export(
     return finished
 
 
-def _close(parts: Run, folder: Path, console: Console) -> None:
+def _close(run: Run, folder: Path, console: Console) -> None:
     """The closing table and where everything is."""
-    if not parts.world.is_main:
+    if not run.world.is_main:
         return
     events = read_rounds(folder).events
     evaluated = [event for event in events if _has_losses(event)]
     if evaluated:
         before = evaluated[0] if evaluated[0]["round"] == 0 else None
-        held = parts.data.summary["clients"]
+        held = run.data.summary["clients"]
         labels = {part["client"]: list(part["labels"] or ()) for part in held}
         names = {client: some[0] for client, some in labels.items() if len(some) == 1}
         console.closing_table(before, evaluated[-1], names)

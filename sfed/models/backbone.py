@@ -33,6 +33,7 @@ from sfed.models.hf_config import (
     cannot_load,
     choose_sharding,
     dtype_name,
+    is_of_the_machine,
 )
 from sfed.models.losses import TokenLosses, Traits
 from sfed.utils.errors import UserError
@@ -210,10 +211,12 @@ def load(config: Config, name: str, world: World, meta: MetaModel | None = None)
             attn_implementation=config.model.attention,
             trust_remote_code=config.backbone.trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # of a head with other classes; see heads.take_off
+            ignore_mismatched_sizes=True,  # of a head with other classes; see heads.detach_head
             key_mapping=heads.hide_mismatched_head(config, name) if sharding.is_sharded else None,
         )
     except CANNOT_LOAD as error:
+        if is_of_the_machine(error):
+            raise
         raise UserError(cannot_load(name, error)) from None
     model.requires_grad_(False)
     patch_blocks(model)

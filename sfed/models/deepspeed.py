@@ -62,13 +62,18 @@ def gathered_whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Non
 def prepare_deepspeed(config: Config, meta: MetaModel, dtype: torch.dtype) -> dict[str, Any]:
     """Let DeepSpeed join the processes that are there, and check its settings; returns them."""
     import deepspeed  # heavy, and only needed here
-    import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Otherwise the first start on a CPU compiles a C++ extension for most of a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # What a launcher would have set; DeepSpeed reads them even where the group exists.
-    os.environ.setdefault("LOCAL_RANK", "0")
+    if torch.cuda.is_available():
+        # DeepSpeed takes the GPU of this number, and the launcher's may be one nobody sees here.
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+    else:
+        import deepspeed.ops
+
+        # Otherwise the first start on a CPU compiles a C++ extension for most of a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # What a launcher would have set; DeepSpeed reads it even where the group exists.
+        os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(dist.get_backend())  # adopts the group that exists
     settings = deepspeed_settings(config, meta, dtype)
     try:

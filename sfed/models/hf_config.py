@@ -24,14 +24,16 @@ from transformers import (
 
 from sfed.config.schema import BackboneSection, Config
 from sfed.data.tasks import task_of
+from sfed.distributed.shutdown import is_lost_contact
 from sfed.distributed.sync import gather_json
 from sfed.distributed.world import World
-from sfed.utils.errors import UserError
+from sfed.utils.errors import ConfigError, UserError
 from sfed.utils.text import one_line, size_text
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # What transformers raises for weights that are not there, damaged, of another model or hostile.
 CANNOT_LOAD = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
+_BF16_CAPABILITY = (8, 0)  # of Ampere, the first GPUs that compute bf16 themselves
 # A replica may take this share of the memory that is free when the run starts; the rest is for
 # adapters, activations and logits.
 _REPLICA_SHARE = 0.5
@@ -53,10 +55,13 @@ class Sharding:
 
 
 def dtype_name(config: Config, world: World) -> str:
-    """Resolve ``model.dtype``: CPUs compute bf16 several times slower than fp32."""
+    """Resolve ``model.dtype``: CPUs and older GPUs compute bf16 several times slower than fp32."""
     if config.model.dtype != "auto":
         return config.model.dtype
-    return "bf16" if world.device.type == "cuda" else "fp32"
+    if world.device.type != "cuda":
+        return "fp32"
+    is_native = torch.cuda.get_device_capability(world.device) >= _BF16_CAPABILITY
+    return "bf16" if is_native else "fp32"
 
 
 def auto_class(config: Config) -> Any:
@@ -152,6 +157,13 @@ def classes_of_checkpoint(config: Config, name: str) -> int:
     return int(AutoConfig.from_pretrained(name, trust_remote_code=remote).num_labels)
 
 
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether loading failed for want of memory, a device or another process, not for the model."""
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and is_lost_contact(error)
+
+
 def cannot_load(name: str, error: Exception) -> str:
     """The message of a model that transformers refuses, with its reason in one line."""
     reason = one_line(error)
@@ -166,7 +178,15 @@ def cannot_load(name: str, error: Exception) -> str:
 
 
 def choose_sharding(config: Config, meta: MetaModel, dtype: torch.dtype, world: World) -> Sharding:
-    """Resolve ``backbone.sharding`` and say why. Collective: every process decides the same."""
+    """Resolve ``backbone.sharding`` and say why. Collective: every process decides the same.
+
+    Raises:
+        ConfigError: where sharding is asked for and processes share a GPU.
+    """
+    if world.device.type == "cuda":
+        most = max(gather_json(world, "processes on a GPU", world.processes_per_device))
+        if most > 1:
+            return _on_shared_gpus(config.backbone, most)
 
     def sizes() -> tuple[int, int]:
         share = free_bytes(world.device) // world.processes_per_device
@@ -174,6 +194,18 @@ def choose_sharding(config: Config, meta: MetaModel, dtype: torch.dtype, world: 
         return dtype.itemsize * meta.num_weights, free
 
     return resolve_sharding(config.backbone, world.size, sizes)
+
+
+def _on_shared_gpus(section: BackboneSection, processes: int) -> Sharding:
+    """A replica each: NCCL refuses such processes, and gloo would gather through host memory."""
+    for key, value in (("sharding", "zero3"), ("offload", "cpu")):
+        if getattr(section, key) == value:
+            raise ConfigError(
+                f"backbone.{key} = {value!r}: {processes} processes share a GPU, and ZeRO-3 would "
+                "gather every layer through host memory; start one process per GPU, each with "
+                "several clients (federated.num_clients), or set backbone.sharding=none"
+            )
+    return Sharding("none", f"a replica each, since {processes} processes share a GPU")
 
 
 def resolve_sharding(

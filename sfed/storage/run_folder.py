@@ -145,7 +145,7 @@ class RunFolder:
             one_of_many: whether adapters tell a sweep that the run is complete.
         """
         self.path = Path(config.output.dir) / config.run_name
-        self._config, self._one_of_many = config, one_of_many
+        self._config, self.one_of_many = config, one_of_many
         self._lock = RunLock()
         self._seen: Sight | None = None
 
@@ -342,7 +342,7 @@ class RunFolder:
         takes_other = self._config.output.resume != "auto"
         is_rewound = takes_other and read_rounds(self.path).finished > finished
         # To a sweep, adapters beside more rounds than theirs would pass for the result.
-        is_outgrown = self._one_of_many and finished < self._config.federated.num_rounds
+        is_outgrown = self.one_of_many and finished < self._config.federated.num_rounds
         adapters = self.path / "adapters"
         moved = [*later, *([adapters] if is_outgrown or is_rewound else [])]
         moved = [path for path in moved if path.exists()]

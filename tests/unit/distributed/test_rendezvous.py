@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from collections.abc import Callable
 
 import pytest
 
+from sfed.distributed import rendezvous
 from sfed.distributed.rendezvous import agree_on_attempt
-from sfed.utils.errors import MissingProcessError
+from sfed.utils.errors import MissingProcessError, UserError
 from tests.support.deadlines import HANG_SECONDS, RUN_SECONDS, wait_until
+from tests.support.processes import ends_of
 
 
 class MemoryStore:
@@ -114,3 +118,35 @@ def test_a_process_that_died_while_joining_is_forgotten():
 def test_who_does_not_come_is_named(process: int, words: str):
     with pytest.raises(MissingProcessError, match=f"joining: {words} did not come within 0.1 s"):
         agree_on_attempt(MemoryStore(), process, 3, 0.1)
+
+
+def test_a_port_that_another_program_serves_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        with pytest.raises(UserError, match=f"MASTER_PORT = {port}: another program"):
+            rendezvous.open_store(0, 2, 60.0)
+
+
+def connect_to_a_stranger() -> None:
+    with pytest.raises(MissingProcessError, match="another program use this port"):
+        rendezvous.open_store(1, 2, 2.0)
+
+
+def test_a_port_that_accepts_and_says_nothing_is_given_up_at_the_deadline() -> None:
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = str(stranger.getsockname()[1])
+        [_, end] = ends_of(2, stranger_of, port)
+    assert end.code == 0, end.said
+
+
+def stranger_of(port: str) -> None:
+    if os.environ["RANK"] == "1":
+        os.environ["MASTER_PORT"] = port
+        connect_to_a_stranger()

@@ -138,3 +138,28 @@ def test_a_process_that_hangs_or_fails_is_named_with_its_place(
         assert record["report"]["stack"]
         kinds = {one["profiling_name"] for one in record["flight_recorder"]["entries"]}
         assert any(kind.startswith("gloo:") for kind in kinds)
+
+
+def die(settings: dict, where: str) -> None:
+    """Train; process 1 is killed in round 2, while process 0 waits for it or is in a step."""
+    disturbed.at(Moment(1, 2, 1), lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    if where == "in a step":
+        disturbed.at(Moment(0, 2, 1), lambda *_: time.sleep(2 * HANG_SECONDS))
+    runs.train_settings(settings)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("where", ["at the end of the round", "in a step"])
+def test_the_death_of_another_process_ends_this_one_long_before_the_deadline(
+    tiny_folder: Path, tmp_path: Path, where: str
+) -> None:
+    """No launcher tells it, and the deadline is longer than the test waits."""
+    settings = tiny.settings(
+        tiny_folder,
+        output={"dir": str(tmp_path), "name": "run"},
+        federated={"num_clients": 2, "num_rounds": 3, "deadline_seconds": 10 * HANG_SECONDS},
+    )
+    survivor, _ = ends_of(2, die, settings, where, grace_seconds=HANG_SECONDS)
+    assert survivor.code == 1
+    (line,) = [line for line in survivor.said.splitlines() if line.startswith("  process ")]
+    assert line.startswith("  process 1 (pid ") and "it is gone without a word" in line

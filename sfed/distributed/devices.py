@@ -1,0 +1,81 @@
+"""Which device a process computes on, and how it computes there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from sfed.utils.errors import UserError
+from sfed.utils.launcher import Launch
+from sfed.utils.text import one_line
+
+_HIDDEN = ("", "-1", "NoDevFiles")
+"""Values of CUDA_VISIBLE_DEVICES with which a person hides all GPUs."""
+
+
+def choose(local_rank: int) -> torch.device:
+    """Take the GPU of this process's number on its node, in turns where there are fewer.
+
+    Raises:
+        UserError: where the machine has a GPU that torch cannot use.
+    """
+    if not torch.cuda.is_available():
+        refuse_unusable_gpu(Path("/dev"), os.environ, torch.version.cuda)
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def refuse_unusable_gpu(
+    devices: Path, environment: Mapping[str, str], built_for: str | None
+) -> None:
+    """Refuse to train on the CPU without a word where a GPU was meant.
+
+    Args:
+        devices: the folder of the machine's devices.
+        environment: in which a person may have hidden the GPUs.
+        built_for: version of CUDA that torch was built for; None = it was built for CPUs.
+
+    Raises:
+        UserError: where the machine has a GPU and torch, built for one, finds none.
+    """
+    is_hidden = environment.get("CUDA_VISIBLE_DEVICES", "0") in _HIDDEN
+    if built_for is None or is_hidden or not any(devices.glob("nvidia[0-9]*")):
+        return
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        reason = "it finds none"
+    except (RuntimeError, AssertionError) as error:
+        reason = one_line(error)
+    raise UserError(
+        f"this machine has an NVIDIA GPU that torch {torch.__version__}, built for CUDA "
+        f"{built_for}, cannot use: {reason}; install a driver for CUDA {built_for} or a torch "
+        "built for an older CUDA, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+    )
+
+
+def identity(device: torch.device, host: str) -> str:
+    """Name a device among those of all machines, whatever number this process sees it under."""
+    if device.type == "cpu":
+        return f"{host}/cpu"
+    return f"{host}/{torch.cuda.get_device_properties(device).uuid}"
+
+
+def set_arithmetic(here: Launch) -> None:
+    """Set how this process computes, before it uses its device for the first time.
+
+    fp32 is fp32, and sums over bf16 products are kept in fp32. cuDNN's attention is left out: it
+    plans anew for each shape, and the shapes of packed rows differ from step to step.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it, deepspeed and python do not
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here.local_size))
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Passes differ in shape; without it the free memory is in pieces that are too small.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
