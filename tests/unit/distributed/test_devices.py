@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def test_a_machine_without_a_gpu_is_no_matter(tmp_path: Path) -> None:
 
 
 def sharing() -> int:
+    # What a launcher says of the node is not asked: each process may see a device of its own.
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
     world = distributed.start(RUN_SECONDS)
     try:
         return world.processes_per_device
@@ -55,8 +58,7 @@ def sharing() -> int:
 
 @pytest.mark.dist
 def test_processes_count_who_computes_on_their_device() -> None:
-    # What a launcher says of the node is not asked: each process may see a device of its own.
-    assert on_processes(2, sharing, environment={"LOCAL_WORLD_SIZE": "1"}) == [2, 2]
+    assert on_processes(2, sharing) == [2, 2]
 
 
 @pytest.mark.parametrize(("key", "value"), [("sharding", "zero3"), ("offload", "cpu")])
