@@ -33,7 +33,7 @@ class RunImporter(InspectLoader):
 
 
 def offer(script: str) -> None:
-    """Let Python run this file if it is a configuration of sfed: if it has a federated section."""
+    """Run this file if it is a configuration of sfed: if it has a federated section."""
     try:
         text = Path(script).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -49,7 +49,7 @@ def offer(script: str) -> None:
 
 
 def main() -> None:
-    """Do what ``python -m sfed.train FILE key=value ...`` does."""
+    """Train as ``python -m sfed.train FILE key=value ...`` does."""
     from sfed import train
     from sfed.utils import command
 

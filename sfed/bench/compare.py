@@ -69,7 +69,7 @@ class Options:
 
 
 def run(options: Options) -> tuple[dict[str, Any], bool]:
-    """Do what was asked for. Collective under a launcher.
+    """Run the benchmark as asked for. Collective under a launcher.
 
     Returns:
         All results, as they go into JSON, and whether this is the process that speaks.

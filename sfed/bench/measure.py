@@ -63,11 +63,11 @@ class Spread:
 
     @staticmethod
     def of(samples: Sequence[float]) -> Spread:
-        """Of at least one sample."""
+        """Return the spread of at least one sample."""
         return Spread(statistics.median(samples), min(samples), max(samples), len(samples))
 
     def as_json(self) -> dict[str, float]:
-        """The same by name."""
+        """Return the values by name."""
         return {"median": self.median, "min": self.low, "max": self.high, "count": self.count}
 
 

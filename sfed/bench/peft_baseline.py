@@ -65,7 +65,7 @@ class StockPeft(Contestant):
                     self._parameters[f"base_model.model.{factor}.weight"].copy_(values)
 
     def enter(self, turn: int) -> None:
-        """Let this client's adapter be the one that computes and trains."""
+        """Activate this client's adapter."""
         self._turn = turn
         self.model.set_adapter(self._names[turn])
 
@@ -81,7 +81,7 @@ class StockPeft(Contestant):
         self._optimizers[self._turn].step()
 
     def leave(self) -> None:
-        """Let go of the gradients: no other client needs them."""
+        """Drop the gradients: no other client needs them."""
         self._optimizers[self._turn].zero_grad()
 
     def frozen(self) -> Iterable[torch.Tensor]:

@@ -142,7 +142,7 @@ class Sfed(Contestant):
         return self._means()
 
     def evaluate(self) -> torch.Tensor:
-        """The same losses, forward only."""
+        """Return the same losses, forward only."""
         with torch.no_grad():
             return self._means()
 
@@ -193,7 +193,7 @@ class FrozenOnly(Contestant):
         """Nothing to bring."""
 
     def losses(self) -> torch.Tensor:
-        """The same losses without adapters."""
+        """Return the same losses without adapters."""
         row_losses = self.backbone.token_losses(
             self._input_ids, self._input_ids, every_position(self._input_ids)
         )

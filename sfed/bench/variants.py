@@ -95,9 +95,9 @@ class Count:
     saved_bytes: float
     """That autograd keeps, per token and layer."""
     saved_bytes_fixed: float
-    """The same per client of a pass and layer, however many tokens: copies of factors."""
+    """Saved bytes per client of a pass and layer, however many tokens: copies of factors."""
     operations: int
-    """Of a forward and backward pass, per layer; views are not counted."""
+    """Operations of a forward and backward pass, per layer; views are not counted."""
 
 
 def count(

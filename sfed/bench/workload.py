@@ -15,9 +15,9 @@ class Workload:
 
     num_clients: int
     rows: int
-    """Of one client."""
+    """Rows of one client."""
     tokens: int
-    """Of one row."""
+    """Tokens of one row."""
     lora_rank: int
     target_modules: tuple[str, ...] | str
     dtype: torch.dtype
@@ -42,5 +42,5 @@ def random_tokens(config: PreTrainedConfig, workload: Workload) -> torch.Tensor:
 
 
 def smaller(workload: Workload, num_clients: int, rows: int, tokens: int) -> Workload:
-    """The same kind of step with other numbers."""
+    """Return the same kind of step with other sizes."""
     return dataclasses.replace(workload, num_clients=num_clients, rows=rows, tokens=tokens)

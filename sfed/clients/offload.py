@@ -39,7 +39,7 @@ class HostOffload:
         return None if self._stream is None else self._stream.record_event()
 
     def wait(self, mark: torch.cuda.Event | None) -> None:
-        """Let the device's coming passes wait for the copies before a point; the host does not."""
+        """Make the device wait for the copies before an event; the host does not wait."""
         if self._stream is not None and mark is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(mark)
 

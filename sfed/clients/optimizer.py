@@ -42,7 +42,7 @@ class StackedOptimizer:
 
     section: TrainSection
     layout: Layout
-    """Of a row."""
+    """Layout of a client's row."""
     trained: tuple[str, ...]
     """Factors that move."""
 

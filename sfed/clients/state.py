@@ -54,7 +54,7 @@ class PassState:
         return named
 
     def first(self, clients: tuple[int, ...]) -> PassState:
-        """The same memory for as many clients as given."""
+        """Return a view of the memory for as many clients as given."""
         count = len(clients)
         moments = {name: moment[:count] for name, moment in self.moments.items()}
         steps = self.optimizer_steps[:count]

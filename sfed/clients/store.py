@@ -35,7 +35,7 @@ class ClientStore:
         clients_per_pass: int,
         moments: Sequence[str],
     ) -> None:
-        """Let all clients be zero.
+        """Create all clients with zeros.
 
         Args:
             own: the clients of this process.
@@ -126,7 +126,7 @@ class ClientStore:
             self._parts[client][name] = staying[name][client - self.own.start].copy_(part)
 
     def set_shared(self, factor: str, values: torch.Tensor) -> None:
-        """Let all clients have this factor, (parameters of the factor,)."""
+        """Set the shared value of a factor, (parameters of the factor,)."""
         self._set_common(factor, values)
         for client, parts in self._parts.items():
             if parts.pop(factor.lower(), None) is not None:
@@ -236,7 +236,7 @@ class ClientStore:
         return rows, self._ferry.mark()
 
     def _take_back(self, rows: PassState, trained: Sequence[str]) -> None:
-        """Let clients hold what they have become."""
+        """Store the trained state of the clients of a pass."""
         parts = rows.parts(self.layout, self.layout.factors)
         of_trained = rows.parts(self.layout, trained).keys()
         with self._ferry.aside():

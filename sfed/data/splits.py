@@ -51,7 +51,7 @@ class Data:
 
     @property
     def digests(self) -> list[str]:
-        """Of what each client reads, training and held-out examples."""
+        """Digests of the training and held-out examples of each client."""
         return [entry["digest"] for entry in self.summary["clients"]]
 
 
@@ -165,7 +165,7 @@ def _by_key(labels: Labels, num_clients: int) -> tuple[list[Indices], list[Indic
 def _by_shares(
     config: Config, labels: Labels, num_clients: int
 ) -> tuple[list[Indices], list[Indices]]:
-    """The same by shares of each label, drawn until every client has enough to train on."""
+    """Split by shares of each label, drawn until every client has enough to train on."""
     concentration, seed = config.partition.concentration, config.seed
     for attempt in range(_DIRICHLET_TRIES):
         draw = seed + attempt * 1_000_003
@@ -260,7 +260,7 @@ def _evaluated(examples: Examples, config: Config, client: int) -> Examples:
 def _assemble(
     held: _Held, config: Config, world: World, num_clients: int, own_clients: range
 ) -> Data:
-    """Let everybody know everybody's counts, and keep what belongs to this process."""
+    """Exchange the counts of all clients and keep the examples of this process. Collective."""
     entries = {
         client: {
             "client": client,

@@ -213,7 +213,7 @@ class Examples:
         return self.table.part_of_row[self.indices]
 
     def digest(self) -> str:
-        """Of all that a client reads: tokens, in their order, what is supervised, and targets."""
+        """Digest of what a client reads: tokens in order, what is supervised, and targets."""
         table, indices = self.table, self.indices
         blake = hashlib.blake2b(digest_size=8)
         for column in (self.lengths, table.prompt_lengths[indices], self.targets):

@@ -22,7 +22,7 @@ class Report:
     collectives: int = 0
     """How many collectives it had begun: who has begun fewer than others keeps them waiting."""
     stack: list[str] = field(default_factory=list)
-    """Of its main thread, the innermost call last."""
+    """Stack of its main thread, the innermost call last."""
     reason: str | None = None
     """Why it ended, where it had a reason of its own."""
     pid: int | None = None
@@ -61,7 +61,7 @@ def judge(reason: str, found: Mapping[int, Report], size: int, records: Path | N
 
 
 def _causes(found: Mapping[int, Report]) -> list[int]:
-    """Who has a reason of its own; else who is silent; else who keeps the others waiting."""
+    """The processes with a reason of their own; else the silent ones; else those waited for."""
     ended = [peer for peer, report in sorted(found.items()) if report.reason is not None]
     mute = [peer for peer, report in sorted(found.items()) if report.is_silent is not None]
     if ended or mute:

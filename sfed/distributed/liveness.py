@@ -15,7 +15,7 @@ from pathlib import Path
 _SECONDS_OF_SILENCE = 30.0
 """Longer than a process that is alive keeps its watchdog thread from running."""
 _SECONDS_OF_SILENCE_WHEN_STOPPED = 10.0
-"""The same for a process that was told to stop: its launcher has already missed somebody."""
+"""Silence that counts where this process was told to stop: its launcher lost a process."""
 _PROCESSES = Path("/proc")
 _ENDED_STATES = ("Z", "X")  # of a zombie, whose parent has not yet asked for its exit code
 

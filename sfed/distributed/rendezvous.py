@@ -88,7 +88,7 @@ class _Leader:
         return True
 
     def missing(self) -> str:
-        """Who is not here."""
+        """Name the processes that are missing."""
         others = range(1, self._size)
         return "process " + ", ".join(str(peer) for peer in others if peer not in self._present)
 
@@ -112,7 +112,7 @@ class _Member:
         return self._store.check([f"begin/{self.attempt}"])
 
     def missing(self) -> str:
-        """Who is not here."""
+        """Name the processes that are missing."""
         return "a process whom process 0 expects" if self.attempt else "process 0"
 
 
@@ -221,5 +221,5 @@ def _store_of(opened: Future[dist.Store], address: tuple[str, int]) -> dist.Stor
 
 
 def prefixed(store: dist.Store, prefix: str) -> dist.Store:
-    """The same store, in which all keys begin with a prefix."""
+    """Return the same store, in which all keys begin with a prefix."""
     return dist.PrefixStore(prefix, store)

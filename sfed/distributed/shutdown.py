@@ -46,7 +46,7 @@ class StopRequest:
         world.watch.on_pause = self._announce
 
     def listen(self) -> None:
-        """Let SIGTERM and SIGUSR1 be such requests, in place of the handlers that were there.
+        """Install handlers that make SIGTERM and SIGUSR1 requests to stop.
 
         Only commands call it: signal handlers belong to the process, not to a library.
         """

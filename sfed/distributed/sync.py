@@ -96,7 +96,7 @@ def barrier(world: World, name: str) -> None:
 
 
 def leave_store_last(world: World) -> None:
-    """Let process 0, which may serve the store, be the last to go. Collective, at a good end.
+    """Wait on process 0, which may serve the store, until all others have left. Collective.
 
     Otherwise a process that still reads what was said last would lose the store.
     """
@@ -136,7 +136,7 @@ def raise_everywhere(world: World, name: str) -> Iterator[None]:
 
 @contextmanager
 def first_of_node_first(world: World, name: str) -> Iterator[None]:
-    """Let the first process of each node run the body before the others, to fill a cache once.
+    """Run the body in the first process of each node before the others, to fill a cache once.
 
     Raises:
         MissingProcessError: where it does not finish before the deadline.

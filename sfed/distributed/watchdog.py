@@ -40,7 +40,7 @@ _SECONDS_TO_TELL = 2.0
 _SECONDS_TO_LEAVE = 20.0
 """For the main thread to end after another process has, or after it has given up itself."""
 _SECONDS_TO_LEAVE_THE_DEAD = 2.0
-"""The same where another process is gone: there is nothing that could still come from it."""
+"""Time to leave where another process is gone: nothing can come from it any more."""
 _SLACK_SECONDS = 3.0
 """Where the main thread has a deadline of its own it comes first, because it can tidy up."""
 
@@ -191,7 +191,7 @@ class Watchdog:
         )
 
     def tell_mistake(self, mistake: str) -> None:
-        """Let the others know of a mistake that only this process met.
+        """Tell the others about an error of a user that only this process met.
 
         They come to hear of it at the meeting that follows, but for those that wait inside a
         collective for this process: they end, and say why.
@@ -201,7 +201,7 @@ class Watchdog:
             self._ask_store(lambda: self._store.set("mistake", said), _SECONDS_TO_TELL)
 
     def tell_end(self, reason: str) -> None:
-        """Let the others know that this process ends, so that they do not wait for it.
+        """Tell the others that this process ends, so that they do not wait for it.
 
         From here on it has some seconds to end by itself; a clean-up may hang.
         """
@@ -236,7 +236,7 @@ class Watchdog:
             return judge(reason, dict(found), self._size, kept)
 
     def _ask_store(self, work: Callable[[], None], seconds: float) -> None:
-        """Let a thread do it: without a network it never returns."""
+        """Run work in a thread for a bounded time: without a network it never returns."""
 
         def ask() -> None:
             with suppress(RuntimeError):  # whoever serves the store has gone

@@ -40,7 +40,7 @@ class World:
     deadline_seconds: float
     store: dist.Store
     side_store: dist.Store
-    """The same over a connection of its own, for what is said while a wait holds the other."""
+    """The store over a second connection, for messages while a wait holds the first."""
     watch: Watchdog
     meetings: Counter[str] = field(default_factory=Counter)
 

@@ -196,7 +196,7 @@ def _say_end_mark(tokenizer: PreTrainedTokenizerFast, source: str, console: Cons
 
 
 def _as_far_as_right(run: Run, warn: Callable[[str], None]) -> Run:
-    """Let clients share passes, and documents rows, only where that was found right. Collective.
+    """Share passes and rows only where the start check found that to be right. Collective.
 
     Args:
         run: of which nothing has trained.

@@ -38,7 +38,7 @@ class RoundPlan:
     steps: Mapping[int, int]
     """Optimizer steps of each of them."""
     groups: list[list[Group]]
-    """Who shares passes: the groups of each process, in order."""
+    """Groups of clients that share passes, for each process in order."""
     trained: tuple[str, ...]
     """Factors that train: some of A, B and head."""
     averaged: tuple[str, ...]

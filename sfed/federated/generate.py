@@ -30,7 +30,7 @@ class Sample:
 def write_answers(
     run: Run, shared_row: torch.Tensor | None, outcomes_CE3: torch.Tensor, stop: StopRequest
 ) -> tuple[dict[int, list[Sample]], bool]:
-    """Let every client's adapter, or one for all, answer held-out prompts. Collective.
+    """Answer held-out prompts with every client's adapter, or with one for all. Collective.
 
     Tasks whose answers can be scored answer all of them, others only a few as samples. Under a
     sharded backbone all processes generate equally often, and for equally many tokens.

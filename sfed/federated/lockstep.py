@@ -53,7 +53,7 @@ class Lockstep:
             self._done += 1
 
     def shadow(self, make_passes: Callable[[], None]) -> None:
-        """Do units that touch no client until every process has done as many, or until a stop."""
+        """Make shadow units, which touch no client, until all processes are done or stopped."""
         for number in range(self._done, self._most):
             if self._stops_at(f"{self._phase} {number + 1} of {self._most}, a shadow pass"):
                 return

@@ -49,7 +49,7 @@ def header(run: Run) -> list[str]:
 
 
 def _passes(run: Run) -> list[str]:
-    """Who shares a pass, where not all clients of a process do."""
+    """The line about clients per pass, where not all clients of a process share one."""
     widest = max(run.placement(), key=len)
     sharing = run.sharing.of(widest)
     if sharing == len(widest):
@@ -124,7 +124,7 @@ class RoundLog:
         """
         self._run, self._console, self._journal = run, console, journal
         self.measured = RoundMeasurements()
-        """Of the round under way."""
+        """Measurements of the current round."""
         self.step, self.warning = console.step, console.warn
 
     def begin(self, round_index: int) -> None:

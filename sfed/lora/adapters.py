@@ -172,7 +172,7 @@ class LoraSpec:
     """Written into exported adapters as the name of their base model."""
 
     def for_peft(self, model: PreTrainedModel) -> LoraConfig:
-        """The same in PEFT's words."""
+        """Return the equivalent PEFT configuration."""
         targets = self.target_modules
         return LoraConfig(
             r=self.rank,
@@ -185,7 +185,7 @@ class LoraSpec:
 
 
 def attach(model: PreTrainedModel, spec: LoraSpec, head: Head | None = None) -> Adapters:
-    """Let PEFT choose and name the layers, then put stacked layers in their places.
+    """Replace the layers that PEFT chooses by stacked LoRA layers.
 
     Call it after the backbone is sharded: what DeepSpeed has not seen stays on this process.
 
@@ -225,7 +225,7 @@ def attach(model: PreTrainedModel, spec: LoraSpec, head: Head | None = None) -> 
 def _choose_layers(
     model: PreTrainedModel, request: LoraConfig
 ) -> tuple[dict[str, LoraLayer], LoraConfig]:
-    """Let PEFT put its layers into the model; returns them by name, and the request as it left it.
+    """Insert PEFT's layers; returns them by name, and the request as PEFT changed it.
 
     Raises:
         UserError: where a target does not exist or is not a linear layer.

@@ -48,7 +48,7 @@ class Head:
     """A classification head that was taken off the backbone."""
 
     name: str
-    """Of the module within the model."""
+    """Name of the module within the model."""
     layer: StackedHead
     initial: Mapping[str, torch.Tensor]
     """fp32 weights that every client's head starts from, by their names within the module."""

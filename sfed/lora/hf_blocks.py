@@ -35,7 +35,7 @@ def patch_blocks(model: nn.Module) -> None:
 
 @contextmanager
 def without_patched_blocks(model: nn.Module) -> Iterator[None]:
-    """Let the modules compute in their own ways meanwhile."""
+    """Use the modules' own forward methods within the block."""
     lean = [
         (module, module.__dict__.pop("forward"))
         for module in model.modules()

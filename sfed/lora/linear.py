@@ -30,7 +30,7 @@ class PassContext:
     probe: Probe | None = None
     """Where the adapters' outputs are measured; None = nowhere."""
     dtype: torch.dtype = torch.float32
-    """Of the model: factors are cast to it for a pass."""
+    """The model's dtype, to which factors are cast for a pass."""
 
 
 @dataclass

@@ -127,7 +127,7 @@ def estimate(
 
 
 def agree(start: Start, found: Estimate | None, numbers: int) -> ClientsPerPass:
-    """Let as many clients share a pass as fit on the process with the least memory. Collective.
+    """Choose as many clients per pass as fit on the process with the least memory. Collective.
 
     Args:
         start: the run.

@@ -20,9 +20,9 @@ class Load:
 
     clients: int
     rows: int
-    """Of one client."""
+    """Rows of one client."""
     tokens: int
-    """Of one row, padding included."""
+    """Tokens of one row, padding included."""
 
     @property
     def all_tokens(self) -> int:
@@ -132,9 +132,9 @@ class Needs:
     transient: int
     optimizer: int
     evaluation: int
-    """Of an evaluation pass, in the place of a training pass."""
+    """Bytes of an evaluation pass, in the place of a training pass."""
     writing: int
-    """Of answers being written, likewise."""
+    """Bytes of generation, in the place of a training pass."""
 
     @property
     def state(self) -> int:
@@ -162,12 +162,12 @@ class Work:
     round_clients: int
     """The most of them that train in a round."""
     train_rows: int
-    """Of a client and pass."""
+    """Rows of a client in a training pass."""
     eval_rows: int
     tokens: int
-    """Of the longest row."""
+    """Tokens of the longest row."""
     new_tokens: int
-    """Of a written answer; 0 = none are written."""
+    """Tokens of a generated answer; 0 = no generation."""
 
     def needs(self, costs: Costs, state: ClientState, clients: int) -> Needs:
         """What passes of this many clients need on the device."""

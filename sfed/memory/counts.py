@@ -24,16 +24,16 @@ class ModelCounts:
     matmul_weights: int
     """P_mm: of all matrix products of a pass, the vocabulary's head included."""
     a_numbers: int
-    """Of one client."""
+    """Parameters of A of one client."""
     b_numbers: int
     head_numbers: int
-    """Of a classification head; 0 where there is none."""
+    """Parameters of a classification head; 0 where there is none."""
     targets: tuple[str, ...]
     """Names of the adapted layers, without the number of the transformer's layer."""
 
     @property
     def numbers(self) -> int:
-        """Of a client's row."""
+        """Parameters of a client's row."""
         return self.a_numbers + self.b_numbers + self.head_numbers
 
 

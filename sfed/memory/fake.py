@@ -34,7 +34,7 @@ class FakeFloats(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Do one operation."""
+        """Run one operation."""
         kwargs = kwargs or {}
         if FakeTensor in types:  # then torch derives shapes only
             return func(*args, **kwargs)

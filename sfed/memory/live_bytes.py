@@ -29,7 +29,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Do one operation and count what is new in its results."""
+        """Run one operation and count what is new in its results."""
         result = func(*args, **(kwargs or {}))
         made = _storages(result)
         known = {storage._cdata for storage in _storages((args, kwargs))} if made else set()

@@ -77,7 +77,7 @@ def _costs(config: Config, frozen: Frozen, fake: FakeFloats | None) -> Costs:
 
 
 def _bytes_per_logit(dtype: torch.dtype, *, in_chunks: bool) -> int:
-    """Of a logit, itself and its log-softmax in fp32; and a gradient, where it is made later."""
+    """Bytes of a logit and its log-softmax in fp32, and of a gradient made later."""
     own = dtype.itemsize + (0 if dtype == torch.float32 else 4)
     return own + (4 if in_chunks else 8)
 

@@ -32,7 +32,7 @@ from sfed.models.losses import Traits
 from sfed.models.objective import objective_of
 
 TOKENS = 16
-"""Of the shortest row of a trial."""
+"""Tokens of the shortest row of a trial."""
 # So few that logits do not count: their size is known, and they would hide the layers' own.
 _WORDS = 16
 # What transformers would say of a model that was read from its files.
@@ -46,7 +46,7 @@ class Frozen:
     """The frozen model of a run, as far as a pass depends on it."""
 
     config: PreTrainedConfig
-    """Of the whole model."""
+    """Configuration of the whole model."""
     dtype: torch.dtype
     targets: tuple[str, ...]
     """Names of the adapted layers within a layer of the transformer."""
@@ -54,7 +54,7 @@ class Frozen:
     """ZeRO-3 keeps the input of every linear layer for the backward pass."""
 
     def small(self, num_layers: int) -> PreTrainedConfig:
-        """The same layers, but few of them and few words."""
+        """Return the same configuration with few layers and a small vocabulary."""
         small = copy.deepcopy(synthetic.with_layers(self.config, num_layers))
         small.vocab_size = _WORDS
         small.pad_token_id = None if self.config.pad_token_id is None else 0

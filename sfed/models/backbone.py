@@ -60,7 +60,7 @@ class Backbone:
         self.sharding = sharding
         self._keep_alive = keep_alive
         self.weights_digest = ""
-        """Of the model as it was loaded; see ``guards.of_backbone``."""
+        """Digest of the loaded model; see ``fingerprints.of_backbone``."""
         self._losses = TokenLosses(model, traits) if head is None else None
 
     @property
@@ -169,7 +169,7 @@ class Backbone:
         self.model.eval()
 
     def release(self) -> None:
-        """Let go of weights that ZeRO-3's prefetcher left gathered. Between phases, not passes."""
+        """Release weights that ZeRO-3's prefetcher left gathered. Between phases, not passes."""
         if not self.sharding.is_sharded:
             return
         _, engine = self._keep_alive

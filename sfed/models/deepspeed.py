@@ -60,7 +60,7 @@ def gathered_whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Non
 
 
 def prepare_deepspeed(config: Config, meta: MetaModel, dtype: torch.dtype) -> dict[str, Any]:
-    """Let DeepSpeed join the processes that are there, and check its settings; returns them."""
+    """Initialise DeepSpeed in the existing process group; returns its checked settings."""
     import deepspeed  # heavy, and only needed here
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

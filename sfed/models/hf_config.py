@@ -103,12 +103,12 @@ class MetaModel:
 
     @cached_property
     def num_weights(self) -> int:
-        """Of the whole backbone; those that two layers share count once."""
+        """Weights of the whole backbone; those that two layers share count once."""
         return sum(weight.numel() for weight in self.model.parameters())
 
     @property
     def num_layers(self) -> int:
-        """Of the transformer; 1 where its configuration does not tell."""
+        """Layers of the transformer; 1 where its configuration does not tell."""
         return max(1, getattr(self.config, "num_hidden_layers", 1))
 
 

@@ -58,7 +58,7 @@ class _Tolerance:
 
     loss: float
     gradient: float
-    """Of each factor of each layer."""
+    """Relative tolerance of the gradient of each factor of each layer."""
     floor: float
     """A gradient below this share of the largest one is compared with that share."""
 

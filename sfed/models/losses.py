@@ -120,7 +120,7 @@ class TokenLosses:
     def _only_positions(
         self, _head: nn.Module, inputs: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...] | None:
-        """Let the vocabulary's head see the hidden states of some tokens: (1, S, D)."""
+        """Select the hidden states of supervised tokens for the vocabulary's head: (1, S, D)."""
         if self._positions is None:
             return None
         return (inputs[0].flatten(0, 1)[self._positions][None], *inputs[1:])

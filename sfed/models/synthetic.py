@@ -48,7 +48,7 @@ def model_config(name: str, folder: Path | None, num_layers: int | None) -> PreT
 
 
 def with_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
-    """The same shape with another number of layers."""
+    """Return the same shape with another number of layers."""
     changed = copy.deepcopy(config)
     changed.num_hidden_layers = num_layers
     if getattr(changed, "layer_types", None):  # named one by one in newer architectures

@@ -188,7 +188,7 @@ class PlainPasses:
 
     @contextmanager
     def _plain_layers(self, values_1N: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Let the model be its own modules and plain adapters meanwhile; yields the gradients."""
+        """Use the model's own modules and plain adapters within the block; yields the gradients."""
         adapters, grads_1N = self._subject.adapters, torch.zeros_like(values_1N)
         adapters.bind(values_1N, grads_1N, ("head",))
         factors: dict[str, dict[str, torch.Tensor]] = {name: {} for name in adapters.layers}

@@ -72,7 +72,7 @@ def is_json() -> bool:
 
 
 def begin(process: int) -> None:
-    """Let this process log as the options say. A second call takes the place of the first.
+    """Configure logging of this process by the options. A second call replaces the first.
 
     Raises:
         UserError: where an option in the environment is unknown.

@@ -44,7 +44,7 @@ class TrackedRun:
     config: Mapping[str, Any]
     """What is stored of the configuration."""
     finished_rounds: int | None = None
-    """Of a run that is resumed; None begins new curves."""
+    """Rounds that a resumed run has finished; None begins new curves."""
 
 
 def mistakes(names: Sequence[str]) -> list[str]:
@@ -80,7 +80,7 @@ class MetricLogger:
         self._of_start: dict[str, Any] = {}
 
     def add_to_next(self, values: Mapping[str, Any]) -> None:
-        """Let the next event hold these too: what is known of a start, not of a round."""
+        """Add values of the start, not of a round, to the next event."""
         self._of_start = dict(values)
 
     def write_event(self, event: Mapping[str, Any]) -> None:
@@ -107,7 +107,7 @@ class MetricLogger:
 
 @contextmanager
 def _spared(name: str, warn: Callable[[str], None]) -> Iterator[None]:
-    """Let the run continue whatever becomes of a tracker."""
+    """Keep the run alive when a tracker fails."""
     try:
         yield
     except UserError:

@@ -38,7 +38,7 @@ class Pass:
 
     rows: int
     tokens: int
-    """Of a row, padding included."""
+    """Tokens of a row, padding included."""
     matmul_weights: int
     adapter_numbers: int
     """A and B of one client."""
@@ -173,7 +173,7 @@ def _memory(found: MemoryPlan) -> dict[str, Any]:
 
 
 def _host_bytes(found: MemoryPlan) -> int:
-    """Of each process: shards that are offloaded, and clients that rest."""
+    """Host memory of each process: offloaded shards and inactive clients."""
     rests = found.clients_per_pass < found.work.own_clients
     resting = found.work.own_clients * found.state.resting_bytes if rests else 0
     return found.backbone.host + resting

@@ -32,13 +32,13 @@ class BackboneBytes:
     """Where the frozen weights are."""
 
     stored: int
-    """Of the whole backbone."""
+    """Bytes of the whole backbone."""
     device: int
-    """Of it, on each GPU between passes."""
+    """Bytes of the backbone that stay on each GPU between passes."""
     gathered: int = 0
-    """Of it, on each GPU for a while."""
+    """Bytes of the backbone that a pass gathers on each GPU."""
     host: int = 0
-    """Of it, in host memory, for each GPU."""
+    """Bytes of the backbone in host memory, for each GPU."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class MemoryPlan:
 
     @property
     def needs(self) -> Needs:
-        """Of the passes as they will be."""
+        """Memory of the planned passes."""
         return self.work.needs(self.costs, self.state, self.clients_per_pass)
 
     @property
@@ -100,7 +100,7 @@ class MemoryPlan:
         return largest(fits, _MOST_ROWS)
 
     def most_eval_rows(self, clients: int) -> int:
-        """The same of an evaluation pass."""
+        """Most rows per client that fit in an evaluation pass."""
 
         def fits(rows: int) -> bool:
             return self._fits(dataclasses.replace(self.work, eval_rows=rows), clients)

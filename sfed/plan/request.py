@@ -8,7 +8,7 @@ from dataclasses import dataclass
 # 100 Gbit/s Ethernet by what the link carries.
 LINKS = {"nvlink": 361e9, "pcie": 55e9, "100gbe": 12.5e9}
 H100_FLOPS = 989e12
-"""Of its datasheet: dense, bf16."""
+"""FLOP/s of the datasheet: dense, bf16."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Machine:
 
     gpus: int
     memory_bytes: int
-    """Of each."""
+    """Memory of each GPU."""
     link: str = "nvlink"
     """Between them, one of ``LINKS``."""
     datasheet_flops: float = H100_FLOPS
@@ -29,6 +29,6 @@ class Pace:
     """What is known of the rows and of the speed of a GPU."""
 
     mean_tokens: int | None = None
-    """Of a row, for times; None = the longest."""
+    """Mean tokens of a row, for times; None = those of the longest."""
     tokens_per_second: float | None = None
-    """Of a GPU; None = an assumed share of the datasheet's rate."""
+    """Throughput of a GPU; None = an assumed share of the datasheet's rate."""

@@ -35,7 +35,7 @@ from sfed.utils.text import one_line
 METADATA_FILE = "run.json"
 COMMON = "common.safetensors"
 FORMAT = 1
-"""Of a checkpoint; one without a number has this."""
+"""Format of a checkpoint; one without a number has this format."""
 _NAME = re.compile(r"round-(\d{6})(-partial)?")
 
 
@@ -59,7 +59,7 @@ class State:
 
     @property
     def name(self) -> str:
-        """Of the folder."""
+        """Name of the folder."""
         return f"round-{self.finished_rounds:06d}{'-partial' if self.is_within else ''}"
 
 
@@ -110,7 +110,7 @@ def metadata_of(folder: Path) -> dict[str, Any]:
 
 
 def age_of(facts: Mapping[str, Any]) -> tuple[int, bool]:
-    """The same as ``age_of_name``, of what ``run.json`` says."""
+    """Return the age as ``age_of_name`` does, from what ``run.json`` says."""
     is_within = facts["ledger"] is not None and facts.get("unreported") is None
     return facts["finished_rounds"], is_within
 

@@ -82,7 +82,7 @@ class _Written:
 
     folder: Path
     names: set[str]
-    """Of its clients' files."""
+    """Names of its clients' files."""
     changed: frozenset[int]
     """Clients that changed between the checkpoint before and this one."""
 
@@ -96,7 +96,7 @@ class RunIdentity:
     gamma: float
     clients_per_pass: int
     data_digests: Sequence[str]
-    """Of what each client reads."""
+    """Digest of the data of each client."""
 
 
 class Writer:
@@ -298,7 +298,7 @@ class Writer:
 
 
 def _in_thread(work: Callable[[], float]) -> Future[float]:
-    """Do it beside the main thread. A disk that hangs does not keep the process from its end."""
+    """Run work in a daemon thread, so that a disk that hangs does not keep the process alive."""
     future: Future[float] = Future()
 
     def do() -> None:

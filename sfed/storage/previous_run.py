@@ -56,7 +56,7 @@ class Attempt:
     rounds: int = 0
     """Finished ones that are reported."""
     config: Config | None = None
-    """Of its last start; None where it cannot be read."""
+    """Configuration of its last start; None where it cannot be read."""
     num_clients: int = 0
     had_checkpoint: bool = False
     """Whether one must have been whole."""

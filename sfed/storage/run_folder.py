@@ -74,7 +74,7 @@ class RunLock:
             file.flush()
 
     def free(self) -> None:
-        """Let go of it. The file stays: removing it would part two runs that wait for it."""
+        """Release the lock. The file stays: removing it would part two runs that wait for it."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -359,7 +359,7 @@ class RunFolder:
             console.say(f"later than {found.folder.name}, so kept in {aside}: {names}")
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the lock."""
         self._lock.free()
 
 

@@ -17,7 +17,7 @@ LONGEST_REASON = 300
 
 
 def follow(party: Workers, found: Grid) -> int:
-    """Do what process 0 says, until it says that it is over."""
+    """Follow process 0 until it says that the sweep is over."""
     while (order := party.hear(f"order-{party.count(f'orders/{party.rank}')}"))["run"] is not None:
         party.run(order["number"], found.cells[order["run"]].config)
     party.tell(f"gone/{party.rank}")

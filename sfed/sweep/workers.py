@@ -89,7 +89,7 @@ class Workers:
                 self._store.add(f"beats/{self.rank}", 1)
 
     def tell(self, key: str, value: Any = None) -> None:
-        """Let the others know."""
+        """Tell the other processes."""
         self._store.set(key, json.dumps(value))
 
     def is_told(self, key: str) -> bool:

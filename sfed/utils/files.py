@@ -48,7 +48,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def second_name(file: Path, name: Path) -> None:
-    """Let a finished file be in two folders; where the file system cannot, a copy is."""
+    """Link a finished file into a second folder, or copy it where links are not possible."""
     try:
         os.link(file, name)
     except OSError:
