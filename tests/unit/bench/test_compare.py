@@ -394,3 +394,12 @@ def test_two_processes_measure_side_by_side(tmp_path: Path) -> None:
     results = json.loads(out.read_text())
     assert results["machine"]["processes"] == 2
     assert any("process 0" in note for note in results["notes"])
+
+
+def test_the_roof_is_measured_on_random_numbers() -> None:
+    """Constant matrices let a GPU clock higher than it does on real ones."""
+    roof = measure.Matmul(CPU, torch.float32)
+    assert roof.flops == 2.0 * 1024**3
+    roof.run()
+    assert roof._one.unique().numel() > 1000 and not torch.equal(roof._one, roof._other)
+    assert torch.equal(roof._out, roof._one @ roof._other)
