@@ -98,8 +98,10 @@ def barrier(world: World, name: str) -> None:
 def leave_store_last(world: World) -> None:
     """Wait on process 0, which may serve the store, until all others have left. Collective.
 
-    Otherwise a process that still reads what was said last would lose the store.
+    Otherwise a process that still reads what was said last would lose the store. From here on
+    nobody misses anybody: the watchdog is off.
     """
+    world.watch.leave()
     world.store.set(f"parted/{world.rank}", "")
     if world.is_main:
         keys = [f"parted/{peer}" for peer in range(world.size)]

@@ -314,8 +314,10 @@ class Watchdog:
         if self._is_told_to_stop:
             peers = set(range(self._size))
         for peer in peers - {self._process}:
+            reason = self._why_gone(peer)
+            # Asked afterwards: a process says that it leaves before it is gone.
             is_over = any(self._store.check([f"{key}/{peer}"]) for key in ("ended", "left"))
-            if not is_over and (reason := self._why_gone(peer)):
+            if reason is not None and not is_over:
                 place = str(_posted(self._store, peer)[1])
                 self._publish(Report(place=place, reason=reason), of=peer)
 

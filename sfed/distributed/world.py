@@ -133,9 +133,9 @@ def abandon(world: World) -> None:
 
 def stop(world: World) -> None:
     """Leave the process group at a good end; see ``abandon`` for another end."""
+    world.watch.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
-    world.watch.leave()
 
 
 def flight_record() -> dict[str, Any]:

@@ -33,7 +33,7 @@ def _heading(results: Json) -> list[str]:
     adapted = targets if isinstance(targets, str) else ", ".join(targets)
     return [
         f"model    {results['model']}, {results['weights']:,} weights; r = {results['lora_rank']}, "
-        f"{adapted}: {results['adapter_numbers']:,} numbers a client",
+        f"{adapted}: {results['adapter_numbers']:,} parameters per client",
         f"run      {results['num_clients']} clients on {results['gpus']} GPUs of "
         f"{size_text(results['gpu_memory_bytes'])}, up to {work['own_clients']} on each",
         f"pass     {results['clients_per_pass']} clients x {work['train_rows']} rows x up to "
