@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 import torch
@@ -42,3 +43,18 @@ def test_a_mistake_of_one_process_is_what_all_of_them_say(where: str) -> None:
     assert f"DataError {MISTAKE}" in first.said
     assert MISTAKE in other.said and other.code in (1, command.EXIT_MISTAKE)
     assert "did not come" not in first.said + other.said
+
+
+def part_slowly() -> None:
+    """Process 1 takes longer to end than the watchdog would wait for a store that is gone."""
+    world = distributed.start(10 * HANG_SECONDS)
+    sync.leave_store_last(world)
+    if os.environ["RANK"] == "1":
+        time.sleep(6.0)
+    distributed.stop(world)
+
+
+@pytest.mark.dist
+def test_a_process_that_ends_slowly_at_a_good_end_ends_well() -> None:
+    """Process 0 serves the store and has gone meanwhile."""
+    assert [end.code for end in ends_of(2, part_slowly)] == [0, 0]
