@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before any library reads them.
@@ -15,7 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support import glue, netns, tiny
+from tests.support import glue, netns, runs, tiny
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("ci")
@@ -39,6 +40,22 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_model(folder / "model")
     tiny.save_rows(folder / "rows.jsonl", 80, kinds=4)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Run folders by number of processes and settings, each trained once: only read them."""
+    done: dict[str, Path] = {}
+
+    def train(num_processes: int, *, seed: int = 0, **sections: object) -> Path:
+        key = json.dumps([num_processes, seed, sections], sort_keys=True)
+        if key not in done:
+            output = {"dir": str(tmp_path_factory.mktemp("trained")), "name": "run"}
+            settings = tiny.settings(tiny_folder, seed=seed, output=output, **sections)
+            done[key] = runs.run(num_processes, settings)
+        return done[key]
+
+    return train
 
 
 @pytest.fixture(scope="session")

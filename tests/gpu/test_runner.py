@@ -9,16 +9,19 @@ from pathlib import Path
 from tests.gpu import cases, measure, steps
 from tests.gpu.runner import Runner
 from tests.gpu.steps import ANSWER, Step
+from tests.support.deadlines import HANG_SECONDS
 
 
-def python(name: str, code: str, *words: str, deadline: float = 60.0, needs: str = "json") -> Step:
+def python(
+    name: str, code: str, *words: str, deadline: float = HANG_SECONDS, needs: str = "json"
+) -> Step:
     return Step(name, (sys.executable, "-c", code, *words), deadline, (needs,))
 
 
 STEPS = [
     python("prints", "print('noise'); print('{\"figure\": 1}')"),
     python("fails", "raise SystemExit('no such thing')"),
-    python("hangs", "import time; time.sleep(600)", deadline=0.5),
+    python("hangs", "import time; time.sleep(1e6)", deadline=0.5),
     python("lacks", "", needs="no_such_package"),
     python("writes", "import sys; open(sys.argv[1], 'w').write('{\"figure\": 2}')", ANSWER),
 ]
@@ -26,7 +29,7 @@ STEPS = [
 
 def test_every_step_leaves_its_result(tmp_path: Path):
     lines: list[str] = []
-    runner = Runner(tmp_path / "report.json", 600.0, lines.append)
+    runner = Runner(tmp_path / "report.json", HANG_SECONDS, lines.append)
     runner.run(STEPS)
     report = json.loads((tmp_path / "report.json").read_text())
     found = {step["name"]: step for step in report["steps"]}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import runs, tiny
-from tests.support.interpreter import ROOT, python
+from tests.support.launchers import ROOT, python
 from tests.support.processes import free_port
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -31,10 +31,10 @@ def script(tiny_folder: Path, tmp_path: Path) -> Path:
 
 def test_the_example_trains_in_one_process_and_under_torchrun(script: Path):
     folder = script.parent
-    alone = python("train.py", "my.json", "output.name=alone", folder=folder)
+    alone = python("train.py", "my.json", "output.name=alone", cwd=folder)
     port = f"--master_port={free_port()}"
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", port)
-    both = python(*torchrun, "train.py", "my.json", "output.name=both", folder=folder)
+    both = python(*torchrun, "train.py", "my.json", "output.name=both", cwd=folder)
     for done in (alone, both):
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.splitlines()[0] == "rounds 2 of 2"
@@ -50,6 +50,6 @@ def test_the_example_says_what_is_wrong_and_every_process_ends(script: Path):
     (script.parent / "bad.jsonl").write_text("[]\n", encoding="utf-8")
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
     words = (*torchrun, "train.py", "my.json", "data.train_files=bad.jsonl")
-    ended = python(*words, folder=script.parent)
+    ended = python(*words, cwd=script.parent)
     assert ended.returncode == 1
     assert "DataError: " in ended.stderr and "bad.jsonl" in ended.stderr

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support import runs, tiny
+from tests.support import runs
 from tests.support.selection import full
 
 pytestmark = pytest.mark.dist
@@ -18,31 +17,15 @@ SGD = {"optimizer": "sgd", "lr": 0.1, "local_steps": 3, "batch_size": 4}
 ADAMW = {"optimizer": "adamw", "lr": 1e-2, "local_steps": 3, "batch_size": 4}
 
 
-@pytest.fixture(scope="module")
-def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Run folders by the number of processes and the settings, each trained once: only read."""
-    done: dict[str, Path] = {}
-
-    def run(num_processes: int, **sections: object) -> Path:
-        key = json.dumps([num_processes, sections], sort_keys=True)
-        if key not in done:
-            output = {"dir": str(tmp_path_factory.mktemp("placed")), "name": "run"}
-            settings = tiny.settings(tiny_folder, output=output, **sections)
-            done[key] = runs.run(num_processes, settings)
-        return done[key]
-
-    return run
-
-
 # AdamW steps by the sign of a gradient that is nearly 0, which round-off decides. With seed 0 there
 # is one such number in B, with seed 1 there is none, so that the bound can be tight.
 @pytest.mark.parametrize(
     ("train", "seed", "tolerance"), [(SGD, 0, 1e-6), full(ADAMW, 1, 5e-5)], ids=["sgd", "adamw"]
 )
 def test_four_clients_on_four_two_and_one_processes_get_the_same_adapters(
-    place: Callable[..., Path], train: dict, seed: int, tolerance: float
+    trained: Callable[..., Path], train: dict, seed: int, tolerance: float
 ) -> None:
-    one, two, four = (runs.adapters(place(num, train=train, seed=seed)) for num in (1, 2, 4))
+    one, two, four = (runs.adapters(trained(num, train=train, seed=seed)) for num in (1, 2, 4))
     assert runs.relative_difference(one, two) <= tolerance
     assert runs.relative_difference(one, four) <= tolerance
     moved = max(float(t.abs().max()) for t in runs.factors(one["client-0000"], "B").values())
@@ -50,9 +33,9 @@ def test_four_clients_on_four_two_and_one_processes_get_the_same_adapters(
 
 
 def test_after_a_round_a_is_bitwise_equal_on_all_processes_and_b_differs(
-    place: Callable[..., Path],
+    trained: Callable[..., Path],
 ) -> None:
-    adapters = runs.adapters(place(4, train=SGD))
+    adapters = runs.adapters(trained(4, train=SGD))
     clients = [name for name in adapters if name.startswith("client")]
     for client in clients[1:]:
         for name, tensor in adapters[client].items():
@@ -60,8 +43,8 @@ def test_after_a_round_a_is_bitwise_equal_on_all_processes_and_b_differs(
             assert same == (".lora_A." in name), (client, name)
 
 
-def test_the_global_adapter_is_the_shared_a_and_the_mean_b(place: Callable[..., Path]) -> None:
-    adapters = runs.adapters(place(2, train=SGD))
+def test_the_global_adapter_is_the_shared_a_and_the_mean_b(trained: Callable[..., Path]) -> None:
+    adapters = runs.adapters(trained(2, train=SGD))
     clients = [tensors for name, tensors in adapters.items() if name.startswith("client")]
     for name, tensor in adapters["global"].items():
         mean = torch.stack([client[name].double() for client in clients]).mean(dim=0)
@@ -70,10 +53,10 @@ def test_the_global_adapter_is_the_shared_a_and_the_mean_b(place: Callable[..., 
 
 @pytest.mark.parametrize("clients_per_pass", [1, 3])
 def test_clients_that_share_a_pass_train_as_if_alone(
-    place: Callable[..., Path], clients_per_pass: int
+    trained: Callable[..., Path], clients_per_pass: int
 ) -> None:
-    together = place(1, train=SGD)
-    apart = place(
+    together = trained(1, train=SGD)
+    apart = trained(
         1,
         train=SGD,
         federated={"num_clients": 4, "num_rounds": 3, "clients_per_pass": clients_per_pass},
@@ -82,17 +65,17 @@ def test_clients_that_share_a_pass_train_as_if_alone(
     assert difference <= 1e-6
 
 
-def test_dropout_masks_do_not_depend_on_who_shares_the_pass(place: Callable[..., Path]) -> None:
+def test_dropout_masks_do_not_depend_on_who_shares_the_pass(trained: Callable[..., Path]) -> None:
     lora = {"rank": 4, "dropout": 0.3}
-    one = runs.adapters(place(1, train=SGD, lora=lora))
-    two = runs.adapters(place(2, train=SGD, lora=lora))
-    plain = runs.adapters(place(1, train=SGD))
+    one = runs.adapters(trained(1, train=SGD, lora=lora))
+    two = runs.adapters(trained(2, train=SGD, lora=lora))
+    plain = runs.adapters(trained(1, train=SGD))
     assert runs.relative_difference(one, two) <= 1e-6
     assert runs.relative_difference(one, plain) > 1e-3
 
 
 def test_unequal_clients_with_epochs_and_partial_participation_do_not_depend_on_placement(
-    place: Callable[..., Path],
+    trained: Callable[..., Path],
 ) -> None:
     sections: dict = {
         "train": {**SGD, "local_steps": None, "local_epochs": 1},
@@ -104,7 +87,7 @@ def test_unequal_clients_with_epochs_and_partial_participation_do_not_depend_on_
             "weighting": "examples",
         },
     }
-    one, two = (place(num, **sections) for num in (1, 2))
+    one, two = (trained(num, **sections) for num in (1, 2))
     assert runs.relative_difference(runs.adapters(one), runs.adapters(two)) <= 1e-6
     steps = [c.get("steps") for c in runs.rounds(one)[1]["clients"]]
     assert steps.count(None) == 2, "three of five clients take part"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -38,17 +37,12 @@ def settings(tiny_folder: Path, out: Path, name: str = "run", **sections: object
     return tiny.settings(tiny_folder, output={"dir": str(out), "name": name}, **sections)
 
 
-@pytest.fixture(scope="module")
-def calm(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Runs that nobody disturbs, each trained once: only read their folders."""
-    done: dict[str, Path] = {}
+@pytest.fixture
+def calm(trained: Callable[..., Path]) -> Callable[..., Path]:
+    """Runs with these settings that nobody disturbs: only read their folders."""
 
     def run(num_processes: int, **sections: object) -> Path:
-        key = json.dumps([num_processes, sections], sort_keys=True)
-        if key not in done:
-            out = tmp_path_factory.mktemp("calm")
-            done[key] = runs.run(num_processes, settings(tiny_folder, out, **sections))
-        return done[key]
+        return trained(num_processes, **{"train": ADAMW, "federated": FOUR, **sections})
 
     return run
 

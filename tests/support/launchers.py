@@ -6,6 +6,7 @@ the fork server shows as well (tests/support/processes.py) starts none.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from tests.support.deadlines import HANG_SECONDS
 from tests.support.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"torch", "transformers", "deepspeed", "peft", "datasets"}
+"""What costs these seconds."""
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -38,6 +41,14 @@ def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
 def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run this interpreter, ``python WORDS``."""
     return run(sys.executable, *words, **options)
+
+
+def modules_after(code: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after some code."""
+    code += "\nimport json, sys\nsys.stderr.write(json.dumps(sorted(sys.modules)))"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stderr))
 
 
 def torchrun(num: int, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:

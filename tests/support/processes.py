@@ -7,12 +7,14 @@ exactly what was started.
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,18 @@ PRELOAD = [
 ]
 
 
+_PORTS = range(10000, 32000)
+"""Below those that systems hand out for connections (from 32768 on Linux)."""
+_next_port = itertools.count(os.getpid() * 101)
+
+
 def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody listens on just now, and that no other test process is about to take."""
+    while True:
+        port = _PORTS[next(_next_port) % len(_PORTS)]
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _enter(

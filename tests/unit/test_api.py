@@ -14,7 +14,7 @@ import torch
 import sfed
 from sfed.config.load import validate
 from tests.support import tiny
-from tests.support.interpreter import HEAVY, modules_after
+from tests.support.launchers import HEAVY, modules_after
 
 ROOT = Path(__file__).resolve().parents[2]
 NEED_TORCH = {"fit", "estimate"}

@@ -14,11 +14,11 @@ from sfed import cli
 from sfed.utils import versions
 from sfed.utils.errors import UserError
 from tests.support import tiny
-from tests.support.interpreter import HEAVY, ROOT, modules_after, python
+from tests.support.launchers import HEAVY, ROOT, modules_after, python
 
 
-def sfed(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return python("-m", "sfed", *words, folder=folder)
+def sfed(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return python("-m", "sfed", *words, cwd=cwd)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
@@ -91,8 +91,8 @@ def test_a_sweep_runs_from_the_command_word_and_is_reported(tiny_folder: Path, t
     script.write_text(
         "import sys\nfrom sfed.cli import run\nif __name__ == '__main__':\n    run()\n"
     )
-    done = python(str(script), "sweep", "grid.json", "output.dir=runs", folder=tmp_path)
+    done = python(str(script), "sweep", "grid.json", "output.dir=runs", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    reported = sfed("report", "runs/seeds", folder=tmp_path)
+    reported = sfed("report", "runs/seeds", cwd=tmp_path)
     assert reported.returncode == 0, reported.stderr
     assert (tmp_path / "runs" / "seeds" / "report.html").is_file()
