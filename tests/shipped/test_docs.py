@@ -26,6 +26,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "llms.txt")),
     ROOT / "launch" / "README.md",
     ROOT / "configs" / "README.md",
+    ROOT / "tests" / "README.md",
     *sorted(DOCS.glob("*.md")),
 ]
 OF_A_READER = ("/workspace/my.yaml", "methods.yaml")
