@@ -1,8 +1,8 @@
 """``python -m tests.gpu``: everything that is asked of a GPU, in at most ten minutes, as one JSON.
 
 Run it from the root of the repository. It needs torch, transformers and PEFT and no network; what
-needs DeepSpeed or datasets is skipped by name where these are missing. Without a GPU the same steps
-run on the CPU, in small sizes. Exit codes: 0 every step that ran was ok, 1 one was not.
+needs DeepSpeed, datasets or pytest is skipped by name where they are missing. Without a GPU the
+same steps run on the CPU, in small sizes. Exit codes: 0 every step that ran was ok, 1 one was not.
 """
 
 from __future__ import annotations

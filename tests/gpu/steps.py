@@ -23,6 +23,7 @@ CASES = (
     "host_seldom_waits",
     "memory_is_planned",
 )
+_OF_A_CASE = ("datasets", "peft", "pytest", "transformers")
 _SHARDED = {"shards_equal_replicas", "offloaded_shards_equal_replicas"}
 _OF_THE_TRAINER = ("datasets", "peft", "transformers")
 _OF_A_MEASUREMENT = ("peft", "transformers")
@@ -81,7 +82,7 @@ def _measurement(name: str, size: str, suffix: str = "") -> Step:
 
 
 def _case(name: str) -> Step:
-    needs = (*_OF_THE_TRAINER, "deepspeed") if name in _SHARDED else _OF_THE_TRAINER
+    needs = (*_OF_A_CASE, "deepspeed") if name in _SHARDED else _OF_A_CASE
     return Step(name, (sys.executable, "-m", "tests.gpu.cases", name), needs=needs)
 
 
