@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -63,6 +64,30 @@ def identity(device: torch.device, host: str) -> str:
     if device.type == "cpu":
         return f"{host}/cpu"
     return f"{host}/{torch.cuda.get_device_properties(device).uuid}"
+
+
+@contextmanager
+def unchanged_arithmetic() -> Iterator[None]:
+    """Restore at the end of the block what ``set_arithmetic`` and ``choose`` change within it.
+
+    But for environment variables, of which there are more.
+    """
+    matmul = torch.backends.cuda.matmul
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    reduces = matmul.allow_bf16_reduced_precision_reduction
+    has_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    device = torch.cuda.current_device() if has_cuda else None
+    try:
+        with torch.random.fork_rng([] if device is None else [device]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        matmul.allow_bf16_reduced_precision_reduction = reduces
+        torch.backends.cuda.enable_cudnn_sdp(has_cudnn)
+        if device is not None:
+            torch.cuda.set_device(device)
 
 
 def set_arithmetic(here: Launch) -> None:

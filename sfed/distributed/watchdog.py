@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,6 +83,16 @@ class Heartbeat:
             self._path.touch()
 
 
+@dataclass(frozen=True)
+class _Ending:
+    """Why this process has to end, whatever it does."""
+
+    reason: str
+    grace_seconds: float
+    """For the main thread to end by itself."""
+    since: float = field(default_factory=time.monotonic)
+
+
 class Watchdog:
     """Where this process is, and the threads that look after it."""
 
@@ -110,15 +121,12 @@ class Watchdog:
         self._store, self._heartbeat, self._flight_record = store, heartbeat, flight_record
         self._place, self._since, self._is_waiting = "starting", time.monotonic(), False
         self._is_bounded = False
-        self._ended_since: float | None = None
-        self._is_somebody_gone = False
-        self._store_failed_since: float | None = None
-        self._mistake_since: float | None = None
-        self._mistake = ""
+        self._endings: dict[str, _Ending] = {}
         self._gave_up_since: float | None = None
         self._last_words = ""
         self._is_told_to_stop = False
         self._signals: int | None = None
+        self._identities: dict[int, Identity] = {}
         self._silences: dict[int, Silence] = {}
         self._one_gives_up = threading.Lock()
         self._left = threading.Event()
@@ -150,7 +158,7 @@ class Watchdog:
 
     def whereabouts(self, peer: int) -> str:
         """Where another process was when it last said so, and how to look at it."""
-        who = _identity(self._store, peer)
+        who = self._identity(peer)
         pid, host = ("?", "?") if who is None else (who.pid, who.host)
         return (
             f"process {peer} is at {_posted(self._store, peer)[1]} (py-spy dump --pid {pid} on "
@@ -160,7 +168,7 @@ class Watchdog:
     @property
     def has_somebody_ended(self) -> bool:
         """Whether another process has ended badly, or early."""
-        return self._ended_since is not None
+        return "ended" in self._endings
 
     def leave(self) -> None:
         """Stop watching, and tell the others that this process may go."""
@@ -262,7 +270,7 @@ class Watchdog:
             last = _posted(store, peer)
             found[peer] = Report(place=last[1], is_silent=last == first[peer])
         for peer, report in found.items():
-            who = _identity(store, peer)
+            who = self._identity(peer)
             report.pid, report.host = (None, None) if who is None else (who.pid, who.host)
 
     def _keep_record(self, own: Report) -> Path | None:
@@ -290,18 +298,20 @@ class Watchdog:
                 self._hear()
                 self._left.wait(_SECONDS_BETWEEN_POSTS)
         except RuntimeError:  # whoever serves the store has gone
-            self._store_failed_since = time.monotonic()
+            gone = "the process that serves the launcher's store has gone"
+            self._endings["store"] = _Ending(gone, _SECONDS_TO_LEAVE_THE_DEAD)
 
     def _hear(self) -> None:
         """Whether some process has ended, met a mistake or was asked to stop."""
         store = self._store
-        if self._ended_since is None and store.check(["ended"]):
-            self._is_somebody_gone = store.check(["gone"])
-            self._ended_since = time.monotonic()
-        if self._mistake_since is None and store.check(["mistake"]):
+        if not self.has_somebody_ended and store.check(["ended"]):
+            is_gone = store.check(["gone"])
+            grace = _SECONDS_TO_LEAVE_THE_DEAD if is_gone else _SECONDS_TO_LEAVE
+            self._endings["ended"] = _Ending("another process has ended", grace)
+        if "mistake" not in self._endings and store.check(["mistake"]):
             process, text = json.loads(store.get("mistake"))
             if process != self._process:
-                self._mistake, self._mistake_since = f"process {process}: {text}", time.monotonic()
+                self._endings["mistake"] = _Ending(f"process {process}: {text}", _SECONDS_TO_LEAVE)
         self.is_asked_to_stop = self.is_asked_to_stop or store.check(["stop"])
 
     def _look_after_others(self) -> None:
@@ -316,19 +326,29 @@ class Watchdog:
         for peer in peers - {self._process}:
             reason = self._why_gone(peer)
             # Asked afterwards: a process says that it leaves before it is gone.
-            is_over = any(self._store.check([f"{key}/{peer}"]) for key in ("ended", "left"))
-            if reason is not None and not is_over:
+            if reason is not None and not self._is_over(peer):
                 place = str(_posted(self._store, peer)[1])
                 self._publish(Report(place=place, reason=reason), of=peer)
 
+    def _is_over(self, peer: int) -> bool:
+        """Whether a process has said that it ends or leaves."""
+        return any(self._store.check([f"{key}/{peer}"]) for key in ("ended", "left"))
+
+    def _identity(self, peer: int) -> Identity | None:
+        """Which process another one is; None where it has not said so yet."""
+        key = f"who/{peer}"
+        if peer not in self._identities and self._store.check([key]):
+            self._identities[peer] = Identity(**json.loads(self._store.get(key)))
+        return self._identities.get(peer)
+
     def _why_gone(self, peer: int) -> str | None:
         """What shows that a process is gone; None where nothing does."""
-        who = _identity(self._store, peer)
+        who = self._identity(peer)
         is_gone = None if who is None else who.is_gone()
+        if is_gone:
+            return "it is gone without a word, as after kill -9 or out of memory"
         if is_gone is not None:
-            return (
-                "it is gone without a word, as after kill -9 or out of memory" if is_gone else None
-            )
+            return None
         silence = self._silences.setdefault(peer, Silence())
         count = int(_posted(self._store, peer)[0])
         if silence.is_too_long(count, is_told_to_stop=self._is_told_to_stop):
@@ -350,17 +370,9 @@ class Watchdog:
             limit = self._deadline + (_SLACK_SECONDS if self._is_waiting else 0.0)
             if (self._is_bounded or self._is_waiting) and stays > limit:
                 self._end(f"no progress for {self._deadline:g} s (federated.deadline_seconds)")
-            for since, grace, reason in self._ends():
-                if since is not None and min(stays, now - since) > grace:
-                    self._end(reason)
-
-    def _ends(self) -> Iterator[tuple[float | None, float, str]]:
-        """Why this process has to end, since when, and how long it may take by itself."""
-        grace = _SECONDS_TO_LEAVE_THE_DEAD if self._is_somebody_gone else _SECONDS_TO_LEAVE
-        yield self._ended_since, grace, "another process has ended"
-        yield self._mistake_since, _SECONDS_TO_LEAVE, self._mistake
-        gone = "the process that serves the launcher's store has gone"
-        yield self._store_failed_since, _SECONDS_TO_LEAVE_THE_DEAD, gone
+            for ending in list(self._endings.values()):
+                if min(stays, now - ending.since) > ending.grace_seconds:
+                    self._end(ending.reason)
 
     def _hear_signals(self) -> None:
         with suppress(BlockingIOError):
@@ -379,11 +391,6 @@ def _posted(store: Any, peer: int) -> list[Any]:
     key = f"at/{peer}"
     said: list[Any] = json.loads(store.get(key)) if store.check([key]) else [0, "starting"]
     return said
-
-
-def _identity(store: Any, peer: int) -> Identity | None:
-    key = f"who/{peer}"
-    return Identity(**json.loads(store.get(key))) if store.check([key]) else None
 
 
 def _enqueued(record: dict[str, Any]) -> int:

@@ -24,7 +24,7 @@ from sfed.federated.context import Run
 from sfed.lora import adapters
 from sfed.lora.adapters import LoraSpec
 from sfed.memory import clients_per_pass
-from sfed.memory.clients_per_pass import ClientsPerPass
+from sfed.memory.clients_per_pass import ClientsPerPass, Start
 from sfed.methods import method as methods
 from sfed.methods import scaling
 from sfed.methods.method import Method
@@ -90,11 +90,14 @@ def build(
     held = splits.load(config, tokenizer, world, num_clients, placement[world.rank])
     for note in held.notes:
         console.warn(note)
-    start, meta = clients_per_pass.Start(config, world, before), MetaModel.read(config, name)
+    meta = MetaModel.read(config, name)
+    # Once: the memory that is free, and with it the answer, changes while things are loaded.
+    sharding = hf_config.choose_sharding(config, meta, world)
+    start = Start(config, world, sharding, before)
     estimate = clients_per_pass.estimate(start, meta, held, placement, console.say)
     loading = f"loading {config.model.name} ({hf_config.dtype_name(config, world)})"
     console.enter(metrics.LOADING_SECONDS, loading)
-    frozen = _backbone(config, name, world, meta, held)
+    frozen = _backbone(start, name, meta, held)
     method, gamma = _method(config, held, num_clients)
     attached = _attached(config, world, frozen, gamma, name)
     sharing = clients_per_pass.agree(start, estimate, attached.layout.size)
@@ -111,11 +114,11 @@ def build(
     return run
 
 
-def _backbone(config: Config, name: str, world: World, meta: MetaModel, held: Data) -> Backbone:
+def _backbone(start: Start, name: str, meta: MetaModel, held: Data) -> Backbone:
     """The frozen backbone, for which the rows of this process are fit. Collective."""
-    with sync.raise_everywhere(world, "loading the backbone"):
-        frozen = backbone.load(config, name, world, meta)
-        check_rows_fit(config, held, frozen)
+    with sync.raise_everywhere(start.world, "loading the backbone"):
+        frozen = backbone.load(start.config, name, start.world, meta, start.sharding)
+        check_rows_fit(start.config, held, frozen)
     frozen.weights_digest = fingerprints.of_backbone(frozen.model, frozen.model.config.to_dict())
     return frozen
 

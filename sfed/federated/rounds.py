@@ -38,7 +38,7 @@ def train(
         Whether all rounds are done; False after a request to stop. The last checkpoint may still be
         under way.
     """
-    state = _begin(run, log) if state is None else state
+    state = _begin(run) if state is None else state
     if state.unreported is not None:
         log.measured = RoundMeasurements(**state.unreported)
         if not _evaluate_and_report(run, state, log, stop):
@@ -69,7 +69,7 @@ def train(
     return True
 
 
-def _begin(run: Run, log: RoundLog) -> State:
+def _begin(run: Run) -> State:
     """Draw the adapters; what there is before training has still to be reported."""
     return State(0, None, 0, asdict(RoundMeasurements(uploaded_bytes=prepare(run))))
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sfed.config.schema import Config
-from sfed.distributed import consistency, sync
+from sfed.distributed import consistency, devices, sync
 from sfed.distributed import world as distributed
 from sfed.distributed.shutdown import StoppedEarlyError, StopRequest, ending
 from sfed.distributed.world import World
@@ -82,30 +82,16 @@ def fit(config: Config) -> RunRecord:
 @contextmanager
 def _unchanged_process() -> Iterator[None]:
     """Restore what a session changes in the process of its caller."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     environment = dict(os.environ)
-    matmul = torch.backends.cuda.matmul
-    reduces, has_cudnn = (
-        matmul.allow_bf16_reduced_precision_reduction,
-        torch.backends.cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
-    )
-    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     # DeepSpeed, which other libraries import too, otherwise announces its own guess.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.cuda.current_device() if has_cuda else None
     try:
-        with torch.random.fork_rng([] if device is None else [device]):
+        with devices.unchanged_arithmetic():
             yield
     finally:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
-        matmul.allow_bf16_reduced_precision_reduction = reduces
-        torch.backends.cuda.enable_cudnn_sdp(has_cudnn)
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
-        if device is not None:
-            torch.cuda.set_device(device)
 
 
 def run_session(

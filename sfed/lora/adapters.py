@@ -160,9 +160,9 @@ class Adapters:
 class LoraSpec:
     """Which layers are adapted, and how."""
 
-    rank: int
+    lora_rank: int
     """r."""
-    scaling: float
+    lora_scaling: float
     """gamma."""
     dropout: float
     """Probability on the adapters' input."""
@@ -175,8 +175,8 @@ class LoraSpec:
         """Return the equivalent PEFT configuration."""
         targets = self.target_modules
         return LoraConfig(
-            r=self.rank,
-            lora_alpha=peft_alpha(self.scaling, self.rank),
+            r=self.lora_rank,
+            lora_alpha=peft_alpha(self.lora_scaling, self.lora_rank),
             lora_dropout=self.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             # A classifier's type would make PEFT copy the head, which is not its business here.
@@ -213,12 +213,14 @@ def attach(model: PreTrainedModel, spec: LoraSpec, head: Head | None = None) -> 
     layers: dict[str, StackedLoraLinear] = {}
     for index, name in enumerate(sorted(found)):
         base_layer = found[name].get_base_layer()
-        layers[name] = StackedLoraLinear(base_layer, spec.scaling, spec.dropout, index, context)
+        layers[name] = StackedLoraLinear(
+            base_layer, spec.lora_scaling, spec.dropout, index, context
+        )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layers[name])
     shapes = [(name, found[name].in_features, found[name].out_features) for name in layers]
     weights = None if head is None else {n: tuple(w.shape) for n, w in head.initial.items()}
-    layout = Layout.of(shapes, spec.rank, weights)
+    layout = Layout.of(shapes, spec.lora_rank, weights)
     return Adapters(layers, layout, peft_config, context, head)
 
 

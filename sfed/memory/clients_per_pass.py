@@ -19,7 +19,7 @@ from sfed.distributed.world import World
 from sfed.memory import counts, profile
 from sfed.memory.costs import ClientState, Costs, Work
 from sfed.memory.trial import Frozen
-from sfed.models.hf_config import DTYPES, MetaModel, choose_sharding, dtype_name, free_bytes
+from sfed.models.hf_config import DTYPES, MetaModel, Sharding, dtype_name, free_bytes
 from sfed.utils.errors import UserError
 from sfed.utils.text import size_text
 
@@ -50,6 +50,7 @@ class Start:
 
     config: Config
     world: World
+    sharding: Sharding
     before: int | None
     """The limit of the run that is resumed; None where the run begins. With other groups of clients
     its numbers would differ by round-off from those of a run that was never stopped."""
@@ -116,12 +117,12 @@ def estimate(
     if _generous_bytes(config, meta.config, work) <= carefree:
         return None
     dtype = DTYPES[dtype_name(config, world)]
-    is_sharded = choose_sharding(config, meta, dtype, world).is_sharded
     costs: Costs | None = None
     with raise_everywhere(world, "measuring a pass"):
         if world.is_main:
             targets = counts.counts_of(config, meta).targets
-            costs = profile.measure(config, Frozen(meta.config, dtype, targets, is_sharded), say)
+            frozen = Frozen(meta.config, dtype, targets, start.sharding.is_sharded)
+            costs = profile.measure(config, frozen, say)
     told = gather_json(world, "costs of a pass", costs and dataclasses.asdict(costs))[0]
     return Estimate(work, Costs.of_json(told))
 

@@ -181,7 +181,13 @@ class Backbone:
                     parameter.partition()
 
 
-def load(config: Config, name: str, world: World, meta: MetaModel | None = None) -> Backbone:
+def load(
+    config: Config,
+    name: str,
+    world: World,
+    meta: MetaModel | None = None,
+    sharding: Sharding | None = None,
+) -> Backbone:
     """Load and freeze the backbone, sharded over the processes or as a replica. Collective.
 
     Args:
@@ -189,13 +195,14 @@ def load(config: Config, name: str, world: World, meta: MetaModel | None = None)
         name: hub id or folder of the model.
         world: the processes.
         meta: the model, where its configuration has been read before.
+        sharding: how it is stored, where that has been chosen before.
 
     Raises:
         UserError: where the model cannot be found or is not one for the task.
     """
     meta = meta or MetaModel.read(config, name)
     dtype = DTYPES[dtype_name(config, world)]
-    sharding = choose_sharding(config, meta, dtype, world)
+    sharding = sharding or choose_sharding(config, meta, world)
     settings, into_shards = None, None
     if sharding.is_sharded:
         from transformers.integrations import HfDeepSpeedConfig

@@ -177,7 +177,7 @@ def cannot_load(name: str, error: Exception) -> str:
     return f"model.name = {name!r} cannot be loaded for this task: {reason}"
 
 
-def choose_sharding(config: Config, meta: MetaModel, dtype: torch.dtype, world: World) -> Sharding:
+def choose_sharding(config: Config, meta: MetaModel, world: World) -> Sharding:
     """Resolve ``backbone.sharding`` and say why. Collective: every process decides the same.
 
     Raises:
@@ -191,7 +191,7 @@ def choose_sharding(config: Config, meta: MetaModel, dtype: torch.dtype, world: 
     def sizes() -> tuple[int, int]:
         share = free_bytes(world.device) // world.processes_per_device
         free = min(gather_json(world, "free memory", share))
-        return dtype.itemsize * meta.num_weights, free
+        return DTYPES[dtype_name(config, world)].itemsize * meta.num_weights, free
 
     return resolve_sharding(config.backbone, world.size, sizes)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from sfed.config import load as config_load
 from sfed.plan.checks import check_plan
-from sfed.plan.request import LINKS, Machine, Pace
+from sfed.plan.request import H100_FLOPS, LINKS, Machine, Pace
 from sfed.utils import command
 from sfed.utils.command import count
 from sfed.utils.text import parse_size
@@ -44,7 +44,7 @@ def _parser() -> command.Parser:
         prog="python -m sfed.plan",
         description="Say whether a run fits on the GPUs, and how long a round takes. No GPU is "
         "touched and no weights are read.",
-        epilog="Exit codes: 0 it fits, 1 it does not (and what would), 2 a mistake. Keys: see "
+        epilog="Exit codes: 0 it fits, 1 it does not (and what would), 2 an error. Keys: see "
         "python -m sfed.train --help.",
     )
     add = parser.add_argument
@@ -54,7 +54,13 @@ def _parser() -> command.Parser:
     add("--link", choices=tuple(LINKS), default="nvlink", help="[nvlink]")
     add("--tokens", metavar="MEAN", type=count, help="of a row, for times [data.max_tokens]")
     add("--tokens-per-second", metavar="X", type=_positive, help="of a GPU, in place of a guess")
-    add("--tflops", metavar="X", type=_positive, default=989.0, help="datasheet, bf16 [989: H100]")
+    add(
+        "--tflops",
+        metavar="X",
+        type=_positive,
+        default=H100_FLOPS / 1e12,
+        help="datasheet, bf16 [989: H100]",
+    )
     parser.add_json("write everything here")
     return parser
 

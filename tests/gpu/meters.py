@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import traceback
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from sfed.memory.live_bytes import LiveBytes
 
 Work = Callable[[], object]
 
@@ -58,39 +58,13 @@ def host_seconds_of(device: torch.device, work: Work, times: int = 1) -> float:
     return seconds
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that are made within it: now, and at most so far."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(result):
-            if storage._cdata not in known:
-                known.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _free(self, num_bytes: int) -> None:
-        self.now -= num_bytes
-
-
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(values) if torch.is_tensor(leaf)]
-
-
 def peak_bytes_of(device: torch.device, work: Work) -> int:
     """Peak memory of the work beyond what is there before it.
 
     On a GPU by torch's allocator, on a CPU by the tensors that operations return.
     """
     if device.type == "cpu":
-        with _LiveBytes() as live:
+        with LiveBytes() as live:
             work()
         return live.peak
     synchronize(device)

@@ -11,30 +11,19 @@ import pytest
 
 from sfed.distributed import rendezvous
 from sfed.distributed.rendezvous import agree_on_attempt
+from sfed.distributed.store import LocalStore
 from sfed.utils.errors import MissingProcessError, UserError
 from tests.support.deadlines import HANG_SECONDS, RUN_SECONDS, wait_until
 from tests.support.processes import ends_of
 
 
-class MemoryStore:
+class MemoryStore(LocalStore):
     """A store in memory, as a launcher keeps it over restarts."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, str] = {}
-
-    def set(self, key: str, value: str) -> None:
-        self.values[key] = value
-
-    def get(self, key: str) -> bytes:
-        return self.values[key].encode()
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self.values for key in keys)
 
     @property
     def num_here(self) -> int:
         """How many processes have said that they are here."""
-        return sum(key.startswith("here/") for key in list(self.values))
+        return sum(key.startswith("here/") for key in list(self._values))
 
 
 class Joining:

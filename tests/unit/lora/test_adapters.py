@@ -123,8 +123,8 @@ def loaded(family: str, folder: Path) -> nn.Module:
 
 def attach(model: nn.Module, targets: tuple[str, ...] | str, **changes: object) -> Adapters:
     request: dict[str, Any] = {
-        "rank": LORA_RANK,
-        "scaling": GAMMA,
+        "lora_rank": LORA_RANK,
+        "lora_scaling": GAMMA,
         "dropout": 0.0,
         "target_modules": targets,
         "base_name": "organisation/model",

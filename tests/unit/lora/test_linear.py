@@ -115,8 +115,8 @@ def test_the_layout_is_sorted_a_first_and_without_holes() -> None:
 def attached(folder: Path, **changes: object) -> tuple[nn.Module, Adapters]:
     model = AutoModelForCausalLM.from_pretrained(folder / "model").requires_grad_(False)
     request: dict = {
-        "rank": 4,
-        "scaling": 2.5,
+        "lora_rank": 4,
+        "lora_scaling": 2.5,
         "dropout": 0.0,
         "target_modules": "all-linear",
         "base_name": str(folder / "model"),

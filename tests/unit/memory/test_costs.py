@@ -236,7 +236,7 @@ FOUR_CLIENTS = clients_per_pass.Estimate(
 def _agreed(config: Any, free_of_process: list[list[int]]) -> list[clients_per_pass.ClientsPerPass]:
     """What is agreed on with so much free memory on each process, one after another."""
     world = distributed.start(RUN_SECONDS)
-    start = clients_per_pass.Start(config, world, None)
+    start = clients_per_pass.Start(config, world, hf_config.Sharding("none", "a test"), None)
     agreed = []
     for free in free_of_process:
         clients_per_pass.free_bytes = lambda _, free=free: free[world.rank] * world.size
