@@ -207,7 +207,7 @@ def validate(data: dict[str, Any], required: Sequence[str] = ()) -> Config:
     lines = sorted({_explain(detail) for detail in details})
     lines = [f"{key}: no default; {REQUIRED[key]}{_allowed(key)}" for key in unset] + lines
     if lines:
-        count = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        count = "an error" if len(lines) == 1 else f"{len(lines)} errors"
         raise ConfigError(f"{count} in the configuration\n  " + "\n  ".join(lines))
     return config
 

@@ -41,6 +41,7 @@ def check(config: Config, num_processes: int | None = None) -> None:
         )
     mistakes += [
         f"data.{split}_files: {name!r} {'is a folder' if Path(name).is_dir() else 'does not exist'}"
+        "; name files, from the folder in which the command runs"
         for split in ("train", "eval")
         for name in config.files(split)
         if "{client}" not in name and not Path(name).is_file()

@@ -274,7 +274,7 @@ def _duplicates(cells: Sequence[Cell], num_processes: int) -> dict[str, list[str
 
 def _explain(path: Path, mistakes: Mapping[str, Sequence[str]], num_cells: int) -> str:
     """One line per mistake, with the cells that have it."""
-    count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+    count = "an error" if len(mistakes) == 1 else f"{len(mistakes)} errors"
     lines = [f"{line}{_where(cells, num_cells)}" for line, cells in mistakes.items()]
     return f"{count} in {path}\n  " + "\n  ".join(lines)
 

@@ -226,7 +226,7 @@ CONFIG_MISTAKES = [
     Mistake("key of another section", ("train.rank", "lora.rank"), {"train.rank": 4}),
     Mistake(
         "two mistakes at once",
-        ("2 mistakes", "lora.rank", "train.lr"),
+        ("2 errors", "lora.rank", "train.lr"),
         {"lora.rank": 0, "train.lr": 0},
     ),
     # types
@@ -924,7 +924,7 @@ def test_a_wrong_value_on_the_command_line_ends_with_code_2_and_a_short_message(
     assert done.returncode == EXIT_MISTAKE
     assert done.stdout == ""
     first, second = done.stderr.splitlines()
-    assert first == "sfed: a mistake in the configuration"
+    assert first == "sfed: an error in the configuration"
     assert second.startswith("  train.lr = -1: input should be greater than 0")
 
 

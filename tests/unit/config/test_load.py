@@ -309,7 +309,7 @@ def test_a_model_and_a_task_have_no_default(tmp_path, text, words, missing):
     message = told(*([] if text is None else [save(tmp_path, text)]), *words)
     head, *lines = message.split("\n  ")
     assert len(lines) == len(missing), message
-    assert head.startswith("a mistake" if len(lines) == 1 else f"{len(lines)} mistakes")
+    assert head.startswith("an error" if len(lines) == 1 else f"{len(lines)} errors")
     assert all(line.startswith(part) for line, part in zip(lines, missing, strict=True)), message
 
 
@@ -320,7 +320,7 @@ def test_a_mistake_is_one_line_however_long_the_meaning_of_its_key(words):
 
 def test_what_is_missing_comes_with_all_other_mistakes():
     message = told("lora.rank=0", "nonsense=1")
-    assert message.startswith("4 mistakes")
+    assert message.startswith("4 errors")
     assert all(part in message for part in (NO_MODEL, NO_TASK, "lora.rank = 0", "nonsense = 1"))
 
 
@@ -335,7 +335,7 @@ def test_what_is_missing_comes_with_all_other_mistakes():
 )
 def test_a_model_or_task_of_another_form_is_named_with_its_value(words, part):
     message = told(*words)
-    assert message.startswith("a mistake") and part in message
+    assert message.startswith("an error") and part in message
 
 
 def test_the_demos_configuration_can_be_read_and_copied():
@@ -410,7 +410,7 @@ def test_an_unknown_key_like_no_other_points_to_help():
 
 def test_all_mistakes_come_in_one_message():
     message = mistake_of("lora.rank=0", "train.lr=-1.5", "model.dtype=fp64", "nonsense=1", "seed=x")
-    assert message.startswith("5 mistakes")
+    assert message.startswith("5 errors")
     for part in ("lora.rank = 0", "train.lr = -1.5", 'model.dtype = "fp64"', "nonsense = 1"):
         assert part in message
     assert 'seed = "x"' in message
@@ -572,7 +572,7 @@ def test_a_wrong_key_ends_the_command_with_one_message_and_code_two():
     done = run_python("-m", "sfed.train", DEMO, "nonsense=1", RANK="0")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "sfed: a mistake in the configuration\n"
+        "sfed: an error in the configuration\n"
         "  nonsense = 1: unknown key; see --help for all keys\n"
     )
 

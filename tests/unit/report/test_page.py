@@ -571,7 +571,10 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_says_mistakes_plainly_and_helps() -> None:
     done = command("/nowhere/at/all")
     assert done.returncode == 2
-    assert done.stderr == "sfed: the run folder '/nowhere/at/all' does not exist\n"
+    assert (
+        done.stderr
+        == "sfed: the run folder '/nowhere/at/all' does not exist; name one, such as runs/demo\n"
+    )
     done = command("--help")
     assert done.returncode == 0
     assert "--out DIR" in done.stdout

@@ -175,7 +175,7 @@ def test_a_grid_that_grows_keeps_the_names_it_has(tmp_path: Path) -> None:
         (
             {"grid": {"lora.rank": [4, -1, "x"], "seed": [0, 1]}},
             [
-                "2 mistakes",
+                "2 errors",
                 "lora.rank = -1",
                 "r-1-seed0, r-1-seed1",
                 'lora.rank = "x"',
@@ -184,7 +184,7 @@ def test_a_grid_that_grows_keeps_the_names_it_has(tmp_path: Path) -> None:
         ),
         (
             {"set": {"train": {"lr": -1}}, "grid": {"seed": [0, 1]}},
-            ["a mistake", "train.lr = -1", "(in all 2 cells)"],
+            ["an error", "train.lr = -1", "(in all 2 cells)"],
         ),
         (
             {"grid": {"federated.method": ["sfed", "fedsa"], "lora.scaling": ["sfed"]}},
@@ -202,8 +202,8 @@ def test_mistakes_of_the_file(tmp_path: Path, keys: dict[str, Any], words: list[
 @pytest.mark.parametrize(
     ("text", "overrides", "words"),
     [
-        ("grid: {seed: [0, 1]}", [], ["2 mistakes", "model.name: no default; set model.name, or"]),
-        ("grid: {seed: [0, 1]}", ["model.name=x"], ["a mistake", "data.task: no default"]),
+        ("grid: {seed: [0, 1]}", [], ["2 errors", "model.name: no default; set model.name, or"]),
+        ("grid: {seed: [0, 1]}", ["model.name=x"], ["an error", "data.task: no default"]),
         (
             "{set: {data: {task: gsm8k}}, grid: {seed: [0, 1]}}",
             [],
