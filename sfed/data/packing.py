@@ -35,6 +35,15 @@ class Packing:
         """Time of a pass, in slots without attention, where a slot attends to so many places."""
         return slots * (1.0 + seen_width / self.even_width)
 
+    def widest_row(self, padded_rows: int, padded_width: int) -> int:
+        """Bound the width of the rows that ``pack`` chooses over so many padded ones.
+
+        The widest is a row that holds everything: w (1 + w / even_width) < cost of the padded rows.
+        """
+        padded = self.cost(padded_rows * padded_width, padded_width / 2)
+        width = 2 * padded / (1 + math.sqrt(1 + 4 * padded / self.even_width))
+        return min(self.widest, padded_rows * padded_width, math.floor(width))
+
 
 def round_up(tokens: int) -> int:
     """The next width that is a multiple of 8."""

@@ -21,7 +21,7 @@ from sfed.methods import sampling
 from sfed.methods.aggregation import normalised_weights
 from sfed.methods.method import Method
 from sfed.models.backbone import Backbone
-from sfed.models.objective import Objective, objective_of
+from sfed.models.objective import Objective, objective_of, why_padded
 
 Group = tuple[int, ...]
 """Clients that share passes."""
@@ -132,15 +132,7 @@ class Run:
     @property
     def why_padded(self) -> str | None:
         """Why each sequence has a row of its own; None where short ones share rows."""
-        if not self.config.data.packing:
-            return "data.packing=false"
-        if self.task.is_classification:
-            return "a classifier reads one text in a row"
-        if self.config.lora.dropout > 0.0:
-            return "lora.dropout draws its masks for rows as they lie"
-        if self.backbone.packing is None:
-            return "this model would let documents in one row see each other"
-        return None
+        return why_padded(self.config, self.backbone)
 
     @property
     def passes_per_step(self) -> int:

@@ -187,14 +187,14 @@ def _generous_bytes(config: Config, model_config: PreTrainedConfig, work: Work) 
     text = model_config.get_text_config()
     hidden, layers = _told(text, "hidden_size"), _told(text, "num_hidden_layers")
     width = hidden + int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    row_tokens = work.tokens + work.new_tokens
-    # Attention without a fused kernel keeps a square of scores for each head, else a mask.
+    tokens = max(work.train_rows, work.eval_rows) * (work.tokens + work.new_tokens)
+    # Attention without a fused kernel keeps a square of scores for each head, else a mask; and
+    # all of a client may be packed into one row.
     is_eager = config.model.attention == "eager"
-    scores = row_tokens * (_told(text, "num_attention_heads") if is_eager else 1)
+    scores = tokens * (_told(text, "num_attention_heads") if is_eager else 1)
     per_token = layers * (_GENEROUS_PER_UNIT * width + 16 * scores)
     per_token += 16 * _told(text, "vocab_size")
     numbers = layers * 8 * width * config.lora.rank
-    tokens = max(work.train_rows, work.eval_rows) * row_tokens
     return work.round_clients * (tokens * per_token + _GENEROUS_PER_NUMBER * numbers)
 
 

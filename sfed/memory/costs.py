@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sfed.data.packing import Packing
+
 _FP32_BYTES = 4
 # Of free memory, what may be planned with: allocators leave gaps between tensors.
 USABLE_SHARE = 0.9
@@ -23,6 +25,8 @@ class Load:
     """Rows of one client."""
     tokens: int
     """Tokens of one row, padding included."""
+    widest: int = 0
+    """Tokens of the widest row that these may be packed into; 0 = they are not packed."""
 
     @property
     def all_tokens(self) -> int:
@@ -43,10 +47,11 @@ class Cost:
     """Per token of the longest row, once for all rows: tables of position embeddings."""
 
     def of(self, load: Load) -> int:
-        """Bytes of a pass."""
-        of_row = load.tokens * (self.per_token + load.tokens * self.per_square)
+        """Bytes of a pass; at most, where rows are packed: into fewer that hold no more in all."""
+        width = max(load.tokens, load.widest)
+        of_row = load.tokens * (self.per_token + width * self.per_square)
         of_clients = load.clients * (self.per_client + load.rows * of_row)
-        return round(self.fixed + load.tokens * self.per_position + of_clients)
+        return round(self.fixed + width * self.per_position + of_clients)
 
     def plus(self, other: Cost, times: int = 1) -> Cost:
         """This, and something else so many times."""
@@ -81,6 +86,8 @@ class Costs:
     """Keys and values of all layers while answers are written."""
     optimizer_per_number: float
     """Transient buffers of an optimizer step, per number of a client's row."""
+    packing: Packing | None = None
+    """How sequences share rows; None = each has a row of its own."""
 
     @staticmethod
     def of_json(values: Mapping[str, Any]) -> Costs:
@@ -88,8 +95,21 @@ class Costs:
         costs: dict[str, Any] = {
             name: Cost(**value) if isinstance(value, dict) else value
             for name, value in values.items()
+            if name != "packing"
         }
-        return Costs(**costs)
+        packing = values["packing"]
+        return Costs(**costs, packing=packing and Packing(**packing))
+
+    def load(self, clients: int, rows: int, tokens: int) -> Load:
+        """What passes of so many clients read at most.
+
+        Args:
+            clients: of a pass.
+            rows: of a client, where each sequence has a row of its own.
+            tokens: of the longest sequence.
+        """
+        widest = self.packing.widest_row(rows, tokens) if self.packing else 0
+        return Load(clients, rows, tokens, widest)
 
     def logits(self, load: Load) -> int:
         """Bytes of the logits that are there at a time."""
@@ -173,8 +193,8 @@ class Work:
         """What passes of this many clients need on the device."""
         # One group trains while the next comes and the last goes back.
         groups = 1 if clients >= self.round_clients else 2
-        load = Load(clients, self.train_rows, self.tokens)
-        held_out = Load(clients, self.eval_rows, self.tokens)
+        load = costs.load(clients, self.train_rows, self.tokens)
+        held_out = costs.load(clients, self.eval_rows, self.tokens)
         writers = clients * self.eval_rows if self.new_tokens else 0
         cache = writers * (self.tokens + self.new_tokens) * costs.cache_per_token
         forward = costs.forward.of(held_out)

@@ -31,6 +31,9 @@ _LOADS = (
     Load(1, 1, 2 * TOKENS),
     Load(1, 2, 2 * TOKENS),
 )
+# So long that a mask, or the scores of attention, are what there is most of; shorter where they
+# have to be computed.
+_LONG, _LONG_COMPUTED = 2048, 128
 
 
 def measure(config: Config, frozen: Frozen, say: Callable[[str], None]) -> Costs:
@@ -62,17 +65,19 @@ def _costs(config: Config, frozen: Frozen, fake: FakeFloats | None) -> Costs:
     thin = Trial(config, frozen, 1, _SMALLEST_RANK, fake)
     of_one, of_two = (_cost([trial.kept(load) for load in _LOADS]) for trial in (one, two))
     of_layer = of_two.plus(of_one, -1)
+    long = min(one.backbone.context_tokens // 2, _LONG_COMPUTED if fake is None else _LONG)
     words = 0 if task_of(config).is_classification else int(frozen.config.vocab_size)
     in_chunks = one.backbone.logits_at_a_time(words)
     return Costs(
         kept=of_one.plus(of_layer, num_layers - 1),
         kept_by_layer=of_layer,
-        transient=_most(one.transient, thin.transient),
-        forward=_most(one.evaluated, thin.evaluated),
+        transient=_most(one.transient, thin.transient, long),
+        forward=_most(one.evaluated, thin.evaluated, long),
         logits_per_token=words * _bytes_per_logit(frozen.dtype, in_chunks=in_chunks is not None),
         logits_at_a_time=in_chunks or _ALL,
         cache_per_token=num_layers * _keys_and_values(frozen.config) * frozen.dtype.itemsize,
         optimizer_per_number=one.optimised(),
+        packing=one.packing,
     )
 
 
@@ -103,7 +108,7 @@ def _cost(values: Sequence[int]) -> Cost:
     return Cost(fixed, per_client, per_token, per_square, per_position)
 
 
-def _most(full: Callable[[Load], int], thin: Callable[[Load], int]) -> Cost:
+def _most(full: Callable[[Load], int], thin: Callable[[Load], int], long: int) -> Cost:
     """Bound the most that is there at a time, by a sum of what it takes per client and per token.
 
     Which moment needs most depends on the load, so the most is no sum but a maximum of several;
@@ -112,13 +117,15 @@ def _most(full: Callable[[Load], int], thin: Callable[[Load], int]) -> Cost:
     Args:
         full: measures with the LoRA rank of the run.
         thin: measures with the smallest adapters.
+        long: tokens of a row in which what grows with their square is seen.
     """
     one_row, two_rows = _LOADS[:2]
     per_token = (thin(two_rows) - thin(one_row)) / TOKENS
+    curved = thin(Load(1, 1, 2 * long)) - 2 * thin(Load(1, 1, long)) + thin(one_row)
     return Cost(
         fixed=0.0,
         per_client=max(0.0, full(one_row) - TOKENS * per_token),
         per_token=per_token,
-        per_square=0.0,
+        per_square=max(0.0, curved / (2 * long**2)),
         per_position=0.0,
     )

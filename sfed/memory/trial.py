@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from transformers.initialization import no_init_weights
 from sfed.clients.optimizer import StackedOptimizer
 from sfed.clients.state import FACTORS, MOMENTS, PassState
 from sfed.config.schema import Config
+from sfed.data import batches
 from sfed.data.batches import Batch
+from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
 from sfed.lora.hf_blocks import patch_blocks
 from sfed.memory.costs import Load
@@ -29,10 +32,12 @@ from sfed.models import heads, synthetic
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding, from_config
 from sfed.models.losses import Traits
-from sfed.models.objective import objective_of
+from sfed.models.objective import objective_of, why_padded
 
 TOKENS = 16
 """Tokens of the shortest row of a trial."""
+# Tokens of the short sequence of a packed row: fewer than a row's width is rounded up by.
+_SHORT = 7
 # So few that logits do not count: their size is known, and they would hide the layers' own.
 _WORDS = 16
 # What transformers would say of a model that was read from its files.
@@ -104,6 +109,10 @@ class Trial:
         with self._fake:
             self.backbone = _backbone(config, frozen, num_layers)
         self._objective = objective_of(self.backbone)
+        is_padded = why_padded(config, self.backbone) is not None
+        # flash-attn needs no mask for packed rows: they cost no more than padded ones.
+        needs_no_mask = config.model.attention == "flash_attention_2"
+        self.packing = None if is_padded or needs_no_mask else self.backbone.packing
         # Not under fake tensors: PEFT puts its own weights on the meta device.
         model, head = self.backbone.model, self.backbone.head
         self._adapters = attach(config, model, head, frozen.targets, lora_rank)
@@ -166,11 +175,19 @@ class Trial:
         )
 
     def batch(self, load: Load) -> Batch:
-        """Rows that are shorter than the batch is wide: attention may then need a mask."""
-        target = None if self.backbone.head is None else 0.0
+        """Rows that are shorter than the batch is wide: attention may then need a mask.
+
+        Where the run packs, each row holds two sequences.
+        """
         part = load.tokens // TOKENS
-        row = Row(np.zeros(load.tokens - part, dtype=np.int32), part, target)
-        return self._objective.collate([[row] * load.rows] * load.clients, load.rows)
+        if self.packing is None:
+            target = None if self.backbone.head is None else 0.0
+            row = Row(np.zeros(load.tokens - part, dtype=np.int32), part, target)
+            return self._objective.collate([[row] * load.rows] * load.clients, load.rows)
+        lengths = [load.tokens - _SHORT, _SHORT] * load.rows
+        rows = [Row(np.zeros(length, dtype=np.int32), part, None) for length in lengths]
+        as_wide = Packing(widest=load.tokens, even_width=math.inf)
+        return batches.collate([rows] * load.clients, len(rows), as_wide)
 
 
 def _backbone(config: Config, frozen: Frozen, num_layers: int) -> Backbone:

@@ -13,9 +13,11 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from sfed.config.schema import Config
 from sfed.data import batches
 from sfed.data.batches import IGNORED_LABEL, Batch
 from sfed.data.packing import Packing
+from sfed.data.tasks import task_of
 from sfed.data.tokenize import Row
 from sfed.models.backbone import Backbone
 
@@ -47,6 +49,19 @@ def objective_of(backbone: Backbone, packing: Packing | None = None) -> Objectiv
         packing: how short sequences share a row; None = never.
     """
     return TokenObjective(backbone, packing) if backbone.head is None else TargetObjective(backbone)
+
+
+def why_padded(config: Config, backbone: Backbone) -> str | None:
+    """Say why each sequence has a row of its own; None where short ones share rows."""
+    if not config.data.packing:
+        return "data.packing=false"
+    if task_of(config).is_classification:
+        return "a classifier reads one text in a row"
+    if config.lora.dropout > 0.0:
+        return "lora.dropout draws its masks for rows as they lie"
+    if backbone.packing is None:
+        return "this model would let documents in one row see each other"
+    return None
 
 
 @dataclass(frozen=True)

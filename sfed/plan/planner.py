@@ -191,7 +191,7 @@ class Planner:
 def _key(config: Config) -> str:
     """What tells the model and its adapters from others."""
     return config.model_dump_json(
-        include={"model": True, "lora": True, "data": {"task": True, "name": True}}
+        include={"model": True, "lora": True, "data": {"task": True, "name": True, "packing": True}}
     )
 
 

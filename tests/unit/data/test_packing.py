@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import modeling_flash_attention_utils
 
 from sfed.data.batches import Batch, collate
-from sfed.data.packing import Packing, first_fit_decreasing, pack
+from sfed.data.packing import Packing, first_fit_decreasing, pack, round_up
 from sfed.data.tokenize import Row
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
@@ -312,3 +312,27 @@ def test_a_packed_run_trains_the_adapters_of_a_padded_one(tiny_folder: Path, tmp
         for padded, packed in zip(events["padded"], events[name], strict=True):
             assert packed["eval/loss"] == pytest.approx(padded["eval/loss"], rel=1e-5)
         assert events["padded"][1]["tokens/fill"] < 0.7 < events[name][1]["tokens/fill"] <= 1
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=8), min_size=1, max_size=4),
+    st.floats(16, 1e6),
+    st.integers(64, 512),
+)
+def test_no_row_is_wider_than_the_plan_of_memory_assumes(
+    lengths_by_client: list[list[int]], even_width: float, widest: int
+) -> None:
+    packing, longest = Packing(widest, even_width), 60
+    padded_rows = max(map(len, lengths_by_client))
+    found = pack(lengths_by_client, padded_rows, packing)
+    if found is not None:
+        assert found[0] <= packing.widest_row(padded_rows, round_up(longest))
+
+
+def test_the_widest_row_is_the_last_one_that_costs_less() -> None:
+    packing = Packing(10**6, 1000.0)
+    least = packing.cost(8 * 512, 256)
+    widest = packing.widest_row(8, 512)
+    assert packing.cost(widest, widest) <= least < packing.cost(widest + 1, widest + 1)
+    assert Packing(10**6, math.inf).widest_row(8, 512) == 8 * 512
+    assert Packing(600, math.inf).widest_row(8, 512) == 600

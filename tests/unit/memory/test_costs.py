@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +18,9 @@ from sfed.bench import workload
 from sfed.bench.measure import SavedBytes
 from sfed.bench.steps import Sfed
 from sfed.config import load as config_load
+from sfed.data import batches
+from sfed.data.packing import Packing
+from sfed.data.tokenize import Row
 from sfed.distributed import world as distributed
 from sfed.federated import session
 from sfed.memory import clients_per_pass, counts, profile
@@ -31,10 +36,10 @@ CPU = torch.device("cpu")
 ALL, ATTENTION = "all-linear", ("q_proj", "v_proj")
 
 
-def settings(rank: int, targets: Any, checkpointing: bool = False) -> Any:
+def settings(rank: int, targets: Any, checkpointing: bool = False, *, packing: bool = False) -> Any:
     return config_load.validate(
         {
-            "data": {"task": "gsm8k"},
+            "data": {"task": "gsm8k", "packing": packing},
             "lora": {"rank": rank, "target_modules": targets},
             "backbone": {"gradient_checkpointing": checkpointing},
         }
@@ -88,6 +93,46 @@ def test_a_trial_of_two_layers_predicts_the_passes_of_the_whole_model(
         peak = needs.copies + needs.activations + max(needs.logits, needs.transient)
         assert live.peak <= 1.05 * peak, load
         assert peak <= 1.15 * live.peak, load
+
+
+def packed_into_one_row(load: Load) -> batches.Batch:
+    """One row for each client, of a long sequence and seven short ones."""
+    lengths = [load.tokens - 70, *[9] * 7]
+    rows = [Row(np.zeros(length, dtype=np.int32), 1, None) for length in lengths]
+    packing = Packing(widest=load.tokens, even_width=math.inf)
+    packed = batches.collate([rows] * load.clients, len(rows), packing)
+    assert packed.documents is not None
+    assert packed.input_ids.shape == (load.clients, load.tokens)
+    return packed
+
+
+@pytest.mark.parametrize(("clients", "dtype"), [(1, torch.float32), (3, torch.bfloat16)])
+def test_a_packed_pass_keeps_a_mask_in_each_layer_and_that_is_counted(
+    clients: int, dtype: torch.dtype
+) -> None:
+    """Masks of 512 x 512 are half of what a packed pass of this model keeps."""
+    load = Load(clients, 1, 512)
+    model_config = synthetic.model_config("stories", None, None)
+    costs = measured(settings(16, ALL, packing=True), model_config, dtype)
+    assert costs.packing is not None
+    ours, batch = trainer("stories", load, 16, ALL, dtype), packed_into_one_row(load)
+    with LiveBytes() as live:
+        ours.enter(0)
+        loss = ours.backbone.token_losses(
+            batch.input_ids, batch.labels, batch.positions, batch.documents
+        )
+        kept = live.now
+        torch.autograd.backward(loss.sum())
+    assert costs.kept.of(load) == pytest.approx(kept, rel=0.1)
+    needs = Work(clients, clients, 1, 1, load.tokens, 0).needs(
+        costs, ClientState(ours.clients.layout.size, 2), clients
+    )
+    peak = needs.copies + needs.activations + max(needs.logits, needs.transient)
+    assert live.peak <= 1.05 * peak
+    assert peak <= 1.15 * live.peak
+    padded = measured(settings(16, ALL), model_config, dtype)
+    assert padded.packing is None
+    assert padded.kept.of(load) < 0.7 * kept
 
 
 @pytest.mark.parametrize(("clients", "rank"), [(1, 4), (4, 16), (8, 2)])
@@ -157,6 +202,7 @@ _all_costs = st.builds(
     logits_at_a_time=st.integers(1, 10**5),
     cache_per_token=st.integers(0, 10**6),
     optimizer_per_number=st.floats(min_value=0, max_value=20),
+    packing=st.none() | st.builds(Packing, st.integers(4096, 10**5), st.floats(16, 1e5)),
 )
 _works = st.builds(
     Work,
@@ -206,7 +252,9 @@ def test_the_largest_that_fits_is_found(limit: int, edge: int) -> None:
 
 def test_costs_travel_as_json() -> None:
     costs = dataclasses.replace(FREE, kept=Cost(1, 2.5, 3, 4, 5), cache_per_token=7)
-    assert Costs.of_json(json.loads(json.dumps(dataclasses.asdict(costs)))) == costs
+    for packing in (None, Packing(4096, math.inf)):
+        sent = dataclasses.replace(costs, packing=packing)
+        assert Costs.of_json(json.loads(json.dumps(dataclasses.asdict(sent)))) == sent
 
 
 @pytest.mark.parametrize(
