@@ -16,6 +16,10 @@ from sfed.utils.text import one_line
 _HIDDEN = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES with which a person hides all GPUs."""
 
+_ALLOCATOR = "expandable_segments:True,pinned_max_round_threshold_mb:1"
+"""Passes differ in shape: without segments that grow, free memory is in pieces that are too small.
+Pinned blocks of clients at rest are as large as asked for, not the next power of two."""
+
 
 def choose(local_rank: int) -> torch.device:
     """Take the GPU of this process's number on its node, in turns where there are fewer.
@@ -99,8 +103,7 @@ def set_arithmetic(here: Launch) -> None:
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it, deepspeed and python do not
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here.local_size))
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        # Passes differ in shape; without it the free memory is in pieces that are too small.
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ["PYTORCH_ALLOC_CONF"] = _ALLOCATOR
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.enable_cudnn_sdp(False)

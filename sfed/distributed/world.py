@@ -23,8 +23,11 @@ from sfed.distributed.watchdog import Heartbeat, Watchdog
 from sfed.utils.errors import MissingProcessError, UserError
 from sfed.utils.launcher import Launch, launch
 
-SECONDS_OF_SLACK = 5.0
-"""What a collective waits beyond the deadline, at which ``watchdog`` says who keeps it waiting."""
+SECONDS_OF_SLACK = 15.0
+"""What a collective waits beyond the deadline, at which ``watchdog`` says who keeps it waiting.
+
+NCCL ends the process when it no longer waits; until then the reason must have been said.
+"""
 _COLLECTIVES_REMEMBERED = "500"
 
 
@@ -82,8 +85,14 @@ def start(deadline_seconds: float) -> World:
     backend = "nccl" if device.type == "cuda" and sharing == 1 else "gloo"
     timeout = datetime.timedelta(seconds=deadline_seconds + SECONDS_OF_SLACK)
     dist.init_process_group(
-        backend, store=store, rank=here.rank, world_size=here.size, timeout=timeout
+        backend,
+        store=store,
+        rank=here.rank,
+        world_size=here.size,
+        timeout=timeout,
+        device_id=device if backend == "nccl" else None,
     )
+    _connect_now(device, backend)
     return World(
         here.rank,
         here.local_rank,
@@ -95,6 +104,15 @@ def start(deadline_seconds: float) -> World:
         side_store,
         watch,
     )
+
+
+def _connect_now(device: torch.device, backend: str) -> None:
+    """Make NCCL allocate its buffers, before anyone asks how much memory is free. Collective.
+
+    It connects at its first collective, which would otherwise be the mean of the first round.
+    """
+    if backend == "nccl":
+        dist.all_reduce(torch.zeros(1, device=device))
 
 
 def _processes_on(

@@ -238,5 +238,6 @@ def resolve_sharding(
 def free_bytes(device: torch.device) -> int:
     """Memory of a device that nobody uses."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch itself keeps for later is free
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

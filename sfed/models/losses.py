@@ -27,6 +27,8 @@ from sfed.data.batches import IGNORED_LABEL, Documents
 
 # Of fp32 logits at a time. Two more buffers of the size or less exist beside them for a moment.
 CHUNK_BYTES = 128 * 2**20
+# Rows that a matrix product on a GPU computes at a time; some of the last ones for nothing.
+_TILE = 128
 # An error below this share of what is at stake counts as round-off (see TokenLosses._probe).
 _ROUND_OFF = 0.1
 
@@ -82,7 +84,9 @@ class TokenLosses:
     def logits_at_a_time(self, num_words: int) -> int | None:
         """Tokens whose logits exist at once where there are so many words; None = all."""
         is_adapted = self._model.get_output_embeddings() is not self._head
-        return None if is_adapted or not self._is_chunked else _chunk_tokens(num_words, CHUNK_BYTES)
+        return (
+            None if is_adapted or not self._is_chunked else tokens_of_chunk(num_words, CHUNK_BYTES)
+        )
 
     def _of_positions(
         self,
@@ -177,8 +181,10 @@ def _cross_entropy(logits_SV: torch.Tensor, targets_S: torch.Tensor) -> torch.Te
     )
 
 
-def _chunk_tokens(num_words: int, chunk_bytes: int) -> int:
-    return max(1, chunk_bytes // (4 * num_words))
+def tokens_of_chunk(num_words: int, chunk_bytes: int) -> int:
+    """Tokens of a chunk: whole tiles of a GPU's matrix product, unless one tile is too much."""
+    fitting = max(1, chunk_bytes // (4 * num_words))
+    return fitting // _TILE * _TILE or fitting
 
 
 def linear_cross_entropy(
@@ -200,7 +206,7 @@ def linear_cross_entropy(
     Returns:
         (S,) fp32 losses in nats.
     """
-    chunk_tokens = _chunk_tokens(len(weight_VD), chunk_bytes)
+    chunk_tokens = tokens_of_chunk(len(weight_VD), chunk_bytes)
     losses: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_SD, weight_VD, bias_V, targets_S, chunk_tokens
     )

@@ -173,10 +173,14 @@ def _memory(found: MemoryPlan) -> dict[str, Any]:
 
 
 def _host_bytes(found: MemoryPlan) -> int:
-    """Host memory of each process: offloaded shards and inactive clients."""
-    rests = found.clients_per_pass < found.work.own_clients
-    resting = found.work.own_clients * found.state.resting_bytes if rests else 0
-    return found.backbone.host + resting
+    """Host memory of each process: offloaded shards and inactive clients.
+
+    While a checkpoint is written, the state that it reads is there beside that of the next round.
+    """
+    work = found.work
+    rests = found.clients_per_pass < work.own_clients
+    held = work.own_clients + work.round_clients
+    return found.backbone.host + (held * found.state.resting_bytes if rests else 0)
 
 
 def _upload(config: Config, found: MemoryPlan) -> dict[str, Any]:

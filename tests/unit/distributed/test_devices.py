@@ -12,6 +12,7 @@ from sfed.distributed import devices
 from sfed.distributed import world as distributed
 from sfed.models import hf_config
 from sfed.utils.errors import ConfigError, UserError
+from sfed.utils.launcher import launch
 from tests.support import tiny
 from tests.support.deadlines import RUN_SECONDS
 from tests.support.processes import on_processes
@@ -76,3 +77,25 @@ def test_processes_that_share_a_gpu_have_a_replica_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("x")])
 def test_a_device_without_room_is_no_fault_of_the_model(error: Exception) -> None:
     assert hf_config.is_of_the_machine(error) == (str(error) != "x")
+
+
+def allocator_settings(given: str | None) -> str:
+    """What torch's allocators are told, where it was imported before."""
+    if given is not None:
+        os.environ["PYTORCH_ALLOC_CONF"] = given
+    devices.set_arithmetic(launch())
+    said: str = torch._C._accelerator_getAllocatorSettings()
+    return said
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("given", [None, "max_split_size_mb:64"])
+def test_the_allocators_are_told_before_their_first_use_unless_a_person_did(
+    given: str | None,
+) -> None:
+    (said,) = on_processes(1, allocator_settings, given)
+    if given:
+        assert said == given
+    else:
+        assert "expandable_segments:True" in said
+        assert "pinned_max_round_threshold_mb:1" in said

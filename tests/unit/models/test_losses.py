@@ -88,6 +88,14 @@ def test_the_head_sees_supervised_tokens_alone_and_only_for_losses(frozen):
     assert seen == [(1, supervised), batch.input_ids.shape]
 
 
+@pytest.mark.parametrize(
+    ("num_words", "tokens"), [(32_000, 1_024), (128_256, 256), (50, 671_088 // 128 * 128)]
+)
+def test_chunks_are_whole_tiles_of_a_matrix_product(num_words, tokens):
+    assert losses.tokens_of_chunk(num_words, losses.CHUNK_BYTES) == tokens
+    assert losses.tokens_of_chunk(num_words, 4 * num_words * 100) == 100, "less than a tile fits"
+
+
 # --- logits in chunks ----------------------------------------------------------------------------
 
 TOKENS, WIDTH, WORDS = 50, 16, 300

@@ -45,6 +45,18 @@ def test_more_tokens_per_second_and_faster_links_take_less_time(tiny_folder: Pat
     assert slow["mean_seconds"] > fast["mean_seconds"] > 0
 
 
+def test_host_memory_holds_what_rests_and_what_a_checkpoint_still_reads(tiny_folder: Path) -> None:
+    def host_bytes(**federated: int | None) -> int:
+        own = {"num_clients": 6, "clients_per_pass": 2, **federated}
+        return int(predicted(tiny.config(tiny_folder, federated=own))["host_bytes"])
+
+    one = tiny.config(tiny_folder, federated={"num_clients": 1})
+    state = predicted(one)["checkpoint_bytes"]
+    assert host_bytes() == (6 + 6) * state
+    assert host_bytes(clients_per_round=2) == (6 + 2) * state
+    assert host_bytes(clients_per_pass=6) == 0
+
+
 @pytest.mark.slow
 def test_a_classifier_has_a_plan_too() -> None:
     found = predicted(config_load.load("configs/paper/roberta-large-mnli.yaml"), gpus=5)
