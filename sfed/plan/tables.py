@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sfed.utils.text import size_text
+from sfed.utils.text import counted, size_text
 
 Json = Mapping[str, Any]
 
@@ -34,10 +34,11 @@ def _heading(results: Json) -> list[str]:
     return [
         f"model    {results['model']}, {results['weights']:,} weights; r = {results['lora_rank']}, "
         f"{adapted}: {results['adapter_numbers']:,} parameters per client",
-        f"run      {results['num_clients']} clients on {results['gpus']} GPUs of "
-        f"{size_text(results['gpu_memory_bytes'])}, up to {work['own_clients']} on each",
-        f"pass     {results['clients_per_pass']} clients x {work['train_rows']} rows x up to "
-        f"{work['tokens']} tokens",
+        f"run      {counted(results['num_clients'], 'client')} on "
+        f"{counted(results['gpus'], 'GPU')} of {size_text(results['gpu_memory_bytes'])}, up to "
+        f"{work['own_clients']} on each",
+        f"pass     {counted(results['clients_per_pass'], 'client')} x "
+        f"{counted(work['train_rows'], 'row')} x up to {work['tokens']} tokens",
         f"backbone {results['sharding']['kind']} ({results['sharding']['reason']})",
     ]
 

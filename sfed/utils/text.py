@@ -1,4 +1,4 @@
-"""Sizes and durations as text, and sizes from text."""
+"""Sizes, counts and durations as text, and sizes from text."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things: 1 client, 2 clients."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def one_line(error: object, most: int = 300) -> str:

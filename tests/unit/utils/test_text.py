@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sfed.utils.text import duration, parse_size, size_text
+from sfed.utils.text import counted, duration, parse_size, size_text
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,7 @@ def test_what_is_no_size_is_not_read(text: str) -> None:
 
 def test_a_duration_has_two_units_at_most() -> None:
     assert [duration(s) for s in (45.4, 200, 7500)] == ["45 s", "3 min 20 s", "2 h 5 min"]
+
+
+def test_one_thing_is_no_plural() -> None:
+    assert [counted(n, "client") for n in (0, 1, 2)] == ["0 clients", "1 client", "2 clients"]
