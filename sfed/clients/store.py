@@ -28,7 +28,7 @@ class ClientStore:
 
     def __init__(
         self,
-        own: range,
+        own: Sequence[int],
         layout: Layout,
         device: torch.device,
         *,
@@ -38,13 +38,15 @@ class ClientStore:
         """Create all clients with zeros.
 
         Args:
-            own: the clients of this process.
+            own: the clients of this process, in ascending order.
             layout: of a row.
             device: of the passes.
             clients_per_pass: most clients in one pass.
             moments: names of the optimizer's buffers.
         """
-        self.own = own
+        self.own = tuple(own)
+        self.lines = {client: line for line, client in enumerate(own)}
+        """Place of each client among those of this process, from 0."""
         self.layout = layout
         self.clients_per_pass = min(clients_per_pass, len(own))
         self.examples_drawn = dict.fromkeys(own, 0)
@@ -90,7 +92,7 @@ class ClientStore:
 
     def load_values(self, clients: Sequence[int]) -> torch.Tensor:
         """Bring only the adapters of these clients to the device: (C, layout.size)."""
-        if self._stay is not None and tuple(clients) == tuple(self.own):
+        if self._stay is not None and tuple(clients) == self.own:
             return self._stay.values
         values = torch.empty(len(clients), self.layout.size, device=self._device)
         for factor in self.layout.factors:
@@ -123,7 +125,7 @@ class ClientStore:
             return
         staying = self._stay.parts(self.layout, self.layout.factors)
         for name, part in parts.items():
-            self._parts[client][name] = staying[name][client - self.own.start].copy_(part)
+            self._parts[client][name] = staying[name][self.lines[client]].copy_(part)
 
     def set_shared(self, factor: str, values: torch.Tensor) -> None:
         """Set the shared value of a factor, (parameters of the factor,)."""
@@ -212,7 +214,7 @@ class ClientStore:
     def _new_rows(self) -> PassState:
         shape = (self.clients_per_pass, self.layout.size)
         return PassState(
-            tuple(self.own)[: self.clients_per_pass],
+            self.own[: self.clients_per_pass],
             torch.zeros(shape, device=self._device),
             self._grads,
             {name: torch.zeros(shape, device=self._device) for name in self.moments},

@@ -1,7 +1,8 @@
 """Which client of this process holds which tokenised rows.
 
 With one common pool every process computes the same split of everything. Under
-``partition.kind=by_file`` a process opens the files of its own clients and no others.
+``partition.kind=by_file`` a process opens the files of its own clients and no others. Which clients
+a process holds follows from the work of each (``placement``).
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from sfed.config.schema import Config
-from sfed.data import partition, scores
+from sfed.data import partition, placement, scores
 from sfed.data.labels import Chosen, Labels, labels_of
 from sfed.data.partition import Indices
+from sfed.data.placement import Placement
 from sfed.data.sources import Split, has_split
 from sfed.data.tasks import task_of
 from sfed.data.tokenize import Examples, Tokens, tokenise
@@ -48,6 +51,8 @@ class Data:
     """What a person should know, such as rows that were left out."""
     parts: tuple[str, ...]
     """Names of the parts of the held-out set; one empty name where there are none."""
+    placement: Placement
+    """Which process holds which client; the same on every process."""
 
     @property
     def digests(self) -> list[str]:
@@ -60,21 +65,71 @@ def load(
     tokenizer: PreTrainedTokenizerFast,
     world: World,
     num_clients: int,
-    own_clients: range,
+    in_lockstep: bool,
 ) -> Data:
-    """Tokenise, split over the clients, hold out. Collective.
+    """Tokenise, split over the clients, hold out, and deal the clients to processes. Collective.
+
+    Args:
+        config: the run.
+        tokenizer: of its backbone.
+        world: the processes.
+        num_clients: N.
+        in_lockstep: whether all processes make equally many passes. Then who has the most steps
+            keeps the others waiting, and clients are dealt by steps; else by tokens.
 
     Raises:
         DataError: on every process, where a file, a line or the split is wrong on any.
     """
     with raise_everywhere(world, "reading the data"):
         if config.partition.kind == "by_file":
-            held = _split_by_file(config, tokenizer, world, num_clients, own_clients)
+            placed = _place_files(config, world, num_clients)
+            own = placed.clients[world.rank]
+            held = _split_by_file(config, tokenizer, own, num_clients)
         else:
             held = _split_one_pool(config, tokenizer, world, num_clients)
         _require_examples(held.train, config)
         held.notes += _note_on_unscored(held.held_out, config)
-    return _assemble(held, config, world, num_clients, own_clients)
+        if config.partition.kind != "by_file":
+            placed = _place(config, held.train, world.size, in_lockstep)
+    return _assemble(held, config, world, placed)
+
+
+def _place(
+    config: Config, train: dict[int, Examples], num_processes: int, in_lockstep: bool
+) -> Placement:
+    """Deal the clients of a common pool by what they do in a round."""
+    counts = [len(train[client]) for client in range(len(train))]
+    if in_lockstep:
+        steps = [float(placement.local_steps(config, count)) for count in counts]
+        return placement.by_work(steps, num_processes, "steps")
+    tokens = [int(train[client].lengths.sum()) for client in range(len(train))]
+    work = [placement.tokens_of_round(config, *pair) for pair in zip(counts, tokens, strict=True)]
+    return placement.by_work(work, num_processes, "tokens")
+
+
+def _place_files(config: Config, world: World, num_clients: int) -> Placement:
+    """Deal clients that have files of their own, of which none is opened yet. Collective.
+
+    Epochs read whole files, so their sizes stand for the work. They count only where every process
+    sees the same files: otherwise a file may be on the machine of one process alone, which is the
+    one that holds the client by number.
+    """
+    numbered = placement.by_number(num_clients, world.size)
+    files = _client_files(config, "train", num_clients)
+    held_out = _client_files(config, "eval", num_clients)
+    if config.train.local_epochs is None or config.data.max_train_examples is not None:
+        return numbered  # as many rows for every client
+    sizes = [_size(name) for name in files]
+    told = gather_json(world, "sizes of the clients' files", [sizes, *map(_size, held_out)])
+    if any(one != told[0] for one in told) or any(size is None for size in sizes):
+        return numbered
+    return placement.by_work([float(size or 0) for size in sizes], world.size, "bytes of the files")
+
+
+def _size(name: str) -> int | None:
+    """Bytes of a file; None of one that is not to be seen here."""
+    path = Path(name)
+    return path.stat().st_size if path.is_file() else None
 
 
 @dataclass
@@ -179,9 +234,8 @@ def _by_shares(
 def _split_by_file(
     config: Config,
     tokenizer: PreTrainedTokenizerFast,
-    world: World,
+    own_clients: Sequence[int],
     num_clients: int,
-    own_clients: range,
 ) -> _Held:
     """Read the files of this process's clients, and no others."""
     held = _Held({}, {}, None, [])
@@ -239,9 +293,17 @@ def _note_on_unscored(held_out: dict[int, Examples], config: Config) -> list[str
     if not (config.evaluation.generate and task.scores):
         return []
     count = sum(int(np.isnan(examples.targets).sum()) for examples in held_out.values())
-    whose = f" of clients {min(held_out)} to {max(held_out)}" if held_out else ""
+    whose = f" of {_named(sorted(held_out))}" if held_out else ""
     what = f"have no number after {scores.ANSWER_MARK} and are not scored"
     return [f"{count} held-out examples{whose} {what}"] if count else []
+
+
+def _named(clients: Sequence[int]) -> str:
+    """Some clients in ascending order, in words."""
+    first, last = clients[0], clients[-1]
+    if len(clients) == last - first + 1:
+        return f"clients {first} to {last}"
+    return f"{len(clients)} clients, such as {', '.join(map(str, clients[:_MOST_NAMED]))}"
 
 
 def _evaluated(examples: Examples, config: Config, client: int) -> Examples:
@@ -257,10 +319,9 @@ def _evaluated(examples: Examples, config: Config, client: int) -> Examples:
     return Examples(examples.table, indices[np.argsort(-chosen.lengths, kind="stable")])
 
 
-def _assemble(
-    held: _Held, config: Config, world: World, num_clients: int, own_clients: range
-) -> Data:
+def _assemble(held: _Held, config: Config, world: World, placed: Placement) -> Data:
     """Exchange the counts of all clients and keep the examples of this process. Collective."""
+    own_clients, num_clients = placed.clients[world.rank], sum(map(len, placed.clients))
     entries = {
         client: {
             "client": client,
@@ -284,7 +345,8 @@ def _assemble(
         eval_counts=tuple(min(len(tables[c]["eval"]), limit) for c in range(num_clients)),
         summary={"clients": [tables[client] for client in range(num_clients)]},
         notes=tuple(sorted({note for some in notes for note in some})),
-        parts=held.held_out[own_clients.start].table.parts,
+        parts=held.held_out[own_clients[0]].table.parts,
+        placement=placed,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from sfed.clients.state import MOMENTS
 from sfed.clients.store import ClientStore
 from sfed.config.schema import Config
-from sfed.data import partition, splits
+from sfed.data import splits
 from sfed.data.splits import Data
 from sfed.data.tasks import task_of
 from sfed.data.tokenizer import identity_of
@@ -37,6 +37,8 @@ from sfed.models.tokenizer import load_tokenizer
 from sfed.models.trial_passes import Subject, ordinary_tokens
 from sfed.observability import metrics
 from sfed.observability.console import Console
+from sfed.storage import checkpoint
+from sfed.storage.checkpoint import CheckpointRef
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask
 
@@ -64,7 +66,7 @@ def check_rows_fit(config: Config, held: Data, frozen: Backbone) -> None:
 
 
 def build(
-    config: Config, world: World, num_clients: int, console: Console, before: int | None
+    config: Config, world: World, num_clients: int, console: Console, found: CheckpointRef | None
 ) -> Run:
     """Load the backbone and the data, attach the adapters. Collective.
 
@@ -73,7 +75,7 @@ def build(
         world: the processes.
         num_clients: N.
         console: speaks on process 0.
-        before: how many clients shared a pass before a stop; None where the run begins.
+        found: the checkpoint that is resumed; None where the run begins.
 
     Raises:
         UserError: on every process, for mistakes that only show now.
@@ -85,16 +87,16 @@ def build(
         )
     name = _model_folder(config, world, console)
     tokenizer, tokenizer_digest = _tokenizer(config, name, world, console)
-    placement = partition.place(num_clients, world.size)
-    console.enter(metrics.READING_SECONDS, f"reading {config.data.task}")
-    held = splits.load(config, tokenizer, world, num_clients, placement[world.rank])
-    for note in held.notes:
-        console.warn(note)
     meta = MetaModel.read(config, name)
     # Once: the memory that is free, and with it the answer, changes while things are loaded.
     sharding = hf_config.choose_sharding(config, meta, world)
-    start = Start(config, world, sharding, before)
-    estimate = clients_per_pass.estimate(start, meta, held, placement, console.say)
+    console.enter(metrics.READING_SECONDS, f"reading {config.data.task}")
+    held = splits.load(config, tokenizer, world, num_clients, sharding.is_sharded)
+    for note in held.notes:
+        console.warn(note)
+    placed = held.placement.clients
+    start = Start(config, world, sharding, checkpoint.clients_per_pass(found, placed))
+    estimate = clients_per_pass.estimate(start, meta, held, placed, console.say)
     loading = f"loading {config.model.name} ({hf_config.dtype_name(config, world)})"
     console.enter(metrics.LOADING_SECONDS, loading)
     frozen = _backbone(start, name, meta, held)
@@ -104,7 +106,7 @@ def build(
     if sharing.is_doubtful:
         console.warn(f"memory may not suffice: {sharing.reason}")
     of_config = (config, world, task_of(config), tokenizer, method, num_clients, gamma)
-    clients = _clients(config, world, attached, placement[world.rank], sharing)
+    clients = _clients(config, world, attached, placed[world.rank], sharing)
     run = Run(*of_config, frozen, attached, held, clients, sharing)
     loaded = fingerprints.when_built(run, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
@@ -133,7 +135,11 @@ def _method(config: Config, held: Data, num_clients: int) -> tuple[Method, float
 
 
 def _clients(
-    config: Config, world: World, attached: adapters.Adapters, own: range, sharing: ClientsPerPass
+    config: Config,
+    world: World,
+    attached: adapters.Adapters,
+    own: Sequence[int],
+    sharing: ClientsPerPass,
 ) -> ClientStore:
     """The clients of this process, all zero."""
     return ClientStore(
@@ -208,7 +214,7 @@ def _as_far_as_right(run: Run, warn: Callable[[str], None]) -> Run:
     Raises:
         UserError: on every process, where the backbone cannot be trained with right numbers.
     """
-    widest = max(run.sharing.of(own) for own in run.placement())
+    widest = max(run.sharing.of(own) for own in run.placement)
     found = check(_subject_of(run), partial(_first, run.world), shares_passes=widest > 1)
     if run.packing is not None and not found.documents_share_rows:
         warn(f"each sequence gets a row of its own: {found.packing_reason}")

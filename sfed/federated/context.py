@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from sfed.clients.store import ClientStore, groups
-from sfed.config.schema import DEFAULT_LOCAL_STEPS, Config
-from sfed.data import partition
+from sfed.config.schema import Config
+from sfed.data import placement
 from sfed.data.packing import Packing
 from sfed.data.splits import Data
 from sfed.data.tasks import Task
@@ -94,9 +94,10 @@ class Run:
 
     def groups(self, clients: Sequence[int]) -> list[list[Group]]:
         """Which of these clients share passes: the groups of each process, in order."""
+        asked = set(clients)
         return [
-            list(groups([c for c in clients if c in own], self.sharing.of(own)))
-            for own in self.placement()
+            list(groups([c for c in own if c in asked], self.sharing.of(own)))
+            for own in self.placement
         ]
 
     @property
@@ -114,10 +115,7 @@ class Run:
 
     def local_steps(self, client: int) -> int:
         """Optimizer steps that a client makes in a round."""
-        train = self.config.train
-        if train.local_epochs is None:
-            return train.local_steps or DEFAULT_LOCAL_STEPS
-        return -(-self.data.train_counts[client] * train.local_epochs // train.batch_size)
+        return placement.local_steps(self.config, self.data.train_counts[client])
 
     @property
     def objective(self) -> Objective:
@@ -140,9 +138,10 @@ class Run:
         train = self.config.train
         return -(-train.batch_size // (train.micro_batch_size or train.batch_size))
 
-    def placement(self) -> list[range]:
-        """The clients of each process."""
-        return partition.place(self.num_clients, self.world.size)
+    @property
+    def placement(self) -> tuple[tuple[int, ...], ...]:
+        """The clients of each process, in ascending order."""
+        return self.data.placement.clients
 
 
 def client_weights(

@@ -148,7 +148,7 @@ class Measuring:
             shared_row: (1, layout.size) of one adapter for all; None = each client's own.
         """
         self._run, self._shared_row, self._objective = run, shared_row, run.objective
-        widest = max(map(len, run.placement()))
+        widest = max(map(len, run.placement))
         most = max(run.data.eval_counts) if score_names(run) else 0
         self._sums = torch.zeros(widest, 5, dtype=torch.float64)
         self._outcomes = torch.full((widest, most, 3), torch.nan, dtype=torch.float64)
@@ -214,7 +214,7 @@ class Measuring:
         sums = {_LOSS_SUM: losses.double()}
         if probe is not None:
             sums |= {_SQUARES: probe.sum_squares, _COUNTED: probe.count}
-        lines = [client - run.clients.own.start for client in clients]
+        lines = [run.clients.lines[client] for client in clients]
         for column, values in sums.items():
             self._sums[lines, column] += values.view(len(lines), -1).sum(dim=1).double().cpu()
         supervised = [batches.supervised_count(some) for some in examples]
@@ -226,7 +226,7 @@ class Measuring:
         """Note predictions beside targets and parts of the held-out set."""
         by_client = predicted.view(len(clients), -1).double().cpu()
         for client, own, values in zip(clients, places, by_client, strict=True):
-            line, examples = client - self._run.clients.own.start, self._run.data.held_out[client]
+            line, examples = self._run.clients.lines[client], self._run.data.held_out[client]
             self._outcomes[line, own, _PREDICTION] = values[: len(own)]
             self._outcomes[line, own, _TARGET] = torch.from_numpy(examples.targets[own])
             self._outcomes[line, own, _PART] = torch.from_numpy(examples.parts[own]).double()
@@ -234,5 +234,7 @@ class Measuring:
 
 def _from_all(run: Run, mine: torch.Tensor) -> Numbers:
     """Put the clients of all processes together, in order. Collective."""
-    gathered = zip(run.placement(), all_gather_rows(run.world, mine), strict=True)
-    return np.concatenate([rows[: len(clients)].numpy() for clients, rows in gathered])
+    found = np.empty((run.num_clients, *mine.shape[1:]))
+    for clients, rows in zip(run.placement, all_gather_rows(run.world, mine), strict=True):
+        found[list(clients)] = rows[: len(clients)].numpy()
+    return found

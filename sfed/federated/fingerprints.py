@@ -39,7 +39,7 @@ def require_same_mean(
     """
     if not factors or world.size == 1:
         return
-    row = clients.row(clients.own.start)
+    row = clients.row(clients.own[0])
     sums = {factor: bit_sum(row[clients.layout.columns(factor)]) for factor in factors}
     found = gather_json(world, "comparing the mean", list(sums.values()))
     lines = [

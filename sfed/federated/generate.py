@@ -56,7 +56,7 @@ def write_answers(
             places = [list(_places(run, client))[batch] for client in group]
             answers = _answer(run, group, places)
             for client, which, texts in zip(group, places, answers, strict=True):
-                _note(run, client, which, texts, outcomes_CE3[client - own.start])
+                _note(run, client, which, texts, outcomes_CE3[run.clients.lines[client]])
                 if number == 0:
                     samples[client] = _samples(run, client, which, texts)
     schedule.shadow(partial(_shadow_batch, run))

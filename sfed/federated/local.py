@@ -7,6 +7,7 @@ treats rows separately, so no gradient crosses from one client to another.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -59,19 +60,37 @@ def train(run: Run, plan: RoundPlan, stats: RoundStats, stop: StopRequest, on_st
             if schedule.is_stopped:
                 break
     schedule.shadow(partial(_shadow_step, run, plan.trained))
+    stats.shadow_seconds += schedule.shadow_seconds
 
 
-def gather(run: Run, plan: RoundPlan, stats: RoundStats) -> None:
+def gather(
+    run: Run, plan: RoundPlan, stats: RoundStats, local_seconds: float
+) -> list[tuple[float, float]]:
     """Wait for all processes, then fill in the sums of their clients. Collective.
 
-    Sums of losses and norms are sent, and nothing of an adapter.
+    Sums of losses and norms and a process's seconds are sent, and nothing of an adapter.
+
+    Args:
+        run: the run.
+        plan: of the round.
+        stats: filled in place for the clients of the other processes.
+        local_seconds: how long ``train`` took here.
+
+    Returns:
+        Of each process: seconds of its own local steps; seconds idle, which are those of shadow
+        passes and of waiting here.
     """
+    started = time.monotonic()
     barrier(run.world, f"end of local training in round {plan.finished_rounds}")
-    own, placement = run.clients.own, run.placement()
-    mine = torch.zeros(max(map(len, placement)), len(RoundStats.COLUMNS), dtype=torch.float64)
-    mine[: len(own)] = torch.from_numpy(stats.table[own.start : own.stop])
-    for clients, rows in zip(placement, all_gather_rows(run.world, mine), strict=True):
-        stats.table[clients.start : clients.stop] = rows[: len(clients)].numpy()
+    idle_seconds = stats.shadow_seconds + time.monotonic() - started
+    own, placement = run.clients.own, run.placement
+    mine = torch.zeros(1 + max(map(len, placement)), len(RoundStats.COLUMNS), dtype=torch.float64)
+    mine[: len(own)] = torch.from_numpy(stats.table[list(own)])
+    mine[-1, :2] = torch.tensor([local_seconds - stats.shadow_seconds, idle_seconds])
+    gathered = all_gather_rows(run.world, mine)
+    for clients, rows in zip(placement, gathered, strict=True):
+        stats.table[list(clients)] = rows[: len(clients)].numpy()
+    return [(float(rows[-1, 0]), float(rows[-1, 1])) for rows in gathered]
 
 
 def _shadow_step(run: Run, trained: tuple[str, ...]) -> None:

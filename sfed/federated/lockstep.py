@@ -8,6 +8,7 @@ communicated. Training, evaluation and generation run by this one schedule.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from sfed.distributed.shutdown import StopRequest
@@ -42,6 +43,8 @@ class Lockstep:
             self._most = max(sum(len(units(group)) for group in own) for own in groups)
         self.is_stopped = False
         """Whether somebody asked to stop before all was done."""
+        self.shadow_seconds = 0.0
+        """Seconds of shadow units, in which this process does nothing of its own."""
 
     def units(self, group: Group) -> Iterator[int]:
         """Yield the numbers of a group's units, until a stop."""
@@ -54,10 +57,12 @@ class Lockstep:
 
     def shadow(self, make_passes: Callable[[], None]) -> None:
         """Make shadow units, which touch no client, until all processes are done or stopped."""
+        started = time.monotonic()
         for number in range(self._done, self._most):
             if self._stops_at(f"{self._phase} {number + 1} of {self._most}, a shadow pass"):
-                return
+                break
             make_passes()
+        self.shadow_seconds += time.monotonic() - started
 
     def _stops_at(self, place: str) -> bool:
         self.is_stopped = self.is_stopped or self._stop.due(place)

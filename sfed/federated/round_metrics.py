@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sfed.data.placement import by_number
 from sfed.federated.context import Run
 from sfed.federated.evaluate import Evaluation, Measured, score_names
 from sfed.federated.round_stats import RoundStats
@@ -23,6 +24,8 @@ from sfed.observability.console import Console
 from sfed.observability.trackers import MetricLogger
 from sfed.storage.checkpoint_writer import Writer
 from sfed.utils import versions
+
+_MOST_NAMED = 8
 
 
 def header(run: Run) -> list[str]:
@@ -41,6 +44,7 @@ def header(run: Run) -> list[str]:
         f"adapter: {layout.size:,} parameters per client; a round sends "
         f"{' and '.join(averaged) or 'nothing'} ({message_bytes(layout, averaged):,} bytes)",
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
+        *_placement(run),
         f"rows: padded ({run.why_padded})" if run.why_padded else "rows: short sequences packed",
         *_passes(run),
         f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data, "
@@ -48,9 +52,19 @@ def header(run: Run) -> list[str]:
     ]
 
 
+def _placement(run: Run) -> list[str]:
+    """The line about which process holds which client, where that is not by number."""
+    placed = run.data.placement
+    if placed == by_number(run.num_clients, run.world.size):
+        return []
+    counts = ", ".join(str(len(own)) for own in placed.clients[:_MOST_NAMED])
+    more = ", ..." if len(placed.clients) > _MOST_NAMED else ""
+    return [f"clients: {counts}{more} on each process, dealt {placed.reason}"]
+
+
 def _passes(run: Run) -> list[str]:
     """The line about clients per pass, where not all clients of a process share one."""
-    widest = max(run.placement(), key=len)
+    widest = max(run.placement, key=len)
     sharing = run.sharing.of(widest)
     if sharing == len(widest):
         return []
@@ -79,6 +93,8 @@ def describe_run(run: Run) -> dict[str, Any]:
             "sharding": run.backbone.sharding.kind,
             "sharding_reason": run.backbone.sharding.reason,
             "backbone_digest": run.backbone.weights_digest,
+            "placement": [list(own) for own in run.placement],
+            "placement_reason": run.data.placement.reason,
             "clients_per_pass": run.clients.clients_per_pass,
             "clients_per_pass_reason": run.sharing.reason,
             "padded_reason": run.why_padded,
@@ -101,6 +117,8 @@ class RoundMeasurements:
     local_seconds: float = 0.0
     wait_seconds: float = 0.0
     """For the slowest process, after the own clients were done."""
+    processes: list[tuple[float, float]] = field(default_factory=list)
+    """Of each process in the local steps: seconds busy, and seconds idle."""
     aggregate_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
@@ -192,10 +210,36 @@ def round_event(
     slots = 0.0 if stats is None else float(stats.slots.sum())
     event[metrics.FILL] = tokens / slots if slots else None
     event[metrics.PEAK_BYTES] = peak_bytes(run.world.device)
+    event["processes"] = _processes(run, stats, measured)
+    event[metrics.IDLE_SHARE] = metrics.mean([one["idle_share"] for one in event["processes"]])
     event["clients"] = [
         _client(run, client, stats, evaluation) for client in range(run.num_clients)
     ]
     return event
+
+
+def _processes(
+    run: Run, stats: RoundStats | None, measured: RoundMeasurements
+) -> list[dict[str, Any]]:
+    """What each process did in the local steps.
+
+    Nothing before training, nor of a round that a start with other processes has trained.
+    """
+    if stats is None or len(measured.processes) != run.world.size:
+        return []
+    return [
+        {
+            "process": process,
+            "clients": len(own),
+            "tokens": int(stats.tokens[list(own)].sum()),
+            "busy_seconds": busy,
+            "idle_seconds": idle,
+            "idle_share": idle / max(busy + idle, 1e-9),
+        }
+        for process, (own, (busy, idle)) in enumerate(
+            zip(run.placement, measured.processes, strict=True)
+        )
+    ]
 
 
 def _training(run: Run, stats: RoundStats | None) -> dict[str, Any]:

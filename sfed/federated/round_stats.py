@@ -33,6 +33,8 @@ class RoundStats:
             table: (N, len(COLUMNS)).
         """
         self.table = table
+        self.shadow_seconds = 0.0
+        """Seconds that this process spent on passes without clients, which others wait for."""
         (
             self.steps,
             self.loss_sum,

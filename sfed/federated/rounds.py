@@ -50,7 +50,8 @@ def train(
         with log.timed("local"):
             local.train(run, plan, stats, stop, log.step)
         with log.timed("wait"):
-            local.gather(run, plan, stats)
+            seconds = log.measured.local_seconds
+            log.measured.processes = local.gather(run, plan, stats, seconds)
         if not plan.is_complete(stats):
             checkpoints.save(replace(state, stats=stats.table))
             return False

@@ -147,8 +147,7 @@ def _build_and_train(
     start = fingerprints.at_start(config)
     consistency.require_same(world, "configuration and versions", start)
     found, num_clients = folder.look(world, console)
-    shared = checkpoint.clients_per_pass(found, world)
-    run = build(config, world, num_clients, console, shared)
+    run = build(config, world, num_clients, console, found)
     finished = _train_and_export(run, found, folder, console, stop)
     if finished and not folder.one_of_many:
         _close(run, folder.path, console)
@@ -181,6 +180,7 @@ def _train_and_export(
         run.gamma,
         run.sharing.clients_per_pass,
         run.data.digests,
+        run.placement,
     )
     with Writer(identity, world, run.clients, folder.path, found) as writer:
         finished = rounds.train(run, state, writer, RoundLog(run, console, log), stop)
@@ -214,6 +214,7 @@ def _close(run: Run, folder: Path, console: Console) -> None:
     console.say(f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)")
     console.say(f"metrics    {folder / METRICS_FILE}")
     console.where_the_time_went(events)
+    console.where_processes_waited(events)
 
 
 def _has_losses(event: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ All processes use one limit, since how many passes each of them makes follows fr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -39,7 +39,7 @@ class ClientsPerPass:
     is_doubtful: bool = False
     """Whether not even one client is sure to fit."""
 
-    def of(self, own: range) -> int:
+    def of(self, own: Sequence[int]) -> int:
         """Most clients in one pass of a process that holds these."""
         return min(len(own), self.clients_per_pass)
 
@@ -85,7 +85,7 @@ def estimate(
     start: Start,
     meta: MetaModel,
     held: Data,
-    placement: list[range],
+    placement: Sequence[Sequence[int]],
     say: Callable[[str], None],
 ) -> Estimate | None:
     """Measure what a pass costs, where that matters. Collective.

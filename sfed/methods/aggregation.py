@@ -134,7 +134,7 @@ def global_row(world: World, clients: ClientStore, weights: Sequence[float]) -> 
     """
     averaged = personal_factors(clients.layout)
     means = mean_over_clients(world, [_own_sum(clients, f, weights) for f in averaged])
-    row = clients.row(clients.own.start).to(world.device)
+    row = clients.row(clients.own[0]).to(world.device)
     for factor, mean in zip(averaged, means, strict=True):
         row[clients.layout.columns(factor)] = mean
     return row

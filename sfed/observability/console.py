@@ -27,6 +27,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 _MOST_CLIENTS_IN_TABLE = 32
 _BEST_OR_WORST = 8
 _WIDEST = 1000
+_LONG_WAIT = 0.2  # of the seconds of local steps
 
 # Of a round, for logs that are read by programs; metrics.jsonl has all.
 _FACTS = (
@@ -239,6 +240,18 @@ class Console:
         shown = [f"{phase} {duration(seconds)}" for phase, seconds in spent if seconds >= 0.5]
         total = duration(sum(seconds for _, seconds in spent))
         self.say(f"time       {total}: {', '.join(shown)}")
+
+    def where_processes_waited(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """How long processes waited for others in the local steps, where that was long."""
+        shares = metrics.idle_shares(events)
+        worst = max(range(len(shares)), key=shares.__getitem__, default=0)
+        if len(shares) < 2 or shares[worst] < _LONG_WAIT:
+            return
+        mean = sum(shares) / len(shares)
+        self.say(
+            f"waiting    in the local steps processes waited for others {100 * mean:.0f} % of the "
+            f"time on average, process {worst} the longest: {100 * shares[worst]:.0f} %"
+        )
 
     def print_table(self, table: Table) -> None:
         """Print a table; where there is no terminal that bounds it, as wide as it is, in ASCII."""

@@ -183,9 +183,19 @@ def facts_table(story: RunRecord) -> Table:
         "time of all rounds": duration(total(story, metrics.ROUND_SECONDS)),
         "sent by the federation": mebibytes(total(story, metrics.UPLOADED_BYTES)),
         "median speed": f"{statistics.median(speeds):,.0f} tokens/s" if speeds else NONE,
+        **_idle(story),
         "peak memory of a process": mebibytes(max(peaks)) if peaks else NONE,
     }
     return Table(["", ""], list(facts.items()), text_columns=2)
+
+
+def _idle(story: RunRecord) -> dict[str, str]:
+    """How long processes waited for each other, where there are several and events say it."""
+    shares = metrics.idle_shares(story.rounds)
+    if len(shares) < 2:
+        return {}
+    mean, most = 100 * math.fsum(shares) / len(shares), 100 * max(shares)
+    return {"idle share of the local steps": f"mean {mean:.0f} %, at most {most:.0f} %"}
 
 
 def time_table(story: RunRecord) -> Table:

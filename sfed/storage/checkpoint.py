@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from sfed.clients.state import Parts
 from sfed.clients.store import ClientStore
+from sfed.data.partition import place
 from sfed.distributed.sync import raise_everywhere
 from sfed.distributed.world import World
 from sfed.utils.errors import CheckpointError
@@ -115,9 +116,18 @@ def age_of(facts: Mapping[str, Any]) -> tuple[int, bool]:
     return facts["finished_rounds"], is_within
 
 
-def clients_per_pass(found: CheckpointRef | None, world: World) -> int | None:
-    """How many clients shared a pass when a checkpoint was written by equally many processes."""
-    if found is None or found.metadata.get("processes") != world.size:
+def clients_per_pass(found: CheckpointRef | None, placement: Sequence[Sequence[int]]) -> int | None:
+    """How many clients shared a pass when the same clients were on each process, None otherwise.
+
+    Args:
+        found: the checkpoint; one of an earlier version placed its clients by number.
+        placement: the clients of each process now.
+    """
+    if found is None or found.metadata.get("processes") != len(placement):
+        return None
+    by_number = place(sum(map(len, placement)), len(placement))
+    before = found.metadata.get("placement", [list(own) for own in by_number])
+    if before != [list(own) for own in placement]:
         return None
     shared = found.metadata.get("clients_per_pass")
     return shared if type(shared) is int and shared > 0 else None

@@ -97,6 +97,8 @@ class RunIdentity:
     clients_per_pass: int
     data_digests: Sequence[str]
     """Digest of the data of each client."""
+    placement: Sequence[Sequence[int]]
+    """The clients of each process."""
 
 
 class Writer:
@@ -174,6 +176,7 @@ class Writer:
             "gamma": identity.gamma,
             "layout_size": self._clients.layout.size,
             "processes": world.size,
+            "placement": [list(own) for own in identity.placement],
             "clients_per_pass": identity.clients_per_pass,
             "data_digests": list(identity.data_digests),
             "config": comparable(identity.config, identity.num_clients),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support import runs
+from sfed.data import placement
+from sfed.storage import checkpoint
+from sfed.storage.checkpoint import CheckpointRef
+from tests.support import runs, tiny
+from tests.support.deadlines import RUN_SECONDS
+from tests.support.processes import on_processes
 from tests.support.selection import full
 
 pytestmark = pytest.mark.dist
@@ -92,3 +98,83 @@ def test_unequal_clients_with_epochs_and_partial_participation_do_not_depend_on_
     steps = [c.get("steps") for c in runs.rounds(one)[1]["clients"]]
     assert steps.count(None) == 2, "three of five clients take part"
     assert len({s for s in steps if s}) > 1, "clients hold unequal data"
+
+
+# --- clients dealt by their work -----------------------------------------------------------------
+
+SILOS = (6, 40, 6, 6, 6, 6)
+"""Rows of each client."""
+
+
+def silos(folder: Path, out: Path, name: str, **output: str) -> dict:
+    """Settings of clients with unequal data, each of which reads all of its own in a round."""
+    rows = [
+        {"prompt": f"{number}:", "completion": f" {'abcdef'[client]}", "kind": f"kind-{client}"}
+        for client, count in enumerate(SILOS)
+        for number in range(count)
+    ]
+    file = out / "silos.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return tiny.settings(
+        folder,
+        data={"task": "jsonl", "train_files": str(file), "eval_fraction": 0.1},
+        partition={"kind": "by_key", "key": "kind"},
+        federated={"num_clients": len(SILOS), "num_rounds": 3, "deadline_seconds": RUN_SECONDS},
+        train={**SGD, "local_steps": None, "local_epochs": 1},
+        output={"dir": str(out), "name": name, "keep_checkpoints": 3, **output},
+    )
+
+
+def train_by_number(settings: dict) -> None:
+    """Train with the placement of earlier versions."""
+    placement.by_work = lambda work, processes, _: placement.by_number(len(work), processes)
+    runs.train_settings(settings)
+
+
+def resolved(run_folder: Path) -> dict:
+    return json.loads((run_folder / "config.json").read_text(encoding="utf-8"))["resolved"]
+
+
+def test_dealing_by_work_changes_no_client_and_resumes_a_run_that_was_dealt_by_number(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    on_processes(2, train_by_number, silos(tiny_folder, tmp_path, "number"))
+    by_number = tmp_path / "number"
+    by_work = runs.run(2, silos(tiny_folder, tmp_path, "work"))
+    assert resolved(by_number)["placement"] == [[0, 1, 2], [3, 4, 5]]
+    assert resolved(by_work)["placement"] == [[1], [0, 2, 3, 4, 5]]
+    assert runs.relative_difference(runs.adapters(by_number), runs.adapters(by_work)) <= 1e-6
+    # Work is counted, not timed; the seconds are only where they belong.
+    before, after = (runs.rounds(folder)[2] for folder in (by_number, by_work))
+    tokens = [[one["tokens"] for one in event["processes"]] for event in (before, after)]
+    assert sum(tokens[0]) == sum(tokens[1]) > 0
+    assert max(tokens[0]) / sum(tokens[0]) > 0.75 > 0.65 > max(tokens[1]) / sum(tokens[1])
+    assert all(0 <= one["idle_share"] <= 1 for one in after["processes"])
+    shares = [one["idle_share"] for one in after["processes"]]
+    assert after["time/idle_share"] == pytest.approx(sum(shares) / 2)
+
+    # A checkpoint of an earlier version does not say which process held which client.
+    found = by_number / "checkpoints" / "round-000001"
+    facts = json.loads((found / "run.json").read_text(encoding="utf-8"))
+    del facts["placement"]
+    (found / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    resumed = runs.run(2, silos(tiny_folder, tmp_path, "resumed", resume=str(found)))
+    assert [event["round"] for event in runs.rounds(resumed)][-2:] == [2, 3]
+    assert runs.relative_difference(runs.adapters(by_number), runs.adapters(resumed)) <= 1e-6
+
+
+def test_clients_per_pass_are_kept_over_a_stop_where_the_placement_is(tmp_path: Path) -> None:
+    """With other clients on a process, as many as shared a pass before may not fit."""
+    facts: dict = {"processes": 2, "clients_per_pass": 3}
+    placed = ((1,), (0, 2, 3))
+
+    def kept(**more: object) -> int | None:
+        return checkpoint.clients_per_pass(CheckpointRef(tmp_path, {**facts, **more}), placed)
+
+    assert kept(placement=[[1], [0, 2, 3]]) == 3
+    assert kept(placement=[[0, 1], [2, 3]]) is None
+    assert kept() is None  # by number
+    by_number = CheckpointRef(tmp_path, facts)
+    assert checkpoint.clients_per_pass(by_number, ((0, 1), (2, 3))) == 3
+    assert checkpoint.clients_per_pass(by_number, ((0,), (1,), (2,))) is None
+    assert checkpoint.clients_per_pass(None, placed) is None

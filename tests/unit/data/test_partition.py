@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfed.data import partition
+from sfed.config.load import validate
+from sfed.data import partition, placement
 from sfed.methods import sampling
 from sfed.utils.errors import UserError
 from sfed.utils.rng import Stream, derive, generator
@@ -71,6 +72,77 @@ def test_processes_hold_all_clients_in_order_and_as_evenly_as_it_goes(num_proces
     sizes = [len(own) for own in placed]
     assert len(sizes) == num_processes
     assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+
+
+works = st.lists(st.floats(0, 1e9), min_size=1, max_size=60)
+
+
+@given(works, st.data())
+def test_dealing_by_work_places_every_client_once_and_leaves_no_process_without(work, data):
+    num_processes = data.draw(st.integers(1, len(work)))
+    placed = placement.by_work(work, num_processes, "tokens").clients
+    assert sorted(itertools.chain(*placed)) == list(range(len(work)))
+    assert len(placed) == num_processes and all(placed)
+    assert all(list(own) == sorted(own) for own in placed)
+
+
+@given(works, st.data())
+def test_no_process_has_more_work_than_the_busiest_by_number(work, data):
+    num_processes = data.draw(st.integers(1, len(work)))
+    by_number = placement.by_number(len(work), num_processes)
+    dealt = placement.by_work(work, num_processes, "tokens")
+    assert max(placement.loads_of(dealt, work)) <= max(placement.loads_of(by_number, work))
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=6), st.integers(1, 3))
+def test_the_busiest_process_has_at_most_four_thirds_of_the_least_possible(work, num_processes):
+    num_processes = min(num_processes, len(work))
+    owners = itertools.product(range(num_processes), repeat=len(work))
+    least = min(
+        max(sum(itertools.compress(work, [one == p for one in each])) for p in range(num_processes))
+        for each in owners
+    )
+    dealt = placement.by_work(work, num_processes, "tokens")
+    assert max(placement.loads_of(dealt, work)) <= 4 / 3 / 0.95 * least
+
+
+@given(few, st.integers(0, 100), st.floats(1, 1e9), st.floats(0, 0.02))
+def test_clients_of_nearly_equal_work_are_placed_by_number(num_processes, more, each, spread):
+    num_clients = num_processes + more
+    work = [each * (1 + spread * (client % 3)) for client in range(num_clients)]
+    placed = placement.by_work(work, num_processes, "tokens")
+    assert placed == placement.by_number(num_clients, num_processes)
+
+
+@given(st.lists(st.floats(1, 1e9), min_size=1, max_size=40))
+def test_one_client_on_each_process_stays_where_its_number_puts_it(work):
+    placed = placement.by_work(work, len(work), "tokens")
+    assert placed.clients == tuple((client,) for client in range(len(work)))
+
+
+def test_one_large_client_gets_a_process_of_its_own():
+    work = [8.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    placed = placement.by_work(work, 2, "tokens")
+    assert placed.clients == ((0,), (1, 2, 3, 4, 5))
+    assert placement.loads_of(placed, work) == [8, 5]
+    assert placement.loads_of(placement.by_number(6, 2), work) == [10, 3]
+    assert placed.reason == (
+        "by the tokens of a round: the busiest process has 62 % of all, by number it would have "
+        "77 %"
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "steps", "tokens"),
+    [
+        ({"local_steps": 3, "batch_size": 4}, 3, 3 * 4 * 50.0),
+        ({"local_steps": None, "local_epochs": 2, "batch_size": 4}, 5, 2 * 450.0),
+    ],
+)
+def test_the_tokens_of_a_round_are_those_of_its_steps_or_epochs(train, steps, tokens):
+    config = validate({"model": {"name": "x"}, "data": {"task": "demo"}, "train": train})
+    assert placement.local_steps(config, 9) == steps
+    assert placement.tokens_of_round(config, 9, 450) == tokens
 
 
 # --- examples ------------------------------------------------------------------------------------
