@@ -210,8 +210,9 @@ def round_event(
     slots = 0.0 if stats is None else float(stats.slots.sum())
     event[metrics.FILL] = tokens / slots if slots else None
     event[metrics.PEAK_BYTES] = peak_bytes(run.world.device)
-    event["processes"] = _processes(run, stats, measured)
-    event[metrics.IDLE_SHARE] = metrics.mean([one["idle_share"] for one in event["processes"]])
+    processes = _processes(run, stats, measured)
+    event[metrics.PROCESSES] = processes
+    event[metrics.IDLE_SHARE] = metrics.mean([one["idle_share"] for one in processes])
     event["clients"] = [
         _client(run, client, stats, evaluation) for client in range(run.num_clients)
     ]

@@ -34,7 +34,10 @@ LOADING_SECONDS = "time/loading_seconds"
 ROUND_SECONDS = "time/round_seconds"
 LOCAL_SECONDS = "time/local_seconds"
 WAIT_SECONDS = "time/wait_seconds"
-IDLE_SHARE = "time/idle_share"  # of the local steps, mean over processes; each under "processes"
+PROCESSES = "time/processes"
+"""What each process did in the local steps: an object each."""
+IDLE_SHARE = "time/idle_share"
+"""Of the seconds of local steps, mean over processes."""
 AGGREGATE_SECONDS = "time/aggregate_seconds"
 EVALUATE_SECONDS = "time/evaluate_seconds"
 CHECKPOINT_SECONDS = "time/checkpoint_seconds"
@@ -91,7 +94,7 @@ def idle_shares(events: Iterable[Mapping[str, Any]]) -> list[float]:
 
     Of the rounds on as many processes as in the last one; nothing where no event says it.
     """
-    rounds = [_seconds_of_processes(event) for event in events if event.get("processes")]
+    rounds = [_seconds_of_processes(event) for event in events if event.get(PROCESSES)]
     rounds = [seconds for seconds in rounds if len(seconds) == len(rounds[-1])]
     totals = [map(math.fsum, zip(*own, strict=True)) for own in zip(*rounds, strict=True)]
     return [idle / max(busy + idle, 1e-9) for busy, idle in totals]
@@ -100,7 +103,7 @@ def idle_shares(events: Iterable[Mapping[str, Any]]) -> list[float]:
 def _seconds_of_processes(event: Mapping[str, Any]) -> list[tuple[float, float]]:
     """Seconds busy and idle of each process; nothing where an event says them in another form."""
     try:
-        processes = event["processes"]
+        processes = event[PROCESSES]
         return [(float(one["busy_seconds"]), float(one["idle_seconds"])) for one in processes]
     except (TypeError, KeyError, ValueError):
         return []

@@ -146,11 +146,11 @@ def test_dealing_by_work_changes_no_client_and_resumes_a_run_that_was_dealt_by_n
     assert runs.relative_difference(runs.adapters(by_number), runs.adapters(by_work)) <= 1e-6
     # Work is counted, not timed; the seconds are only where they belong.
     before, after = (runs.rounds(folder)[2] for folder in (by_number, by_work))
-    tokens = [[one["tokens"] for one in event["processes"]] for event in (before, after)]
+    tokens = [[one["tokens"] for one in event["time/processes"]] for event in (before, after)]
     assert sum(tokens[0]) == sum(tokens[1]) > 0
     assert max(tokens[0]) / sum(tokens[0]) > 0.75 > 0.65 > max(tokens[1]) / sum(tokens[1])
-    assert all(0 <= one["idle_share"] <= 1 for one in after["processes"])
-    shares = [one["idle_share"] for one in after["processes"]]
+    assert all(0 <= one["idle_share"] <= 1 for one in after["time/processes"])
+    shares = [one["idle_share"] for one in after["time/processes"]]
     assert after["time/idle_share"] == pytest.approx(sum(shares) / 2)
 
     # A checkpoint of an earlier version does not say which process held which client.
