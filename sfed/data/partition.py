@@ -1,4 +1,4 @@
-"""Which client holds which example, and which process holds which client.
+"""Which client holds which example, and how things are dealt evenly.
 
 Everything here is a pure function of its arguments: every process computes the same answer and
 nothing has to be communicated. Needs numpy only.

@@ -94,7 +94,7 @@ def idle_shares(events: Iterable[Mapping[str, Any]]) -> list[float]:
 
     Of the rounds on as many processes as in the last one; nothing where no event says it.
     """
-    rounds = [_seconds_of_processes(event) for event in events if event.get(PROCESSES)]
+    rounds = [seconds for event in events if (seconds := _seconds_of_processes(event))]
     rounds = [seconds for seconds in rounds if len(seconds) == len(rounds[-1])]
     totals = [map(math.fsum, zip(*own, strict=True)) for own in zip(*rounds, strict=True)]
     return [idle / max(busy + idle, 1e-9) for busy, idle in totals]

@@ -143,6 +143,7 @@ class Planner:
             config.backbone, machine.gpus, lambda: (stored, machine.memory_bytes - CONTEXT_BYTES)
         )
         num_clients = config.federated.num_clients or machine.gpus
+        # Unequal clients are dealt by work, which is in the data: a GPU may then hold more of them.
         own = max(map(len, place(num_clients, machine.gpus)))
         tokens = min(config.data.max_tokens, _positions(meta.config))
         frozen = Frozen(meta.config, dtype, counted.targets, sharding.is_sharded)

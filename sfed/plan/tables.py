@@ -36,7 +36,8 @@ def _heading(results: Json) -> list[str]:
         f"{adapted}: {results['adapter_numbers']:,} parameters per client",
         f"run      {counted(results['num_clients'], 'client')} on "
         f"{counted(results['gpus'], 'GPU')} of {size_text(results['gpu_memory_bytes'])}, up to "
-        f"{work['own_clients']} on each",
+        f"{work['own_clients']} on each"
+        + (", where they have equal work" if results["num_clients"] > results["gpus"] else ""),
         f"pass     {counted(results['clients_per_pass'], 'client')} x "
         f"{counted(work['train_rows'], 'row')} x up to {work['tokens']} tokens",
         f"backbone {results['sharding']['kind']} ({results['sharding']['reason']})",

@@ -209,6 +209,44 @@ def _note(seen: list[str], event: str, arguments: tuple) -> None:
         seen.append(Path(os.fspath(arguments[0])).name)
 
 
+def opened_at_home(run_settings: dict, folder: Path) -> list[str]:
+    """The same in a folder of this process's own, where it sees files that others do not."""
+    os.chdir(folder / os.environ["RANK"])
+    return opened(run_settings)
+
+
+@pytest.mark.dist
+def test_by_file_clients_that_read_whole_files_are_dealt_by_their_sizes(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    for client, count in enumerate((6, 40, 6, 6)):
+        tiny.save_rows(tmp_path / f"rows-{client}.jsonl", count, seed=client)
+    own = settings(
+        tiny_folder,
+        tmp_path,
+        "sizes",
+        data={"train_files": str(tmp_path / "rows-{client}.jsonl")},
+        partition={"kind": "by_file"},
+        train={"local_steps": None, "local_epochs": 1},
+    )
+    own["federated"]["num_rounds"] = 1
+    assert on_processes(2, opened, own) == [
+        ["rows-1.jsonl"],
+        ["rows-0.jsonl", "rows-2.jsonl", "rows-3.jsonl"],
+    ]
+    # Files that lie on the machine of one process alone stay with it.
+    for client in range(4):
+        home = tmp_path / str(client // 2)
+        home.mkdir(exist_ok=True)
+        (tmp_path / f"rows-{client}.jsonl").rename(home / f"rows-{client}.jsonl")
+    own["data"]["train_files"] = "rows-{client}.jsonl"
+    own["output"]["name"] = "homes"
+    assert on_processes(2, opened_at_home, own, tmp_path) == [
+        ["rows-0.jsonl", "rows-1.jsonl"],
+        ["rows-2.jsonl", "rows-3.jsonl"],
+    ]
+
+
 @pytest.mark.dist
 def test_by_file_each_process_opens_the_files_of_its_own_clients_only(
     tiny_folder: Path, tmp_path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.table import Table
 
+from sfed.observability import metrics
 from sfed.observability.console import Console
 
 
@@ -35,3 +36,19 @@ def test_a_table_of_many_clients_holds_the_best_and_the_worst(monkeypatch):
 def test_a_table_of_few_clients_holds_all_in_order(monkeypatch):
     rows, said = shown(monkeypatch, [float(c % 5) for c in range(32)])
     assert rows == list(range(32)) and not said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        ([(1.0, 0.0), (0.4, 0.6)], ["30 % of the time on average, process 1 the longest: 60 %"]),
+        ([(1.0, 0.0), (0.9, 0.1)], []),
+        ([(0.1, 0.9)], []),
+    ],
+)
+def test_long_waits_of_processes_are_said_at_the_end(monkeypatch, seconds, said):
+    lines: list[str] = []
+    monkeypatch.setattr(Console, "say", lambda _self, text: lines.append(text))
+    processes = [{"busy_seconds": busy, "idle_seconds": idle} for busy, idle in seconds]
+    Console(is_main=True).where_processes_waited([{metrics.PROCESSES: processes}])
+    assert len(lines) == len(said) and all(part in lines[0] for part in said)

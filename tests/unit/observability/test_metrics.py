@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sfed.observability import metrics
 from sfed.observability.metrics import MetricsFile, mean, perplexity, read_events, read_metrics
 
 numbers = st.floats(min_value=-1e6, max_value=1e6)
@@ -239,3 +240,24 @@ def test_a_mean_with_a_weight_too_few_is_refused():
 )
 def test_perplexity_is_the_exponential_of_the_loss(loss, expected):
     assert perplexity(loss) == pytest.approx(expected)
+
+
+def of_processes(number: int, *seconds: tuple[float, float]) -> dict:
+    processes = [{"busy_seconds": busy, "idle_seconds": idle} for busy, idle in seconds]
+    return {"event": "round", "round": number, metrics.PROCESSES: processes}
+
+
+def test_idle_shares_are_taken_over_all_rounds_on_as_many_processes():
+    events = [
+        {"event": "round", "round": 0, metrics.PROCESSES: []},
+        of_processes(1, (1.0, 1.0)),  # before the run went on on two processes
+        of_processes(2, (3.0, 1.0), (1.0, 3.0)),
+        of_processes(3, (5.0, 1.0), (1.0, 5.0)),
+    ]
+    assert metrics.idle_shares(events) == pytest.approx([0.2, 0.8])
+    assert metrics.idle_shares(events[:2]) == pytest.approx([0.5])
+
+
+@pytest.mark.parametrize("odd", [None, [], "x", [1], [{"busy_seconds": 1.0}], {"a": 1}])
+def test_idle_shares_of_events_that_do_not_say_them_are_none(odd):
+    assert metrics.idle_shares([{metrics.PROCESSES: odd}, {}]) == []
