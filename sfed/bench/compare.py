@@ -289,7 +289,7 @@ def _notes(world: World, workload: Workload) -> list[str]:
         notes.append("a and b are the same here, since the backbone is fp32 too")
     if world.size == 1:
         notes.append("aggregation: within one process, so nothing is sent")
-        notes.append("hooks of ZeRO-3: one process has nothing to gather, these are hooks alone")
+        notes.append("hooks of ZeRO-3: measured among two or more processes")
     if world.size > 1:
         notes.append(
             f"figures are those of process 0, while {world.size} processes ran the same side by "

@@ -6,67 +6,30 @@ them; and what collectives take on the links between the processes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sfed.bench.measure import Clock, Spread, interleaved
 from sfed.bench.peft_baseline import StockPeft
+from sfed.bench.sharded import HookedTwin
 from sfed.bench.steps import Contestant, Sfed
-from sfed.bench.variants import seconds_of_step
-from sfed.bench.workload import Workload, random_tokens
-from sfed.config.load import validate
+from sfed.bench.workload import Workload
 from sfed.data import batches
-from sfed.data.batches import Order
+from sfed.data.batches import Batch, Order
 from sfed.data.packing import Packing
 from sfed.data.tokenize import Examples, Tokens
 from sfed.distributed import world as distributed
 from sfed.distributed.world import World
 from sfed.methods import aggregation
-from sfed.models import backbone
-from sfed.models.synthetic import twin
 
 _EXAMPLES_PER_CLIENT = 64
 _SIZES_BYTES = (4 * 2**10, 256 * 2**10, 4 * 2**20, 64 * 2**20)
 _CALLS = 3
-
-
-class HookedTwin:
-    """The trainer with all clients in one pass, on a replica and on shards of the same weights.
-
-    With one process there is nothing to gather, so the difference is that of the hooks alone.
-    """
-
-    def __init__(self, model: PreTrainedModel, workload: Workload, world: World) -> None:
-        """Copy and shard the model. Collective."""
-        ids, share = random_tokens(model.config, workload).to(world.device), workload.num_clients
-        self._clock = Clock(world.device)
-        self._plain = Sfed(twin(model), workload, ids, clients_per_pass=share)
-        self._linear = functional.linear
-        self._hooked = Sfed(
-            copy.deepcopy(model),
-            workload,
-            ids,
-            clients_per_pass=share,
-            store=lambda copied: backbone.hooked(copied, validate({})),
-        )
-        # DeepSpeed puts its own in the place of torch's function, for the whole process.
-        self._hooked_linear, functional.linear = functional.linear, self._linear
-
-    def seconds(self) -> float:
-        """How much longer the step takes on shards. Collective."""
-        plain = seconds_of_step(self._plain, self._clock, 1)
-        functional.linear = self._hooked_linear
-        try:
-            return seconds_of_step(self._hooked, self._clock, 1) - plain
-        finally:
-            functional.linear = self._linear
 
 
 @dataclass(frozen=True)
@@ -96,9 +59,9 @@ def measure_parts(
     assert isinstance(ours, Sfed)
     _prepare_update(ours)
     vocabulary_size, packing = int(model.config.vocab_size), ours.backbone.packing
-    assemble = _assembly(world, workload, vocabulary_size, None)
-    pack = _assembly(world, workload, vocabulary_size, packing)
-    twins = HookedTwin(model, workload, world)
+    assemble = _assembly(world.device, workload, vocabulary_size, None)
+    pack = _assembly(world.device, workload, vocabulary_size, packing)
+    varied = _varied_steps(ours, workload, vocabulary_size, clock)
     parts = [
         Part("optimizer, PEFT", "a", True, lambda: _seconds_of_updates(stock, clock)),
         Part("optimizer, sfed", "d", True, lambda: clock.seconds_of(ours.update)),
@@ -110,8 +73,11 @@ def measure_parts(
             "aggregation of A", "d", False, lambda: _seconds_of_mean(world, ours, workload, clock)
         ),
         Part("evaluation, same tokens", "d", False, lambda: clock.seconds_of(ours.evaluate)),
-        Part("hooks of ZeRO-3, gathers too", "d", True, twins.seconds),
+        Part("step, widths vary as packed", "d", True, varied),
     ]
+    if world.size > 1:
+        hooks = HookedTwin(model, workload, world)
+        parts.append(Part("hooks of ZeRO-3, gathers too", "d", True, hooks.seconds))
     samples = interleaved({part.name: part.seconds for part in parts}, repeat, None)
     return [
         {
@@ -158,21 +124,40 @@ def _seconds_of_changes(contestant: Contestant, clock: Clock) -> float:
 
 
 def _assembly(
-    world: World, workload: Workload, vocabulary_size: int, packing: Packing | None
-) -> Callable[[], object]:
+    device: torch.device, workload: Workload, vocabulary_size: int, packing: Packing | None
+) -> Callable[[], Batch]:
     """Drawing, laying out and moving one step's rows of all clients; to pack, of many lengths."""
     shortest = workload.tokens if packing is None else -(-workload.tokens // 4)
     examples = _random_examples(workload, vocabulary_size, shortest)
     orders = [Order(workload.seed, c, len(examples)) for c in range(workload.num_clients)]
     position = 0
 
-    def assemble() -> None:
+    def assemble() -> Batch:
         nonlocal position
         drawn = [batches.draw(examples, order, position, workload.rows) for order in orders]
-        batches.collate(drawn, workload.rows, packing=packing).to(world.device)
         position += workload.rows
+        return batches.collate(drawn, workload.rows, packing=packing).to(device)
 
     return assemble
+
+
+def _varied_steps(
+    ours: Sfed, workload: Workload, vocabulary_size: int, clock: Clock
+) -> Callable[[], float]:
+    """Steps on rows as they come, each of another width: seconds for as many computed tokens.
+
+    What a device has to do for a new shape is in it: kernels that are chosen anew, and gaps that
+    the allocator leaves.
+    """
+    next_batch = _assembly(clock.device, workload, vocabulary_size, ours.backbone.packing)
+
+    def seconds() -> float:
+        batch = next_batch()
+        return (
+            clock.seconds_of(lambda: ours.step_on(batch)) * workload.tokens_per_step / batch.slots
+        )
+
+    return seconds
 
 
 def _random_examples(workload: Workload, vocabulary_size: int, shortest: int) -> Examples:

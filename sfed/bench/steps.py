@@ -19,6 +19,7 @@ from sfed.clients.optimizer import StackedOptimizer
 from sfed.clients.state import MOMENTS
 from sfed.clients.store import ClientStore
 from sfed.config.schema import TrainSection
+from sfed.data.batches import Batch
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.hf_blocks import patch_blocks
@@ -127,11 +128,18 @@ class Sfed(Contestant):
 
     def enter(self, turn: int) -> None:
         """Bring the rows of the turn's clients to the device and point the layers at them."""
+        self._bring(self._groups[turn], self._rows_of(turn))
+
+    def enter_first(self, count: int) -> None:
+        """Bring only the first clients."""
+        self._bring(tuple(range(count)), self._input_ids[: count * self.workload.rows])
+
+    def _bring(self, clients: tuple[int, ...], input_ids: torch.Tensor) -> None:
         self.leave()
-        self._passes = self.clients.passes([self._groups[turn]], _TRAINED)
+        self._passes = self.clients.passes([clients], _TRAINED)
         self.rows = next(self._passes)
         self.adapters.bind(self.rows.values, self.rows.grads, _TRAINED)
-        self._ids = self._rows_of(turn)
+        self._ids = input_ids
         self._everyone = torch.ones(len(self.rows.clients), device=self._ids.device)
         supervised = self.workload.rows * (self.workload.tokens - 1)
         self._supervised_C = self._everyone * supervised
@@ -140,6 +148,15 @@ class Sfed(Contestant):
         """Each client's mean over its own tokens, as in a local step."""
         self.rows.grads.zero_()
         return self._means()
+
+    def step_on(self, batch: Batch) -> None:
+        """The same step on rows of other lengths, of the clients of the turn."""
+        self.rows.grads.zero_()
+        row_losses = self.backbone.token_losses(
+            batch.input_ids, batch.labels, batch.positions, batch.documents
+        )
+        torch.autograd.backward(row_losses.sum() / len(batch.positions))
+        self.update()
 
     def evaluate(self) -> torch.Tensor:
         """Return the same losses, forward only."""
