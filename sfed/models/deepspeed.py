@@ -88,12 +88,39 @@ def prepare_deepspeed(config: Config, meta: MetaModel, dtype: torch.dtype) -> di
     ) as error:
         reason = one_line(error)
         raise UserError(f"backbone.deepspeed is refused by DeepSpeed: {reason}") from None
+    _prepare_secondary_partition(settings)
     return settings
+
+
+def _prepare_secondary_partition(settings: dict[str, Any]) -> None:
+    """Check the secondary partition (hpZ): a second copy of the shards for the processes of a node.
+
+    DeepSpeed makes its groups while it loads a model. It would take those of an earlier run in the
+    same process, whose process group has gone.
+
+    Raises:
+        UserError: where the processes do not divide into such groups.
+    """
+    from deepspeed.utils import groups
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    zero = settings["zero_optimization"]
+    size, processes = int(zero.get("zero_hpz_partition_size", 1)), dist.get_world_size()
+    if processes % max(1, min(size, processes)):
+        raise UserError(
+            f"backbone.deepspeed.zero_optimization.zero_hpz_partition_size = {size} does not "
+            f"divide the {processes} processes; set it to the processes of a node, or leave it out"
+        )
 
 
 def shard(model: PreTrainedModel, settings: dict[str, Any]) -> Any:
     """Install ZeRO-3's gather hooks; returns the engine, which must outlive the model."""
     import deepspeed
+    from deepspeed.utils import groups
 
+    size = settings["zero_optimization"].get("zero_hpz_partition_size", 1)
+    # DeepSpeed 0.19 makes the groups while it loads a model, and fails for one in memory.
+    if size > 1 and groups._get_zero_param_intra_parallel_group() is None:
+        groups._create_zero_param_parallel_group(size)
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     return engine

@@ -210,6 +210,8 @@ def _shards(config: Config, meta: MetaModel, frozen: Frozen, gpus: int) -> Backb
     zero = deepspeed_settings(config, meta, frozen.dtype)["zero_optimization"]
     gathered = min(stored, int(zero.get("stage3_max_live_parameters", 1e9)) * size)
     share = -(-stored // gpus)
+    secondary = min(gpus, int(zero.get("zero_hpz_partition_size", 1)))
+    share += -(-stored // secondary) if secondary > 1 else 0
     on_host = config.backbone.offload == "cpu"
     return BackboneBytes(stored, 0 if on_host else share, gathered, share if on_host else 0)
 

@@ -9,6 +9,7 @@ import torch
 
 from sfed.distributed import world as distributed
 from sfed.models import backbone
+from sfed.utils.errors import UserError
 from tests.support import runs, tiny
 from tests.support.backbones import digest, stored_bytes
 from tests.support.deadlines import RUN_SECONDS
@@ -37,6 +38,33 @@ def test_zero3_trains_the_adapters_of_a_replica(
     plain = train(tiny_folder, tmp_path, 1, "none")
     sharded = train(tiny_folder, tmp_path, num_processes, "zero3", backbone=EXACT)
     assert runs.relative_difference(plain, sharded) <= 5e-6
+
+
+def secondary(size: int) -> dict:
+    zero = EXACT["deepspeed"]["zero_optimization"] | {"zero_hpz_partition_size": size}
+    return {"deepspeed": {"zero_optimization": zero}}
+
+
+def test_a_secondary_partition_trains_the_same_bits(tiny_folder: Path, tmp_path: Path) -> None:
+    plain = train(tiny_folder, tmp_path / "plain", 2, "zero3", backbone=EXACT)
+    second = train(tiny_folder, tmp_path / "second", 2, "zero3", backbone=secondary(2))
+    assert runs.identical(plain, second)
+
+
+def refused(settings: dict) -> str:
+    with pytest.raises(UserError) as mistake:
+        runs.train_settings(settings)
+    return str(mistake.value)
+
+
+def test_a_secondary_partition_that_does_not_divide_the_processes_is_refused(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    own = {"sharding": "zero3", **secondary(2)}
+    output = {"dir": str(tmp_path), "name": "run"}
+    settings = tiny.settings(tiny_folder, output=output, backbone=own)
+    for message in on_processes(3, refused, settings):
+        assert "zero_hpz_partition_size = 2 does not divide the 3 processes" in message
 
 
 UNEQUAL = {
