@@ -3,7 +3,8 @@
 Five ways to make the same step of every client: (a) HF + PEFT as users write it, (b) the same with
 adapters in the backbone's dtype, (c) sfed with one client after another, (d) sfed with all clients
 in one pass, (e) the frozen model alone, the floor. Random weights and tokens; no download. Under
-torchrun ``--collectives`` measures the links among the job's own processes.
+torchrun ``--collectives`` measures the links among the job's own processes, and ``--scaling`` whole
+rounds on them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from sfed.bench import scaling_tables
 from sfed.bench.tables import show
 from sfed.utils import command
 from sfed.utils.errors import UserError
@@ -78,6 +80,18 @@ def _parser() -> command.Parser:
         action="store_true",
         help="measure all_reduce and all_gather among the processes of torchrun",
     )
+    add(
+        "--scaling",
+        action="store_true",
+        help="measure rounds on the processes of torchrun: C clients on each, and C on all",
+    )
+    add(
+        "--scaling-of",
+        metavar="FILE",
+        nargs="+",
+        type=Path,
+        help="measure nothing: show what --scaling --json of several jobs has written in one table",
+    )
     return parser
 
 
@@ -90,8 +104,15 @@ def _check(options: argparse.Namespace) -> None:
             "--collectives needs at least two processes: torchrun --nproc_per_node 2 -m sfed.bench "
             "--collectives"
         )
-    if options.collectives and options.compare:
-        raise UserError("--collectives and --compare exclude each other")
+    asked = {
+        "--collectives": options.collectives,
+        "--compare": options.compare,
+        "--scaling": options.scaling,
+        "--scaling-of": options.scaling_of,
+    }
+    given = [name for name, value in asked.items() if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other")
     command.check_json(options.json)
 
 
@@ -99,6 +120,11 @@ def main(arguments: Sequence[str]) -> None:
     """Check the arguments, measure, show, write."""
     given = _parser().parse_args(list(arguments))
     _check(given)
+    if given.scaling_of:
+        results = scaling_tables.together(given.scaling_of)
+        show(results)
+        command.write_json(given.json, results)
+        return
     from sfed.bench import compare  # torch and all that is behind it
 
     varied, values = given.compare or (None, ())
@@ -117,6 +143,7 @@ def main(arguments: Sequence[str]) -> None:
             repeat=given.repeat,
             budget_seconds=given.seconds,
             collectives=given.collectives,
+            scaling=given.scaling,
             compared=varied,
             compared_values=values,
         )

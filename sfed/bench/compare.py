@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sfed.bench import round_parts
+from sfed.bench import round_parts, scaling
 from sfed.bench.measure import (
     Clock,
     Matmul,
@@ -63,6 +63,7 @@ class Options:
     repeat: int
     budget_seconds: float | None
     collectives: bool
+    scaling: bool
     compared: str | None
     """What a comparison varies: the clients, or the LoRA rank."""
     compared_values: tuple[int, ...]
@@ -128,6 +129,11 @@ def _measure(options: Options, config: PreTrainedConfig, world: World) -> dict[s
         "weights": sum(weight.numel() for weight in model.parameters()),
         "matmul_weights": matmul_weights(model),
     }
+    if options.scaling:
+        job = scaling.measure_scaling(
+            world, model, workload, options.repeat, options.budget_seconds
+        )
+        return results | {"scaling": [job], "notes": _notes_on_scaling(world, workload)}
     if options.compared is not None:
         return results | {"compare": _compare(options, model, workload, world)}
     counts = count(VARIANTS, config, workload, world.device)
@@ -280,6 +286,15 @@ def _shape_of(config: PreTrainedConfig) -> Mapping[str, Any]:
         "num_key_value_heads vocab_size tie_word_embeddings"
     )
     return {key: getattr(config, key, None) for key in keys.split()}
+
+
+def _notes_on_scaling(world: World, workload: Workload) -> list[str]:
+    if workload.num_clients >= world.size:
+        return []
+    return [
+        f"strong scaling: {workload.num_clients} clients are fewer than {world.size} processes, so "
+        "it was not measured; raise --clients"
+    ]
 
 
 def _notes(world: World, workload: Workload) -> list[str]:

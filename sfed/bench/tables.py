@@ -9,9 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sfed.bench import scaling_tables
 from sfed.utils.text import size_text
 
 _STEPS_OF_A_ROUND = 10
+_WIDEST = 1000
 
 Json = Mapping[str, Any]
 
@@ -25,9 +27,14 @@ def show(results: Json) -> None:
         tables = [_speed(results), _memory(results), _ratios(results), _parts(results)]
     elif "compare" in results:
         tables = [_comparison(results["compare"])]
+    elif "scaling" in results:
+        tables = scaling_tables.tables(results["scaling"])
     else:
         tables = [_collectives(results["collectives"])]
     for table in tables:
+        if not console.is_terminal:  # nothing bounds a file
+            console.width = _WIDEST
+            console.width = console.measure(table).maximum
         console.print(table)
     for note in (*_explanations(results), *results["notes"]):
         console.print(note, markup=False, soft_wrap=True)
@@ -202,6 +209,8 @@ def _explanations(results: Json) -> list[str]:
             "medians; d as a: how many times as fast, turn by turn.",
             "slope: log-log, over all values; 1 = in proportion, 0 = free.",
         ]
+    if "scaling" in results:
+        return list(scaling_tables.EXPLANATIONS)
     return [
         "bus: what each link must carry a second, 2 (W - 1) / W of the bytes for all_reduce and "
         "(W - 1) / W for all_gather."

@@ -1,0 +1,116 @@
+"""Scaling as tables: rounds of one job, or of several jobs beside each other. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sfed.utils.errors import UserError
+
+Json = Mapping[str, Any]
+# What has to be the same for figures to be comparable; the same question on other machines is one.
+_SAME = ("shape", "dtype", "num_clients", "rows", "tokens", "lora_rank", "target_modules")
+_KINDS = {
+    "weak": "weak scaling: as many clients on each process",
+    "strong": "strong scaling: as many clients on all processes together",
+}
+
+
+def together(files: Sequence[Path]) -> dict[str, Any]:
+    """Read the results of jobs and put them together, ordered by their number of processes.
+
+    Raises:
+        UserError: where a file holds no such results, or those of another configuration.
+    """
+    read = [(file, _read(file)) for file in files]
+    first_file, first = read[0]
+    for file, results in read[1:]:
+        for key in _SAME:
+            one, other = first["configuration"].get(key), results["configuration"].get(key)
+            if one != other:
+                raise UserError(
+                    f"--scaling-of: {key} is {one!r} in {first_file} and {other!r} in {file}; give "
+                    "results of one configuration"
+                )
+    jobs = [job for _, results in read for job in results["scaling"]]
+    jobs.sort(key=lambda job: (job["processes"], job["nodes"]))
+    return {**first, "machine": jobs[-1]["machine"] | {"processes": jobs[-1]["processes"]}} | {
+        "scaling": jobs,
+        "notes": sorted({note for _, results in read for note in results["notes"]}),
+    }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise UserError(f"--scaling-of {file}: cannot be read ({reason})") from None
+    if not isinstance(results, dict) or not isinstance(results.get("scaling"), list):
+        raise UserError(
+            f"--scaling-of {file}: holds no results of sfed.bench --scaling --json; give such files"
+        )
+    return results
+
+
+def tables(jobs: Sequence[Json]) -> list[Table]:
+    """A table of each kind of scaling that was measured."""
+    kinds = {row["kind"] for job in jobs for row in job["rounds"]}
+    return [_table(kind, jobs) for kind in _KINDS if kind in kinds]
+
+
+def _table(kind: str, jobs: Sequence[Json]) -> Table:
+    steps = jobs[0]["steps_of_a_round"]
+    table = Table(title=f"{_KINDS[kind]}; rounds of {steps} steps", title_justify="left")
+    table.add_column("backbone")
+    for column in ("processes", "nodes", "clients", "ms/round", "tokens/s per process"):
+        table.add_column(column, justify="right")
+    for column in ("efficiency", "waiting", "mean of A", "gathers"):
+        table.add_column(column, justify="right")
+    first: dict[str, float] = {}
+    for storage, job, row in _rows(kind, jobs):
+        rate = row["tokens_per_second_and_process"]["median"]
+        seconds = row["seconds"]["median"]
+        table.add_row(
+            storage,
+            str(job["processes"]),
+            str(job["nodes"]),
+            str(row["clients"]),
+            f"{1e3 * seconds:,.0f}",
+            f"{rate:,.0f}",
+            f"{100 * rate / first.setdefault(storage, rate):.0f} %",
+            *(_percent(row[share]) for share in ("waiting_share", "mean_share", "gather_share")),
+        )
+    return table
+
+
+def _rows(kind: str, jobs: Sequence[Json]) -> list[tuple[str, Json, Json]]:
+    """Storage, job and its rounds, the storages in the order in which they were measured."""
+    found = [(row["storage"], job, row) for job in jobs for row in job["rounds"]]
+    names = list(dict.fromkeys(storage for storage, _, _ in found))
+    rows = [one for one in found if one[2]["kind"] == kind]
+    return sorted(rows, key=lambda one: names.index(one[0]))
+
+
+def _percent(share: Json | None) -> str:
+    if share is None:
+        return ""
+    return f"{100 * share['median']:.1f} ({100 * share['min']:.1f}..{100 * share['max']:.1f}) %"
+
+
+EXPLANATIONS = (
+    "efficiency: tokens/s per process beside the first row of the same backbone; 100 % is perfect. "
+    "One job measures its own number of processes: write --json for each and show them together "
+    "with --scaling-of FILE FILE ...",
+    "waiting: for the slowest process at the end of the local steps, mean over processes. mean of "
+    "A: the all_reduce with its sums. gathers: how much longer the local steps take on ZeRO-3's "
+    "shards than on a replica in the same turn, with all that the hooks cost; processes that wait "
+    "for each other within a step are in it. All are shares of the round, with lowest and highest.",
+    "zero3 hpZ: each node holds a second copy of the shards, and gathers stay within the node; "
+    "measured where several nodes have several processes each. A run uses it with "
+    "backbone.deepspeed={zero_optimization: {zero_hpz_partition_size: PROCESSES OF A NODE}}.",
+)
