@@ -59,7 +59,7 @@ def watched(
     *,
     num_processes: int = 1,
     devices: int = 1,
-    broken: str | None = None,
+    broken: Mapping[str, str] | None = None,
 ) -> list[dict[str, Seen]]:
     """Run some settings one after another on fresh processes, and return what each process saw.
 
@@ -69,19 +69,23 @@ def watched(
         all_settings: by name of the run.
         num_processes: of each run.
         devices: GPUs of the machine.
-        broken: a method of ``HostOffload`` that does nothing for order.
+        broken: by name of the run, a method of ``HostOffload`` that orders nothing in it.
     """
-    return on_processes(
-        num_processes, _watch_all, all_settings, devices, broken, environment=ENVIRONMENT
-    )
+    todo = (all_settings, devices, broken or {})
+    return on_processes(num_processes, _watch_all, *todo, environment=ENVIRONMENT)
 
 
 def _watch_all(
-    all_settings: Mapping[str, Settings], devices: int, broken: str | None
+    all_settings: Mapping[str, Settings], devices: int, broken: Mapping[str, str]
 ) -> dict[str, Seen]:
-    if broken is not None:
-        setattr(HostOffload, broken, WITHOUT_ORDER[broken])
-    return {name: watch(settings, devices) for name, settings in all_settings.items()}
+    found = {}
+    for name, settings in all_settings.items():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if name in broken:
+                method = broken[name]
+                monkeypatch.setattr(HostOffload, method, WITHOUT_ORDER[method])
+            found[name] = watch(settings, devices)
+    return found
 
 
 def watch(settings: Settings, devices: int) -> Seen:
