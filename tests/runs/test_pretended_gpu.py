@@ -39,7 +39,9 @@ SCENARIOS: dict[str, dict[str, dict[str, Any]]] = {
         "lora": {"dropout": 0.1},
         "train": {"micro_batch_size": 2},
     },
-    "rolora": {"federated": {**IN_TURNS, "method": "rolora", "optimizer_state": "reset"}},
+    "rolora": {
+        "federated": {"clients_per_pass": 2, "method": "rolora", "optimizer_state": "reset"}
+    },
     "generation": {"evaluation": {"generate": True, "max_new_tokens": 3}},
     "fp32": {"model": {"dtype": "fp32"}, "train": {"optimizer": "sgd"}},
     "offload": {"backbone": {**ZERO3, "offload": "cpu"}},
@@ -209,54 +211,56 @@ def test_a_layer_launches_no_more_kernels_than_it_did(steps: dict[str, Seen]):
 # --- several processes ---------------------------------------------------------------------------
 
 
+def watched_by_two(tiny_folder: Path, out: Path, **backbone: Any) -> list[Seen]:
+    """What two processes on two GPUs saw: three rounds, evaluated at the start and the end."""
+    settings = settings_of(
+        tiny_folder,
+        out,
+        "run",
+        backbone={**backbone, "gradient_checkpointing": True},
+        federated={"num_clients": 3, "num_rounds": 3},
+        evaluation={"every_rounds": 3, "generate": True, "max_new_tokens": 2},
+    )
+    return [found["run"] for found in watched({"run": settings}, num_processes=2, devices=2)]
+
+
 @pytest.fixture(scope="module")
-def seen_by_two(
-    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Seen]]:
-    """What two processes on two GPUs saw."""
-    out = tmp_path_factory.mktemp("two")
-    three_clients = {"federated": {"num_clients": 3, "num_rounds": 2}}
-    some = {
-        "one round": settings_of(tiny_folder, out, "one", federated={"num_rounds": 1}, **NEVER),
-        "two rounds": settings_of(tiny_folder, out, "two", federated={"num_rounds": 2}, **NEVER),
-        "zero3": settings_of(
-            tiny_folder,
-            out,
-            "zero3",
-            backbone={**ZERO3, "gradient_checkpointing": True},
-            evaluation={"generate": True, "max_new_tokens": 2},
-            **three_clients,
-        ),
-    }
-    return watched(some, num_processes=2, devices=2)
+def sharded(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
+    return watched_by_two(tiny_folder, tmp_path_factory.mktemp("sharded"), **ZERO3)
+
+
+def collectives_of_a_round(seen: Seen) -> Counter[tuple[str, str]]:
+    """From the first step of the second round to that of the third."""
+    steps = QUICK["train"]["local_steps"]
+    begin, end = (seen.steps[number * steps].earlier_collectives for number in (1, 2))
+    return Counter({key: end[key] - begin[key] for key in end if end[key] > begin[key]})
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one round", "two rounds", "zero3"])
-def test_cuda_has_nothing_against_two_processes(name: str, seen_by_two: list[dict[str, Seen]]):
-    for seen_by_one in seen_by_two:
-        seen_by_one[name].require_clean()
+def test_cuda_has_nothing_against_shards(sharded: list[Seen]):
+    for rank, seen in enumerate(sharded):
+        seen.require_clean()
+        assert {place for _, place in seen.collectives} == {f"cuda:{rank}"}
+        assert seen.collectives["all_gather_single", f"cuda:{rank}"] > 10
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_round_reduces_once_and_on_the_gpu(seen_by_two: list[dict[str, Seen]]):
-    for rank, found in enumerate(seen_by_two):
-        of_a_round = Counter(found["two rounds"].collectives)
-        of_a_round.subtract(found["one round"].collectives)
-        gathers = of_a_round.pop(("allgather", f"cuda:{rank}"))
-        assert +of_a_round == {("allreduce", f"cuda:{rank}"): 1}
-        assert gathers <= 4  # sums of the round and checksums of what must be equal
+def test_a_round_reduces_once_and_on_the_gpu(sharded: list[Seen]):
+    for rank, seen in enumerate(sharded):
+        found = collectives_of_a_round(seen)
+        assert found["allreduce", f"cuda:{rank}"] == 1, found
+        assert {kind for kind, _ in found} == {"allreduce", "allgather", "all_gather_single"}
 
 
 @pytest.mark.dist
-@pytest.mark.slow
-def test_zero3_gathers_on_the_gpu_alone(seen_by_two: list[dict[str, Seen]]):
-    for rank, found in enumerate(seen_by_two):
-        places = {place for _, place in found["zero3"].collectives}
-        assert places == {f"cuda:{rank}"}
-        assert any("gather" in kind for kind, _ in found["zero3"].collectives)
+@pytest.mark.full
+def test_replicas_reduce_once_and_gather_sums(tiny_folder: Path, tmp_path: Path):
+    for rank, seen in enumerate(watched_by_two(tiny_folder, tmp_path, sharding="none")):
+        seen.require_clean()
+        here = f"cuda:{rank}"
+        assert collectives_of_a_round(seen) == {("allreduce", here): 1, ("allgather", here): 1}
 
 
 def train_on_one_gpu(settings: Settings) -> None:
@@ -280,10 +284,10 @@ def test_two_processes_cannot_shard_on_one_gpu(tiny_folder: Path, tmp_path: Path
 @pytest.mark.slow
 def test_the_bench_runs_as_a_program(tmp_path: Path):
     report = tmp_path / "report.json"
-    words = ("--report", str(report), "-m", "sfed.bench", "--model", "tiny", "--clients", "2")
-    done = launchers.python(
-        "-m", "tests.support.pretended_gpu", *words, "--tokens", "16", "--repeat", "1"
-    )
+    pretended = ("-m", "tests.support.pretended_gpu", "--report", str(report))
+    model = ("--model", "tiny", "--layers", "1")
+    size = (*model, "--clients", "2", "--tokens", "16", "--repeat", "1")
+    done = launchers.python(*pretended, "-m", "sfed.bench", *size)
     assert done.returncode == 0, done.stderr
     assert "NVIDIA H100" in done.stdout
     found = json.loads(report.read_text(encoding="utf-8"))

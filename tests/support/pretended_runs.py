@@ -31,6 +31,8 @@ class StepCounts:
     launches: Counter[str] = field(default_factory=Counter)
     forward_launches: Counter[str] = field(default_factory=Counter)
     """Those before the first backward pass."""
+    earlier_collectives: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Those of the run before this step."""
 
 
 @dataclass
@@ -117,11 +119,12 @@ def counted_steps(gpu: PretendedGpu, steps: list[StepCounts]) -> Iterator[None]:
 
     def counted_make(self: LocalSteps, step: int) -> None:
         before = Counter(gpu.host_waits), Counter(gpu.launches)
+        collectives = Counter(gpu.collectives)
         gpu.host_waits.clear()
         gpu.launches.clear()
         forward.clear()
         make(self, step)
-        counts = StepCounts(Counter(gpu.host_waits), Counter(gpu.launches), forward[0])
+        counts = StepCounts(Counter(gpu.host_waits), Counter(gpu.launches), forward[0], collectives)
         steps.append(counts)
         for counter, earlier in zip((gpu.host_waits, gpu.launches), before, strict=True):
             counter.clear()
