@@ -18,7 +18,7 @@ takes on a GPU. Noted are
 
 Not shown: how kernels round, how long they take, which kernel a GPU would choose, the allocator,
 and NCCL itself. Memory counts what tensors hold. One instance at a time; it holds for the thread
-that entered it and for threads that are started within it.
+that entered it and for threads that are started within it, not for processes that are started.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ class PretendedGpu:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._devices.storages.stop()
         self._stack.__exit__(*error)
 
     def _enter_modes(self, stack: ExitStack) -> None:
