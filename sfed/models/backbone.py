@@ -243,8 +243,7 @@ def load(
 def hooked(model: PreTrainedModel, config: Config) -> Backbone:
     """Shard a frozen model that is in memory, as ``load`` does while it reads one. Collective.
 
-    It is for measurements: a process has to hold the whole model first. DeepSpeed puts another
-    function in the place of torch's ``linear``, for this process and for good.
+    It is for measurements: a process has to hold the whole model first.
     """
     settings = prepare_deepspeed(config, MetaModel(config, model.config), model.dtype)
     keep_alive = (None, shard(model, settings))

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sfed.config.schema import Config
+from sfed.lora.frozen import keep_weights_alone
 from sfed.models.hf_config import MetaModel
 from sfed.utils.errors import UserError
 from sfed.utils.text import one_line
@@ -23,16 +24,19 @@ def deepspeed_settings(config: Config, meta: MetaModel, dtype: torch.dtype) -> d
     """Build the DeepSpeed configuration: our defaults, then the user's raw keys over them.
 
     DeepSpeed's own defaults keep everything gathered for any model below a billion parameters, so
-    the bounds follow the model's size: at most about three layers are gathered at a time.
+    the bounds follow the model's size. The layer in use and the one that is gathered ahead are
+    live, and DeepSpeed's count may miss one more; see ``most_gathered``.
     """
+    layers = transformer_layers(meta.model)
     total = meta.num_weights
-    layer = total // meta.num_layers
+    layer = max(map(num_weights, layers), default=total // meta.num_layers)
     zero: dict[str, Any] = {
         "stage": 3,
-        "stage3_max_live_parameters": 3 * layer,
+        "stage3_max_live_parameters": layer + max(layer, _largest_outside(meta.model, layers)),
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": layer,
         "stage3_param_persistence_threshold": min(100_000, total // 1000),
+        "memory_efficient_linear": False,  # for all of torch, and keeps inputs; see shard
     }
     if config.backbone.offload == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -47,6 +51,36 @@ def deepspeed_settings(config: Config, meta: MetaModel, dtype: torch.dtype) -> d
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     both = [key for key in over if isinstance(over[key], dict) and isinstance(base.get(key), dict)]
     return {**base, **over, **{key: _merged(base[key], over[key]) for key in both}}
+
+
+def most_gathered(settings: Mapping[str, Any]) -> int:
+    """The most weights that are gathered at a time under these settings."""
+    zero = settings["zero_optimization"]
+    return int(zero["stage3_max_live_parameters"]) + int(zero["stage3_prefetch_bucket_size"])
+
+
+def _largest_outside(model: nn.Module, layers: list[nn.Module]) -> int:
+    """Weights of the largest module outside of the layers: as a rule the vocabulary's."""
+    inside = {module for layer in layers for module in layer.modules()}
+    return max(
+        sum(weight.numel() for weight in module.parameters(recurse=False))
+        for module in model.modules()
+        if module not in inside
+    )
+
+
+def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that the transformer repeats; [] where the model has no list of so many."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList)]
+    within = {inner for one in lists for inner in one.modules() if inner is not one}
+    found = [list(one) for one in lists if len(one) == count and one not in within]
+    return max(found, key=lambda layers: sum(map(num_weights, layers)), default=[])
+
+
+def num_weights(module: nn.Module) -> int:
+    """Weights of a module, sharded or not; those that it uses twice count once."""
+    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in module.parameters())
 
 
 def gathered_whole(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
@@ -114,13 +148,27 @@ def _prepare_secondary_partition(settings: dict[str, Any]) -> None:
 
 
 def shard(model: PreTrainedModel, settings: dict[str, Any]) -> Any:
-    """Install ZeRO-3's gather hooks; returns the engine, which must outlive the model."""
+    """Install ZeRO-3's gather hooks; returns the engine, which must outlive the model.
+
+    A layer of the transformer is gathered as a whole. Otherwise DeepSpeed hooks into each module of
+    it, which costs several times the host's time. It cannot where a module below has parameters
+    that it does not know; adapters are none, and are attached later.
+    """
     import deepspeed
-    from deepspeed.utils import groups
+    from deepspeed.utils import groups, set_z3_leaf_modules
 
     size = settings["zero_optimization"].get("zero_hpz_partition_size", 1)
     # DeepSpeed 0.19 makes the groups while it loads a model, and fails for one in memory.
     if size > 1 and groups._get_zero_param_intra_parallel_group() is None:
         groups._create_zero_param_parallel_group(size)
+    if kinds := {type(layer) for layer in transformer_layers(model)}:
+        set_z3_leaf_modules(model, sorted(kinds, key=lambda kind: kind.__qualname__))
     engine, *_ = deepspeed.initialize(model=model, config=settings)
+    keep_weights_alone(model)
+
+    def release_leftovers(*_: Any) -> None:
+        engine.optimizer.release_backward_leftovers()
+
+    # DeepSpeed releases a layer when its input has a gradient, and that of the first has none.
+    model.register_forward_pre_hook(release_leftovers, prepend=True)
     return engine

@@ -18,7 +18,7 @@ from sfed.memory.costs import USABLE_SHARE, ClientState, Costs, Needs, Work, lar
 from sfed.memory.counts import ModelCounts
 from sfed.memory.trial import Frozen
 from sfed.models import shapes
-from sfed.models.deepspeed import deepspeed_settings
+from sfed.models.deepspeed import deepspeed_settings, most_gathered
 from sfed.models.hf_config import DTYPES, MetaModel, Sharding, resolve_sharding
 from sfed.plan.request import Machine
 
@@ -207,8 +207,8 @@ def _positions(model_config: PreTrainedConfig) -> int:
 def _shards(config: Config, meta: MetaModel, frozen: Frozen, gpus: int) -> BackboneBytes:
     """Where the weights are that all GPUs share."""
     size, stored = frozen.dtype.itemsize, meta.num_weights * frozen.dtype.itemsize
-    zero = deepspeed_settings(config, meta, frozen.dtype)["zero_optimization"]
-    gathered = min(stored, int(zero.get("stage3_max_live_parameters", 1e9)) * size)
+    settings = deepspeed_settings(config, meta, frozen.dtype)
+    gathered = min(stored, most_gathered(settings) * size)
     share = -(-stored // gpus)
     secondary = min(gpus, int(zero.get("zero_hpz_partition_size", 1)))
     share += -(-stored // secondary) if secondary > 1 else 0

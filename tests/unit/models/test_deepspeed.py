@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from sfed.distributed import world as distributed
+from sfed.lora import adapters
+from sfed.lora.adapters import LoraSpec
 from sfed.models import backbone
+from sfed.models.backbone import Backbone
+from sfed.models.deepspeed import (
+    deepspeed_settings,
+    most_gathered,
+    num_weights,
+    transformer_layers,
+)
+from sfed.models.hf_config import MetaModel
 from sfed.utils.errors import UserError
-from tests.support import runs, tiny
+from tests.support import glue, runs, tiny
 from tests.support.backbones import digest, stored_bytes
 from tests.support.deadlines import RUN_SECONDS
 from tests.support.processes import on_processes
@@ -110,13 +124,194 @@ def test_zero3_agrees_under(tiny_folder: Path, tmp_path: Path, sections: dict) -
     assert runs.relative_difference(plain, sharded) <= 5e-6
 
 
-def test_zero3_equals_replicas_bit_for_bit_in_bf16(tiny_folder: Path, tmp_path: Path) -> None:
-    """The same processes and passes, bf16 backbone, fp32 factors: gathering changes no bit."""
-    model = {"name": str(tiny_folder / "model"), "dtype": "bf16"}
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_zero3_equals_replicas_bit_for_bit(tiny_folder: Path, tmp_path: Path, dtype: str) -> None:
+    """The same processes and passes, fp32 factors: gathering changes no bit."""
+    model = {"name": str(tiny_folder / "model"), "dtype": dtype}
     plain = train(tiny_folder, tmp_path, 2, "none", model=model)
     sharded = train(tiny_folder, tmp_path, 2, "zero3", backbone=EXACT, model=model)
     assert runs.identical(plain, sharded)
     assert {t.dtype for t in plain["client-0000"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["roberta", full("bert"), full("llama")])
+def test_so_it_does_for_classifiers(glue_folder: Path, tmp_path: Path, family: str) -> None:
+    found = []
+    for stored in ({"sharding": "none"}, {"sharding": "zero3", **EXACT}):
+        own = glue.settings(glue_folder, family, "sst2", tmp_path / stored["sharding"])
+        found.append(runs.adapters(runs.run(2, {**own, "backbone": stored})))
+    assert runs.identical(*found)
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 32}
+INNER = {**SIZES, "intermediate_size": 24}
+LISTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "llama": ("LlamaForCausalLM", INNER, "model.layers"),
+    "gpt 2": ("GPT2LMHeadModel", {"n_embd": 16, "n_layer": 3, "n_head": 2}, "transformer.h"),
+    "roberta": ("RobertaForSequenceClassification", INNER, "roberta.encoder.layer"),
+    "as many experts as layers": (
+        "MixtralForCausalLM",
+        {**INNER, "num_key_value_heads": 1, "num_local_experts": 3},
+        "model.layers",
+    ),
+    "one layer that is used three times": ("AlbertForMaskedLM", INNER, None),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_the_layers_of_a_transformer_are_found(name: str) -> None:
+    kind, settings, place = LISTS[name]
+    of_kind = getattr(transformers, kind)
+    with torch.device("meta"):
+        model = of_kind(of_kind.config_class(**settings))
+    expected = [] if place is None else list(model.get_submodule(place))
+    assert transformer_layers(model) == expected
+
+
+class Gathers:
+    """Counts gathers of frozen weights, and the weights that are gathered."""
+
+    def __init__(self, own: Backbone) -> None:
+        self._own = own
+        self.count = self.weights = self.peak = 0
+        gather = torch.distributed.ProcessGroup.all_gather_single
+
+        def counted(group: Any, whole: torch.Tensor, *others: Any, **options: Any) -> Any:
+            self.count += 1
+            self.weights += whole.numel()
+            self.peak = max(self.peak, self.now())
+            return gather(group, whole, *others, **options)
+
+        torch.distributed.ProcessGroup.all_gather_single = counted  # of this process alone
+
+    def now(self) -> int:
+        """Weights that are gathered, or about to be."""
+        held = (p for p in self._own.model.parameters() if p.ds_status.name != "NOT_AVAILABLE")
+        return sum(p.ds_numel for p in held)
+
+    def of(self, make: Callable[[], object]) -> tuple[int, int]:
+        """Gathers and weights of one pass."""
+        count, weights = self.count, self.weights
+        make()
+        return self.count - count, self.weights - weights
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What a model gathers once DeepSpeed knows the order of its layers."""
+
+    step: tuple[int, int]
+    """Gathers and weights of a forward and backward pass."""
+    evaluation: tuple[int, int]
+    left: int
+    """Weights that are still gathered after a step."""
+    released: int
+    """The same, after the phase has ended."""
+    peak: int
+    bound: int
+    """What ``sfed.plan`` counts of them."""
+    layer: int
+    """Weights of a layer."""
+
+
+def gathered(model: Path, sections: dict) -> Gathered:
+    config = tiny.config(
+        model.parent, model={"name": str(model)}, backbone={"sharding": "zero3", **sections}
+    )
+    meta = MetaModel.read(config, config.model.name)
+    bound = most_gathered(deepspeed_settings(config, meta, torch.float32))
+    world = distributed.start(RUN_SECONDS)
+    try:
+        own = backbone.load(config, config.model.name, world)
+        attached = adapters.attach(own.model, LoraSpec(4, 1.0, 0.0, "all-linear", "base"))
+        values = torch.zeros(1, attached.layout.size)
+        attached.bind(values, torch.zeros_like(values), ("A", "B"))
+        seen, ids = Gathers(own), torch.randint(2, 200, (2, 9))
+
+        def forward() -> torch.Tensor:
+            return own.token_losses(ids, ids, torch.arange(ids.numel() - 1)).sum()
+
+        own.training()
+        step, *_ = reversed([seen.of(lambda: forward().backward()) for _ in range(5)])
+        left = seen.now()
+        own.evaluating()
+        released = seen.now()
+        with torch.no_grad():
+            evaluation, *_ = reversed([seen.of(forward) for _ in range(4)])
+        layer = max(map(num_weights, transformer_layers(own.model)))
+        return Gathered(step, evaluation, left, released, seen.peak, bound, layer)
+    finally:
+        distributed.stop(world)
+
+
+def gathered_by(num_layers: int, folder: Path, sections: dict) -> Gathered:
+    """The same of a model of so many layers, on two processes."""
+    model = tiny.save_model(folder / f"layers-{num_layers}", layers=num_layers)
+    first, second = on_processes(2, gathered, model, sections)
+    assert first == second
+    return first
+
+
+NO_PREFETCH = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+CHECKPOINTED = {"gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize("sections", [{}, full(CHECKPOINTED)], ids=["kept", "checkpointed"])
+def test_a_layer_is_gathered_once_forward_and_once_backward(tmp_path: Path, sections: dict) -> None:
+    without = {"deepspeed": {"zero_optimization": NO_PREFETCH}, **sections}
+    few, many = (gathered_by(layers, tmp_path, without) for layers in (2, 6))
+    assert many.step[0] - few.step[0] == 4 * 2
+    assert many.evaluation[0] - few.evaluation[0] == 4
+    assert many.step[1] - few.step[1] == 4 * 2 * many.layer
+    # The first layer's input has no gradient, so it may stay until the next pass or phase.
+    assert many.left <= many.layer
+    assert many.released == 0
+
+
+@pytest.mark.parametrize("sections", [{}, full(CHECKPOINTED)], ids=["kept", "checkpointed"])
+def test_a_prefetch_gathers_no_weight_twice_and_at_most_three_layers_at_a_time(
+    tmp_path: Path, sections: dict
+) -> None:
+    found = gathered_by(6, tmp_path, {**EXACT, **sections})
+    embedding, norm = 258 * 32, 32  # the embedding is the head too, and no larger than a layer
+    assert found.step[0] <= 2 * 6 + 5
+    assert found.step[1] <= 2 * (6 * found.layer + norm) + 3 * embedding
+    assert found.peak <= found.bound == 3 * found.layer
+    assert found.left <= found.layer
+    assert found.released == 0
+
+
+def saved_bytes(folder: Path, sharding: str) -> int:
+    """Bytes that a training pass keeps for its backward pass, beside frozen weights."""
+    config = tiny.config(folder, backbone={"sharding": sharding, **EXACT})
+    world = distributed.start(RUN_SECONDS)
+    try:
+        own = backbone.load(config, config.model.name, world)
+        attached = adapters.attach(own.model, LoraSpec(4, 1.0, 0.0, "all-linear", "base"))
+        values = torch.zeros(1, attached.layout.size)
+        attached.bind(values, torch.zeros_like(values), ("A", "B"))
+        frozen = {weight.untyped_storage().data_ptr() for weight in own.model.parameters()}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            # A parameter holds what is gathered; a view of one would keep it from being released.
+            if not isinstance(tensor, torch.nn.Parameter) and storage.data_ptr() not in frozen:
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        ids = torch.randint(2, 200, (2, 9))
+        own.training()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            own.token_losses(ids, ids, torch.arange(ids.numel() - 1)).sum()
+        return sum(storage.nbytes() for storage in kept.values())
+    finally:
+        distributed.stop(world)
+
+
+def test_a_pass_on_shards_keeps_what_one_on_a_replica_keeps(tiny_folder: Path) -> None:
+    (replica,) = on_processes(1, saved_bytes, tiny_folder, "none")
+    assert on_processes(2, saved_bytes, tiny_folder, "zero3") == [replica, replica]
 
 
 def stored(folder: Path, sharding: str) -> tuple[int, str, str]:
