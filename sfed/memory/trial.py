@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.autograd import Function
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -48,15 +46,16 @@ _COPIES = ("ToCopyBackward0", "AliasBackward0", "CloneBackward0", "ViewBackward0
 
 @dataclass(frozen=True)
 class Frozen:
-    """The frozen model of a run, as far as a pass depends on it."""
+    """The frozen model of a run, as far as a pass depends on it.
+
+    How it is stored is no part of that: a pass on shards keeps what one on a replica keeps.
+    """
 
     config: PreTrainedConfig
     """Configuration of the whole model."""
     dtype: torch.dtype
     targets: tuple[str, ...]
     """Names of the adapted layers within a layer of the transformer."""
-    is_sharded: bool
-    """ZeRO-3 keeps the input of every linear layer for the backward pass."""
 
     def small(self, num_layers: int) -> PreTrainedConfig:
         """Return the same configuration with few layers and a small vocabulary."""
@@ -64,24 +63,6 @@ class Frozen:
         small.vocab_size = _WORDS
         small.pad_token_id = None if self.config.pad_token_id is None else 0
         return small
-
-
-class _KeepInput(Function):
-    """Changes nothing and keeps its input, as linear layers do under ZeRO-3."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[0]
-
-
-def _keep_input(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    kept: torch.Tensor = _KeepInput.apply(inputs[0])  # type: ignore[no-untyped-call]
-    return (kept, *inputs[1:])
 
 
 class Trial:
@@ -208,9 +189,6 @@ def _backbone(config: Config, frozen: Frozen, num_layers: int) -> Backbone:
     head = heads.detach_head(config, model, _ALL_FOUND, lambda _: nullcontext())
     if config.backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules() if frozen.is_sharded else ():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(_keep_input)
     traits = None if head else Traits(keeps_documents_apart=True, returns_logits=_returns(model))
     return Backbone(model, head, Sharding("none", "a trial"), None, traits)
 

@@ -146,7 +146,7 @@ class Planner:
         # Unequal clients are dealt by work, which is in the data: a GPU may then hold more of them.
         own = max(map(len, place(num_clients, machine.gpus)))
         tokens = min(config.data.max_tokens, _positions(meta.config))
-        frozen = Frozen(meta.config, dtype, counted.targets, sharding.is_sharded)
+        frozen = Frozen(meta.config, dtype, counted.targets)
         found = MemoryPlan(
             machine=machine,
             model_config=meta.config,
@@ -180,11 +180,10 @@ class Planner:
     def _measured(self, config: Config, frozen: Frozen) -> Costs:
         """What a pass costs."""
         backbone = config.backbone.model_dump_json()
-        key = "".join((_key(config), backbone, config.train.optimizer, str(frozen.is_sharded)))
+        key = "".join((_key(config), backbone, config.train.optimizer))
         if key not in self._costs:
-            how = "sharded" if frozen.is_sharded else "replicated"
-            how += ", checkpointed" if config.backbone.gradient_checkpointing else ""
-            self._say(f"following a pass through two layers of {config.model.name} ({how})")
+            how = " (checkpointed)" if config.backbone.gradient_checkpointing else ""
+            self._say(f"following a pass through two layers of {config.model.name}{how}")
             self._costs[key] = profile.measure(config, frozen, self._say)
         return self._costs[key]
 

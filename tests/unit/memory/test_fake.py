@@ -42,25 +42,25 @@ DROPOUT = {"lora": {"dropout": 0.1}}
 EAGER = {"model": {"attention": "eager"}}
 SGD = {"train": {"optimizer": "sgd"}}
 
-# Family, its shape, dtype, what else the configuration says, whether it is sharded.
-CASES: dict[str, tuple[str, dict[str, Any], torch.dtype, dict[str, Any], bool]] = {
-    "llama": ("Llama", DECODER, BF16, {}, False),
-    "llama in fp32": ("Llama", DECODER, FP32, {}, False),
-    "llama, sharded, with dropout": ("Llama", DECODER, BF16, {**DROPOUT, **SGD}, True),
-    "llama, checkpointed": ("Llama", DECODER, BF16, CHECKPOINTED, False),
-    "llama, all at once": ("Llama", DECODER, FP32, {**CHECKPOINTED, **DROPOUT, **EAGER}, True),
-    "llama classifier": ("Llama", DECODER, BF16, {"data": GLUE}, False),
-    "mistral with a window": ("Mistral", {**DECODER, "sliding_window": 8}, BF16, {}, False),
-    "qwen 3": ("Qwen3", HEAD, BF16, {}, False),
-    "phi 3": ("Phi3", DECODER, BF16, {}, False),
-    "gemma 2": ("Gemma2", HEAD, BF16, EAGER, False),
-    "gemma 3": ("Gemma3Text", {**HEAD, "sliding_window": 8}, FP32, {}, False),
-    "granite": ("Granite", {**DECODER, "logits_scaling": 8.0}, BF16, {}, False),
-    "gpt 2": ("GPT2", GPT2, FP32, {}, False),
-    "opt": ("OPT", OPT, BF16, CHECKPOINTED, False),
-    "mixtral": ("Mixtral", {**DECODER, **EXPERTS}, BF16, {"lora": {"target_modules": QV}}, False),
-    "roberta": ("Roberta", ENCODER, FP32, {"data": GLUE}, False),
-    "bert": ("Bert", ENCODER, FP32, {"data": GLUE, **DROPOUT, **CHECKPOINTED}, False),
+# Family, its shape, dtype, what else the configuration says.
+CASES: dict[str, tuple[str, dict[str, Any], torch.dtype, dict[str, Any]]] = {
+    "llama": ("Llama", DECODER, BF16, {}),
+    "llama in fp32": ("Llama", DECODER, FP32, {}),
+    "llama with dropout": ("Llama", DECODER, BF16, {**DROPOUT, **SGD}),
+    "llama, checkpointed": ("Llama", DECODER, BF16, CHECKPOINTED),
+    "llama, all at once": ("Llama", DECODER, FP32, {**CHECKPOINTED, **DROPOUT, **EAGER}),
+    "llama classifier": ("Llama", DECODER, BF16, {"data": GLUE}),
+    "mistral with a window": ("Mistral", {**DECODER, "sliding_window": 8}, BF16, {}),
+    "qwen 3": ("Qwen3", HEAD, BF16, {}),
+    "phi 3": ("Phi3", DECODER, BF16, {}),
+    "gemma 2": ("Gemma2", HEAD, BF16, EAGER),
+    "gemma 3": ("Gemma3Text", {**HEAD, "sliding_window": 8}, FP32, {}),
+    "granite": ("Granite", {**DECODER, "logits_scaling": 8.0}, BF16, {}),
+    "gpt 2": ("GPT2", GPT2, FP32, {}),
+    "opt": ("OPT", OPT, BF16, CHECKPOINTED),
+    "mixtral": ("Mixtral", {**DECODER, **EXPERTS}, BF16, {"lora": {"target_modules": QV}}),
+    "roberta": ("Roberta", ENCODER, FP32, {"data": GLUE}),
+    "bert": ("Bert", ENCODER, FP32, {"data": GLUE, **DROPOUT, **CHECKPOINTED}),
 }
 
 
@@ -72,7 +72,7 @@ def run_config(said: dict[str, Any]) -> Config:
 def frozen_of(config: Config, family: str, settings: dict[str, Any], dtype: torch.dtype) -> Frozen:
     shape = fitted(config, getattr(transformers, f"{family}Config")(**settings))
     targets = counts.counts_of(config, MetaModel(config, shape)).targets
-    return Frozen(shape, dtype, targets, is_sharded=False)
+    return Frozen(shape, dtype, targets)
 
 
 def figures(trial: Trial) -> tuple[Any, ...]:
@@ -83,10 +83,9 @@ def figures(trial: Trial) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_fake_passes_need_the_bytes_of_real_ones(name: str) -> None:
-    family, settings, dtype, said, is_sharded = CASES[name]
+    family, settings, dtype, said = CASES[name]
     config = run_config(said)
-    base = frozen_of(config, family, settings, dtype)
-    frozen = Frozen(base.config, dtype, base.targets, is_sharded)
+    frozen = frozen_of(config, family, settings, dtype)
     fake, real = (Trial(config, frozen, 2, 4, fake) for fake in (FakeFloats(), None))
     assert any(isinstance(weight, FakeTensor) for weight in fake.backbone.model.parameters())
     found = figures(fake)
@@ -127,7 +126,7 @@ def test_a_pass_of_large_layers_is_followed_without_memory_for_them() -> None:
     shape = fitted(config, synthetic.model_config("llama2-7b", None, None))
     targets = counts.counts_of(config, MetaModel(config, shape)).targets
     said: list[str] = []
-    costs = profile.measure(config, Frozen(shape, BF16, targets, False), said.append)
+    costs = profile.measure(config, Frozen(shape, BF16, targets), said.append)
     assert costs.kept_by_layer.per_token == 93_352
     assert not said
 
@@ -158,7 +157,7 @@ def test_what_fake_tensors_cannot_follow_is_computed_and_that_is_said() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma 2", "granite", "gpt 2"])
 def test_whether_logits_are_made_in_chunks_is_told_as_by_a_model_with_weights(name: str) -> None:
-    family, settings, dtype, said, _ = CASES[name]
+    family, settings, dtype, said = CASES[name]
     config = run_config(said)
     frozen = frozen_of(config, family, settings, dtype)
     attention = config.model.attention
