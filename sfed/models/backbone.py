@@ -181,6 +181,15 @@ class Backbone:
                     parameter.partition()
 
 
+def device_map(device: torch.device, sharding: Sharding) -> dict[str, torch.device] | None:
+    """Where ``from_pretrained`` puts each tensor as it reads it; None = as it does by itself.
+
+    On a GPU a replica would otherwise lie in the memory of the host first, once for each process.
+    On a CPU the weights stay in the mapped file, which all processes share.
+    """
+    return None if sharding.is_sharded or device.type == "cpu" else {"": device}
+
+
 def load(
     config: Config,
     name: str,
@@ -220,6 +229,7 @@ def load(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # of a head with other classes; see heads.detach_head
             key_mapping=heads.hide_mismatched_head(config, name) if sharding.is_sharded else None,
+            device_map=device_map(world.device, sharding),
         )
     except CANNOT_LOAD as error:
         if is_of_the_machine(error):

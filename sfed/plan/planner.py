@@ -209,7 +209,7 @@ def _shards(config: Config, meta: MetaModel, frozen: Frozen, gpus: int) -> Backb
     settings = deepspeed_settings(config, meta, frozen.dtype)
     gathered = min(stored, most_gathered(settings) * size)
     share = -(-stored // gpus)
-    secondary = min(gpus, int(zero.get("zero_hpz_partition_size", 1)))
+    secondary = min(gpus, int(settings["zero_optimization"].get("zero_hpz_partition_size", 1)))
     share += -(-stored // secondary) if secondary > 1 else 0
     on_host = config.backbone.offload == "cpu"
     return BackboneBytes(stored, 0 if on_host else share, gathered, share if on_host else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from sfed.models.deepspeed import (
     deepspeed_settings,
     most_gathered,
     num_weights,
+    prepare_deepspeed,
     transformer_layers,
 )
-from sfed.models.hf_config import MetaModel
+from sfed.models.hf_config import MetaModel, Sharding
 from sfed.utils.errors import UserError
 from tests.support import glue, runs, tiny
 from tests.support.backbones import digest, stored_bytes
@@ -342,3 +344,54 @@ def test_each_process_stores_its_share_and_the_weights_never_change(
     for size, before, after in on_processes(num_processes, stored, tiny_folder, "zero3"):
         assert size == pytest.approx(whole / num_processes, rel=0.01)
         assert before == after
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().split("\n") if "RssAnon" in x)
+    return 1024 * int(line.split()[1])
+
+
+def loading(folder: Path) -> tuple[int, int]:
+    """The most anonymous memory while a model is loaded, and what it holds at the end."""
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back at once
+    config = tiny.config(folder, backbone={"sharding": "zero3", **EXACT})
+    world = distributed.start(RUN_SECONDS)
+    try:
+        prepare_deepspeed(config, MetaModel.read(config, config.model.name), torch.float32)
+        before, seen = anonymous_bytes(), [0]
+
+        def counting(collective: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*arguments: Any, **options: Any) -> Any:
+                seen.append(anonymous_bytes() - before)
+                return collective(*arguments, **options)
+
+            return counted
+
+        for name in ("broadcast", "all_gather_single"):
+            counted = counting(getattr(torch.distributed.ProcessGroup, name))
+            setattr(torch.distributed.ProcessGroup, name, counted)
+        own = backbone.load(config, config.model.name, world)
+        return max(seen), stored_bytes(own)
+    finally:
+        distributed.stop(world)
+
+
+@pytest.mark.parametrize("num_processes", [2, full(4)])
+def test_no_process_holds_more_than_its_share_and_two_tensors_while_it_loads(
+    tmp_path: Path, num_processes: int
+) -> None:
+    tiny.save_model(tmp_path / "model", hidden=512, layers=6)
+    whole, tensor = (tmp_path / "model" / "model.safetensors").stat().st_size, 512 * 1032 * 4
+    slack = whole // 4  # Python's own objects
+    for most, share in on_processes(num_processes, loading, tmp_path):
+        assert share == pytest.approx(whole / num_processes, rel=0.01)
+        assert most <= share + 2 * tensor + slack
+
+
+def test_a_replica_goes_to_its_gpu_tensor_by_tensor_and_stays_in_the_file_on_a_cpu() -> None:
+    replica, shards = Sharding("none", ""), Sharding("zero3", "")
+    gpu, cpu = torch.device("cuda", 1), torch.device("cpu")
+    assert backbone.device_map(gpu, replica) == {"": gpu}
+    assert backbone.device_map(cpu, replica) is None
+    assert backbone.device_map(gpu, shards) is None
