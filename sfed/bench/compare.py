@@ -85,7 +85,7 @@ def run(options: Options) -> tuple[dict[str, Any], bool]:
                 f"--tokens {options.tokens}: this model reads at most {longest} in a row; "
                 "raise --rows instead"
             )
-        results = _measure(options, config, world)
+        results = measure(options, config, world)
         sync.leave_store_last(world)
     except torch.OutOfMemoryError:
         raise UserError(
@@ -97,7 +97,8 @@ def run(options: Options) -> tuple[dict[str, Any], bool]:
     return results, world.is_main
 
 
-def _measure(options: Options, config: PreTrainedConfig, world: World) -> dict[str, Any]:
+def measure(options: Options, config: PreTrainedConfig, world: World) -> dict[str, Any]:
+    """Measure a shape among processes that have met; returns all results. Collective."""
     default = "bf16" if world.device.type == "cuda" else "fp32"
     dtype_name = options.dtype or default
     workload = Workload(

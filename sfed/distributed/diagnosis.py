@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-_GO_ON = "Start the same command again: it resumes from the last checkpoint"
+GO_ON = "Start the same command again: it resumes from the last checkpoint"
+"""Last line of a verdict; what trains nothing that is kept leaves it out."""
 
 
 @dataclass
@@ -57,7 +58,7 @@ def judge(reason: str, found: Mapping[int, Report], size: int, records: Path | N
         lines.append(f"  process {', '.join(unknown)}: out of reach, and so is the store")
     if records is not None:
         lines.append(f"  what each process did last: {records}")
-    return "\n".join([*lines, f"  {_GO_ON}"])
+    return "\n".join([*lines, f"  {GO_ON}"])
 
 
 def _causes(found: Mapping[int, Report]) -> list[int]:

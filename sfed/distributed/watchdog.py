@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -226,6 +227,10 @@ class Watchdog:
         self._store.set("ended", "")
         if of is not None:
             self._store.set("gone", "")
+
+    def mistake_was_met(self) -> None:
+        """Every process has met the mistake that one told of, and the job goes on without it."""
+        self._endings["mistake"] = _Ending("a mistake that was met", math.inf)
 
     def give_up(self, reason: str) -> str:
         """Find out which processes are waited for and where they are; keep a record of this one.

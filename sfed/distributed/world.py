@@ -191,3 +191,16 @@ def all_gather_flat(world: World, share: torch.Tensor) -> torch.Tensor:
     whole = torch.empty(world.size * share.numel(), dtype=share.dtype, device=share.device)
     dist.all_gather_into_tensor(whole, share)
     return whole
+
+
+def pass_to_next(world: World, sent: torch.Tensor) -> torch.Tensor:
+    """Send a tensor to the next process and return the one from the previous. Collective.
+
+    All links of the ring carry at the same time; the tensor is where the backend carries it.
+    """
+    received = torch.empty_like(sent)
+    after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    both = [dist.P2POp(dist.isend, sent, after), dist.P2POp(dist.irecv, received, before)]
+    for work in dist.batch_isend_irecv(both):
+        work.wait()
+    return received

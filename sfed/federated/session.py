@@ -140,6 +140,35 @@ def run_session(
     return SessionEnd(folder.path, finished, stop.came_here)
 
 
+def train_among(world: World, config: Config, stop: StopRequest) -> RunRecord | None:
+    """Train a configuration among processes that have met already. Collective.
+
+    Whoever calls it started the processes and ends them, so that a job may train several
+    configurations; a failure is to be met within ``shutdown.ending``.
+
+    Args:
+        world: the processes.
+        config: the run.
+        stop: of the job.
+
+    Returns:
+        The record of the run folder; None where somebody asked to stop before the end.
+
+    Raises:
+        UserError, TrainingFailedError, DivergedError, MissingProcessError: as of ``fit``.
+    """
+    preflight.check(config, world.size)
+    console = Console(is_main=world.is_main)
+    folder = RunFolder(config, one_of_many=True)
+    try:
+        finished = _build_and_train(config, world, folder, console, stop)
+        sync.barrier(world, "the end of a run")  # process 0 has written what all read now
+    finally:
+        console.end_rounds()
+        folder.close()
+    return open_run(folder.path) if finished else None
+
+
 def _build_and_train(
     config: Config, world: World, folder: RunFolder, console: Console, stop: StopRequest
 ) -> bool:

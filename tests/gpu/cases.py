@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 
+from sfed.bench import meters
 from sfed.clients.optimizer import StackedOptimizer
 from sfed.distributed import world as distributed
+from sfed.doctor import measurements
+from sfed.doctor.measurements import Size
 from sfed.memory.costs import USABLE_SHARE
-from tests.gpu import measure, meters
-from tests.gpu.measure import Size
+from tests.gpu import measure
 from tests.support import glue, runs, tiny
 from tests.support.processes import ends_of, on_processes
 
@@ -303,7 +305,7 @@ def memory_is_planned(device: str, folder: Path) -> Figures:
 
 
 def _memory_of(size: Size, device: str) -> Figures:
-    return measure.memory(torch.device(device), size)
+    return measurements.memory(torch.device(device), size)
 
 
 CASES: dict[str, Case] = {

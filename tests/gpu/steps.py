@@ -63,6 +63,7 @@ def all_steps(*, full: bool) -> list[Step]:
         *(_case(name) for name in CASES),
         _measurement("launches", one, "-one-client"),
         _measurement("memory", one, "-one-client"),
+        _measurement("host_waits", one),
         _measurement("new_shapes", f"{shapes} cudnn=1"),
         _measurement("new_shapes", f"{shapes} cudnn=0", "-without-cudnn"),
         _measurement("throughput", many, "-many-clients"),

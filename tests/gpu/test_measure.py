@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.measure import MEASUREMENTS, Size, hardware
+from sfed.doctor.measurements import MEASUREMENTS, Size
+from tests.gpu.measure import hardware, sized
 
 SMALL = {"cpu": Size(steps=1), "cuda": Size("llama-30m", 2, 2, 2, 64, 8, 3)}
 ELSEWHERE = {"memory"}  # cases.memory_is_planned
@@ -32,9 +33,9 @@ def test_a_measurement_answers(name: str, device: str):
 
 
 def test_the_versions_are_those_of_the_packages():
-    assert hardware(torch.device("cpu"), Size())["versions"]["torch"] == torch.__version__
+    assert hardware(torch.device("cpu"))["versions"]["torch"] == torch.__version__
 
 
 def test_a_size_is_read_from_words():
-    size = Size().with_words(["model=llama2-7b", "layers=4"])
+    size = sized(["model=llama2-7b", "layers=4"])
     assert (size.model, size.layers, size.rows) == ("llama2-7b", 4, Size().rows)

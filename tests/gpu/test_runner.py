@@ -6,7 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from tests.gpu import cases, measure, steps
+from sfed.doctor.measurements import MEASUREMENTS
+from tests.gpu import cases, steps
 from tests.gpu.runner import Runner
 from tests.gpu.steps import ANSWER, Step
 from tests.support.deadlines import HANG_SECONDS
@@ -64,4 +65,4 @@ def test_every_case_and_every_measurement_is_a_step():
         for step in [steps.hardware(), *steps.all_steps(full=full)]
         if "tests.gpu.measure" in step.command
     }
-    assert measured == set(measure.MEASUREMENTS)
+    assert measured == {"hardware", *MEASUREMENTS}

@@ -15,6 +15,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sfed.bench.measure import Operations
 from sfed.memory.live_bytes import LiveBytes
 
 Work = Callable[[], object]
@@ -64,7 +65,8 @@ def peak_bytes_of(device: torch.device, work: Work) -> int:
     On a GPU by torch's allocator, on a CPU by the tensors that operations return.
     """
     if device.type == "cpu":
-        with LiveBytes() as live:
+        live = LiveBytes()
+        with live:
             work()
         return live.peak
     synchronize(device)
@@ -72,14 +74,15 @@ def peak_bytes_of(device: torch.device, work: Work) -> int:
     before = torch.cuda.memory_allocated(device)
     work()
     synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    peak: int = torch.cuda.max_memory_allocated(device)
+    return peak - before
 
 
-class _Operations(TorchDispatchMode):
+class _Named(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations by name; views are none."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,9 +93,10 @@ class _Operations(TorchDispatchMode):
 
 def operations_of(work: Work) -> int:
     """Operations that the dispatcher sends to the device."""
-    with _Operations() as seen:
+    seen = Operations()
+    with seen:
         work()
-    return seen.counts.total()
+    return seen.count
 
 
 def kernels_of(device: torch.device, work: Work) -> dict[str, Any]:
@@ -119,7 +123,7 @@ def host_waits(device: torch.device) -> Iterator[Counter[str]]:
     """
     found: Counter[str] = Counter()
     if device.type == "cpu":
-        with _Operations() as seen:
+        with _Named() as seen:
             yield found
         found.update({name: count for name, count in seen.counts.items() if name in _WAITING})
         return
