@@ -7,11 +7,14 @@ examination as it would end a run: the others find out which one it was and end 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from sfed.bench.measure import describe_machine
 from sfed.distributed import shutdown, sync
@@ -27,7 +30,6 @@ from sfed.doctor.job import Job
 from sfed.doctor.memory import memory
 from sfed.doctor.report import Report, Result, failed
 from sfed.observability.third_party import quieten
-from sfed.utils import command
 from sfed.utils.errors import DivergedError, MissingProcessError, TrainingFailedError, UserError
 from sfed.utils.launcher import launch
 from sfed.utils.text import one_line
@@ -92,38 +94,44 @@ def chosen(options: Options) -> dict[str, Check]:
 def run(options: Options, arguments: Sequence[str]) -> int:
     """Make an examination. Collective under a launcher.
 
+    Args:
+        options: what was asked for.
+        arguments: of the command, for the record.
+
     Returns:
         The exit code: 0, or 1 where a check failed.
 
     Raises:
-        SystemExit: with a text where another process broke off.
+        SystemExit: with a text, where another process broke or the job was asked to stop.
         UserError: on every process, for wrong arguments.
     """
     checks = chosen(options)
-    report = Report(speaks=launch().rank == 0)
+    report = Report(speaks=launch().rank == 0, command=arguments)
     world = _meet()
-    end: str | None = None
+    end = ""
     try:
         with shutdown.ending(world):
             _examine(world, options, checks, report)
             sync.leave_store_last(world)
     except StoppedEarlyError:
-        end = "it was asked to stop (SIGTERM)"
+        end = "asked to stop (SIGTERM)"
     except MissingProcessError as failure:
         end = _without(str(failure), GO_ON)
     except UserError:
+        distributed.abandon(world)
         raise
     except BaseException as error:
         report.break_off(f"process {world.rank}: {type(error).__name__}: {one_line(error)}")
-        _finish(report, options, arguments, world)
-        raise
-    finally:
+        _finish(report, options)
         distributed.abandon(world)
-    if end is not None:
+        raise
+    if end:
         report.break_off(end)
-    _finish(report, options, arguments, world)
-    if end is not None and not world.is_main:
+        _finish(report, options)
+        distributed.abandon(world)
         sys.exit(f"sfed doctor: {end}")
+    _finish(report, options)
+    distributed.stop(world)
     return int(report.counts["failed"] > 0)
 
 
@@ -150,6 +158,7 @@ def _examine(world: World, options: Options, checks: Mapping[str, Check], report
             world.watch.at(f"check {name}")
             report.begin(name)
             report.end(_result_of(job, name, check))
+            report.write(options.json)
             if world.watch.is_asked_to_stop:
                 raise StoppedEarlyError(1)
     finally:
@@ -161,17 +170,35 @@ def _result_of(job: Job, name: str, check: Check) -> Result:
     """Make one check; an error that all processes meet is its result. Collective."""
     try:
         with sync.raise_everywhere(job.world, f"check {name}"):
-            return check(job)
+            return _made(job, check)
     except (UserError, DivergedError, TrainingFailedError) as error:
         job.world.watch.mistake_was_met()
-        return failed(str(error), "what the message says; then run the doctor again")
+        return failed(str(error), "repair what the message names, then run the doctor again")
 
 
-def _finish(report: Report, options: Options, arguments: Sequence[str], world: World) -> None:
-    """Process 0 says and writes what was found."""
-    if world.is_main:
-        report.summarise()
-        command.write_json(options.json, report.as_json(arguments))
+def _made(job: Job, check: Check) -> Result:
+    """Make a check and free what it needed.
+
+    Raises:
+        UserError: where the device has too little memory.
+    """
+    try:
+        return check(job)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{job.world.device} of process {job.world.rank} has too little memory, which other "
+            f"programs may hold: {one_line(error)}"
+        ) from None
+    finally:
+        gc.collect()  # models refer to themselves in circles
+        if job.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _finish(report: Report, options: Options) -> None:
+    """Say and write what was found."""
+    report.summarise()
+    report.write(options.json)
 
 
 def _without(text: str, last: str) -> str:

@@ -8,8 +8,10 @@ import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from sfed.utils.command import write_json
 from sfed.utils.redaction import mask, masked
 from sfed.utils.text import duration
 from sfed.utils.version import __version__
@@ -62,13 +64,15 @@ def skipped(reason: str) -> Result:
 class Report:
     """The results so far; process 0 prints them."""
 
-    def __init__(self, *, speaks: bool) -> None:
+    def __init__(self, *, speaks: bool, command: Sequence[str]) -> None:
         """Begin a report.
 
         Args:
-            speaks: whether this process prints.
+            speaks: whether this process prints and writes.
+            command: arguments of the command, for the record.
         """
         self._speaks, self._begun = speaks, time.monotonic()
+        self._command = list(command)
         self._check, self._check_begun = "", self._begun
         self.results: dict[str, tuple[Result, float]] = {}
         self.facts: dict[str, Any] = {}
@@ -121,7 +125,16 @@ class Report:
         if not self.counts["failed"]:
             self._write("\nNothing that was checked prevents training here.\n")
 
-    def as_json(self, command: Sequence[str]) -> dict[str, Any]:
+    def write(self, path: Path | None) -> None:
+        """Write the JSON as far as it goes, where a file is given.
+
+        Raises:
+            UserError: where it cannot be written.
+        """
+        if self._speaks:
+            write_json(path, self.as_json())
+
+    def as_json(self) -> dict[str, Any]:
         """Everything as plain values, without secrets."""
         checks = [
             {"name": name, **result.as_json(), "seconds": round(seconds, 3)}
@@ -129,7 +142,7 @@ class Report:
         ]
         whole = {
             "sfed": __version__,
-            "command": list(command),
+            "command": self._command,
             "seconds": round(time.monotonic() - self._begun, 3),
             "summary": self.counts,
             **self.facts,

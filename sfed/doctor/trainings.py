@@ -66,7 +66,8 @@ def numbers(job: Job) -> Result:
     is_same_work = device == "cpu" and job.world.size == 1
     bound = 0.0 if is_same_work else NEAR_CPU[device]
     worst = max(found, key=lambda client: found[client])
-    figures = {"relative_difference": found[worst], "bound": bound, "by_client": found}
+    by_client = {client: _of_json(one) for client, one in found.items()}
+    figures = {"relative_difference": by_client[worst], "bound": bound, "by_client": by_client}
     seen = f"largest relative difference from a CPU {found[worst]:.2g}, bound {bound:g}"
     if found[worst] <= bound:
         return ok(f"{len(found)} clients, 5 steps of SGD in fp32: {seen}", **figures)
@@ -153,7 +154,7 @@ def zero3(job: Job) -> Result:
     found = max(difference(replicas, shards).values())
     bound = NEAR_REPLICA[job.world.device.type]
     seen = f"largest relative difference from replicas {found:.2g}, bound {bound:g}"
-    figures = {"relative_difference": found, "bound": bound, "processes": job.world.size}
+    figures = {"relative_difference": _of_json(found), "bound": bound}
     if found > bound:
         return failed(
             seen,
@@ -252,6 +253,11 @@ def difference(one: dict[str, Tensors], other: dict[str, Tensors]) -> dict[str, 
             worst = max(worst, float("inf") if math.isnan(gap) else gap)
         found[client] = worst
     return found
+
+
+def _of_json(number: float) -> float | None:
+    """The number; JSON knows none that is not finite."""
+    return number if math.isfinite(number) else None
 
 
 def _equal(one: Tensors, other: Tensors, factor: str) -> bool:
