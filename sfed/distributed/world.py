@@ -11,6 +11,7 @@ import json
 import os
 import socket
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,14 +194,23 @@ def all_gather_flat(world: World, share: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-def pass_to_next(world: World, sent: torch.Tensor) -> torch.Tensor:
-    """Send a tensor to the next process and return the one from the previous. Collective.
+def pass_to_next(world: World, sent: torch.Tensor, senders: Collection[int]) -> torch.Tensor | None:
+    """Pass a tensor on along the ring of processes. Collective.
 
-    All links of the ring carry at the same time; the tensor is where the backend carries it.
+    Args:
+        world: the processes.
+        sent: what this process sends if it is a sender; where the backend carries it, and of the
+            same shape on all processes.
+        senders: processes that send to the next one.
+
+    Returns:
+        What the previous process sent; None where it is no sender.
     """
-    received = torch.empty_like(sent)
     after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-    both = [dist.P2POp(dist.isend, sent, after), dist.P2POp(dist.irecv, received, before)]
-    for work in dist.batch_isend_irecv(both):
+    received = torch.empty_like(sent) if before in senders else None
+    passed = [dist.P2POp(dist.isend, sent, after)] if world.rank in senders else []
+    if received is not None:
+        passed.append(dist.P2POp(dist.irecv, received, before))
+    for work in dist.batch_isend_irecv(passed) if passed else ():
         work.wait()
     return received
