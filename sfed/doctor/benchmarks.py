@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sfed.bench import compare
 from sfed.doctor.job import Job
 from sfed.doctor.measurements import MEASUREMENTS, Size
-from sfed.doctor.report import Result, ok
+from sfed.doctor.report import Result, failed, ok
 from sfed.models.synthetic import model_config
+from sfed.utils.text import one_line
 
 # Weights of the full width, few layers; a step of one client, and one of sixteen.
 ONE_CLIENT = {
@@ -42,9 +45,22 @@ class Measurement:
     """Figures of the printed line; a dot leads into a dictionary."""
 
     def __call__(self, job: Job) -> Result:
-        """Measure; always ok: what the figures mean depends on the device."""
+        """Measure; what the figures mean depends on the device.
+
+        Raises:
+            OutOfMemoryError: where the device has too little memory.
+        """
         device = job.world.device
-        found = MEASUREMENTS[self.measures](device, self.sizes[device.type])
+        try:
+            found = MEASUREMENTS[self.measures](device, self.sizes[device.type])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AttributeError) as error:
+            # Nobody waits for this process here, so what comes after can be examined.
+            return failed(
+                f"{type(error).__name__}: {one_line(error)}",
+                "report it with the JSON of this examination; training does not need it",
+            )
         told = [
             f"{name} {value:.4g}" for name in self.told if (value := _at(found, name)) is not None
         ]

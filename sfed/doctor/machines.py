@@ -19,6 +19,7 @@ from sfed.config.load import validate
 from sfed.distributed import sync
 from sfed.distributed import world as distributed
 from sfed.distributed.consistency import by_value
+from sfed.distributed.devices import identity
 from sfed.doctor.job import Job
 from sfed.doctor.report import Result, failed, ok, skipped, warning
 from sfed.models.hf_config import DTYPES, dtype_name
@@ -76,9 +77,10 @@ def software(job: Job) -> Result:
     own = found[0]
     differ = {name: by_value([str(one.get(name)) for one in found]) for name in own}
     differ = {name: values for name, values in differ.items() if values}
-    cuda = (
-        f", CUDA {own['cuda']}, driver {own['driver']}, NCCL {own['nccl']}" if own["cuda"] else ""
-    )
+    cuda = ""
+    if own["cuda"]:
+        driver = own["driver"] or "unknown"
+        cuda = f", CUDA {own['cuda']}, driver {driver}, NCCL {own['nccl']}"
     libraries = ", ".join(f"{name} {own[name]}" for name in _MUST_AGREE)
     if not differ:
         return ok(f"{libraries}{cuda}", versions=own)
@@ -136,7 +138,7 @@ def devices(job: Job) -> Result:
                 **figures,
             )
         return ok(seen, **figures)
-    names = Counter(one["name"] for one in found)
+    names = Counter({one["identity"]: one["name"] for one in found}.values())
     told = ", ".join(f"{count} x {name}" for name, count in names.items())
     free = min(one["free_bytes"] for one in found)
     seen = (
@@ -156,6 +158,7 @@ def device_here(job: Job) -> Facts:
     dtype = dtype_name(validate({}), world)
     found: Facts = {
         "device": str(device),
+        "identity": identity(device, socket.gethostname()),
         "type": device.type,
         "processes_on_it": world.processes_per_device,
         "dtype": dtype,
@@ -165,7 +168,7 @@ def device_here(job: Job) -> Facts:
         gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
         is_hidden = torch.version.cuda is not None
         return found | {
-            "name": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads each process",
+            "name": f"{os.cpu_count()} CPU cores, {_number(torch.get_num_threads(), 'thread')} for each process",
             "idle_gpus": 0 if is_hidden else gpus,
             "why": "CPUs compute bf16 several times slower",
         }

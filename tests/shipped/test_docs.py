@@ -14,6 +14,7 @@ import pytest
 from sfed.bench import __main__ as bench
 from sfed.config import load as config_load
 from sfed.config.schema import Config
+from sfed.doctor import __main__ as doctor
 from sfed.methods import method as methods
 from sfed.observability import logs
 from sfed.plan import __main__ as plan
@@ -104,6 +105,9 @@ def check_config(config: Config, processes: int) -> None:
     assert num_clients >= processes, "every process holds at least one client"
 
 
+PARSERS = {"sfed.bench": bench._parser, "sfed.doctor": doctor._parser}
+
+
 def check(call: Call) -> None:
     """Read what the command would read.
 
@@ -126,8 +130,8 @@ def check(call: Call) -> None:
         given = plan._parser().parse_intermixed_args(words)
         path, *overrides = given.words
         check_config(config_load.load(str(ROOT / path), overrides), given.gpus)
-    elif call.module == "sfed.bench":
-        bench._parser().parse_args(words)
+    elif call.module in PARSERS:
+        PARSERS[call.module]().parse_args(words)
     elif call.module == "sfed.report":
         assert words and not any(word.startswith("-") for word in words)
     elif call.module in ("sfed.--help", "sfed.--version"):
