@@ -229,7 +229,10 @@ class Watchdog:
             self._store.set("gone", "")
 
     def mistake_was_met(self) -> None:
-        """Every process has met the mistake that one told of, and the job goes on without it."""
+        """Every process has met the mistake that one told of, and the job goes on.
+
+        A later mistake reaches the others at the meeting that follows, and no sooner.
+        """
         self._endings["mistake"] = _Ending("a mistake that was met", math.inf)
 
     def give_up(self, reason: str) -> str:

@@ -165,10 +165,11 @@ def device_here(job: Job) -> Facts:
         "backend": "gloo" if distributed.is_on_host() else "nccl",
     }
     if device.type == "cpu":
+        threads = _number(torch.get_num_threads(), "thread")
         gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
         is_hidden = torch.version.cuda is not None
         return found | {
-            "name": f"{os.cpu_count()} CPU cores, {_number(torch.get_num_threads(), 'thread')} for each process",
+            "name": f"{os.cpu_count()} CPU cores, {threads} for each process",
             "idle_gpus": 0 if is_hidden else gpus,
             "why": "CPUs compute bf16 several times slower",
         }

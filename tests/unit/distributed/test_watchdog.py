@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
-from sfed.distributed import diagnosis
+from sfed.distributed import diagnosis, sync
+from sfed.distributed import world as distributed
 from sfed.distributed.diagnosis import Report
 from sfed.distributed.watchdog import Heartbeat
+from sfed.distributed.world import World
 from sfed.utils.errors import UserError
 from tests.support import disturbed, runs, tiny
-from tests.support.deadlines import GRACE_SECONDS, HANG_SECONDS, scaled, wait_until
+from tests.support.deadlines import GRACE_SECONDS, HANG_SECONDS, RUN_SECONDS, scaled, wait_until
 from tests.support.disturbed import Moment
-from tests.support.processes import ends_of
+from tests.support.processes import ends_of, on_processes
 from tests.support.selection import full
 
 DEADLINE = scaled(10.0)
@@ -73,6 +75,34 @@ def test_the_heartbeat_is_renewed_by_the_loop_alone(tmp_path: Path):
 def test_a_heartbeat_that_cannot_be_written_is_a_mistake(tmp_path: Path):
     with pytest.raises(UserError, match=r"SFED_HEARTBEAT_FILE = '.*absent/x' cannot be written"):
         Heartbeat(str(tmp_path / "absent" / "x"))
+
+
+def meet_a_mistake(world: World) -> None:
+    with sync.raise_everywhere(world, "a check"):
+        if world.rank == 1:
+            raise UserError("a wrong key")
+
+
+def go_on_after_a_mistake() -> str:
+    """Process 1 meets a mistake, all are told; process 0 is busy for long afterwards."""
+    world = distributed.start(RUN_SECONDS)
+    try:
+        with pytest.raises(UserError, match="a wrong key"):
+            meet_a_mistake(world)
+        world.watch.mistake_was_met()
+        world.watch.at("busy", is_bounded=False)
+        if world.rank == 0:
+            time.sleep(40.0)  # longer than a process has for leaving after a mistake
+        sync.leave_store_last(world)
+        return "went on"
+    finally:
+        distributed.stop(world)
+
+
+@pytest.mark.full
+@pytest.mark.dist
+def test_a_job_goes_on_after_a_mistake_that_all_have_met():
+    assert on_processes(2, go_on_after_a_mistake) == ["went on", "went on"]
 
 
 # --- whole runs -----------------------------------------------------------------------------------
