@@ -96,6 +96,7 @@ class Bench:
             repeat=_TURNS,
             budget_seconds=_SECONDS if job.world.size == 1 else None,
             collectives=False,
+            scaling=False,
             compared=None,
             compared_values=(),
         )
