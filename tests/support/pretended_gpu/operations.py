@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -164,13 +165,18 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The arguments that an operation writes to, by its schema."""
+    """The arguments that an operation writes to."""
     found: list[torch.Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += tensors_in(value)
+    for position, name in _written_arguments(func):
+        found += tensors_in(args[position] if position < len(args) else kwargs.get(name))
     return found
+
+
+@functools.cache
+def _written_arguments(func: Any) -> list[tuple[int, str]]:
+    """Positions and names, by the schema."""
+    arguments = enumerate(func._schema.arguments)
+    return [(position, argument.name) for position, argument in arguments if argument.is_write]
 
 
 def _is_in(tensor: torch.Tensor, some: list[torch.Tensor]) -> bool:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_HERE = str(Path(__file__).parent)
 _ROOT = str(Path(__file__).resolve().parents[3]) + "/"
 _PACKAGES = "site-packages/"
-_shown: dict[str, str] = {}
-"""How a file is named in a place; "" = it is left out."""
+_LEFT_OUT = ("tests/support/", "torch/")
 
 
+@functools.cache
 def _short(file: str) -> str:
-    found = _shown.get(file)
-    if found is None:
-        _, _, installed = file.rpartition(_PACKAGES)
-        if file.startswith(_HERE) or installed.startswith("torch/"):
-            found = ""
-        elif _PACKAGES in file:
-            found = installed
-        else:  # the standard library and generated code are left out
-            found = file.removeprefix(_ROOT) if file.startswith(_ROOT) else ""
-        _shown[file] = found
-    return found
+    """How a file is named in a place; "" = torch, what tests share, and the standard library."""
+    if _PACKAGES in file:
+        found = file.rpartition(_PACKAGES)[2]
+    else:
+        found = file.removeprefix(_ROOT) if file.startswith(_ROOT) else ""
+    return "" if found.startswith(_LEFT_OUT) else found
 
 
 def _frames() -> Iterator[tuple[str, str]]:
@@ -39,7 +34,7 @@ def _frames() -> Iterator[tuple[str, str]]:
 
 
 def place() -> str:
-    """The innermost line that belongs neither to torch nor to this folder."""
+    """The innermost line that belongs neither to torch nor to what tests share."""
     return next((shown for _, shown in _frames()), "?")
 
 
