@@ -130,6 +130,20 @@ def test_a_process_that_computes_wrongly_is_named(tmp_path: Path):
     assert "What to do: do not train there" in ends[0].said
 
 
+def examine_alone(folder: Path) -> None:
+    """Process 1 does not come."""
+    if os.environ["RANK"] == "0":
+        examination.DEADLINE_SECONDS = 1.0
+        examine(folder, ("processes",))
+
+
+def test_a_process_that_does_not_come_is_named_with_what_to_check(tmp_path: Path):
+    ends = ends_of(2, examine_alone, tmp_path, environment=HERE)
+    assert ends[0].code == 1
+    assert "sfed doctor: joining: process 1 of 2 did not come within 1 s" in ends[0].said
+    assert "What to do: Every node runs the same command" in ends[0].said
+
+
 def examine_and_break(folder: Path, kind: str) -> None:
     def act(*_: Any) -> None:
         if kind == "kill":

@@ -20,6 +20,10 @@ OWN_FOLDER = ("sh", "-c", 'mkdir -p runs && mount -t tmpfs none runs && exec "$@
 """In the node's own mount namespace, so that nobody else sees what is written there."""
 
 
+OWN_PROCESS_TABLE = ("unshare", "--pid", "--fork", "--mount-proc")
+"""So that nobody on the other node can look up its processes, as on a machine of its own."""
+
+
 def examined(
     nodes: Nodes, folder: Path, *words: str, second: tuple[str, ...] = ()
 ) -> tuple[list[int], dict[str, Any], str]:
@@ -72,3 +76,13 @@ def test_a_folder_that_the_nodes_do_not_share_is_named(nodes: Nodes, tmp_path: P
     assert checks["folder"]["status"] == "failed"
     assert "process 1 does not share" in checks["folder"]["seen"]
     assert {checks[name]["status"] for name in ("numbers", "learning", "zero3")} == {"skipped"}
+
+
+def test_a_process_that_breaks_on_another_machine_is_named(nodes: Nodes, tmp_path: Path):
+    """The others cannot look it up: they know it by its silence and by broken connections."""
+    codes, checks, log = examined(nodes, tmp_path, "--only", "faults", second=OWN_PROCESS_TABLE)
+    assert codes == [0, 0], log
+    for kind in ("error", "kill"):
+        survivor, broken = checks["faults"]["figures"][kind]
+        assert "process 1 (pid" in survivor["said"] and "on sfed-node-1" in survivor["said"]
+        assert broken["code"] == {"error": 1, "kill": -9}[kind]
