@@ -18,7 +18,8 @@ from sfed.models.synthetic import build, model_config
 _SHAPE = "tiny"
 _LARGER_WEIGHTS = 10.0
 """Times the usual 0.02: on smaller weights an adapter has little to change."""
-_ROWS_OF_CLIENT = 24
+_TRAINED, _HELD_OUT = range(18), range(18, 24)
+"""Numbers of each client's rows."""
 _BOS, _EOS = "<s>", "</s>"
 
 
@@ -31,18 +32,17 @@ def write(folder: Path, num_clients: int) -> None:
     model.config.bos_token_id, model.config.eos_token_id = 0, 1
     model.save_pretrained(folder / "model")
     _tokenizer().save_pretrained(folder / "model")
-    rows = [
-        _row(client, number) for number in range(_ROWS_OF_CLIENT) for client in range(num_clients)
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "rows.jsonl").write_text(lines, encoding="utf-8")
+    for name, numbers in (("train", _TRAINED), ("held-out", _HELD_OUT)):
+        rows = [_row(client, number) for number in numbers for client in range(num_clients)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def _row(client: int, number: int) -> dict[str, str]:
-    """A row of a client: a letter of its own, repeated."""
+    """A row of a client: a letter of its own, repeated; as long as that row of any other client."""
     letter = chr(ord("a") + client % 26)
-    answer = f" {letter * (1 + number % 5)}{client}"
-    return {"prompt": f"{number} times {letter}:", "completion": answer, "kind": f"{client:06d}"}
+    answer = f" {letter * (1 + number % 5)}{client:05d}"
+    return {"prompt": f"{number} times {letter}:", "completion": answer, "kind": f"{client:05d}"}
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -75,9 +75,9 @@ def settings(folder: Path, name: str, num_clients: int, **sections: Any) -> dict
         "model": {"name": str(folder / "model")},
         "data": {
             "task": "jsonl",
-            "train_files": str(folder / "rows.jsonl"),
+            "train_files": str(folder / "train.jsonl"),
+            "eval_files": str(folder / "held-out.jsonl"),
             "max_tokens": 64,
-            "eval_fraction": 0.25,
         },
         "partition": {"kind": "by_key", "key": "kind"},
         "lora": {"rank": 4},

@@ -71,7 +71,7 @@ def numbers(job: Job) -> Result:
     seen = f"largest relative difference from a CPU {found[worst]:.2g}, bound {bound:g}"
     if found[worst] <= bound:
         return ok(f"{len(found)} clients, 5 steps of SGD in fp32: {seen}", **figures)
-    process = _process_of(job, worst)
+    process = _process_of(job, own, worst)
     return failed(
         f"{seen}: {worst} on process {process} differs most, which computes on "
         f"{_places(job)[process]}",
@@ -266,8 +266,9 @@ def _equal(one: Tensors, other: Tensors, factor: str) -> bool:
     return all(torch.equal(one[name], other[name]) for name in names)
 
 
-def _process_of(job: Job, client: str) -> int:
-    """The process that trains a client, by the name of its adapter."""
+def _process_of(job: Job, run: RunRecord, client: str) -> int:
+    """The process that trained a client, by the name of its adapter."""
     number = int(client.rpartition("-")[2])
-    owners = place(max(_LEAST_CLIENTS, job.world.size), job.world.size)
+    by_number = place(max(_LEAST_CLIENTS, job.world.size), job.world.size)
+    owners = run.config["resolved"].get("placement", by_number)
     return next(process for process, own in enumerate(owners) if number in own)
