@@ -67,20 +67,21 @@ def _table(kind: str, jobs: Sequence[Json]) -> Table:
     steps = jobs[0]["steps_of_a_round"]
     table = Table(title=f"{_KINDS[kind]}; rounds of {steps} steps", title_justify="left")
     table.add_column("backbone")
-    for column in ("processes", "nodes", "clients", "ms/round", "tokens/s per process"):
+    for column in ("processes", "nodes", "clients", "ms/round", "min..max", "tokens/s each"):
         table.add_column(column, justify="right")
     for column in ("efficiency", "waiting", "mean of A", "gathers"):
         table.add_column(column, justify="right")
     first: dict[str, float] = {}
     for storage, job, row in _rows(kind, jobs):
         rate = row["tokens_per_second_and_process"]["median"]
-        seconds = row["seconds"]["median"]
+        ms = {key: f"{1e3 * row['seconds'][key]:,.0f}" for key in ("median", "min", "max")}
         table.add_row(
             storage,
             str(job["processes"]),
             str(job["nodes"]),
             str(row["clients"]),
-            f"{1e3 * seconds:,.0f}",
+            ms["median"],
+            f"{ms['min']}..{ms['max']}",
             f"{rate:,.0f}",
             f"{100 * rate / first.setdefault(storage, rate):.0f} %",
             *(_percent(row[share]) for share in ("waiting_share", "mean_share", "gather_share")),
@@ -99,17 +100,18 @@ def _rows(kind: str, jobs: Sequence[Json]) -> list[tuple[str, Json, Json]]:
 def _percent(share: Json | None) -> str:
     if share is None:
         return ""
-    return f"{100 * share['median']:.1f} ({100 * share['min']:.1f}..{100 * share['max']:.1f}) %"
+    return f"{100 * share['median']:.1f} %"
 
 
 EXPLANATIONS = (
-    "efficiency: tokens/s per process beside the first row of the same backbone; 100 % is perfect. "
+    "medians. tokens/s each: of a process. efficiency: that beside the first row of the same "
+    "backbone; 100 % is perfect. "
     "One job measures its own number of processes: write --json for each and show them together "
     "with --scaling-of FILE FILE ...",
     "waiting: for the slowest process at the end of the local steps, mean over processes. mean of "
     "A: the all_reduce with its sums. gathers: how much longer the local steps take on ZeRO-3's "
     "shards than on a replica in the same turn, with all that the hooks cost; processes that wait "
-    "for each other within a step are in it. All are shares of the round, with lowest and highest.",
+    "for each other within a step are in it. All are shares of the round.",
     "zero3 hpZ: each node holds a second copy of the shards, and gathers stay within the node; "
     "measured where several nodes have several processes each. A run uses it with "
     "backbone.deepspeed={zero_optimization: {zero_hpz_partition_size: PROCESSES OF A NODE}}.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ SHARES = ("waiting_share", "mean_share")
 
 def measure(file: str, *more: str) -> None:
     bench.main([*TINY, "--scaling", "--json", file, *more])
+
+
+pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")
@@ -119,22 +123,23 @@ def test_what_excludes_each_other_is_refused() -> None:
         bench.main(["--scaling", "--compare", "clients"])
 
 
-def fewer(file: str) -> None:
-    measure(file, "--clients", "1")
-
-
-def stopped(file: str) -> None:
+def on_two_nodes(file: str) -> None:
+    """Four processes as a launcher would place them on two nodes; too few clients, a budget."""
+    local_rank = str(int(os.environ["RANK"]) % 2)
+    os.environ.update(LOCAL_RANK=local_rank, LOCAL_WORLD_SIZE="2")
     measure(file, "--repeat", "1000", "--seconds", "0.01")
 
 
-def test_fewer_clients_than_processes_and_a_budget(tmp_path: Path) -> None:
-    few, short = tmp_path / "few.json", tmp_path / "short.json"
-    on_processes(2, fewer, str(few))
-    assert {row["kind"] for row in job_of(few)["rounds"]} == {"weak"}
-    [note] = json.loads(few.read_text())["notes"]
-    assert "1 clients are fewer than 2 processes" in note
-    on_processes(2, stopped, str(short))
-    assert {len(row["samples_seconds"]) for row in job_of(short)["rounds"]} == {1}
+def test_on_nodes_of_several_processes_secondary_shards_are_measured_too(tmp_path: Path) -> None:
+    file = tmp_path / "nodes.json"
+    on_processes(4, on_two_nodes, str(file))
+    job = job_of(file)
+    assert (job["processes"], job["nodes"], job["processes_of_a_node"]) == (4, 2, 2)
+    found = [(row["kind"], row["storage"]) for row in job["rounds"]]
+    assert found == [("weak", storage) for storage in ("replica", "zero3", "zero3 hpZ")]
+    [note] = json.loads(file.read_text())["notes"]
+    assert "3 clients are fewer than 4 processes" in note
+    assert {len(row["samples_seconds"]) for row in job["rounds"]} == {1}, "the budget ends it"
 
 
 LOAD = Workload(3, 2, 12, 4, "all-linear", torch.float32, seed=5)
@@ -166,7 +171,6 @@ def on_secondary_shards() -> list[tuple[torch.Tensor, int]]:
         distributed.stop(world)
 
 
-@pytest.mark.dist
 def test_secondary_shards_are_gathered_to_the_same_bits() -> None:
     for ways in on_processes(2, on_secondary_shards):
         (plain, _), *others = ways
