@@ -69,7 +69,7 @@ def _table(kind: str, jobs: Sequence[Json]) -> Table:
     table.add_column("backbone")
     for column in ("processes", "nodes", "clients", "ms/round", "min..max", "tokens/s each"):
         table.add_column(column, justify="right")
-    for column in ("efficiency", "waiting", "mean of A", "gathers"):
+    for column in ("efficiency", "waiting", "mean of A", "gathers, hooks"):
         table.add_column(column, justify="right")
     first: dict[str, float] = {}
     for storage, job, row in _rows(kind, jobs):
@@ -109,9 +109,9 @@ EXPLANATIONS = (
     "One job measures its own number of processes: write --json for each and show them together "
     "with --scaling-of FILE FILE ...",
     "waiting: for the slowest process at the end of the local steps, mean over processes. mean of "
-    "A: the all_reduce with its sums. gathers: how much longer the local steps take on ZeRO-3's "
-    "shards than on a replica in the same turn, with all that the hooks cost; processes that wait "
-    "for each other within a step are in it. All are shares of the round.",
+    "A: the all_reduce with its sums. gathers, hooks: how much longer the local steps take on "
+    "ZeRO-3's shards than on a replica in the same turn; processes that wait for each other within a "
+    "step are in it. All are shares of the round.",
     "zero3 hpZ: each node holds a second copy of the shards, and gathers stay within the node; "
     "measured where several nodes have several processes each. A run uses it with "
     "backbone.deepspeed={zero_optimization: {zero_hpz_partition_size: PROCESSES OF A NODE}}.",
