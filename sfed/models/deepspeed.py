@@ -19,6 +19,9 @@ from sfed.models.hf_config import MetaModel
 from sfed.utils.errors import UserError
 from sfed.utils.text import one_line
 
+# Numbers of a weight, by measurement; see docs/decisions.md.
+_LARGE_WEIGHT = 100_000
+
 
 def deepspeed_settings(config: Config, meta: MetaModel, dtype: torch.dtype) -> dict[str, Any]:
     """Build the DeepSpeed configuration: our defaults, then the user's raw keys over them.
@@ -35,6 +38,7 @@ def deepspeed_settings(config: Config, meta: MetaModel, dtype: torch.dtype) -> d
         "stage3_max_live_parameters": layer + max(layer, _largest_outside(meta.model, layers)),
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": layer,
+        "stage3_allgather_sequential": _has_large_weights(layers),
         "stage3_param_persistence_threshold": min(100_000, total // 1000),
         "memory_efficient_linear": False,  # for all of torch, and keeps inputs; see shard
     }
@@ -67,6 +71,12 @@ def _largest_outside(model: nn.Module, layers: list[nn.Module]) -> int:
         for module in model.modules()
         if module not in inside
     )
+
+
+def _has_large_weights(layers: list[nn.Module]) -> bool:
+    """Whether a gather for each weight costs less than the copies of one gather for all."""
+    sizes = [weight.numel() for layer in layers for weight in layer.parameters()]
+    return sum(sizes) >= _LARGE_WEIGHT * max(1, len(sizes))
 
 
 def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -15,7 +15,7 @@ import transformers
 from sfed.distributed import world as distributed
 from sfed.lora import adapters
 from sfed.lora.adapters import LoraSpec
-from sfed.models import backbone
+from sfed.models import backbone, synthetic
 from sfed.models.backbone import Backbone
 from sfed.models.deepspeed import (
     deepspeed_settings,
@@ -395,3 +395,12 @@ def test_a_replica_goes_to_its_gpu_tensor_by_tensor_and_stays_in_the_file_on_a_c
     assert backbone.device_map(gpu, replica) == {"": gpu}
     assert backbone.device_map(cpu, replica) is None
     assert backbone.device_map(gpu, shards) is None
+
+
+@pytest.mark.parametrize(("shape", "is_large"), [("stories", False), ("llama2-7b", True)])
+def test_large_weights_are_gathered_one_by_one_and_small_ones_together(
+    tiny_folder: Path, shape: str, is_large: bool
+) -> None:
+    meta = MetaModel(tiny.config(tiny_folder), synthetic.model_config(shape, None, 2))
+    settings = deepspeed_settings(tiny.config(tiny_folder), meta, torch.float32)
+    assert settings["zero_optimization"]["stage3_allgather_sequential"] is is_large
