@@ -110,8 +110,8 @@ EXPLANATIONS = (
     "with --scaling-of FILE FILE ...",
     "waiting: for the slowest process at the end of the local steps, mean over processes. mean of "
     "A: the all_reduce with its sums. gathers, hooks: how much longer the local steps take on "
-    "ZeRO-3's shards than on a replica in the same turn; processes that wait for each other within a "
-    "step are in it. All are shares of the round.",
+    "ZeRO-3's shards than on a replica in the same turn; processes that wait for each other within "
+    "a step are in it. All are shares of the round.",
     "zero3 hpZ: each node holds a second copy of the shards, and gathers stay within the node; "
     "measured where several nodes have several processes each. A run uses it with "
     "backbone.deepspeed={zero_optimization: {zero_hpz_partition_size: PROCESSES OF A NODE}}.",
