@@ -190,8 +190,8 @@ def _made(job: Job, check: Check) -> Result:
             f"programs may hold: {one_line(error)}"
         ) from None
     finally:
-        gc.collect()  # models refer to themselves in circles
         if job.world.device.type == "cuda":
+            gc.collect()  # models refer to themselves in circles
             torch.cuda.empty_cache()
 
 

@@ -17,7 +17,8 @@ from sfed.doctor.examination import AFTER, BEFORE, BENCHMARKS
 from sfed.models.backbone import Backbone
 from tests.support.disturbed import Moment, at
 from tests.support.launchers import ROOT, python, torchrun
-from tests.support.processes import End, ends_of
+from tests.support.pretended_gpu import PretendedGpu
+from tests.support.processes import End, ends_of, on_processes
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -79,6 +80,26 @@ def test_under_torchrun(tmp_path: Path):
     done = torchrun(2, "-m", "sfed.doctor", "--json", "doctor.json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert report(tmp_path)["summary"]["failed"] == 0
+
+
+def examine_on_a_pretended_gpu(folder: Path) -> None:
+    checks = ("devices", "numbers", "learning", "memory", "zero3")
+    with PretendedGpu(devices=1) as gpu:
+        code = examination.run(
+            examination.Options(folder, folder / "doctor.json", checks, False), []
+        )
+    assert code == 0 and not gpu.mixes, gpu.mixes
+
+
+@pytest.mark.full
+def test_the_device_is_compared_with_a_cpu_on_a_pretended_gpu(tmp_path: Path):
+    on_processes(
+        1, examine_on_a_pretended_gpu, tmp_path, environment=HERE | {"DS_ACCELERATOR": "cuda"}
+    )
+    checks = report(tmp_path)["checks"]
+    assert "backbone in bf16" in checks["devices"]["seen"]
+    assert checks["learning"]["figures"]["dtype"] == "auto"
+    assert 0.0 < checks["numbers"]["figures"]["bound"] == 1e-3
 
 
 # --- broken on purpose ---------------------------------------------------------------------------
