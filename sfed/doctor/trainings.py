@@ -102,7 +102,7 @@ def judge_run(run: RunRecord) -> Result:
     figures = {
         "eval_losses": losses,
         "clients": len(clients),
-        "dtype": run.config["model"]["dtype"],
+        "dtype": run.config["resolved"]["dtype"],
     }
     infinite = [
         name

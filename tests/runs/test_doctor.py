@@ -98,7 +98,7 @@ def test_the_device_is_compared_with_a_cpu_on_a_pretended_gpu(tmp_path: Path):
     )
     checks = report(tmp_path)["checks"]
     assert "backbone in bf16" in checks["devices"]["seen"]
-    assert checks["learning"]["figures"]["dtype"] == "auto"
+    assert checks["learning"]["figures"]["dtype"] == "bf16"
     assert 0.0 < checks["numbers"]["figures"]["bound"] == 1e-3
 
 
