@@ -70,8 +70,8 @@ class ModelSection(Section):
     """The frozen backbone."""
 
     name: str = "demo"
-    """Hub id or folder of the language model or encoder. demo = a small model that is built and
-    cached at the first start; the default with data.task=demo."""
+    """Hub id or folder of the language model or encoder. demo = a small model that comes
+    with sfed; the default with data.task=demo."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Data type of the backbone; auto = bf16 on GPUs, fp32 on CPUs. Adapters are always fp32."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"

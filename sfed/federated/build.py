@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
@@ -85,7 +83,7 @@ def build(
             f"federated.clients_per_round = {config.federated.clients_per_round} is more than the "
             f"{num_clients} clients"
         )
-    name = _model_folder(config, world, console)
+    name = _model_folder(config)
     tokenizer, tokenizer_digest = _tokenizer(config, name, world, console)
     meta = MetaModel.read(config, name)
     # Once: the memory that is free, and with it the answer, changes while things are loaded.
@@ -181,13 +179,9 @@ def _attached(
         )
 
 
-def _model_folder(config: Config, world: World, console: Console) -> str:
-    """Where the backbone is; the demo's is made by the first process of each node."""
-    if config.model.name != "demo":
-        return config.model.name
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sfed"
-    with sync.first_of_node_first(world, "making the demo's backbone"):
-        return str(demo_model.ensure_backbone(cache, say=console.say))
+def _model_folder(config: Config) -> str:
+    """Hub id or folder of the backbone."""
+    return str(demo_model.FOLDER) if config.model.name == "demo" else config.model.name
 
 
 def _say_end_mark(tokenizer: PreTrainedTokenizerFast, source: str, console: Console) -> None:

@@ -1,7 +1,8 @@
-"""The demo's backbone: a very small LLaMA, pretrained on the spot and kept in a cache.
+"""The demo's backbone: a very small LLaMA that comes with the package, and how it was pretrained.
 
-It reads the demo's questions answered by bare equations, and scraps of the houses' phrases: it
-knows the language and some arithmetic, but no house style.
+It has read the demo's questions answered by bare equations, and scraps of the houses' phrases: it
+knows the language and some arithmetic, but no house style. ``python -m sfed.models.demo FOLDER``
+pretrains it anew, about half a minute of one core.
 """
 
 from __future__ import annotations
@@ -9,19 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
-import stat
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sfed.data.demo import pretraining_texts
+from sfed.utils.command import Parser, run_command
 from sfed.utils.errors import UserError
 
+FOLDER = Path(__file__).parent / "demo_backbone"
+"""Model and tokenizer, for ``AutoModelForCausalLM`` and ``AutoTokenizer``; weights in fp16."""
+DIGEST_FILE = "recipe.json"
+"""Names the recipe and the texts that the model in its folder was made from."""
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 # The space before a number belongs to the word before it, so that a digit is one and the same token
 # with and without a space; but not after a colon, so that "Answer:" ends with a token of its own.
@@ -117,14 +120,21 @@ def _pretrain(
             say(f"backbone: step {step}/{recipe.steps}, loss {loss.item():.3f}, {spent:.0f} s")
 
 
-def _build(recipe: Recipe, target: Path, texts: list[str], say: Callable[[str], None]) -> None:
-    """Leaves torch's number of threads and random state as they were.
+def build(target: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Pretrain the backbone into a folder.
 
-    One thread: on so small a model a second one gains little, and where others keep the cores busy
-    threads that wait for one another take minutes.
+    Deterministic on one machine with one version of torch. Leaves torch's number of threads and
+    random state as they were. One thread: on so small a model a second one gains little, and where
+    others keep the cores busy threads that wait for one another take minutes.
+
+    Args:
+        target: made if absent.
+        recipe: what the model depends on.
+        say: takes a line about progress now and then.
     """
     import torch
 
+    texts = texts_of(recipe)
     tokenizer = _make_tokenizer(recipe, texts)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -135,56 +145,31 @@ def _build(recipe: Recipe, target: Path, texts: list[str], say: Callable[[str], 
             _pretrain(recipe, model, tokenizer, texts, say)
     finally:
         torch.set_num_threads(threads)
-    model.save_pretrained(target)
+    model.half().save_pretrained(target)
     tokenizer.save_pretrained(target)
+    (target / DIGEST_FILE).write_text(json.dumps({"digest": digest_of(recipe)}) + "\n")
 
 
-def _is_complete(target: Path) -> bool:
-    return all((target / name).is_file() for name in ("model.safetensors", "tokenizer.json"))
+def texts_of(recipe: Recipe) -> list[str]:
+    """What the backbone reads."""
+    return pretraining_texts(recipe.problems_per_kind, recipe.remarks, recipe.seed)
 
 
-def _make_private(folder: Path) -> None:
-    """Make the cache for this user alone; refuse one into which somebody else may put a model."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid not in (os.getuid(), 0) or status.st_mode & stat.S_IWOTH:
-        raise UserError(
-            f"the cache folder {folder} belongs to another user or everybody may write to it; set "
-            "XDG_CACHE_HOME to a folder of your own"
-        )
+def digest_of(recipe: Recipe) -> str:
+    """Tell a recipe and its texts from others."""
+    content = json.dumps([asdict(recipe), TOKEN_PATTERN, texts_of(recipe)])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
-def ensure_backbone(folder: Path, *, say: Callable[[str], None] = print) -> Path:
-    """Makes the demo's pretrained backbone, or finds the one made before.
+def main(arguments: Sequence[str]) -> None:
+    """Pretrain the backbone anew."""
+    parser = Parser("python -m sfed.models.demo", "Pretrain the demo's backbone into a folder.")
+    parser.add_argument("folder", type=Path, help="new folder for the model and its tokenizer")
+    folder: Path = parser.parse_args(arguments).folder
+    if folder.exists():
+        raise UserError(f"{folder} exists already; name a new folder")
+    build(folder, RECIPE, print)
 
-    Deterministic on one machine with one version of torch. About half a minute of one core if it
-    has to be made, a fraction of a second otherwise. It is written beside its place, then renamed:
-    a half-written one never counts, and of two racing processes the slower discards its copy.
 
-    Args:
-        folder: The cache; made if absent.
-        say: Takes a line about progress now and then.
-
-    Returns:
-        A model folder below `folder` for `AutoModelForCausalLM` and `AutoTokenizer`, named after
-        the digest of the recipe and of the generated text.
-
-    Raises:
-        UserError: where the cache is open to other users.
-    """
-    _make_private(folder)
-    texts = pretraining_texts(RECIPE.problems_per_kind, RECIPE.remarks, RECIPE.seed)
-    content = json.dumps([asdict(RECIPE), TOKEN_PATTERN, texts])
-    target = folder / f"demo-backbone-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    if _is_complete(target):
-        return target
-    say(f"backbone: not cached, pretraining a tiny one into {target}")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".demo-backbone-") as workshop:
-        made = Path(workshop) / "model"
-        _build(RECIPE, made, texts, say)
-        try:
-            os.replace(made, target)
-        except OSError:
-            if not _is_complete(target):  # if it is, another process was faster
-                raise
-    return target
+if __name__ == "__main__":
+    run_command(main)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 import stat
@@ -21,7 +20,6 @@ from packaging.utils import canonicalize_name
 
 from sfed import train
 from sfed.config import load as config_load
-from sfed.models import demo as demo_model
 from sfed.report import __main__ as report
 from sfed.utils import command
 from sfed.utils.errors import UserError
@@ -262,23 +260,6 @@ def test_weights_that_are_a_pickle_with_code_do_not_run_it(tiny_folder, tmp_path
 def test_a_run_folder_cannot_be_outside_of_its_place(name):
     with pytest.raises(UserError, match=r"output\.name"):
         config_load.validate({"output": {"name": name}})
-
-
-# --- other users of the machine -------------------------------------------------------------------
-
-
-def test_the_cache_is_for_this_user_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_model, "_is_complete", lambda target: True)
-    demo_model.ensure_backbone(tmp_path / "cache")
-    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
-    (tmp_path / "cache").chmod(0o777)
-    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
-        demo_model.ensure_backbone(tmp_path / "cache")
-    (tmp_path / "cache").chmod(0o700)
-    monkeypatch.setattr(demo_model.os, "getuid", lambda: 12345)
-    os.chown(tmp_path / "cache", 54321, -1) if os.geteuid() == 0 else pytest.skip("needs root")
-    with pytest.raises(UserError, match="another user"):
-        demo_model.ensure_backbone(tmp_path / "cache")
 
 
 # --- the page -------------------------------------------------------------------------------------

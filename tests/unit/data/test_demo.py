@@ -1,5 +1,6 @@
 """Tests of the embedded demo: its generated problems and its tiny backbone."""
 
+import json
 import operator
 import re
 from itertools import islice
@@ -16,11 +17,9 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 TINY = demo_model.Recipe(width=16, layers=1, heads=2, intermediate=32, steps=3, warmup=1, batch=4)
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_model, "RECIPE", TINY)
-        return demo_model.ensure_backbone(tmp_path_factory.mktemp("cache"))
+@pytest.fixture
+def backbone() -> Path:
+    return demo_model.FOLDER
 
 
 def load_tokenizer(folder: Path):
@@ -143,7 +142,7 @@ def test_backbone_loads_as_a_causal_language_model(backbone):
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(backbone), load_tokenizer(backbone)
-    assert model.config.model_type == "llama" and model.dtype == torch.float32
+    assert model.config.model_type == "llama" and model.dtype == torch.float16
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert model.config.vocab_size == len(tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -179,55 +178,43 @@ def test_prompt_and_completion_are_short_and_tokenize_apart_as_together(backbone
     assert max(lengths) <= 80
 
 
-def test_backbone_is_cached_under_the_digest_of_its_recipe(backbone, monkeypatch):
-    monkeypatch.setattr(demo_model, "RECIPE", TINY)
-    said: list[str] = []
-    before = (backbone / "model.safetensors").stat().st_mtime_ns
-    assert demo_model.ensure_backbone(backbone.parent, say=said.append) == backbone
-    assert (backbone / "model.safetensors").stat().st_mtime_ns == before and not said
-    assert [entry.name for entry in backbone.parent.iterdir()] == [backbone.name]
+def test_the_backbone_of_the_package_is_small_and_its_recipe_is_the_one_of_today() -> None:
+    files = list(demo_model.FOLDER.iterdir())
+    assert sum(file.stat().st_size for file in files) <= 2_000_000
+    said = json.loads((demo_model.FOLDER / demo_model.DIGEST_FILE).read_text(encoding="utf-8"))
+    assert said == {"digest": demo_model.digest_of(demo_model.RECIPE)}, (
+        "the recipe or its texts have changed: python -m sfed.models.demo makes the backbone anew"
+    )
 
 
-def test_backbone_is_deterministic_and_leaves_torch_as_it_was(backbone, monkeypatch, tmp_path):
+def test_a_backbone_is_deterministic_and_leaves_torch_as_it_was(tmp_path: Path) -> None:
     import torch
 
-    monkeypatch.setattr(demo_model, "RECIPE", TINY)
     threads, state, said = torch.get_num_threads(), torch.random.get_rng_state(), []
-    again = demo_model.ensure_backbone(tmp_path / "new" / "cache", say=said.append)
-    assert again.name == backbone.name and said
-    for name in ("model.safetensors", "tokenizer.json", "config.json"):
-        assert (again / name).read_bytes() == (backbone / name).read_bytes()
+    for name in ("one", "other"):
+        demo_model.build(tmp_path / name, TINY, said.append)
+    assert said
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes()
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_an_interrupted_pretraining_leaves_nothing_behind(monkeypatch, tmp_path):
-    def interrupted(recipe, target, texts, say):
-        target.mkdir()
-        (target / "config.json").write_text("{}")
-        raise KeyboardInterrupt
+@pytest.mark.full
+def test_the_recipe_makes_the_backbone_of_the_package(tmp_path: Path) -> None:
+    """To the last bit on one machine; elsewhere one that has learned the same."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(demo_model, "_build", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        demo_model.ensure_backbone(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def write_marked(target: Path, mark: str) -> None:
-    target.mkdir()
-    for name in ("model.safetensors", "tokenizer.json"):
-        (target / name).write_text(mark)
-
-
-def test_the_slower_of_two_racing_processes_keeps_the_faster_ones_backbone(monkeypatch, tmp_path):
-    def overtaken(recipe, target, texts, say):
-        write_marked(target, "slower")
-        monkeypatch.setattr(
-            demo_model, "_build", lambda recipe, made, *_: write_marked(made, "faster")
-        )
-        demo_model.ensure_backbone(tmp_path, say=lambda line: None)
-
-    monkeypatch.setattr(demo_model, "_build", overtaken)
-    target = demo_model.ensure_backbone(tmp_path)
-    assert (target / "model.safetensors").read_text() == "faster"
-    assert list(tmp_path.iterdir()) == [target]
+    demo_model.build(tmp_path / "again", demo_model.RECIPE, lambda _: None)
+    name = "tokenizer.json"
+    assert (tmp_path / "again" / name).read_bytes() == (demo_model.FOLDER / name).read_bytes()
+    tokenizer, losses = load_tokenizer(demo_model.FOLDER), []
+    for folder in (demo_model.FOLDER, tmp_path / "again"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            texts = demo_model.texts_of(demo_model.RECIPE)[:200]
+            batches = [torch.tensor([tokenizer.encode(text)]) for text in texts]
+            losses.append(sum(model(ids, labels=ids).loss.item() for ids in batches) / len(texts))
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[0] < 1.0
