@@ -44,6 +44,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     preflight.check(config)
     logs.begin(process)
+    if done := preflight.look_back(config):
+        for line in done if process == 0 else ():
+            logs.LOG.info(line)
+        return
     if process == 0:
         logs.LOG.info("importing torch, transformers, PEFT and DeepSpeed")
     run(config)

@@ -1,13 +1,15 @@
 """How a process ends: as asked by SIGTERM, or because the run cannot continue.
 
 SIGTERM is an orderly end, wherever a process is. So is SIGUSR1, with which Slurm tells that the
-time of a job is nearly over. A process whose run cannot continue tells the others, and says what
-they know.
+time of a job is nearly over, and a first Ctrl-C; a second one ends a process at once. A process
+whose run cannot continue tells the others, and says what they know.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -18,6 +20,10 @@ from sfed.distributed.sync import EndedProcessError
 from sfed.distributed.world import World
 from sfed.utils.errors import MissingProcessError
 from sfed.utils.text import one_line
+
+_SECONDS_OF_ONE_INTERRUPT = 1.0
+"""A Ctrl-C comes from the terminal, and soon afterwards once more from torchrun."""
+_HEARD = b"\nsfed: stopping with everything on disk; Ctrl-C again ends at once\n"
 
 
 class StoppedEarlyError(SystemExit):
@@ -43,15 +49,17 @@ class StopRequest:
         self._asked = False
         self._passes = 0
         self._is_due = False
+        self._interrupted_at: float | None = None
         world.watch.on_pause = self._announce
 
     def listen(self) -> None:
-        """Install handlers that make SIGTERM and SIGUSR1 requests to stop.
+        """Install handlers that make SIGTERM, SIGUSR1 and Ctrl-C requests to stop.
 
         Only commands call it: signal handlers belong to the process, not to a library.
         """
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_interrupt)
         self._world.watch.hear_signals()
 
     def training_begins(self, *, in_step: bool) -> None:
@@ -69,6 +77,17 @@ class StopRequest:
             return
         self._world.watch.tell_end("it was asked to stop before training began")
         raise StoppedEarlyError(0)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+            if self._world.is_main:
+                os.write(2, _HEARD)  # a buffered stream may be in the middle of a line
+            self._on_signal(number, frame)
+        elif now - self._interrupted_at > _SECONDS_OF_ONE_INTERRUPT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
 
     def _announce(self) -> None:
         if self._asked:

@@ -5,11 +5,13 @@ They run before anything heavy is imported.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from sfed.config.schema import Config
 from sfed.methods import method as methods
 from sfed.observability import trackers
+from sfed.storage import previous_run
 from sfed.utils.errors import ConfigError, UserError
 from sfed.utils.launcher import launch
 
@@ -51,5 +53,39 @@ def check(config: Config, num_processes: int | None = None) -> None:
             f"output.resume = {config.output.resume!r}: neither auto nor never nor a folder"
         )
     mistakes += trackers.mistakes(config.output.trackers)
+    mistakes += _unwritable(Path(config.output.dir))
     if mistakes:
         raise ConfigError("\n".join(mistakes))
+
+
+def _unwritable(folder: Path) -> list[str]:
+    """What keeps run folders from being made in a folder."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return []
+    reason = "cannot be written to" if there.is_dir() else "is not a folder"
+    return [f"output.dir = {str(folder)!r}: {there} {reason}; name a folder that can be written to"]
+
+
+def look_back(config: Config) -> list[str] | None:
+    """Look at what an earlier start of this run has left, before anything heavy is imported.
+
+    Returns:
+        Where everything is, a line each, where the run is complete and there is nothing to do;
+        else None. Never said of a job on several machines, which may not all see the folder.
+
+    Raises:
+        CheckpointError: where the run was made with other settings.
+    """
+    if config.output.resume != "auto":
+        return None
+    folder, here = Path(config.output.dir) / config.run_name, launch()
+    previous_run.refuse_other_settings(folder, config)
+    if here.size != here.local_size or not previous_run.is_finished(folder, config):
+        return None
+    return [
+        f"complete, nothing to do: {folder} has all {config.federated.num_rounds} rounds",
+        f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)",
+        f"report     sfed report {folder}",
+        "train longer with a larger federated.num_rounds; begin anew with output.resume=never",
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from sfed.federated.round_metrics import RoundLog
 from sfed.observability import metrics
 from sfed.observability.console import Console
 from sfed.storage import checkpoint, resume
-from sfed.storage.checkpoint import CheckpointRef, State
+from sfed.storage.checkpoint import State
+from sfed.storage.checkpoint_folder import CheckpointRef
 from sfed.storage.checkpoint_writer import RunIdentity, Writer
+from sfed.storage.previous_run import mark_finished
 from sfed.storage.run_folder import RunFolder
 from sfed.storage.run_record import METRICS_FILE, RunRecord, open_run, read_rounds
 
@@ -219,6 +221,9 @@ def _train_and_export(
         world.watch.at("writing the adapters")
         with sync.raise_everywhere(world, "writing the adapters"):
             export_adapters(run, folder.path)
+        if world.is_main:
+            with suppress(OSError):  # without the mark the next start looks at everything
+                mark_finished(folder.path, total)
     else:
         console.say(
             f"stopped as asked; the same command resumes from {folder.path / 'checkpoints'}"

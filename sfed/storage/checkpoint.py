@@ -13,9 +13,7 @@ from; here is what they are, and how one is read.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +28,9 @@ from sfed.clients.store import ClientStore
 from sfed.data.partition import place
 from sfed.distributed.sync import raise_everywhere
 from sfed.distributed.world import World
+from sfed.storage.checkpoint_folder import COMMON, CheckpointRef, folder_name
 from sfed.utils.errors import CheckpointError
 from sfed.utils.text import one_line
-
-METADATA_FILE = "run.json"
-COMMON = "common.safetensors"
-FORMAT = 1
-"""Format of a checkpoint; one without a number has this format."""
-_NAME = re.compile(r"round-(\d{6})(-partial)?")
 
 
 @dataclass(frozen=True)
@@ -61,16 +54,7 @@ class State:
     @property
     def name(self) -> str:
         """Name of the folder."""
-        return f"round-{self.finished_rounds:06d}{'-partial' if self.is_within else ''}"
-
-
-@dataclass(frozen=True)
-class CheckpointRef:
-    """A whole checkpoint on disk."""
-
-    folder: Path
-    metadata: dict[str, Any]
-    """What ``run.json`` says."""
+        return folder_name(self.finished_rounds, is_within=self.is_within)
 
 
 def file_of(client: int) -> str:
@@ -81,39 +65,6 @@ def file_of(client: int) -> str:
 def keyed(prefix: str, parts: Parts) -> Parts:
     """The tensors of a file; with prefixes, names are unique over all files of a checkpoint."""
     return {f"{prefix}/{name}": tensor for name, tensor in parts.items()}
-
-
-def by_age(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first; a partial one is later than the round it began after.
-
-    Raises:
-        OSError: where the folder is there and cannot be read, or is a link that leads nowhere.
-    """
-    try:
-        found = [(age, path) for path in folder.iterdir() if (age := age_of_name(path.name))]
-    except FileNotFoundError:
-        if folder.is_symlink():
-            raise
-        return []
-    return [path for _, path in sorted(found)]
-
-
-def age_of_name(name: str) -> tuple[int, bool] | None:
-    """Finished rounds, and whether a further one is in flight; None of another name."""
-    match = _NAME.fullmatch(name)
-    return (int(match[1]), bool(match[2])) if match else None
-
-
-def metadata_of(folder: Path) -> dict[str, Any]:
-    """What a whole checkpoint says about itself."""
-    facts: dict[str, Any] = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
-    return facts
-
-
-def age_of(facts: Mapping[str, Any]) -> tuple[int, bool]:
-    """Return the age as ``age_of_name`` does, from what ``run.json`` says."""
-    is_within = facts["ledger"] is not None and facts.get("unreported") is None
-    return facts["finished_rounds"], is_within
 
 
 def clients_per_pass(found: CheckpointRef | None, placement: Sequence[Sequence[int]]) -> int | None:

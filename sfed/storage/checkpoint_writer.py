@@ -38,14 +38,12 @@ from sfed.config.schema import Config
 from sfed.distributed.sync import raise_everywhere
 from sfed.distributed.world import World
 from sfed.lora.tensor_files import save_tensors
-from sfed.storage.checkpoint import (
+from sfed.storage.checkpoint import State, file_of, keyed
+from sfed.storage.checkpoint_folder import (
     COMMON,
     METADATA_FILE,
     CheckpointRef,
-    State,
     by_age,
-    file_of,
-    keyed,
     metadata_of,
 )
 from sfed.utils.errors import CheckpointError, MissingProcessError, UserError

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sfed.config.diff import comparable, differences
+from sfed.config.diff import comparable, differences, flatten
 from sfed.config.schema import Config
-from sfed.storage.checkpoint import by_age
+from sfed.storage.checkpoint_folder import CheckpointRef, by_age, metadata_of
+from sfed.storage.resume import refuse_other_run
 from sfed.storage.run_record import (
+    ADAPTER_FILE,
     CONFIG_FILE,
     METRICS_FILE,
     ForeignFileError,
@@ -16,7 +20,8 @@ from sfed.storage.run_record import (
     read_config,
     read_rounds,
 )
-from sfed.utils.errors import ConfigError
+from sfed.utils.errors import ConfigError, UserError
+from sfed.utils.files import replacing
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,66 @@ class Attempt:
             return ["config.json cannot be read, so nothing is known of them"]
         before = comparable(self.config, self.num_clients)
         return differences(before, comparable(config, num_clients))
+
+
+FINISHED_FILE = "finished.json"
+"""Says of how many rounds the adapters of a run folder are; gone while anything is written."""
+
+
+def mark_finished(folder: Path, rounds: int) -> None:
+    """Note that the adapters of a run folder are whole, and of this many rounds.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    with replacing(folder / FINISHED_FILE) as temporary:
+        temporary.write_text(json.dumps({"rounds": rounds}) + "\n", encoding="utf-8")
+
+
+def is_finished(folder: Path, config: Config) -> bool:
+    """Whether a start with this configuration would find every round done and every file written.
+
+    False where anything is in doubt: a start then looks at everything.
+    """
+    try:
+        saved, marked = read_config(folder), (folder / FINISHED_FILE).read_text(encoding="utf-8")
+        if (
+            saved is None
+            or saved.num_clients is None
+            or _written(saved.parse()) != _written(config)
+        ):
+            return False
+        rounds = json.loads(marked)["rounds"]
+        (newest,) = by_age(folder / "checkpoints")[-1:]
+        is_done = metadata_of(newest)["finished_rounds"] == read_rounds(folder).finished == rounds
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return False
+    written = {file.parent.name for file in (folder / "adapters").glob(f"*/{ADAPTER_FILE}")}
+    expected = {f"client-{client:04d}" for client in range(saved.num_clients)}
+    return is_done and rounds == config.federated.num_rounds and expected <= written
+
+
+def _written(config: Config) -> dict[str, Any]:
+    """The settings that what is in a run folder depends on, flat."""
+    return {k: v for k, v in flatten(config).items() if not k.startswith("output.")}
+
+
+def refuse_other_settings(folder: Path, config: Config) -> None:
+    """Refuse to resume with settings under which the numbers would have been others.
+
+    Looks at the newest checkpoint's own words only; a start looks at all that it holds.
+
+    Raises:
+        CheckpointError: naming each key with both values.
+    """
+    try:
+        newest = by_age(folder / "checkpoints")[-1:]
+        found = [CheckpointRef(path, metadata_of(path)) for path in newest]
+        before = [ref.metadata["config"]["federated.num_clients"] for ref in found]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for ref, num_clients in zip(found, before, strict=True):
+        refuse_other_run(ref, config, config.federated.num_clients or num_clients)
 
 
 def read_attempt(folder: Path) -> Attempt:

@@ -17,7 +17,7 @@ import numpy as np
 
 from sfed.config.diff import comparable, differences
 from sfed.config.schema import Config
-from sfed.storage.checkpoint import (
+from sfed.storage.checkpoint_folder import (
     COMMON,
     FORMAT,
     METADATA_FILE,

@@ -25,9 +25,16 @@ from sfed.observability import trackers
 from sfed.observability.console import Console
 from sfed.observability.metrics import free_name
 from sfed.observability.trackers import MetricLogger
-from sfed.storage import checkpoint, resume
-from sfed.storage.checkpoint import CheckpointRef, State
-from sfed.storage.previous_run import Sight, began_with, read_attempt, sight_of
+from sfed.storage import resume
+from sfed.storage.checkpoint import State
+from sfed.storage.checkpoint_folder import CheckpointRef, metadata_of
+from sfed.storage.previous_run import (
+    FINISHED_FILE,
+    Sight,
+    began_with,
+    read_attempt,
+    sight_of,
+)
 from sfed.storage.run_record import CONFIG_FILE, METRICS_FILE, PARTITION_FILE, read_rounds
 from sfed.utils.errors import CheckpointError, UserError
 from sfed.utils.files import replacing
@@ -164,7 +171,7 @@ class RunFolder:
             console.warn(note)
         told = gather_json(world, "the newest checkpoint", newest and str(newest))[0]
         with raise_everywhere(world, "comparing with the run so far"), _unreadable(self.path):
-            found = CheckpointRef(Path(told), checkpoint.metadata_of(Path(told))) if told else None
+            found = CheckpointRef(Path(told), metadata_of(Path(told))) if told else None
             num_clients = self._count_clients(found, world, console)
             if found is not None:
                 resume.refuse_other_run(found, self._config, num_clients)
@@ -276,6 +283,7 @@ class RunFolder:
         folder = self.path
         try:
             self._claim()
+            (folder / FINISHED_FILE).unlink(missing_ok=True)
             if found is not None:
                 self._set_aside(found, console)
             _write(folder / CONFIG_FILE, json.dumps(masked(facts), indent=2))

@@ -20,6 +20,8 @@ from sfed.utils.launcher import launch
 from sfed.utils.redaction import mask
 
 EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+"""As shells say of a program that Ctrl-C has ended: 128 + SIGINT."""
 _SECONDS_FOR_PROCESS_0 = 3.0
 
 
@@ -81,6 +83,8 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
         command(sys.argv[1:])
     except UserError as mistake:
         leave(str(mistake), EXIT_MISTAKE)
+    except KeyboardInterrupt:
+        leave("stopped by Ctrl-C", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         sys.exit(1)
     except SystemExit as end:

@@ -100,6 +100,37 @@ def test_sigterm_finishes_the_step_writes_and_exits_0(
     assert runs.rounds(undisturbed)[-1]["train/loss"] == runs.rounds(folder)[-1]["train/loss"]
 
 
+def interrupt(own: dict[str, Any], seconds_apart: float) -> None:
+    """Train; the only process gets Ctrl-C twice within round 3."""
+
+    def twice(_run: Run, _stop: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(seconds_apart)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    disturbed.at(Moment(0, 3, 2), twice)
+    runs.train_settings(own)
+
+
+@pytest.mark.parametrize(
+    ("seconds_apart", "code"), [(0.0, 0), (1.1, -signal.SIGINT)], ids=["as by torchrun", "twice"]
+)
+def test_ctrl_c_stops_as_sigterm_does_and_a_second_one_ends_at_once(
+    tiny_folder: Path,
+    tmp_path: Path,
+    calm: Callable[..., Path],
+    seconds_apart: float,
+    code: int,
+) -> None:
+    own = settings(tiny_folder, tmp_path)
+    (end,) = ends_of(1, interrupt, own, seconds_apart)
+    assert end.code == code, end
+    assert "Ctrl-C again ends at once" in end.said
+    assert ("stopped as asked" in end.said) == (code == 0)
+    assert "Traceback" not in end.said
+    assert runs.identical(runs.adapters(calm(1)), runs.adapters(runs.run(1, own)))
+
+
 def test_a_run_stopped_on_four_processes_goes_on_on_two_and_on_one(
     tiny_folder: Path, tmp_path: Path, calm: Callable[..., Path]
 ) -> None:
