@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,13 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from sfed.config.foreign_keys import FOREIGN_KEYS
+from sfed.config.paths import follow
 from sfed.config.schema import DEMO, REQUIRED, Config
 from sfed.utils.errors import ConfigError
+from sfed.utils.launcher import launch
 
+_LOG = logging.getLogger(__name__)
 _MERGE = "tag:yaml.org,2002:merge"  # the key "<<"
 
 
@@ -68,9 +73,7 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]] | None:
             if "=" not in word and rest:
                 rest.pop(0)
         elif word.startswith("-"):
-            raise ConfigError(
-                f"unknown option {word!r}; settings are given as key=value, see --help"
-            )
+            raise ConfigError(_unknown_option(word, rest))
         elif "=" in word and not os.path.isfile(word):
             overrides.append(word)
         elif path is not None:
@@ -81,6 +84,20 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]] | None:
         else:
             path = word
     return path, overrides
+
+
+def _unknown_option(word: str, rest: Sequence[str]) -> str:
+    """Say how what an option of other programs asks for is asked for here."""
+    name, _, value = word.lstrip("-").partition("=")
+    value = value or next((one for one in rest[:1] if not one.startswith("-")), "")
+    if name in ("config", "config-file", "config_file", "c"):
+        return (
+            f"unknown option {word!r}; the configuration file stands by itself: {value or 'FILE'}"
+        )
+    key = name.replace("-", "_")
+    if key in {known for known, _, _ in list_keys()}:
+        return f"unknown option {word!r}; settings are given as key=value: {key}={value or '...'}"
+    return f"unknown option {word!r}{suggestion(key)}; settings are given as key=value, see --help"
 
 
 def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
@@ -94,7 +111,8 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: with all mistakes at once; model.name and data.task have no default.
     """
-    data = _overridden({} if path is None else read_mapping(Path(path)), overrides)
+    data = {} if path is None else read_settings(Path(path))
+    data = _overridden(data, overrides)
     if path is None and (not overrides or _task(data) == "demo"):
         data = _overridden(DEMO, overrides)
     return complete(data)
@@ -132,6 +150,19 @@ def _unset(data: Mapping[str, Any]) -> list[str]:
         if isinstance(values, Mapping) and leaf not in values:
             unset.append(key)
     return unset
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a configuration file; its paths follow it."""
+    return following(read_mapping(path), path)
+
+
+def following(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return sections that a file says, with their paths as from the folder of the command."""
+    settings, warnings = follow(data, path)
+    for warning in warnings if launch().rank == 0 else ():
+        _LOG.warning("%s", warning)
+    return settings
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -241,10 +272,15 @@ def _allowed(key: str) -> str:
 
 
 def suggestion(key: str) -> str:
-    """Say which known key is meant by an unknown one, or where all keys are listed."""
+    """Say which known key is meant by an unknown one, or where all keys are listed.
+
+    The same last part comes first, then a key of another trainer, then the nearest spelling.
+    """
     known = [name for name, _, _ in list_keys()]
     leaf = key.rpartition(".")[2]
     near = [name for name in known if name.rpartition(".")[2] == leaf]
+    if not near and leaf in FOREIGN_KEYS:
+        return f"; in sfed: {FOREIGN_KEYS[leaf]}"
     near = near or difflib.get_close_matches(key, [*known, *_sections()], n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else "; see --help for all keys"
 

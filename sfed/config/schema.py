@@ -8,6 +8,7 @@ answered before anything heavy is imported.
 from __future__ import annotations
 
 import math
+import os
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -51,7 +52,23 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _list(value: Any) -> Any:
+    """Read a word as a list of one; leave everything else to pydantic."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _at_home(value: Any) -> Any:
+    """Read ~ as the home folder, in a path or in each of several."""
+    if isinstance(value, str):
+        return os.path.expanduser(value)  # noqa: PTH111  (a Path drops ./ and a last slash)
+    return tuple(map(_at_home, value)) if isinstance(value, list | tuple) else value
+
+
 Exponent = Annotated[float, BeforeValidator(_number)]
+Location = Annotated[str, BeforeValidator(_at_home)]
+Locations = Annotated[tuple[str, ...] | str | None, BeforeValidator(_at_home)]
 
 
 class Section(BaseModel):
@@ -69,7 +86,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The frozen backbone."""
 
-    name: str = "demo"
+    name: Location = "demo"
     """Hub id or folder of the language model or encoder. demo = a small model that comes
     with sfed; the default with data.task=demo."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -87,10 +104,10 @@ class DataSection(Section):
     name: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"] | None = None
     """GLUE task, for data.task=glue only: each client trains a classification head and an
     adapter."""
-    train_files: tuple[str, ...] | str | None = None
+    train_files: Locations = None
     """Local .jsonl or .json files that replace the data set of the hub. {client} in a name stands
     for the number of a client, from 0: one file per client. null = the data set of data.task."""
-    eval_files: tuple[str, ...] | str | None = None
+    eval_files: Locations = None
     """Local held-out files, named like train_files. null = the held-out split of the hub's data
     set; with local train_files or without such a split, data.eval_fraction of each client's
     training examples."""
@@ -265,7 +282,10 @@ class EvaluationSection(Section):
 
     every_rounds: PositiveInt = 1
     """Interval of evaluations in rounds. One more is made before training and one at the end."""
-    adapters: tuple[Literal["personal", "global"], ...] = ("personal", "global")
+    adapters: Annotated[tuple[Literal["personal", "global"], ...], BeforeValidator(_list)] = (
+        "personal",
+        "global",
+    )
     """Adapters that are evaluated: personal = each client's adapter on its own held-out data;
     global = averaged A and mean B on the held-out data of all clients."""
     generate: bool = False
@@ -283,7 +303,7 @@ class EvaluationSection(Section):
 class OutputSection(Section):
     """Files that a run writes."""
 
-    dir: str = Field(default="runs", min_length=1)
+    dir: Location = Field(default="runs", min_length=1)
     """Folder in which run folders are created."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run folder: letters, digits, dot, dash and underscore, first a letter or a digit.
@@ -293,10 +313,10 @@ class OutputSection(Section):
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints that are kept; older ones are deleted. With 2 or more, every
     client has two files, so one damaged file costs one checkpoint."""
-    resume: str = "auto"
+    resume: Location = "auto"
     """auto = resume from the newest complete checkpoint; never = move the run folder aside and
     start from the beginning; or the folder of a checkpoint to resume from."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_list)] = ()
     """Trackers that get the metrics beside metrics.jsonl: [tensorboard], [wandb] or both. Each is
     an optional dependency of sfed."""
 

@@ -282,7 +282,7 @@ class RunFolder:
         """
         folder = self.path
         try:
-            self._claim()
+            self._claim(console)
             (folder / FINISHED_FILE).unlink(missing_ok=True)
             if found is not None:
                 self._set_aside(found, console)
@@ -298,7 +298,7 @@ class RunFolder:
                 f"output.dir: the run folder {folder} cannot be written ({error.strerror})"
             ) from None
 
-    def _claim(self) -> None:
+    def _claim(self, console: Console) -> None:
         """Make the folder and hold it, as it was at the look.
 
         A folder that was not there at the look could not be held: another start may have made it
@@ -310,7 +310,9 @@ class RunFolder:
         self._lock.take(self.path)
         self._refuse_changes()
         if self._is_anew and self._seen is not None:
-            self.path.rename(free_name(self.path.with_name(f"{self.path.name}.old")))
+            kept = free_name(self.path.with_name(f"{self.path.name}.old"))
+            self.path.rename(kept)
+            console.say(f"output.resume=never: the earlier run is kept in {kept}")
             self._seen = None
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock.take(self.path)

@@ -199,10 +199,10 @@ def _common(
     path: Path, data: Mapping[str, Any], overrides: Sequence[str], keys: Sequence[str]
 ) -> dict[str, Any]:
     """What all cells share: the base, ``set`` over it, ``key=value`` over both."""
-    common = config_load.read_mapping(path.parent / data["base"]) if "base" in data else {}
+    common = config_load.read_settings(path.parent / data["base"]) if "base" in data else {}
     if isinstance(common.get("output"), dict):
         common["output"] = {k: v for k, v in common["output"].items() if k != "name"}
-    for section, values in data.get("set", {}).items():
+    for section, values in config_load.following(data.get("set", {}), path).items():
         inner = values if isinstance(values, dict) and section in Config.model_fields else None
         pairs = {section: values} if inner is None else {f"{section}.{k}": inner[k] for k in inner}
         for key, value in pairs.items():

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from sfed.config import load as config_load
 from sfed.config import schema
+from sfed.config.foreign_keys import FOREIGN_KEYS
 from sfed.config.schema import DEAD_DEEPSPEED_KEYS, Config
 from sfed.utils import command
 from sfed.utils.errors import UserError
@@ -402,6 +404,105 @@ def test_every_default_in_help_is_accepted_as_a_value_for_its_key():
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(wrong, suggestion):
     message = mistake_of(f"{wrong}=4")
     assert f"{wrong} = 4: unknown key; did you mean {suggestion}?" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["train.learning_rate=3"], "train.learning_rate = 3: unknown key; in sfed: train.lr"),
+        (["strategy=fedavg"], "strategy = 'fedavg': unknown key; in sfed: federated.method"),
+        (["fraction_train=0.1"], "unknown key; in sfed: federated.clients_per_round (a number"),
+        (["model.load_in_4bit=true"], "unknown key; in sfed: no quantised backbone"),
+        (["prox_mu=0.01"], "unknown key; in sfed: no proximal term"),
+        (["num_server_rounds=3"], "unknown key; in sfed: federated.num_rounds"),
+        (["train.weight_deacy=0.1"], "did you mean train.weight_decay?"),
+        (["--config", "x.yaml"], "the configuration file stands by itself: x.yaml"),
+        (["--config=x.yaml"], "the configuration file stands by itself: x.yaml"),
+        (["--config"], "the configuration file stands by itself: FILE"),
+        (["--model.name", "x"], "settings are given as key=value: model.name=x"),
+        (["--train.lr=3"], "settings are given as key=value: train.lr=3"),
+        (["--learning-rate=3"], "unknown option '--learning-rate=3'; in sfed: train.lr"),
+    ],
+)
+def test_keys_and_options_of_other_programs_are_answered_with_ours(words, answer):
+    assert answer in told(*words)
+
+
+def test_keys_of_others_are_none_of_ours_and_name_ours():
+    known = {key for key, _, _ in config_load.list_keys()}
+    leaves = {key.rpartition(".")[2] for key in known}
+    assert not leaves & FOREIGN_KEYS.keys()
+    for theirs, ours in FOREIGN_KEYS.items():
+        named = set(re.findall(r"[a-z]+\.[a-z_]+", ours))
+        assert named <= known, theirs
+        assert named or ours.startswith("no "), theirs
+
+
+def test_a_word_is_a_list_of_one_and_a_tilde_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["evaluation.adapters=global", "output.trackers=wandb", "output.dir=~/runs"]
+    words += ["model.name=~/models/x", "data.train_files=[~/a.jsonl,b.jsonl]"]
+    config = config_load.load(None, ["data.task=jsonl", *words])
+    assert config.evaluation.adapters == ("global",)
+    assert config.output.trackers == ("wandb",)
+    assert config.output.dir == "/home/me/runs"
+    assert config.model.name == "/home/me/models/x"
+    assert config.data.train_files == ("/home/me/a.jsonl", "b.jsonl")
+
+
+# --- paths in a configuration file ---------------------------------------------------------------
+
+PATHS = """
+model: {name: models/x}
+data: {task: jsonl, train_files: ["{client}.jsonl"], eval_files: gone.jsonl}
+partition: {kind: by_file}
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A command runs in one folder, and its configuration is in another one."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "there" / "config.yaml").write_text(PATHS)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+def make(folder):
+    (folder / "models" / "x").mkdir(parents=True)
+    (folder / "0.jsonl").touch()
+
+
+def test_paths_in_a_configuration_file_follow_the_file(project, caplog):
+    make(project / "there")
+    make(project / "here")
+    config = config_load.load("../there/config.yaml")
+    assert config.model.name == "../there/models/x"
+    assert config.data.train_files == ("../there/{client}.jsonl",)
+    assert config.data.eval_files == "gone.jsonl"
+    assert not caplog.records
+
+
+def test_a_path_that_is_found_from_the_command_alone_is_kept_with_a_warning(project, caplog):
+    make(project / "here")
+    config = config_load.load("../there/config.yaml")
+    assert config.model.name == "models/x"
+    assert config.data.train_files == ("{client}.jsonl",)
+    assert [record.getMessage().partition(" of ")[0] for record in caplog.records] == [
+        "model.name: 'models/x'",
+        "data.train_files: '{client}.jsonl'",
+    ]
+
+
+def test_a_file_beside_the_command_says_paths_as_they_are(project, monkeypatch, caplog):
+    make(project / "there")
+    monkeypatch.chdir(project / "there")
+    config = config_load.load("config.yaml", ["data.eval_files=other.jsonl"])
+    assert config.model.name == "models/x"
+    assert config.data.train_files == ("{client}.jsonl",)
+    assert config.data.eval_files == "other.jsonl"
+    assert not caplog.records
 
 
 def test_an_unknown_key_like_no_other_points_to_help():

@@ -1,0 +1,67 @@
+"""Paths in a configuration file: those to be read follow the file, wherever a command runs.
+
+They stay relative where they were, so that a run which was started from the file's own folder is
+still the same run. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_KEYS = ("model.name", "data.train_files", "data.eval_files", "output.resume")
+"""Keys that may name something to be read. Folders that are written to are the command's own."""
+
+
+def follow(data: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return what a file says with its paths as they are from the folder of the command.
+
+    A path that leads nowhere from the file's folder, but somewhere from that of the command, is
+    left as it is: older versions read it so.
+
+    Args:
+        data: sections of keys, of any form.
+        file: that they are from.
+
+    Returns:
+        The sections, and a warning for each path that was left as it is.
+    """
+    sections, warnings = dict(data), []
+    for key in _KEYS:
+        section, _, leaf = key.partition(".")
+        values = sections.get(section)
+        if not isinstance(values, Mapping) or leaf not in values:
+            continue
+        followed = _followed(values[leaf], file.parent)
+        for name, now in zip(_names(values[leaf]), _names(followed), strict=True):
+            if name and name == now and file.parent != Path() and _leads_somewhere(Path(name)):
+                warnings.append(
+                    f"{key}: {name!r} of {file} is found from the folder of this command and not "
+                    "from that of the file; write the path as it is from the file"
+                )
+        sections[section] = {**values, leaf: followed}
+    return sections, warnings
+
+
+def _followed(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_followed(one, folder) for one in value]
+    if not _is_relative(value) or not _leads_somewhere(folder / value):
+        return value
+    return str(folder / value)
+
+
+def _names(value: Any) -> Iterator[str]:
+    """The relative paths of a key's value."""
+    for one in value if isinstance(value, list) else [value]:
+        yield one if _is_relative(one) else ""
+
+
+def _is_relative(value: Any) -> bool:
+    return isinstance(value, str) and value[:1] not in ("", "/", "~")
+
+
+def _leads_somewhere(path: Path) -> bool:
+    """Whether there is something; {client} stands for the number of a client."""
+    return Path(str(path).replace("{client}", "0")).exists()
