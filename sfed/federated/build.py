@@ -36,7 +36,7 @@ from sfed.models.trial_passes import Subject, ordinary_tokens
 from sfed.observability import metrics
 from sfed.observability.console import Console
 from sfed.storage import checkpoint
-from sfed.storage.checkpoint import CheckpointRef
+from sfed.storage.checkpoint_folder import CheckpointRef
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask
 
@@ -99,6 +99,7 @@ def build(
     console.enter(metrics.LOADING_SECONDS, loading)
     frozen = _backbone(start, name, meta, held)
     method, gamma = _method(config, held, num_clients)
+    _warn_of_alpha(config, gamma, console)
     attached = _attached(config, world, frozen, gamma, name)
     sharing = clients_per_pass.agree(start, estimate, attached.layout.size)
     if sharing.is_doubtful:
@@ -130,6 +131,12 @@ def _method(config: Config, held: Data, num_clients: int) -> tuple[Method, float
     effective = scaling.effective_clients(weights)
     gamma = scaling.lora_scaling(method.alpha, config.lora.rank, effective, method.exponents)
     return method, gamma
+
+
+def _warn_of_alpha(config: Config, gamma: float, console: Console) -> None:
+    given = config.lora.alpha
+    if given and (doubt := scaling.alpha_of_another_formula(given, config.lora.rank, gamma)):
+        console.warn(doubt)
 
 
 def _clients(

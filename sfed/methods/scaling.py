@@ -18,6 +18,9 @@ EXPONENTS: dict[str, tuple[float, float]] = {
     "sfed": (0.5, -0.5),
 }
 
+_SUSPECT_TIMES, _SUSPECT_GAMMA = 4.0, 4.0
+"""Gammas beyond are not what recipes of LoRA train with."""
+
 
 def lora_scaling(
     alpha: float, lora_rank: int, num_clients: float, exponents: tuple[float, float]
@@ -33,6 +36,24 @@ def lora_scaling(
     """
     of_clients, of_rank = exponents
     return alpha * math.pow(num_clients, of_clients) * math.pow(lora_rank, of_rank)
+
+
+def alpha_of_another_formula(alpha: float, lora_rank: int, gamma: float) -> str | None:
+    """Say that an alpha seems to be made for alpha / r, where gamma is much larger; else None.
+
+    Args:
+        alpha: that a person has set.
+        lora_rank: r.
+        gamma: that follows from it here.
+    """
+    plain = alpha / lora_rank
+    if gamma <= max(_SUSPECT_TIMES * plain, _SUSPECT_GAMMA):
+        return None
+    return (
+        f"lora.alpha = {alpha:g} gives gamma = {gamma:.3g}, {gamma / plain:.3g} times what "
+        "alpha / r gives, the formula of plain LoRA: if the value is from there, lora.alpha = "
+        f"{alpha * plain / gamma:.3g} gives the same gamma here"
+    )
 
 
 def effective_clients(client_weights: Sequence[float]) -> float:

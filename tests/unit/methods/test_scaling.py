@@ -9,7 +9,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from sfed.lora.adapters import peft_alpha
-from sfed.methods.scaling import EXPONENTS, effective_clients, lora_scaling
+from sfed.methods.scaling import (
+    EXPONENTS,
+    alpha_of_another_formula,
+    effective_clients,
+    lora_scaling,
+)
 
 ranks = st.integers(min_value=1, max_value=4096)
 clients = st.integers(min_value=1, max_value=4096)
@@ -110,3 +115,27 @@ def test_stock_peft_computes_gamma_of_sfed_from_the_exported_alpha(num_clients, 
     settings = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=["0"])
     layer = get_peft_model(nn.Sequential(nn.Linear(8, 8)), settings).base_model.model[0]
     assert layer.scaling["default"] == pytest.approx(gamma, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rank", "clients", "scaling", "share"),
+    [
+        (16.0, 8, 8, "sfed", 8.0),
+        (32.0, 64, 20, "sfed", 35.8),
+        (16.0, 8, 8, "lora", None),
+        (16.0, 8, 8, "rslora", None),
+        (2.0, 16, 4, "sfed", None),
+        (5.657, 8, 3, "sfed", None),
+    ],
+)
+def test_an_alpha_that_is_made_for_plain_lora_is_noticed(alpha, rank, clients, scaling, share):
+    gamma = lora_scaling(alpha, rank, clients, EXPONENTS[scaling])
+    said = alpha_of_another_formula(alpha, rank, gamma)
+    if share is None:
+        assert said is None
+    else:
+        assert f"gamma = {gamma:.3g}, {share:g} times what alpha / r gives" in said
+        same = float(said.rpartition("lora.alpha = ")[2].split()[0])
+        assert lora_scaling(same, rank, clients, EXPONENTS[scaling]) == pytest.approx(
+            alpha / rank, rel=0.01
+        )
