@@ -36,14 +36,15 @@ below where there is no file; with data.task=demo, over the demo's configuration
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, check what can be checked without torch, then run."""
-    config = config_load.parse(logs.take_options(arguments))
-    process = launch().rank
+    words, process = logs.take_options(arguments), launch().rank
+    logs.begin(process)
+    config = config_load.parse(words)
     if config is None:
         if process == 0:
             print(config_load.help_text(USAGE + logs.USAGE))
         return
     preflight.check(config)
-    logs.begin(process)
+    logs.begin(process, config.run_name)
     if done := preflight.look_back(config):
         for line in done if process == 0 else ():
             logs.LOG.info(line)
@@ -69,7 +70,7 @@ def run(config: Config, *, one_of_many: bool = False) -> None:
     import_seconds = time.monotonic() - started
 
     def take_over(world: World, stop: StopRequest) -> None:
-        quieten(world.rank, world.device.type)
+        quieten(world.rank, world.device.type, config.run_name)
         stop.listen()
 
     try:

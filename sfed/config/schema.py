@@ -280,8 +280,9 @@ class BackboneSection(Section):
 class EvaluationSection(Section):
     """Evaluation on held-out data."""
 
-    every_rounds: PositiveInt = 1
-    """Interval of evaluations in rounds. One more is made before training and one at the end."""
+    every_rounds: NonNegativeInt = 1
+    """Interval of evaluations in rounds. One more is made before training and one at the end. 0 =
+    no evaluation."""
     adapters: Annotated[tuple[Literal["personal", "global"], ...], BeforeValidator(_list)] = (
         "personal",
         "global",

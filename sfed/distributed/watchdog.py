@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 from sfed.distributed.diagnosis import Report, judge
 from sfed.distributed.liveness import Identity, Silence
+from sfed.utils.command import say_error
 from sfed.utils.errors import UserError
 from sfed.utils.launcher import Launch
 
@@ -370,8 +371,7 @@ class Watchdog:
             self._hear_signals()
             if self._gave_up_since is not None:
                 if now - self._gave_up_since > _SECONDS_TO_LEAVE:
-                    sys.stderr.write(self._last_words)  # which nobody has seen yet
-                    sys.stderr.flush()
+                    say_error(self._last_words.rstrip())  # which nobody has seen yet
                     os._exit(1)
                 continue
             stays = now - self._since
@@ -389,8 +389,7 @@ class Watchdog:
 
     def _end(self, reason: str) -> NoReturn:
         verdict = self.give_up(reason)
-        sys.stderr.write(f"sfed: process {self._process}: {verdict}\n")
-        sys.stderr.flush()
+        say_error(f"sfed: process {self._process}: {verdict}")
         os._exit(1)
 
 

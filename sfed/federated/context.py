@@ -106,7 +106,12 @@ class Run:
         return tuple(range(self.num_clients))
 
     def is_due(self, finished_rounds: int, every: int) -> bool:
-        """Whether something that happens every so many rounds does now; after the last, always."""
+        """Whether something that happens every so many rounds does now.
+
+        After the last round it always does; with 0 it never does.
+        """
+        if every == 0:
+            return False
         return finished_rounds % every == 0 or finished_rounds == self.config.federated.num_rounds
 
     def weights(self, participants: tuple[int, ...]) -> list[float]:
@@ -116,6 +121,19 @@ class Run:
     def local_steps(self, client: int) -> int:
         """Optimizer steps that a client makes in a round."""
         return placement.local_steps(self.config, self.data.train_counts[client])
+
+    @property
+    def own_factors(self) -> tuple[str, ...]:
+        """Which of A, B and head clients hold their own of, between rounds.
+
+        The others are the same on all clients, bit for bit.
+        """
+        apart = {
+            "A": self.method.keeps_apart("A"),
+            "B": self.method.keeps_apart("B"),
+            "head": not self.config.federated.share_head,
+        }
+        return tuple(factor for factor in self.clients.layout.factors if apart[factor])
 
     @property
     def objective(self) -> Objective:

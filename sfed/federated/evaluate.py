@@ -101,7 +101,8 @@ def score_of_part(name: str, part: str) -> str:
 def evaluate(run: Run, stop: StopRequest, *, untrained: bool = False) -> Evaluation | None:
     """Evaluate all clients, whoever trained last. Collective.
 
-    Under a sharded backbone all processes make equally many passes.
+    Under a sharded backbone all processes make equally many passes. Where every client has the same
+    adapter, the personal one is the global one, and one measurement serves both.
 
     Args:
         run: the run.
@@ -122,12 +123,12 @@ def evaluate(run: Run, stop: StopRequest, *, untrained: bool = False) -> Evaluat
         wants_global = "global" in run.config.evaluation.adapters and run.method.has_global_adapter
         if any(measured.was_stopped for measured in kinds.values()):
             wants_global = False
-        if wants_global and untrained and kinds:
+        if wants_global and kinds and (untrained or not run.own_factors):
             kinds["global"] = kinds["personal"]
         elif wants_global:
-            row = aggregation.global_row(run.world, run.clients, run.weights(run.everyone))
-            layout = run.clients.layout
-            communicated = aggregation.message_bytes(layout, aggregation.personal_factors(layout))
+            weights, own = run.weights(run.everyone), run.own_factors
+            row = aggregation.global_row(run.world, run.clients, weights, own)
+            communicated = aggregation.message_bytes(run.clients.layout, own)
             # Samples are shown of the first kind only; answers that are scored, of both.
             writes = bool(run.task.scores or not kinds)
             kinds["global"] = Measuring(run, row[None]).measure(stop, writes=writes)

@@ -16,7 +16,7 @@ def export_adapters(run: Run, folder: Path) -> None:
     row_of_all = None
     if "global" in run.config.evaluation.adapters and run.method.has_global_adapter:
         weights = run.weights(run.everyone)
-        row_of_all = aggregation.global_row(run.world, run.clients, weights)
+        row_of_all = aggregation.global_row(run.world, run.clients, weights, run.own_factors)
     try:
         for client in run.clients.own:
             path = folder / "adapters" / f"client-{client:04d}"

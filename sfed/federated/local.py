@@ -7,6 +7,7 @@ treats rows separately, so no gradient crosses from one client to another.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -133,12 +134,14 @@ class LocalSteps:
         self._sums = dict(zip(RoundStats.COLUMNS, self._table.unbind(dim=1), strict=True))
         self._is_bad_C = self._sums["is_bad"].bool()
         self._latest_losses_C = torch.zeros(len(rows.clients), device=run.world.device)
+        self._latest_taken_C = torch.zeros_like(self._latest_losses_C, dtype=torch.bool)
         self._start = rows.values.clone()
         self.latest_tokens = 0
 
     def latest_loss(self) -> float:
-        """Mean loss of the latest step over the group. Waits for the device."""
-        return float(self._latest_losses_C.mean())
+        """Mean loss of the latest step over the clients that made it. Waits for the device."""
+        taken_C = self._latest_taken_C
+        return float(self._latest_losses_C[taken_C].mean()) if taken_C.any() else math.nan
 
     def make(self, step: int) -> None:
         """Make one optimizer step of every client that has this step to make."""
@@ -154,7 +157,7 @@ class LocalSteps:
         self._is_bad_C |= active_C & ~finite_C
         taken_C = active_C & ~self._is_bad_C
         self._optimizer.step(self._rows, self._learning_rates(step), norms_C, taken_C)
-        self._latest_losses_C = losses_C
+        self._latest_losses_C, self._latest_taken_C = losses_C, taken_C
         self._sums["loss_sum"] += (losses_C * supervised_C).where(taken_C, 0.0)
         self._sums["norm_sum"] += norms_C.where(taken_C, 0.0)
         if step == 0:

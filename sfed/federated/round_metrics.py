@@ -45,7 +45,9 @@ def header(run: Run) -> list[str]:
         f"{' and '.join(averaged) or 'nothing'} ({message_bytes(layout, averaged):,} bytes)",
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
         *_placement(run),
-        f"rows: padded ({run.why_padded})" if run.why_padded else "rows: short sequences packed",
+        f"rows: padded ({run.why_padded})"
+        if run.why_padded
+        else "rows: short sequences share one where that is cheaper",
         *_passes(run),
         f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data, "
         "global = A with the mean of B on everybody's",
@@ -144,6 +146,7 @@ class RoundLog:
         self.measured = RoundMeasurements()
         """Measurements of the current round."""
         self.step, self.warning = console.step, console.warn
+        self._cpu_seconds = 0.0
 
     def begin(self, round_index: int) -> None:
         """A round begins."""
@@ -170,6 +173,8 @@ class RoundLog:
     ) -> None:
         """A round is finished: write its event, and say it; arguments as of ``round_event``."""
         event = round_event(self._run, finished_rounds, stats, evaluation, self.measured)
+        used = time.process_time()
+        event[metrics.CPU_SECONDS], self._cpu_seconds = used - self._cpu_seconds, used
         if self._journal is not None:
             self._journal.write_event(event)
         self._console.end_round(event)

@@ -125,18 +125,26 @@ def message_bytes(layout: Layout, factors: Sequence[str]) -> int:
     return sum(4 * (layout.columns(f).stop - layout.columns(f).start) for f in factors)
 
 
-def global_row(world: World, clients: ClientStore, weights: Sequence[float]) -> torch.Tensor:
+def global_row(
+    world: World, clients: ClientStore, weights: Sequence[float], own_factors: Sequence[str]
+) -> torch.Tensor:
     """Return the global adapter (A, mean B, mean head): (layout.size,). Collective.
 
     Exact once A is the same on all clients: mean_i(B_i A) = (mean_i B_i) A. The mean of the heads
-    is FedAvg's, which is not exact. Only evaluation and export ask for it; training never does. A
-    is not communicated.
+    is FedAvg's, which is not exact. Only evaluation and export ask for it; training never does.
+
+    Args:
+        world: the processes.
+        clients: of this process.
+        weights: (N,) of all clients, summing to 1.
+        own_factors: what clients hold their own of. The rest is on every process already, so
+            nothing of it is communicated.
     """
-    averaged = personal_factors(clients.layout)
-    means = mean_over_clients(world, [_own_sum(clients, f, weights) for f in averaged])
     row = clients.row(clients.own[0]).to(world.device)
-    for factor, mean in zip(averaged, means, strict=True):
-        row[clients.layout.columns(factor)] = mean
+    if own_factors:
+        means = mean_over_clients(world, [_own_sum(clients, f, weights) for f in own_factors])
+        for factor, mean in zip(own_factors, means, strict=True):
+            row[clients.layout.columns(factor)] = mean
     return row
 
 
@@ -168,8 +176,3 @@ def similarity(world: World, clients: ClientStore) -> dict[str, float | None]:
         square = float(part[:-1].double().square().sum())
         found[name] = (square - count) / (count * (count - 1)) if count > 1 else None
     return found
-
-
-def personal_factors(layout: Layout) -> tuple[str, ...]:
-    """The factors of which the global adapter holds a mean."""
-    return tuple(factor for factor in layout.factors if factor != "A")

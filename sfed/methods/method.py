@@ -53,6 +53,19 @@ class Method:
         """Factors that are averaged at the end of this 0-based round."""
         return self.averaged[round_index % len(self.averaged)]
 
+    def keeps_apart(self, factor: Factor) -> bool:
+        """Whether clients hold a factor of their own between rounds.
+
+        A factor is the same on all of them where it is averaged in every round that trains it, and
+        started the same.
+        """
+        if factor == "A" and self.independent_init and not self.averages_a_at_start:
+            return True
+        in_turns = range(len(self.trained) * len(self.averaged))
+        return any(
+            factor in self.trained_in(i) and factor not in self.averaged_in(i) for i in in_turns
+        )
+
     @property
     def averages_a_at_start(self) -> bool:
         """Whether the clients' independent A's are averaged before the first step ("round 0")."""

@@ -206,7 +206,7 @@ class Console:
             for kind in ("personal", "global")
             if metrics.held_out_key(kind, name) in after
         ]
-        for column in ("examples", "before", "after", "change", "global adapter"):
+        for column in ("train examples", "before", "after", "change", "global adapter"):
             table.add_column(column, justify="right")
         for kind, name in scores:  # on words of their own, so that a narrow terminal breaks lines
             table.add_column(f"{kind} {name.replace('_', ' ')}", justify="right")
@@ -234,12 +234,13 @@ class Console:
                 f"{_BEST_OR_WORST} with the highest, of {len(clients):,}; all are in metrics.jsonl"
             )
 
-    def where_the_time_went(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """The phases of a run, the longest first, in a line."""
+    def where_the_time_went(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """The phases of a run, the longest first, in a line; and CPU seconds of process 0."""
         spent = sorted(metrics.time_spent(events).items(), key=lambda pair: -pair[1])
         shown = [f"{phase} {duration(seconds)}" for phase, seconds in spent if seconds >= 0.5]
         total = duration(sum(seconds for _, seconds in spent))
-        self.say(f"time       {total}: {', '.join(shown)}")
+        used = sum(event.get(metrics.CPU_SECONDS) or 0.0 for event in events)
+        self.say(f"time       {total} ({duration(used)} of CPU): {', '.join(shown)}")
 
     def where_processes_waited(self, events: Iterable[Mapping[str, Any]]) -> None:
         """How long processes waited for others in the local steps, where that was long."""

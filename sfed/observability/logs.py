@@ -11,12 +11,14 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from sfed.utils import command
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask, masked
 
@@ -71,15 +73,21 @@ def is_json() -> bool:
     return _chosen("--log-format") == "json"
 
 
-def begin(process: int) -> None:
+def begin(process: int, run: str | None = None) -> None:
     """Configure logging of this process by the options. A second call replaces the first.
+
+    Args:
+        process: number of this process.
+        run: name of its run, for lines that are objects.
 
     Raises:
         UserError: where an option in the environment is unknown.
     """
     level = logging.getLevelName(_chosen("--log-level").upper())
     handler = _Lines()
-    handler.setFormatter(_Objects(process) if is_json() else _Text(process))
+    objects = _Objects(process, run)
+    handler.setFormatter(objects if is_json() else _Text(process))
+    command.print_errors_as(objects.of_error if is_json() else str)
     root = logging.getLogger()
     for earlier in [one for one in root.handlers if isinstance(one, _Lines)]:
         root.removeHandler(earlier)
@@ -130,26 +138,30 @@ def _wrapped(line: str, width: int) -> str:
 
 
 class _Objects(logging.Formatter):
-    def __init__(self, process: int) -> None:
+    def __init__(self, process: int, run: str | None) -> None:
         super().__init__()
-        self._process = process
+        self._source = {"process": process, "host": socket.gethostname()}
+        self._source |= {} if run is None else {"run": run}
 
     def format(self, record: logging.LogRecord) -> str:
         facts: Mapping[str, Any] = getattr(record, "facts", {})
-        time = (
-            datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
-        )
+        moment = datetime.fromtimestamp(record.created).astimezone()
         return json.dumps(
             masked(
                 {
-                    "time": time,
+                    "time": moment.isoformat(timespec="milliseconds"),
                     "level": record.levelname.lower(),
-                    "process": self._process,
+                    **self._source,
                     **facts,
                     "message": _message(record),
                 }
             )
         )
+
+    def of_error(self, text: str) -> str:
+        """The object of an error that ends this process."""
+        error = {"name": LOG.name, "levelname": "ERROR", "msg": text}
+        return self.format(logging.makeLogRecord(error))
 
 
 def _message(record: logging.LogRecord) -> str:

@@ -43,6 +43,8 @@ EVALUATE_SECONDS = "time/evaluate_seconds"
 CHECKPOINT_SECONDS = "time/checkpoint_seconds"
 CHECKPOINT_WRITE_SECONDS = "time/checkpoint_write_seconds"
 FILL = "tokens/fill"  # tokens of the data over all that were computed, padding included
+CPU_SECONDS = "time/cpu_seconds"
+"""Of process 0 with all its threads, since the event before."""
 TOKENS_PER_SECOND = "time/tokens_per_second"
 PEAK_BYTES = "memory/peak_bytes"
 # How a mean over clients weighs them; ends of names under eval/.

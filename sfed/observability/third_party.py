@@ -21,9 +21,9 @@ _HARMLESS_WARNINGS = (
 _OWN_HANDLERS = ("transformers", "datasets", "huggingface_hub", "DeepSpeed")
 
 
-def quieten(process: int, device_type: str) -> None:
+def quieten(process: int, device_type: str, run: str | None = None) -> None:
     """Only process 0 chats; a warning of any process is kept, with its number (``logs``)."""
-    logs.begin(process)
+    logs.begin(process, run)
     # DeepSpeed, which other libraries import too, otherwise announces its own guess.
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     transformers.utils.logging.disable_progress_bar()

@@ -86,7 +86,7 @@ def _clients_table(story: RunRecord, shown: Sequence[str]) -> Table:
         ]
         for entry in clients_of(last)
     ]
-    head = ["client", "holds", "examples"]
+    head = ["client", "holds", "train examples"]
     parts = ["before", "after", "change", "global"] * len(shown)
     groups = [("", len(head)), *((what_of(story, what), 4) for what in shown)]
     return Table([*head, *parts], rows, text_columns=2, groups=groups, style="clients")

@@ -23,6 +23,7 @@ EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 """As shells say of a program that Ctrl-C has ended: 128 + SIGINT."""
 _SECONDS_FOR_PROCESS_0 = 3.0
+_form: Callable[[str], str] = str
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,8 +94,7 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
         # It has lost another process, and a thread may wait for that one, in a call that does not
         # come back; Python's own way out would trip over it.
         sys.stdout.flush()
-        sys.stderr.write(mask(f"{end.code}\n"))
-        sys.stderr.flush()
+        say_error(end.code)
         os._exit(1)
 
 
@@ -102,7 +102,19 @@ def print_masked(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     """Print a traceback, as Python does, without secrets."""
-    sys.stderr.write(mask("".join(traceback.format_exception(kind, error, trace))))
+    say_error("".join(traceback.format_exception(kind, error, trace)).rstrip())
+
+
+def say_error(text: str) -> None:
+    """Print an error on stderr, without secrets; as an object where log lines are objects."""
+    sys.stderr.write(f"{_form(mask(text))}\n")
+    sys.stderr.flush()
+
+
+def print_errors_as(form: Callable[[str], str]) -> None:
+    """Set how errors are printed from now on: ``form`` makes a line of a text."""
+    global _form  # noqa: PLW0603  (a process has one stderr, as it has one sys.excepthook)
+    _form = form
 
 
 def leave(message: str, code: int) -> NoReturn:
@@ -112,7 +124,7 @@ def leave(message: str, code: int) -> NoReturn:
     otherwise process 0 might be ended before it has spoken.
     """
     if launch().rank == 0:
-        print(mask(f"sfed: {message}"), file=sys.stderr, flush=True)
+        say_error(f"sfed: {message}")
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_SECONDS_FOR_PROCESS_0)

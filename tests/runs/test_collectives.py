@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.support import tiny
+from tests.support import runs, tiny
 from tests.support.counting import counted_run, sizes
 from tests.support.processes import on_processes
 from tests.support.selection import full
@@ -77,3 +78,26 @@ def test_b_is_reduced_only_when_the_global_adapter_is_asked_for(
         assert [n for p, n in reductions if p == "evaluate"] == [
             num_b
         ]  # not before training: B = 0
+
+
+@pytest.mark.parametrize("method", ["fedit", full("ffa"), "rolora"])
+def test_a_mean_that_is_on_every_process_is_neither_sent_nor_evaluated_twice(
+    tiny_folder: Path, tmp_path: Path, method: str
+) -> None:
+    """Only the similarity of clients reduces A and B, before the mean makes them the same."""
+    settings = tiny.settings(
+        tiny_folder,
+        output={"dir": str(tmp_path), "name": "run"},
+        federated={"num_clients": 4, "num_rounds": 2, "method": method},
+        evaluation={"adapters": ["personal", "global"], "every_rounds": 2},
+    )
+    for seen in on_processes(2, counted_run, settings):
+        assert not [n for p, kind, n, _ in seen if "reduce" in kind and p == "evaluate"]
+    event = runs.rounds(tmp_path / "run")[-1]
+    own, everyone = (event[f"eval/{kind}_loss"] for kind in ("personal", "global"))
+    assert own == everyone
+    for client in event["clients"]:
+        assert client["personal_loss"] == client["global_loss"]
+    adapters = runs.adapters(tmp_path / "run")
+    for name, tensor in adapters["global"].items():
+        assert all(torch.equal(tensor, adapters[f"client-000{c}"][name]) for c in range(4))

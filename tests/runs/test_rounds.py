@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM
 from sfed.config import load as config_load
 from sfed.federated import session
 from sfed.models import backbone
+from sfed.observability.console import Console
+from sfed.report.page import write_report
+from sfed.storage.run_record import open_run
 from tests.support import runs, tiny
 from tests.support.processes import on_processes
 
@@ -266,3 +269,44 @@ def test_by_file_each_process_opens_the_files_of_its_own_clients_only(
     ]
     parts = json.loads((tmp_path / "files" / "partition.json").read_text())["clients"]
     assert [len(part["train"]) + len(part["eval"]) for part in parts] == [12, 13, 14, 15]
+
+
+def test_without_evaluation_nothing_held_out_is_read(tiny_folder: Path, tmp_path: Path) -> None:
+    own = settings(tiny_folder, tmp_path, "quiet", evaluation={"every_rounds": 0}, train=SGD)
+    end = session.run_session(config_load.validate(own))
+    events = runs.rounds(tmp_path / "quiet")
+    assert end.is_finished
+    assert len(events) == own["federated"]["num_rounds"] + 1
+    assert all(event["eval/loss"] is None for event in events)
+    assert all(event["comm/evaluation_bytes"] == 0 for event in events)
+    assert events[-1]["train/loss"] > 0
+    assert all(event["time/cpu_seconds"] > 0 for event in events)
+    measured = settings(tiny_folder, tmp_path, "measured", train=SGD)
+    session.run_session(config_load.validate(measured))
+    assert runs.identical(*(runs.adapters(tmp_path / name) for name in ("quiet", "measured")))
+    page = write_report([open_run(tmp_path / "quiet")], tmp_path / "page")
+    assert page.is_file()
+
+
+def test_the_loss_within_a_round_is_that_of_the_clients_that_made_the_step(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients make unequally many steps, and at the end of a round one of them is left."""
+    shown: list[float] = []
+    monkeypatch.setattr(
+        Console, "step", lambda _self, _step, _last, read, _tokens: shown.append(read())
+    )
+    own = settings(
+        tiny_folder,
+        tmp_path,
+        "run",
+        partition={"kind": "dirichlet", "key": "kind", "concentration": 0.3},
+        federated={"num_clients": 4, "num_rounds": 1},
+        train={**SGD, "local_steps": None, "local_epochs": 1, "lr": 1e-6},
+    )
+    session.run_session(config_load.validate(own))
+    event = runs.rounds(tmp_path / "run")[-1]
+    steps = [client["steps"] for client in event["clients"]]
+    assert min(steps) < max(steps) == len(shown)
+    # Untrained, so every step has about the same loss; with zeros it would fall.
+    assert min(shown) > 0.8 * shown[0]

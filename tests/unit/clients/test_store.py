@@ -105,7 +105,7 @@ def test_paged_clients_are_bit_for_bit_those_that_stay(per_pass: int, course: li
                 if resets:
                     clients.reset_optimizer()
             everyone = [1 / N] * N
-            rows = [aggregation.global_row(world, c, everyone) for c in (paged, staying)]
+            rows = [aggregation.global_row(world, c, everyone, ("B",)) for c in (paged, staying)]
             assert torch.equal(*rows)
             assert aggregation.similarity(world, paged) == aggregation.similarity(world, staying)
             assert_same(paged, staying)

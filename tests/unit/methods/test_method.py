@@ -125,3 +125,21 @@ def test_one_draw_of_a_with_a_growing_gamma_is_refused_unless_it_is_permitted(na
 @pytest.mark.parametrize("of_clients", [0.0, -0.5])
 def test_one_draw_of_a_with_a_gamma_that_does_not_grow_is_accepted(of_clients):
     assert resolved("sfed", init="shared", scaling=[of_clients, -0.5]).exponents[0] == of_clients
+
+
+APART = {"sfed": B, "fedsa": B, "fedsa-rslora": B, "rolora": NONE, "ffa": NONE, "fedit": NONE}
+
+
+@pytest.mark.parametrize(("name", "apart"), [*APART.items(), ("local", AB)])
+def test_a_factor_is_kept_apart_where_a_round_trains_and_does_not_average_it(name, apart):
+    method = METHODS[name]
+    assert tuple(factor for factor in AB if method.keeps_apart(factor)) == apart
+
+
+def test_ablations_change_what_is_kept_apart():
+    config = {"federated": {"method": "fedit", "averaged": ["A"]}}
+    assert resolve(config_load.validate(config)).keeps_apart("B")
+    own = {"federated": {"method": "ffa"}, "lora": {"init": "independent"}}
+    assert not resolve(config_load.validate(own)).keeps_apart("A"), "averaged before the first step"
+    own = {"federated": {"method": "local"}, "lora": {"init": "independent"}}
+    assert resolve(config_load.validate(own)).keeps_apart("A")

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import warnings
 from datetime import datetime
@@ -20,6 +21,7 @@ from sfed.federated import session
 from sfed.observability import console, logs, metrics
 from sfed.observability.console import Console
 from sfed.observability.logs import LOG
+from sfed.utils import command
 from sfed.utils.errors import UserError
 from tests.support import runs, tiny
 from tests.support.processes import on_processes
@@ -122,6 +124,23 @@ def test_json_lines_are_objects_with_the_numbers(capsys):
     assert first["round"] == 1 and first["train/loss"] == 0.5 and first["process"] == 0
     assert datetime.fromisoformat(first["time"]).tzinfo
     assert second["level"] == "warning" and second["message"] == "key ***"
+
+
+def test_json_lines_name_run_and_host_and_errors_are_objects_too(capsys):
+    logs.take_options(["--log-format=json"])
+    logs.begin(2, "demo")
+    LOG.info("all is well")
+    command.say_error(f"sfed: no room\n  {TOKEN}")
+    printed = capsys.readouterr()
+    line, error = json.loads(printed.out), json.loads(printed.err)
+    source = {"process": 2, "host": socket.gethostname(), "run": "demo"}
+    assert source.items() <= line.items()
+    assert source.items() <= error.items()
+    assert (error["level"], error["message"]) == ("error", "sfed: no room\n  ***")
+    logs.take_options(["--log-format=text"])
+    logs.begin(0)
+    command.say_error("sfed: no room")
+    assert capsys.readouterr().err == "sfed: no room\n"
 
 
 def test_on_a_terminal_a_line_is_what_it_says(monkeypatch, capsys):
