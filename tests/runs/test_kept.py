@@ -15,8 +15,7 @@ import pytest
 from sfed import train as training
 from sfed.config import load as config_load
 from sfed.data import splits
-from sfed.storage import checkpoint as storage_checkpoint
-from sfed.storage import resume
+from sfed.storage import checkpoint_folder, resume
 from sfed.utils import command, files
 from sfed.utils.errors import UserError
 from tests.support import runs, tiny
@@ -164,7 +163,7 @@ def test_a_run_of_which_no_checkpoint_can_be_read_is_refused_and_left_as_it_is(
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, is_meant: Callable[[Path], bool]) -> None:
     """Let the system refuse to read some files."""
-    describe, metadata_of = files.describe, storage_checkpoint.metadata_of
+    describe, metadata_of = files.describe, checkpoint_folder.metadata_of
 
     def refuse(path: Path) -> None:
         if is_meant(path):

@@ -11,7 +11,7 @@ import torch
 
 from sfed.data import placement
 from sfed.storage import checkpoint
-from sfed.storage.checkpoint import CheckpointRef
+from sfed.storage.checkpoint_folder import CheckpointRef
 from tests.support import runs, tiny
 from tests.support.deadlines import RUN_SECONDS
 from tests.support.processes import on_processes
