@@ -713,11 +713,12 @@ def test_a_round_sends_a_and_the_head_only_where_it_is_shared(folder, tmp_path, 
         assert [n for p, n in reductions if p == "prepare"] == [a]
         assert [p for p, kind, *_ in seen if p == "local"] == []
         rest = sorted(n for p, n in reductions if p not in ("average", "prepare"))
+        apart = b + (0 if share_head else head)  # what clients hold of their own
         if "global" in kinds:
-            # Mean B and head for the evaluation, the export, and the similarity (with counts).
-            assert rest == sorted([b + head, b + head, a + b + 2])
+            # Mean B, and head where it differs: evaluation and export; the similarity (with counts).
+            assert rest == sorted([apart, apart, a + b + 2])
         else:
             assert rest == []
     last = runs.rounds(run_folder)[-1]
-    expected = 4 * (b + head + a + b) if "global" in kinds else 0
+    expected = 4 * (apart + a + b) if "global" in kinds else 0
     assert last["comm/evaluation_bytes"] == pytest.approx(expected, abs=16)
