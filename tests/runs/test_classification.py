@@ -715,7 +715,7 @@ def test_a_round_sends_a_and_the_head_only_where_it_is_shared(folder, tmp_path, 
         rest = sorted(n for p, n in reductions if p not in ("average", "prepare"))
         apart = b + (0 if share_head else head)  # what clients hold of their own
         if "global" in kinds:
-            # Mean B, and head where it differs: evaluation and export; the similarity (with counts).
+            # Mean B, and head where it differs: evaluation, export; then the similarity (counts).
             assert rest == sorted([apart, apart, a + b + 2])
         else:
             assert rest == []
