@@ -13,7 +13,9 @@ import datasets
 
 from sfed.config.schema import Config
 from sfed.data import demo
-from sfed.data.tasks import is_json_list, read_rows, task_of
+from sfed.data.tasks import task_of
+from sfed.files.kinds import kind_of
+from sfed.files.readers import read_rows
 from sfed.utils.errors import DataError
 from sfed.utils.text import one_line
 
@@ -52,7 +54,7 @@ def source_of(
             _refuse_twice(files, key)
         parts = part_names(files)
         digests = [_file_digest(name, key) for name in files]
-        forms = [is_json_list(Path(name)) for name in files]
+        forms = [kind_of(Path(name)) for name in files]
         identity = repr(list(zip(digests, forms, parts, strict=True)))
         return _file_rows(list(zip(files, parts, strict=True)), key), identity
     if config.data.task == "demo":

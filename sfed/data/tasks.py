@@ -6,11 +6,9 @@ task becomes a ``Pair`` of one or two texts with a target. Needs no torch.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sfed.config.schema import Config
@@ -18,9 +16,6 @@ from sfed.data.scores import final_number
 from sfed.utils.errors import DataError
 
 Row = Mapping[str, Any]
-_LIST_OR_LINES = "a .json file holds a list of rows; name it .jsonl if every line is a row"
-# Python also refuses numbers of thousands of digits (ValueError) and deep nesting.
-_NOT_JSON = (ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -222,62 +217,3 @@ def checked_pair(task: Task, row: Any, where: str) -> Pair:
     except UnicodeEncodeError:
         raise DataError(f"{where}: it holds half a surrogate pair, which is no text") from None
     return pair
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read a .json list or a .jsonl file as (place, row); blank lines are passed over.
-
-    Raises:
-        DataError: naming file and line where a line is not JSON or not text.
-    """
-    try:
-        yield from _json_rows(path) if is_json_list(path) else _jsonl_rows(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def is_json_list(path: Path) -> bool:
-    """Whether a file is read as one JSON list; otherwise as one row a line."""
-    return path.suffix == ".json"
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        rows = _parsed(text)
-    except _NOT_JSON as error:
-        raise DataError(f"{path}: not JSON ({error}); {_LIST_OR_LINES}") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: {_LIST_OR_LINES}")
-    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield f"{path}, line {number}", _parsed(line)
-                except _NOT_JSON as error:
-                    raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-
-
-def _parsed(text: str) -> Any:
-    """Read JSON.
-
-    Raises:
-        ValueError: where it is none, or an object holds a key twice: one of the two values would
-            be lost.
-    """
-    return json.loads(text, object_pairs_hook=_distinct)
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object holds the key {twice!r} twice")
-    return found

@@ -464,7 +464,9 @@ def test_the_cache_does_not_depend_on_what_a_tokenizer_did_before(tmp_path, toke
     tokenizer.backend_tokenizer.enable_padding(length=20)
     folder = tmp_path / "tokenizer"
     tokenizer.save_pretrained(folder)
-    train, held_out = [save(tmp_path, [{"text": f"{i} {'x' * 30}"}], f"{i}") for i in range(2)]
+    train, held_out = [
+        save(tmp_path, [{"text": f"{i} {'x' * 30}"}], f"{i}.jsonl") for i in range(2)
+    ]
     used, fresh = (AutoTokenizer.from_pretrained(folder) for _ in range(2))
     assert tokenised(train, used).lengths.tolist() == [34]
     tokenised(held_out, used)

@@ -1,0 +1,208 @@
+"""The rows of a file, each with its place: file and line, or file and row.
+
+Texts are read with what Python brings, because messages name the line; parquet and zstandard are
+read by pyarrow. What is wrong with a row is a ``Fault`` in its place, so that all can be named.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from sfed.files.kinds import Compression, Kind, kind_of
+from sfed.utils.errors import DataError
+from sfed.utils.text import one_line
+
+_LIST_OR_LINES = "a .json file holds a list of rows; name it .jsonl if every line is a row"
+# Python also refuses numbers of thousands of digits (ValueError) and deep nesting.
+_NOT_JSON = (ValueError, RecursionError)
+_ROWS_AT_ONCE = 1000
+_MOST_CHARACTERS = 2**24
+"""Of a field of a .csv or .tsv file: an unclosed quote would otherwise take in a whole file."""
+
+Placed = tuple[str, Any]
+"""A row and its place, for messages."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong in the place of a row."""
+
+    message: str
+
+
+def read_rows(path: Path) -> Iterator[Placed]:
+    """Yield the rows of a file with their places; blank lines are passed over.
+
+    Raises:
+        DataError: naming file and line, or row, of what is wrong first.
+    """
+    for where, row in scan(path):
+        if isinstance(row, Fault):
+            raise DataError(f"{where}: {row.message}")
+        yield where, row
+
+
+def scan(path: Path) -> Iterator[Placed]:
+    """Yield the rows of a file with their places, and a ``Fault`` where a row cannot be read.
+
+    Raises:
+        DataError: where the file cannot be read any further.
+    """
+    kind = kind_of(path)
+    try:
+        with _parquet_errors(path):
+            yield from _READERS[kind.form](path, kind)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a whole .gz file ({error})") from None
+    except OSError as error:
+        # pyarrow's errors have no number: their text is what they say.
+        reason = error.strerror or one_line(error, 200)
+        raise DataError(f"{path}: cannot be read ({reason})") from None
+
+
+def _jsonl(path: Path, kind: Kind) -> Iterator[Placed]:
+    with _text(path, kind.compression) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    row = _parsed(line)
+                except _NOT_JSON as error:
+                    row = Fault(f"not JSON ({error})")
+                yield f"{path}, line {number}", row
+
+
+def _json(path: Path, kind: Kind) -> Iterator[Placed]:
+    with _text(path, kind.compression) as file:
+        text = file.read()
+    try:
+        rows = _parsed(text)
+    except _NOT_JSON as error:
+        raise DataError(f"{path}: not JSON ({error}); {_LIST_OR_LINES}") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: {_LIST_OR_LINES}")
+    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _table(path: Path, kind: Kind) -> Iterator[Placed]:
+    """Rows of text under the names of the first line; a field in quotes may hold line breaks."""
+    mark = "\t" if kind.form == "tsv" else ","
+    csv.field_size_limit(max(csv.field_size_limit(), _MOST_CHARACTERS))  # of all of Python's csv
+    with _text(path, kind.compression, newline="") as file:
+        header: list[str] | None = None
+        for number, fields in _numbered(csv.reader(file, delimiter=mark, strict=True), path):
+            where = f"{path}, line {number}"
+            if header is None:
+                header = _checked_header(fields, mark, path)
+            elif len(fields) == len(header):
+                yield where, dict(zip(header, fields, strict=True))
+            else:
+                yield where, Fault(f"{len(fields)} fields; the first line names {len(header)}")
+
+
+def _numbered(lines: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the records that are not blank with the number of the line where each begins."""
+    while True:
+        number = lines.line_num + 1
+        try:
+            fields = next(lines, None)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {number}: not readable as a table ({error})") from None
+        if fields is None:
+            return
+        if fields and (len(fields) > 1 or fields[0].strip()):
+            yield number, fields
+
+
+def _checked_header(names: list[str], mark: str, path: Path) -> list[str]:
+    """The names of the columns.
+
+    Raises:
+        DataError: where a name is missing or is there twice, or another mark separates them.
+    """
+    others = [other for other in ",;\t" if other != mark and other in names[0]]
+    if len(names) == 1 and others:
+        raise DataError(
+            f"{path}, line 1: one column, {names[0]!r}; .csv files have commas between the fields "
+            "and .tsv files tabs"
+        )
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{path}, line 1: the column {twice!r} is there twice")
+    if "" in names:
+        raise DataError(f"{path}, line 1: column {names.index('') + 1} has no name")
+    return names
+
+
+def _parquet(path: Path, kind: Kind) -> Iterator[Placed]:
+    import pyarrow.parquet as parquet
+
+    with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
+        names = file.schema_arrow.names
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise DataError(f"{path}: the column {twice!r} is there twice")
+        number = 0
+        for batch in file.iter_batches(_ROWS_AT_ONCE, use_threads=False):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    """Turn pyarrow's errors, some of which are ValueErrors, into ours."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:
+        if type(error).__module__.partition(".")[0] != "pyarrow":
+            raise
+        reason = one_line(error, 200)
+        raise DataError(f"{path}: not readable as a parquet file ({reason})") from None
+
+
+_READERS = {"jsonl": _jsonl, "json": _json, "csv": _table, "tsv": _table, "parquet": _parquet}
+
+
+def _text(path: Path, compression: Compression | None, newline: str | None = None) -> IO[str]:
+    """Open a text that may begin with a byte order mark."""
+    return io.TextIOWrapper(_bytes(path, compression), encoding="utf-8-sig", newline=newline)
+
+
+def _bytes(path: Path, compression: Compression | None) -> Any:
+    if compression == "gzip":
+        return gzip.open(path)
+    if compression == "zstd":
+        import pyarrow
+
+        return pyarrow.input_stream(str(path), compression="zstd")
+    return path.open("rb")
+
+
+def _parsed(text: str) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: where it is none, or an object holds a key twice: one of the two values would
+            be lost.
+    """
+    return json.loads(text, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object holds the key {twice!r} twice")
+    return found
