@@ -43,13 +43,15 @@ def main(arguments: Sequence[str]) -> None:
         if process == 0:
             print(config_load.help_text(USAGE + logs.USAGE))
         return
-    preflight.check(config)
+    checked = preflight.check(config)
     logs.begin(process, config.run_name)
     if done := preflight.look_back(config):
         for line in done if process == 0 else ():
             logs.LOG.info(line)
         return
     if process == 0:
+        if checked:
+            logs.LOG.info(checked)
         logs.LOG.info("importing torch, transformers, PEFT and DeepSpeed")
     run(config)
 

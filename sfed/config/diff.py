@@ -12,6 +12,7 @@ from sfed.utils.redaction import masked
 # Keys that a resumed run may change: they do not change its numbers (beyond round-off).
 _FREE_SECTIONS = ("output", "evaluation", "backbone")
 _FREE_KEYS = (
+    "data.on_small_client",  # N and the digests of the data say whom it has left out
     "federated.clients_per_pass",
     "federated.deadline_seconds",
     "federated.max_bad_rounds",
@@ -26,6 +27,8 @@ def comparable(config: Config, num_clients: int) -> dict[str, Any]:
         if key.partition(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS
     }
     flat["federated.num_clients"] = num_clients
+    if config.data.task == "text":
+        flat["data.task"] = "jsonl"  # its former name, which checkpoints hold
     if config.train.schedule == "constant":
         del flat["federated.num_rounds"]  # a longer run begins with the same rounds
     return dict(masked(flat))

@@ -7,6 +7,7 @@ still the same run. Needs no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from glob import has_magic, iglob
 from pathlib import Path
 from typing import Any
 
@@ -64,4 +65,7 @@ def _is_relative(value: Any) -> bool:
 
 def _leads_somewhere(path: Path) -> bool:
     """Whether there is something; {client} stands for the number of a client."""
-    return Path(str(path).replace("{client}", "0")).exists()
+    name = str(path).replace("{client}", "0")
+    if Path(name).exists():
+        return True
+    return has_magic(name) and any(iglob(name, recursive=True))  # noqa: PTH207  (may be absolute)

@@ -98,19 +98,28 @@ class ModelSection(Section):
 class DataSection(Section):
     """Training and held-out data."""
 
-    task: Literal["demo", "gsm8k", "alpaca", "glue", "jsonl"] = "demo"
-    """Form of the examples. jsonl = records with prompt and completion, with instruction, output
-    and an optional input, or with text; glue needs data.name."""
+    task: Literal["demo", "gsm8k", "alpaca", "glue", "text", "jsonl"] = "demo"
+    """Form of the examples. text = records with prompt and completion, with instruction, output and
+    an optional input, or with text (jsonl is its former name); glue needs data.name."""
     name: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"] | None = None
     """GLUE task, for data.task=glue only: each client trains a classification head and an
     adapter."""
     train_files: Locations = None
-    """Local .jsonl or .json files that replace the data set of the hub. {client} in a name stands
-    for the number of a client, from 0: one file per client. null = the data set of data.task."""
+    """Files with the training examples: names, a folder, a glob, or a list of them; .jsonl, .json,
+    .csv and .tsv, each also as .gz or .zst, and .parquet. hub:org/name or hub:org/name:config = a
+    data set of the hub, see data.split. {client} in a name stands for the number of a client, from
+    0: one file per client. null = the data set of data.task."""
     eval_files: Locations = None
-    """Local held-out files, named like train_files. null = the held-out split of the hub's data
-    set; with local train_files or without such a split, data.eval_fraction of each client's
-    training examples."""
+    """Files with held-out examples, named like train_files; with partition.kind=by_file one for
+    each client, or a single one for all. null = the held-out split of the task's data set; with
+    train_files or without such a split, data.eval_fraction of each client's training examples."""
+    split: str | None = None
+    """Split of a data set hub:org/name in train_files. null = train."""
+    eval_split: str | None = None
+    """Split of a data set hub:org/name in eval_files. null = test."""
+    on_small_client: Literal["refuse", "skip"] = "refuse"
+    """What happens with partition.kind=by_file to a file that holds too few examples to train on:
+    refuse = the run does not start; skip = it is left out, and the report names it."""
     max_tokens: PositiveInt = 512
     """Maximum length of a sequence in tokens. Longer sequences are truncated at the end."""
     packing: bool = True
@@ -133,7 +142,8 @@ class PartitionSection(Section):
 
     kind: Literal["iid", "dirichlet", "by_key", "by_file"] = "iid"
     """How examples are assigned to clients: iid = at random; dirichlet = label skew; by_key = one
-    value of the column partition.key per client; by_file = one file per client."""
+    value of the column partition.key per client, with its name; by_file = one file per client, with
+    its name; N follows from the files."""
     concentration: PositiveFloat = 0.5
     """Concentration of the Dirichlet distribution, above 0: a small value gives skewed shares, a
     large value even ones. Used with partition.kind=dirichlet."""
@@ -179,7 +189,8 @@ class FederatedSection(Section):
     """Factors that are averaged after each round, for ablations: [A], [B], [A, B] or []. auto = the
     method's own."""
     num_clients: PositiveInt | None = None
-    """Number of clients N. null = one client per process."""
+    """Number of clients N. null = one client per process; with partition.kind=by_file one per
+    file."""
     num_rounds: PositiveInt = 10
     """Number of rounds of the run, including the rounds before it was resumed."""
     share_head: bool = False
@@ -376,28 +387,29 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_files(self) -> Config:
         kind, files = self.partition.kind, self.files("train")
-        per_client = [name for name in files if "{client}" in name]
         if kind == "by_key" and self.partition.key is None:
             raise ValueError("partition.kind=by_key needs partition.key, the name of a column")
-        if kind == "by_file" and not (per_client or len(files) > 1):
+        if kind == "by_file" and not files:
             raise ValueError(
-                "partition.kind=by_file needs data.train_files with {client} in the name, "
-                "such as data/{client}.jsonl, or a list with one file per client"
+                "partition.kind=by_file needs data.train_files: a folder, a glob or a list with "
+                "one file per client, or {client} in the name, such as data/{client}.jsonl"
             )
+        if kind != "by_file" and self.data.on_small_client == "skip":
+            raise ValueError("data.on_small_client=skip needs partition.kind=by_file")
         patterns = [n for n in (*files, *self.files("eval")) if "{client}" in n]
         if kind != "by_file" and patterns:
             raise ValueError(
                 f"{{client}} in {patterns[0]!r} (data.train_files, data.eval_files) needs "
                 "partition.kind=by_file"
             )
-        if self.data.task == "jsonl" and not files:
-            raise ValueError("data.task=jsonl needs data.train_files")
+        if self.data.task in ("text", "jsonl") and not files:
+            raise ValueError(f"data.task={self.data.task} needs data.train_files")
         if self.data.task == "demo" and files:
-            raise ValueError("data.task=demo makes its own data; set data.task=jsonl for files")
+            raise ValueError("data.task=demo makes its own data; set data.task=text for files")
         return self
 
     def files(self, split: Literal["train", "eval"]) -> tuple[str, ...]:
-        """The local files of a split as a tuple, whatever form they were given in."""
+        """The files of a split as they were named, as a tuple."""
         files = self.data.train_files if split == "train" else self.data.eval_files
         if files is None:
             return ()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 
@@ -15,6 +14,8 @@ from sfed.config.schema import Config
 from sfed.data import demo
 from sfed.data.tasks import task_of
 from sfed.files.kinds import kind_of
+from sfed.files.listing import HUB, Split
+from sfed.files.names import distinct_names
 from sfed.files.readers import read_rows
 from sfed.utils.errors import DataError
 from sfed.utils.text import one_line
@@ -22,7 +23,6 @@ from sfed.utils.text import one_line
 # Endings of the names of means over clients (records): a part's score has to be told from them.
 _MEANS = ("unweighted", "by_examples")
 DEMO_TRAIN_PER_KIND, DEMO_EVAL_PER_KIND, DEMO_SEED = 400, 64, 0
-Split = Literal["train", "eval"]
 Place = tuple[str, str]
 """Where a row stands, for messages, and the part of a held-out set that it belongs to."""
 
@@ -50,18 +50,37 @@ def source_of(
     """
     if files:
         key = f"data.{split}_files"
-        if split == "eval":
-            _refuse_twice(files, key)
         parts = part_names(files)
-        digests = [_file_digest(name, key) for name in files]
-        forms = [kind_of(Path(name)) for name in files]
-        identity = repr(list(zip(digests, forms, parts, strict=True)))
-        return _file_rows(list(zip(files, parts, strict=True)), key), identity
+        found = [_file_or_hub(config, name, key, split) for name in files]
+        identity = repr([(*one.identity, part) for one, part in zip(found, parts, strict=True)])
+        return _placed([one.rows for one in found], parts, files, key), identity
     if config.data.task == "demo":
         count = DEMO_TRAIN_PER_KIND if split == "train" else DEMO_EVAL_PER_KIND
         rows = demo.rows(split, count, DEMO_SEED)
         return (((f"demo row {i}", ""), row) for i, row in enumerate(rows)), repr(rows)
     return _hub_rows(config, split)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A file, or a split of a data set on the hub."""
+
+    rows: Iterable[tuple[str, Any]]
+    """With their places."""
+    identity: tuple[Any, ...]
+    """What it is known by again."""
+
+
+def _file_or_hub(config: Config, name: str, key: str, split: Split) -> _Source:
+    if not name.startswith(HUB):
+        path = Path(name)
+        kind = kind_of(path)
+        return _Source(read_rows(path), (_file_digest(name, key), kind))
+    chosen = (config.data.split or "train") if split == "train" else config.data.eval_split
+    data_set, _, of_it = name[len(HUB) :].partition(":")
+    table = _load(data_set, of_it or None, chosen or "test", f"{key}: {name!r}")
+    rows = ((f"{name} row {i}", row) for i, row in enumerate(table))
+    return _Source(rows, (table._fingerprint,))
 
 
 def _file_digest(name: str, key: str) -> str:
@@ -75,86 +94,40 @@ def _file_digest(name: str, key: str) -> str:
         raise DataError(f"{key}: {name!r} cannot be read ({error.strerror})") from None
 
 
-def _file_rows(files: Sequence[tuple[str, str]], key: str) -> Iterator[tuple[Place, Any]]:
-    """Yield the rows of some files, each given with the name of its part."""
+def _placed(
+    sources: Sequence[Iterable[tuple[str, Any]]],
+    parts: Sequence[str],
+    names: Sequence[str],
+    key: str,
+) -> Iterator[tuple[Place, Any]]:
+    """Yield the rows of some sources, each with the name of its part."""
     num_rows = 0
-    for name, part in files:
-        for where, row in read_rows(Path(name)):
+    for rows, part in zip(sources, parts, strict=True):
+        for where, row in rows:
             num_rows += 1
             yield (where, part), row
     if not num_rows:
-        raise DataError(f"{key}: {', '.join(name for name, _ in files)} hold no rows")
-
-
-def _refuse_twice(files: Sequence[str], key: str) -> None:
-    """Refuse a held-out file that is named twice: its rows would count twice in every score."""
-    paths = [os.path.realpath(name) for name in files]
-    for i, path in enumerate(paths):
-        if path in paths[:i]:
-            first = files[paths.index(path)]
-            same = "" if first == files[i] else f" (also as {first!r})"
-            raise DataError(f"{key}: {files[i]!r} is named twice{same}; name each file once")
+        raise DataError(f"{key}: {', '.join(names)} hold no rows")
 
 
 def part_names(files: Sequence[str]) -> list[str]:
     """Return the name of each file's part of a held-out set, all distinct; "" for a single file.
 
-    A name is the file's without its suffix. Where two are alike, those of the folders above go
-    before it (easy_test and hard_test of easy/test.jsonl and hard/test.jsonl), then the suffix
-    behind it, then a number.
+    Without validation_ in front, as in mismatched, of validation_mismatched.jsonl; and none that
+    could be read as the mean of another's score over clients.
     """
     if len(files) < 2:
         return [""] * len(files)
-    steps = [[s for s in Path(name).parts if s not in (".", "..", "/")] for name in files]
-    depths = [1] * len(files)
-    while True:
-        names = [_part(own[-depth:]) for own, depth in zip(steps, depths, strict=True)]
-        growing = [i for i in _clashing(names) if depths[i] < len(steps[i])]
-        if not growing:
-            break
-        for i in growing:
-            depths[i] += 1
-    for i in _clashing(names):
-        names[i] += Path(files[i]).suffix.replace(".", "_")
-    while clashing := _clashing(names):
-        later = clashing[-1]
-        names[later] = _next_free(names[later], names)
-    return names
-
-
-def _part(steps: Sequence[str]) -> str:
-    """The name of a part as scores carry it: mismatched, of validation_mismatched.jsonl."""
-    stem = Path(steps[-1]).stem
-    name = "_".join([*steps[:-1], stem.removeprefix("validation_") or stem])
-    # Line breaks and the like would end up in tables and in the names of curves.
-    return "".join(letter if letter.isprintable() else "_" for letter in name)
-
-
-def _clashing(names: Sequence[str]) -> list[int]:
-    """Which names are not their own: given twice, or read as the mean of a score over clients."""
-    means = {f"{name}_{mean}" for name in names for mean in _MEANS} | set(_MEANS)
-    often = Counter(names)
-    return [i for i, name in enumerate(names) if often[name] > 1 or name in means]
-
-
-def _next_free(name: str, names: Sequence[str]) -> str:
-    number = 2
-    while f"{name}_{number}" in names:
-        number += 1
-    return f"{name}_{number}"
+    return distinct_names(files, drop="validation_", refused=_MEANS)
 
 
 def _hub_rows(config: Config, split: Split) -> tuple[Iterator[tuple[Place, Any]], str]:
     """Return the rows of a split of the task's data set on the hub, and what identifies them."""
     task = task_of(config)
     names = task.eval_splits if split == "eval" else ("train",)
-    try:
-        tables = [datasets.load_dataset(task.hub, task.hub_config, split=name) for name in names]
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"data.task={config.data.task}: {task.hub} cannot be loaded from the hub "
-            f"({one_line(error, 200)}); give data.train_files for local files"
-        ) from None
+    remedy = "give data.train_files for local files"
+    what = f"data.task={config.data.task}: {task.hub}"
+    tables = [_load(task.hub, task.hub_config, name, what, remedy) for name in names]
     parts = part_names(names)
     source = (
         ((f"{name} row {i}", part), row)
@@ -162,3 +135,18 @@ def _hub_rows(config: Config, split: Split) -> tuple[Iterator[tuple[Place, Any]]
         for i, row in enumerate(table)
     )
     return source, repr([table._fingerprint for table in tables])
+
+
+def _load(name: str | None, config: str | None, split: str, what: str, remedy: str = "") -> Any:
+    """Load a split of a data set of the hub.
+
+    Raises:
+        DataError: where it cannot be loaded.
+    """
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError) as error:
+        end = f"; {remedy}" if remedy else ""
+        raise DataError(
+            f"{what} cannot be loaded from the hub ({one_line(error, 200)}){end}"
+        ) from None

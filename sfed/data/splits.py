@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,19 @@ from sfed.data import partition, placement, scores
 from sfed.data.labels import Chosen, Labels, labels_of
 from sfed.data.partition import Indices
 from sfed.data.placement import Placement
-from sfed.data.sources import Split, has_split
+from sfed.data.sources import has_split
 from sfed.data.tasks import task_of
 from sfed.data.tokenize import Examples, Tokens, tokenise
 from sfed.data.tokenizer import identity_of
 from sfed.distributed.sync import first_of_node_first, gather_json, raise_everywhere
 from sfed.distributed.world import World
+from sfed.files.listing import files_of
+from sfed.files.names import adapter_folders
+from sfed.files.silos import LEAST_TRAIN_EXAMPLES, Silos, silos_of
 from sfed.utils.errors import DataError
 from sfed.utils.rng import Stream, generator
+from sfed.utils.text import counted
 
-_LEAST_TRAIN_EXAMPLES = 2
 _DIRICHLET_TRIES = 100
 _MOST_NAMED = 8
 
@@ -53,6 +56,18 @@ class Data:
     """Names of the parts of the held-out set; one empty name where there are none."""
     placement: Placement
     """Which process holds which client; the same on every process."""
+    left_out: tuple[str, ...] = ()
+    """Names of files with too few rows, which are no clients (``data.on_small_client=skip``)."""
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each client: of its file, or its value of a column; "" where it has none."""
+        return [entry["name"] for entry in self.summary["clients"]]
+
+    @property
+    def adapter_folders(self) -> list[str]:
+        """The name of the folder of each client's adapter."""
+        return [entry["adapter"] for entry in self.summary["clients"]]
 
     @property
     def digests(self) -> list[str]:
@@ -82,12 +97,12 @@ def load(
     """
     with raise_everywhere(world, "reading the data"):
         if config.partition.kind == "by_file":
-            placed = _place_files(config, world, num_clients)
-            own = placed.clients[world.rank]
-            held = _split_by_file(config, tokenizer, own, num_clients)
+            silos = silos_of(config, num_clients)
+            placed = _place_files(config, world, silos)
+            held = _split_by_file(config, tokenizer, placed.clients[world.rank], silos)
         else:
             held = _split_one_pool(config, tokenizer, world, num_clients)
-        _require_examples(held.train, config)
+        _require_examples(held, config)
         held.notes += _note_on_unscored(held.held_out, config)
         if config.partition.kind != "by_file":
             placed = _place(config, held.train, world.size, in_lockstep)
@@ -107,20 +122,18 @@ def _place(
     return placement.by_work(work, num_processes, "tokens")
 
 
-def _place_files(config: Config, world: World, num_clients: int) -> Placement:
+def _place_files(config: Config, world: World, silos: Silos) -> Placement:
     """Deal clients that have files of their own, of which none is opened yet. Collective.
 
     Epochs read whole files, so their sizes stand for the work. They count only where every process
     sees the same files: otherwise a file may be on the machine of one process alone, which is the
     one that holds the client by number.
     """
-    numbered = placement.by_number(num_clients, world.size)
-    files = _client_files(config, "train", num_clients)
-    held_out = _client_files(config, "eval", num_clients)
+    numbered = placement.by_number(len(silos.train), world.size)
     if config.train.local_epochs is None or config.data.max_train_examples is not None:
         return numbered  # as many rows for every client
-    sizes = [_size(name) for name in files]
-    told = gather_json(world, "sizes of the clients' files", [sizes, *map(_size, held_out)])
+    sizes = [_size(name) for name in silos.train]
+    told = gather_json(world, "sizes of the clients' files", [sizes, *map(_size, silos.held_out)])
     if any(one != told[0] for one in told) or any(size is None for size in sizes):
         return numbered
     return placement.by_work([float(size or 0) for size in sizes], world.size, "bytes of the files")
@@ -140,19 +153,29 @@ class _Held:
     held_out: dict[int, Examples]
     labels: dict[int, list[str]] | None
     notes: list[str]
+    names: dict[int, str] = field(default_factory=dict)
+    """Of the clients that have one."""
+    left_out: tuple[str, ...] = ()
+    """Names of files with too few rows."""
+
+    def called(self, client: int) -> str:
+        """The name of a client, or its number where it has none."""
+        name = self.names.get(client)
+        return f"client {client}" + (f" ({name})" if name else "")
 
 
-def _require_examples(parts: dict[int, Examples], config: Config) -> None:
-    least = _LEAST_TRAIN_EXAMPLES
-    short = {client: len(examples) for client, examples in parts.items() if len(examples) < least}
+def _require_examples(held: _Held, config: Config) -> None:
+    least = LEAST_TRAIN_EXAMPLES
+    counts = {client: len(examples) for client, examples in held.train.items()}
+    short = {client: count for client, count in counts.items() if count < least}
     if short:
-        some = [f"client {client} holds {count}" for client, count in short.items()]
+        some = [f"{held.called(client)} holds {count}" for client, count in short.items()]
         more = f" and {len(some) - _MOST_NAMED} more too few" if len(some) > _MOST_NAMED else ""
         shown = ", ".join(some[:_MOST_NAMED]) + more
         remedy = {
             "dirichlet": f"raise partition.concentration (now {config.partition.concentration:g}), "
             "lower federated.num_clients or give more data",
-            "by_file": "give more rows in the files of these clients",
+            "by_file": "give more rows in the files of these clients, or leave the files out",
         }.get(config.partition.kind, "lower federated.num_clients or give more data")
         raise DataError(
             f"each client needs at least {least} training examples, but {shown}; {remedy}"
@@ -165,10 +188,10 @@ def _split_one_pool(
     """Split one common pool; every process computes the same split of everything."""
     section, seed, identity = config.data, config.seed, identity_of(tokenizer)
     with first_of_node_first(world, "tokenising"):
-        pool = tokenise(config, tokenizer, "train", config.files("train"), identity)
+        pool = tokenise(config, tokenizer, "train", files_of(config, "train"), identity)
         held_pool = None
         if has_split(config, "eval"):
-            held_pool = tokenise(config, tokenizer, "eval", config.files("eval"), identity)
+            held_pool = tokenise(config, tokenizer, "eval", files_of(config, "eval"), identity)
     train = Chosen(pool, partition.subset(len(pool), section.max_train_examples, seed))
     held_out = None
     if held_pool is not None:
@@ -200,6 +223,8 @@ def _deal(config: Config, train: Chosen, held_out: Chosen | None, num_clients: i
         else:
             parts, eval_parts = _by_shares(config, labels, num_clients)
     held = _Held({}, {}, None if labels is None else {}, [] if labels is None else labels.notes)
+    if kind == "by_key" and labels is not None:
+        held.names = _names_of_values(labels, parts)
     for client, part in enumerate(parts):
         held.train[client] = Examples(train.table, train.rows[part])
         if held_out is not None:
@@ -217,6 +242,16 @@ def _by_key(labels: Labels, num_clients: int) -> tuple[list[Indices], list[Indic
     return partition.by_key(keys, groups), partition.by_key(eval_keys, groups)
 
 
+def _names_of_values(labels: Labels, parts: Sequence[Indices]) -> dict[int, str]:
+    """The value that a client holds, of those that hold one alone."""
+    values = [set(labels.of_train[part].tolist()) for part in parts]
+    return {
+        client: labels.names[next(iter(some))]
+        for client, some in enumerate(values)
+        if len(some) == 1
+    }
+
+
 def _by_shares(
     config: Config, labels: Labels, num_clients: int
 ) -> tuple[list[Indices], list[Indices]]:
@@ -226,7 +261,7 @@ def _by_shares(
         draw = seed + attempt * 1_000_003
         shares = partition.dirichlet_shares(len(labels.names), num_clients, concentration, draw)
         parts = partition.by_shares(labels.of_train, shares, seed)
-        if min(map(len, parts)) >= _LEAST_TRAIN_EXAMPLES:
+        if min(map(len, parts)) >= LEAST_TRAIN_EXAMPLES:
             break
     return parts, partition.by_shares(labels.of_eval, shares, seed)
 
@@ -235,22 +270,23 @@ def _split_by_file(
     config: Config,
     tokenizer: PreTrainedTokenizerFast,
     own_clients: Sequence[int],
-    num_clients: int,
+    silos: Silos,
 ) -> _Held:
     """Read the files of this process's clients, and no others."""
-    held = _Held({}, {}, None, [])
-    train_names = _client_files(config, "train", num_clients)
-    eval_names = _client_files(config, "eval", num_clients)
+    names = {client: name for client, name in enumerate(silos.names) if name}
+    held = _Held({}, {}, None, _notes_on_silos(silos), names, silos.left_out)
     identity = identity_of(tokenizer)
+    common: Tokens | None = None
     for client in own_clients:
-        table = tokenise(config, tokenizer, "train", (train_names[client],), identity)
+        table = tokenise(config, tokenizer, "train", (silos.train[client],), identity)
         rows = partition.subset(len(table), config.data.max_train_examples, config.seed)
-        held.notes += _notes(f"client {client}'s train", table)
-        if eval_names:
-            eval_table = tokenise(config, tokenizer, "eval", (eval_names[client],), identity)
+        held.notes += _notes(f"{held.called(client)}'s train", table)
+        if silos.held_out:
+            if common is None or not silos.shares_held_out:
+                common = tokenise(config, tokenizer, "eval", (silos.held_out[client],), identity)
             limit = config.data.max_eval_examples
-            chosen = partition.subset(len(eval_table), limit, config.seed)
-            held.held_out[client] = Examples(eval_table, chosen)
+            chosen = partition.subset(len(common), limit, config.seed)
+            held.held_out[client] = Examples(common, chosen)
         else:
             fraction = config.data.eval_fraction
             rows, out = partition.hold_out(rows, fraction, config.seed, client)
@@ -259,17 +295,14 @@ def _split_by_file(
     return held
 
 
-def _client_files(config: Config, split: Split, num_clients: int) -> list[str]:
-    """Return one file per client, from a pattern with {client} or from a list in order."""
-    files = config.files(split)
-    if len(files) == 1 and "{client}" in files[0]:
-        return [files[0].replace("{client}", str(client)) for client in range(num_clients)]
-    if files and len(files) != num_clients:
-        raise DataError(
-            f"partition.kind=by_file: data.{split}_files names {len(files)} files for "
-            f"{num_clients} clients; give one per client, or set federated.num_clients"
+def _notes_on_silos(silos: Silos) -> list[str]:
+    notes = []
+    if silos.left_out:
+        notes.append(
+            f"data.on_small_client=skip: {counted(len(silos.left_out), 'file')} with too few rows "
+            f"left out: {', '.join(silos.left_out)}"
         )
-    return list(files)
+    return notes
 
 
 def _notes(what: str, table: Tokens | None) -> list[str]:
@@ -325,6 +358,7 @@ def _assemble(held: _Held, config: Config, world: World, placed: Placement) -> D
     entries = {
         client: {
             "client": client,
+            "name": held.names.get(client, ""),
             "train": [int(index) for index in held.train[client].indices],
             "eval": [int(index) for index in held.held_out[client].indices],
             "labels": _histogram(held.labels[client]) if held.labels else None,
@@ -336,6 +370,9 @@ def _assemble(held: _Held, config: Config, world: World, placed: Placement) -> D
     if len(entries) < num_clients:  # by file: a process has read its own clients only
         shared = gather_json(world, "sharing the partition", list(entries.values()))
         tables = {entry["client"]: entry for other in shared for entry in other}
+    folders = adapter_folders([tables[client]["name"] for client in range(num_clients)])
+    for client, folder in enumerate(folders):
+        tables[client]["adapter"] = folder
     limit = config.evaluation.max_examples or sys.maxsize
     notes = gather_json(world, "sharing notes", held.notes)
     return Data(
@@ -347,6 +384,7 @@ def _assemble(held: _Held, config: Config, world: World, placed: Placement) -> D
         notes=tuple(sorted({note for some in notes for note in some})),
         parts=held.held_out[own_clients[0]].table.parts,
         placement=placed,
+        left_out=held.left_out,
     )
 
 

@@ -91,7 +91,7 @@ def _instruction(row: Row) -> Pair:
     return Pair(f"{prompt}### Response:\n", output)
 
 
-# What a row of ``data.task=jsonl`` may be; a column that holds null counts as not there.
+# What a row of ``data.task=text`` may be; a column that holds null counts as not there.
 _ALPACA, _WHOLE_TEXT, _PAIR = ("instruction", "output"), ("text",), ("prompt", "completion")
 _FORMS: tuple[tuple[str, ...], ...] = (_ALPACA, _WHOLE_TEXT, _PAIR)
 
@@ -189,8 +189,9 @@ TASKS: dict[str, Task] = {
         scores=("exact_match",),
     ),
     "alpaca": Task(_instruction, "instruction, input (may be empty), output", "tatsu-lab/alpaca"),
-    "jsonl": Task(_any_form, "prompt, completion; or instruction, input, output; or text"),
+    "text": Task(_any_form, "prompt, completion; or instruction, input, output; or text"),
 }
+TASKS["jsonl"] = TASKS["text"]  # its former name
 
 
 def task_of(config: Config) -> Task:

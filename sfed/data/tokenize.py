@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from sfed.config.schema import Config
 from sfed.data.partition import Indices, form_of_key
-from sfed.data.sources import Place, Split, source_of
+from sfed.data.sources import Place, source_of
 from sfed.data.tasks import Pair, Task, checked_pair, task_of
 from sfed.data.tokenizer import identity_of, unchanged
+from sfed.files.listing import Split
 from sfed.utils.errors import DataError
 
 # Part of every cache key: raise it when the tokens of a row would come out differently.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from sfed.federated.context import Run
+from sfed.files.names import GLOBAL
 from sfed.methods import aggregation
+from sfed.storage.run_record import CLIENT_FILE
 from sfed.utils.errors import UserError
+from sfed.utils.redaction import mask
 
 
 def export_adapters(run: Run, folder: Path) -> None:
@@ -19,10 +23,13 @@ def export_adapters(run: Run, folder: Path) -> None:
         row_of_all = aggregation.global_row(run.world, run.clients, weights, run.own_factors)
     try:
         for client in run.clients.own:
-            path = folder / "adapters" / f"client-{client:04d}"
+            path = folder / "adapters" / run.data.adapter_folders[client]
             run.adapters.write_peft_folder(path, run.clients.row(client))
+            if name := run.data.names[client]:  # the folder's may lack letters of it
+                facts = json.dumps({"client": client, "name": mask(name)}, ensure_ascii=False)
+                (path / CLIENT_FILE).write_text(facts + "\n", encoding="utf-8")
         if row_of_all is not None and run.world.is_main:
-            run.adapters.write_peft_folder(folder / "adapters" / "global", row_of_all)
+            run.adapters.write_peft_folder(folder / "adapters" / GLOBAL, row_of_all)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"output.dir: the adapters cannot be written below {folder} ({error}); make room, "

@@ -19,6 +19,7 @@ from sfed.distributed.consistency import bit_sum, by_value, digest
 from sfed.distributed.sync import gather_json
 from sfed.distributed.world import World
 from sfed.federated.context import Run
+from sfed.files.listing import SPLITS, list_files
 from sfed.utils import versions
 from sfed.utils.errors import DivergedError
 
@@ -63,7 +64,10 @@ def require_same_mean(
 
 def at_start(config: Config) -> dict[str, Any]:
     """What has to agree before anything is loaded."""
-    return {**flatten(config), **versions.of_libraries(*versions.LIBRARIES)}
+    listed = {
+        f"the files of data.{split}_files": list_files(config, split).files for split in SPLITS
+    }
+    return {**flatten(config), **listed, **versions.of_libraries(*versions.LIBRARIES)}
 
 
 def of_backbone(model: nn.Module, settings: Mapping[str, Any]) -> str:

@@ -6,28 +6,41 @@ They run before anything heavy is imported.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sfed.config.schema import Config
+from sfed.data.tasks import checked_pair, task_of
+from sfed.files.checks import Fault, check_files
+from sfed.files.listing import is_local, list_files
+from sfed.files.silos import least_rows, num_clients_of, silos_of
 from sfed.methods import method as methods
 from sfed.observability import trackers
 from sfed.storage import previous_run
-from sfed.utils.errors import ConfigError, UserError
+from sfed.utils.errors import ConfigError, DataError, UserError
 from sfed.utils.launcher import launch
+from sfed.utils.text import counted
 
 
-def check(config: Config, num_processes: int | None = None) -> None:
+def check(config: Config, num_processes: int | None = None) -> str:
     """Check what needs neither torch nor a model, before anything is loaded.
 
     That is: a method that is unstable with this scaling, more processes than clients, files that do
-    not exist, an ``output.resume`` that is no folder, trackers that are not installed.
+    not exist, are of no known kind or hold what cannot be learned from, an ``output.resume`` that
+    is no folder, trackers that are not installed.
 
     Args:
         config: the configuration.
         num_processes: number of processes that hold its clients; None = all of the launcher.
 
+    Returns:
+        What was checked of the files, a line; "" where there are none.
+
     Raises:
         ConfigError: with all errors at once, a line for each.
+        DataError: the same, where all of them are in the files.
     """
     mistakes: list[str] = []
     try:
@@ -35,27 +48,75 @@ def check(config: Config, num_processes: int | None = None) -> None:
     except UserError as mistake:
         mistakes.append(str(mistake))
     num_processes = num_processes or launch().size
-    num_clients = config.federated.num_clients
-    if num_clients is not None and num_clients < num_processes:
-        mistakes.append(
-            f"federated.num_clients = {num_clients} is less than the {num_processes} processes; "
-            "every process holds at least one client: start fewer processes or raise it"
-        )
-    mistakes += [
-        f"data.{split}_files: {name!r} {'is a folder' if Path(name).is_dir() else 'does not exist'}"
-        "; name files, from the folder in which the command runs"
-        for split in ("train", "eval")
-        for name in config.files(split)
-        if "{client}" not in name and not Path(name).is_file()
-    ]
+    listings = [list_files(config, split) for split in ("train", "eval")]
+    unlisted = [problem for listing in listings for problem in listing.problems]
+    mistakes += unlisted or _of_clients(config, num_processes)
     if config.output.resume not in ("auto", "never") and not Path(config.output.resume).is_dir():
         mistakes.append(
             f"output.resume = {config.output.resume!r}: neither auto nor never nor a folder"
         )
     mistakes += trackers.mistakes(config.output.trackers)
     mistakes += _unwritable(Path(config.output.dir))
+    files = [name for listing in listings for name in listing.files if is_local(name)]
+    checked = check_files(files, partial(_check_row, config))
+    faults = _said(files, checked.faults + _too_few(config, files, checked.rows))
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        raise ConfigError("\n".join([*mistakes, *faults]))
+    if faults:
+        raise DataError("\n".join(faults))
+    return checked.summary if files else ""
+
+
+def _of_clients(config: Config, num_processes: int) -> list[str]:
+    """What is wrong with the number of clients, or with which files are whose."""
+    try:
+        if config.partition.kind == "by_file":
+            silos_of(config, config.federated.num_clients)
+        num_clients = num_clients_of(config)
+    except DataError as mistake:
+        return [str(mistake)]
+    if num_clients is None or num_clients >= num_processes:
+        return []
+    if config.federated.num_clients is None:
+        return [
+            f"data.train_files: {counted(num_clients, 'file')} for {num_processes} processes; each "
+            "file is a client and every process holds at least one: start at most "
+            f"{num_clients} (--nproc_per_node {num_clients})"
+        ]
+    return [
+        f"federated.num_clients = {num_clients} is less than the {num_processes} processes; "
+        "every process holds at least one client: start fewer processes or raise it"
+    ]
+
+
+def _check_row(config: Config, row: Any, where: str) -> None:
+    checked_pair(task_of(config), row, where)
+
+
+def _too_few(config: Config, files: Sequence[str], counts: Sequence[int]) -> tuple[Fault, ...]:
+    """The files of clients that hold too few rows to train on; files of a pool may be empty."""
+    if config.partition.kind != "by_file" or config.data.on_small_client == "skip":
+        return ()
+    train, least = set(list_files(config, "train").files), least_rows(config)
+    return tuple(
+        (
+            name,
+            f"{name}: it holds {counted(count, 'row') if count else 'no rows'}; a client needs at "
+            f"least {least}: give more, leave the file out, or set data.on_small_client=skip",
+        )
+        for name, count in zip(files, counts, strict=True)
+        if name in train and count < least
+    )
+
+
+def _said(files: Sequence[str], faults: Sequence[Fault]) -> list[str]:
+    """Faults by file, in the order of the files, under a line that counts them."""
+    if not faults:
+        return []
+    ordered = sorted(faults, key=lambda fault: files.index(fault[0]))
+    bad = len({name for name, _ in faults})
+    head = f"{bad} of {counted(len(files), 'file')} cannot be used:"
+    return [head, *(f"  {text}" for _, text in ordered)]
 
 
 def _unwritable(folder: Path) -> list[str]:

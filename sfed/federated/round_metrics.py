@@ -97,6 +97,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "backbone_digest": run.backbone.weights_digest,
             "placement": [list(own) for own in run.placement],
             "placement_reason": run.data.placement.reason,
+            "left_out_clients": list(run.data.left_out),
             "clients_per_pass": run.clients.clients_per_pass,
             "clients_per_pass_reason": run.sharing.reason,
             "padded_reason": run.why_padded,
@@ -312,6 +313,8 @@ def _client(
         "eval_loss": None,
         "examples": run.data.train_counts[client],
     }
+    if name := run.data.names[client]:
+        entry["name"] = name
     if stats is not None and stats.steps[client] > 0:
         entry["steps"] = int(stats.steps[client])
         entry["excluded"] = bool(stats.is_bad[client])

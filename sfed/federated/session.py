@@ -244,6 +244,7 @@ def _close(run: Run, folder: Path, console: Console) -> None:
         held = run.data.summary["clients"]
         labels = {part["client"]: list(part["labels"] or ()) for part in held}
         names = {client: some[0] for client, some in labels.items() if len(some) == 1}
+        names |= {client: name for client, name in enumerate(run.data.names) if name}
         console.closing_table(before, evaluated[-1], names)
     console.say(f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)")
     console.say(f"metrics    {folder / METRICS_FILE}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sfed.config.schema import Config
+from sfed.files.silos import num_clients_of
 from sfed.methods import method as methods
 from sfed.utils.errors import ConfigError
 
@@ -17,7 +18,7 @@ def check_plan(config: Config, gpus: int) -> None:
     methods.resolve(config)
     if gpus < 1:
         raise ConfigError(f"gpus = {gpus} is less than 1: give the number of GPUs")
-    num_clients = config.federated.num_clients
+    num_clients = num_clients_of(config)
     if num_clients is not None and num_clients < gpus:
         raise ConfigError(
             f"federated.num_clients = {num_clients} is less than the {gpus} GPUs, and every "

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from sfed.config import load as config_load
 from sfed.config.schema import Config
 from sfed.data.partition import place
+from sfed.files.silos import num_clients_of
 from sfed.memory import clients_per_pass, counts, profile
 from sfed.memory.clients_per_pass import Estimate
 from sfed.memory.costs import USABLE_SHARE, ClientState, Costs, Needs, Work, largest
@@ -142,7 +143,7 @@ class Planner:
         sharding = resolve_sharding(
             config.backbone, machine.gpus, lambda: (stored, machine.memory_bytes - CONTEXT_BYTES)
         )
-        num_clients = config.federated.num_clients or machine.gpus
+        num_clients = num_clients_of(config) or machine.gpus
         # Unequal clients are dealt by work, which is in the data: a GPU may then hold more of them.
         own = max(map(len, place(num_clients, machine.gpus)))
         tokens = min(config.data.max_tokens, _positions(meta.config))

@@ -174,6 +174,7 @@ def facts_table(story: RunRecord) -> Table:
     facts = {
         "rounds": story.progress,
         "model, data, partition": f"{model}, {task}, {kind}",
+        **_left_out(story),
         "seed": show(number(config, "seed"), ".0f"),
         "training examples": show(float(sum(story.sizes.values())) or None, ",.0f"),
         "parameters of an adapter": show(number(config, "resolved.adapter_parameters"), ",.0f"),
@@ -187,6 +188,13 @@ def facts_table(story: RunRecord) -> Table:
         "peak memory of a process": mebibytes(max(peaks)) if peaks else NONE,
     }
     return Table(["", ""], list(facts.items()), text_columns=2)
+
+
+def _left_out(story: RunRecord) -> dict[str, str]:
+    """The clients that hold too few rows, where ``data.on_small_client=skip`` left some out."""
+    names = look(story.config, "resolved.left_out_clients")
+    shown = ", ".join(map(str, names)) if isinstance(names, list) else ""
+    return {"left out, too few examples": shown} if shown else {}
 
 
 def _idle(story: RunRecord) -> dict[str, str]:

@@ -17,6 +17,7 @@ from sfed.storage.run_record import (
     METRICS_FILE,
     ForeignFileError,
     SavedConfig,
+    expected_adapters,
     read_config,
     read_rounds,
 )
@@ -109,7 +110,7 @@ def is_finished(folder: Path, config: Config) -> bool:
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return False
     written = {file.parent.name for file in (folder / "adapters").glob(f"*/{ADAPTER_FILE}")}
-    expected = {f"client-{client:04d}" for client in range(saved.num_clients)}
+    expected = expected_adapters(folder, saved.num_clients)
     return is_done and rounds == config.federated.num_rounds and expected <= written
 
 

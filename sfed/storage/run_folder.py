@@ -21,6 +21,7 @@ from typing import IO, Any
 from sfed.config.schema import Config
 from sfed.distributed.sync import gather_json, raise_everywhere
 from sfed.distributed.world import World
+from sfed.files.silos import num_clients_of
 from sfed.observability import trackers
 from sfed.observability.console import Console
 from sfed.observability.metrics import free_name
@@ -231,7 +232,7 @@ class RunFolder:
 
     def _count_clients(self, found: CheckpointRef | None, world: World, console: Console) -> int:
         """N as configured; else that of the run's first start; else one client per process."""
-        stated = self._config.federated.num_clients
+        stated = num_clients_of(self._config)
         if self._is_anew:
             return stated or world.size
         before: int | None

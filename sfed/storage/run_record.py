@@ -9,12 +9,13 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sfed.config import load as config_load
 from sfed.config.schema import Config
+from sfed.files.names import adapter_folder
 from sfed.observability import metrics
 from sfed.utils.errors import UserError
 
@@ -26,6 +27,8 @@ KINDS = {
 LOSS = "loss"
 CONFIG_FILE, METRICS_FILE, PARTITION_FILE = "config.json", "metrics.jsonl", "partition.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+CLIENT_FILE = "client.json"
+"""Beside the adapter of a client with a name: its number and that name, as it was given."""
 _SQUARED_ERROR_SCORES = ("pearson", "spearman")
 
 
@@ -41,6 +44,8 @@ class ClientRecord:
     """Number of examples per label, where the partition knows labels."""
     adapter: Path | None
     """Folder of its exported adapter, a PEFT adapter; None where the run is not finished."""
+    name: str = ""
+    """Its file's name without the end, or its value of the column; "" where it has none."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,10 @@ class RunRecord:
     """Training examples of each client."""
     note: str | None = None
     """What was passed over while reading; None where nothing was."""
+    names: Mapping[int, str] = field(default_factory=dict)
+    """Names of the clients that have one."""
+    adapter_folders: Mapping[int, str] = field(default_factory=dict)
+    """Name of the folder of each client's adapter, where it is not client-0000 and so on."""
 
     @property
     def name(self) -> str:
@@ -75,14 +84,17 @@ class RunRecord:
                 client,
                 self.sizes[client],
                 self.labels.get(client, {}),
-                adapters.get(f"client-{client:04d}"),
+                adapters.get(self.adapter_folders.get(client) or adapter_folder(client)),
+                self.names.get(client, ""),
             )
             for client in sorted(self.sizes)
         }
 
     @property
     def adapters(self) -> dict[str, Path]:
-        """Folders of the exported adapters by name: client-0000, ..., and perhaps global.
+        """Folders of the exported adapters by name: those of the clients, and perhaps global.
+
+        A client's is its name as far as file systems allow, or client-0000 and so on.
 
         Each is a folder for ``PeftModel.from_pretrained``. Empty until the run is finished.
         """
@@ -158,11 +170,13 @@ class RunRecord:
 
     def title(self, client: int) -> str:
         """The client's number, and what it holds where that is one thing."""
-        one = len(self.labels.get(client, {})) == 1
+        one = client in self.names or len(self.labels.get(client, {})) == 1
         return f"{client} {self.holds(client)}" if one else f"client {client}"
 
     def holds(self, client: int) -> str:
-        """What a client holds, in a few words."""
+        """The name of a client; of one without, what it holds, in a few words."""
+        if client in self.names:
+            return self.names[client]
         counts = sorted(self.labels.get(client, {}).items(), key=lambda item: -item[1])
         total = sum(count for _, count in counts)
         if len(counts) == 1:
@@ -332,6 +346,8 @@ def open_run(folder: Path | str) -> RunRecord:
         sizes={part["client"]: len(part.get("train") or ()) for part in parts}
         | {entry["client"]: int(n) for entry in last if (n := number(entry, "examples"))},
         note=found.note,
+        names=_texts(parts, "name"),
+        adapter_folders=_texts(parts, "adapter"),
     )
 
 
@@ -351,6 +367,26 @@ def _counts(part: Event) -> dict[str, int]:
     labels = part.get("labels")
     pairs = labels.items() if isinstance(labels, dict) else ()
     return {str(label): count for label, count in pairs if isinstance(count, int) and count > 0}
+
+
+def _texts(parts: Sequence[Event], key: str) -> dict[int, str]:
+    """What some clients have under a key, where it is a text and not empty."""
+    return {
+        part["client"]: text for part in parts if isinstance(text := part.get(key), str) and text
+    }
+
+
+def expected_adapters(folder: Path, num_clients: int) -> set[str]:
+    """The names of the folders of the clients' adapters, as ``partition.json`` says them.
+
+    An older version has written none there: client-0000 and so on.
+    """
+    try:
+        parts = clients_of(_read_json(folder / PARTITION_FILE))
+    except UserError:
+        parts = []
+    known = _texts(parts, "adapter")
+    return {known.get(client) or adapter_folder(client) for client in range(num_clients)}
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from typing import Any
 from sfed.config import load as config_load
 from sfed.config.diff import flatten
 from sfed.config.schema import Config
+from sfed.files.silos import num_clients_of
 from sfed.sweep.cell_names import Choice, name_cells
 from sfed.utils.errors import UserError
 
@@ -50,7 +51,7 @@ class Cell:
 
     def num_clients(self, num_processes: int) -> int:
         """Number of clients N, where null stands for one per process."""
-        return self.config.federated.num_clients or num_processes
+        return num_clients_of(self.config) or num_processes
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Grid:
     cells: tuple[Cell, ...]
 
 
-Check = Callable[[Config], None]
+Check = Callable[[Config], object]
 
 
 def read(path: Path, overrides: Sequence[str], num_processes: int, check: Check) -> Grid:

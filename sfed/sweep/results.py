@@ -22,6 +22,7 @@ from sfed.observability.metrics import deviation
 from sfed.storage.run_record import (
     CONFIG_FILE,
     ForeignFileError,
+    expected_adapters,
     held_out,
     look,
     number,
@@ -110,7 +111,7 @@ def _settings(config: Config, num_clients: int) -> dict[str, Any]:
 
 
 def _is_exported(cell: Cell, num_clients: int) -> bool:
-    names = [f"client-{client:04d}" for client in range(num_clients)]
+    names = [*expected_adapters(cell.folder, num_clients)]
     wants_global = "global" in cell.config.evaluation.adapters
     if wants_global and methods.resolve(cell.config).has_global_adapter:
         names.append("global")

@@ -18,6 +18,7 @@ from typing import Any
 
 from sfed.config.schema import Config
 from sfed.distributed.store import LocalStore, Store
+from sfed.files.silos import num_clients_of
 from sfed.sweep.run_process import End, RunProcess, prepare
 from sfed.utils.launcher import launch
 
@@ -138,7 +139,7 @@ class Workers:
         Returns:
             On process 0 how each child ended, the cause of a failure first; elsewhere nothing.
         """
-        taking_part = min(self.size, config.federated.num_clients or self.size)
+        taking_part = min(self.size, num_clients_of(config) or self.size)
         cell = f"cell-{index}"
         if self.rank < taking_part:
             child = RunProcess(config, self._environment(cell, taking_part))
