@@ -306,15 +306,6 @@ def test_a_column_that_holds_half_a_character_is_named(tmp_path, tokenizer):
     assert mistake_in(path, tokenizer, key="kind").startswith(f"{path}, line 2: 'kind'")
 
 
-def test_a_held_out_file_that_is_named_twice_is_refused(tmp_path, tokenizer):
-    path = save(tmp_path, ROWS)
-    again = tmp_path / "folder" / ".." / path.name
-    (tmp_path / "folder").mkdir()
-    for files in ((path, path), (path, save(tmp_path, ROWS, "b.jsonl"), again)):
-        with pytest.raises(UserError, match=r"^data.eval_files: .* is named twice"):
-            tokenise(make_config(path), tokenizer, "eval", tuple(map(str, files)))
-
-
 def test_a_file_that_is_not_there_is_named_with_its_key(tmp_path, tokenizer):
     message = mistake_in(tmp_path / "none.jsonl", tokenizer)
     assert message.startswith("data.train_files: ") and "none.jsonl" in message
