@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,18 @@ def by_key(keys: Sequence[str | None], groups: Sequence[tuple[str, ...]]) -> lis
     }
     client_of_row = np.asarray([owner.get(key, -1) for key in keys], dtype=np.int64)
     return [np.flatnonzero(client_of_row == client) for client in range(len(groups))]
+
+
+def value_of(row: Mapping[str, Any], key: str, where: str) -> Any:
+    """The value that a row has in the column ``partition.key``.
+
+    Raises:
+        DataError: where it has no such column, with its place and the columns.
+    """
+    if key not in row:
+        known = ", ".join(sorted(map(str, row)))
+        raise DataError(f"{where}: no column {key!r} (partition.key); the columns are {known}")
+    return row[key]
 
 
 def form_of_key(value: Any) -> str:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from sfed.config.schema import Config
-from sfed.data.partition import Indices, form_of_key
+from sfed.data.partition import Indices, form_of_key, value_of
 from sfed.data.sources import Place, source_of
 from sfed.data.tasks import Pair, Task, checked_pair, task_of
 from sfed.data.tokenizer import identity_of, unchanged
@@ -329,10 +329,7 @@ def _batched(rows: Iterable[tuple[Place, Any]], size: int) -> Iterator[list[tupl
 
 def _key_of(row: Any, key: str, where: str) -> str:
     """The value of a column as JSON, with its type."""
-    if key not in row:
-        known = ", ".join(sorted(row))
-        raise DataError(f"{where}: no column {key!r} (partition.key); the columns are {known}")
-    value = json.dumps(row[key], default=str)
+    value = json.dumps(value_of(row, key, where), default=str)
     try:
         str(json.loads(value)).encode()
     except UnicodeEncodeError:

@@ -25,6 +25,7 @@ from sfed.doctor.job import Job
 from sfed.doctor.machines import needs_folder
 from sfed.doctor.report import Result, failed, ok, skipped
 from sfed.federated.session import train_among
+from sfed.files.names import GLOBAL, adapter_folder
 from sfed.storage.run_record import ADAPTER_FILE, RunRecord, open_run
 from sfed.utils.errors import UserError
 from sfed.utils.text import one_line
@@ -232,8 +233,10 @@ def _alone_on_cpu(folder: Path) -> dict[str, str]:
 
 
 def adapters(run: RunRecord) -> dict[str, Tensors]:
-    """The exported adapters by name of their folder."""
-    return {name: load_file(path / ADAPTER_FILE) for name, path in run.adapters.items()}
+    """The exported adapters: client-0000, ..., whatever their folders are called, and global."""
+    found = {adapter_folder(one.client): one.adapter for one in run.clients.values()}
+    found[GLOBAL] = run.adapters.get(GLOBAL)
+    return {name: load_file(path / ADAPTER_FILE) for name, path in found.items() if path}
 
 
 def difference(one: dict[str, Tensors], other: dict[str, Tensors]) -> dict[str, float]:

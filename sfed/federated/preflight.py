@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sfed.config.schema import Config
+from sfed.data.partition import value_of
 from sfed.data.tasks import checked_pair, task_of
 from sfed.files.checks import Fault, check_files
 from sfed.files.listing import is_local, list_files
@@ -91,6 +92,8 @@ def _of_clients(config: Config, num_processes: int) -> list[str]:
 
 def _check_row(config: Config, row: Any, where: str) -> None:
     checked_pair(task_of(config), row, where)
+    if config.partition.key is not None:
+        value_of(row, config.partition.key, where)
 
 
 def _too_few(config: Config, files: Sequence[str], counts: Sequence[int]) -> tuple[Fault, ...]:

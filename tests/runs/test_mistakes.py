@@ -171,6 +171,12 @@ def save_gpt2(folder: Path) -> None:
     GPT2LMHeadModel(config).save_pretrained(folder / "model")
 
 
+def save_held_out(folder: Path, names: str) -> None:
+    folder.mkdir()
+    for name in names:
+        (folder / f"{name}.jsonl").write_text(GOOD_ROW)
+
+
 def block_adapters(folder: Path) -> None:
     (folder / "runs" / "run").mkdir(parents=True)
     (folder / "runs" / "run" / "adapters").write_text("in the way")
@@ -335,10 +341,114 @@ CONFIG_MISTAKES = [
         {"data.eval_files": "FOLDER/none.jsonl"},
     ),
     Mistake(
-        "train file is a folder",
-        ("data.train_files", "FOLDER/model", "is a folder"),
+        "train files are those of a model",
+        ("data.train_files", "FOLDER/model", "model.safetensors", "not read", ".jsonl"),
         {"data.train_files": "FOLDER/model"},
     ),
+    # what is in the files
+    Mistake(
+        "malformed held-out line",
+        ("FOLDER/held.jsonl, line 3", "not JSON"),
+        {"data.eval_files": "FOLDER/held.jsonl"},
+        files={"held.jsonl": GOOD_ROW + GOOD_ROW + "oops\n"},
+    ),
+    Mistake(
+        "row of another form",
+        ("FOLDER/rows.jsonl, line 1", "'prompt'", "prompt, completion"),
+        files={"rows.jsonl": '{"question": "a", "answer": "b"}\n'},
+    ),
+    Mistake(
+        "prompt that is no text",
+        ("FOLDER/rows.jsonl, line 2", "'prompt'", "not text"),
+        files={"rows.jsonl": GOOD_ROW + '{"prompt": 3, "completion": " b"}\n'},
+    ),
+    Mistake(
+        "row that is a list",
+        ("FOLDER/rows.jsonl, line 2", "list", "prompt, completion"),
+        files={"rows.jsonl": GOOD_ROW + '["a", "b"]\n'},
+    ),
+    Mistake(
+        "half a character",
+        ("FOLDER/rows.jsonl, line 2",),
+        files={"rows.jsonl": GOOD_ROW + '{"prompt": "\\ud800", "completion": " b"}\n'},
+    ),
+    Mistake(
+        "file that is not UTF-8",
+        ("FOLDER/rows.jsonl", "UTF-8"),
+        files={"rows.jsonl": GOOD_ROW.encode() + b'{"prompt": "\xe9", "completion": "b"}\n'},
+    ),
+    Mistake(
+        ".json file that is no list",
+        ("FOLDER/rows.json", "list of rows", ".jsonl"),
+        {"data.train_files": "FOLDER/rows.json"},
+        files={"rows.json": GOOD_ROW},
+    ),
+    Mistake(
+        "wrong number of files",
+        ("data.train_files", "2 files", "3 clients"),
+        by_file(
+            data__train_files=["FOLDER/rows.jsonl", "FOLDER/more.jsonl"], federated__num_clients=3
+        ),
+        files={"more.jsonl": GOOD_ROW * 4},
+    ),
+    Mistake(
+        "file that is named twice",
+        ("data.train_files", "FOLDER/rows.jsonl", "named twice"),
+        {"data.train_files": ["FOLDER/rows.jsonl"] * 2},
+    ),
+    Mistake(
+        "file of an unknown kind",
+        ("data.train_files", "FOLDER/rows.xlsx", "not read", ".csv", ".parquet"),
+        {"data.train_files": "FOLDER/rows.xlsx"},
+        files={"rows.xlsx": b"PK"},
+    ),
+    Mistake(
+        "glob that matches nothing",
+        ("data.train_files", "FOLDER/*.tsv", "no file"),
+        {"data.train_files": "FOLDER/*.tsv"},
+    ),
+    Mistake(
+        "one file as several clients",
+        ("partition.kind=by_file", "FOLDER/rows.jsonl", "{client}"),
+        by_file(data__train_files="FOLDER/rows.jsonl", federated__num_clients=None),
+    ),
+    Mistake(
+        "everything that is wrong in several files",
+        (
+            "2 of 3 files",
+            "FOLDER/a.jsonl, line 2",
+            "FOLDER/b.csv, line 3: 1 fields",
+            "2 more of its",
+        ),
+        {"data.train_files": ["FOLDER/rows.jsonl", "FOLDER/a.jsonl", "FOLDER/b.csv"]},
+        files={
+            "a.jsonl": GOOD_ROW + '{"prompt": 3, "completion": "b"}\n',
+            "b.csv": "prompt,completion\na,b\n" + "a\n" * 4,
+        },
+    ),
+    Mistake(
+        "all clients with too few rows",
+        (
+            "FOLDER/a.jsonl: it holds no rows",
+            "FOLDER/b.jsonl: it holds 2 rows",
+            "at least 3",
+            "skip",
+        ),
+        by_file(data__train_files="FOLDER/?.jsonl", federated__num_clients=None),
+        files={"a.jsonl": "", "b.jsonl": GOOD_ROW * 2, "c.jsonl": GOOD_ROW * 3},
+    ),
+    Mistake(
+        "held-out files of other names",
+        ("data.eval_files", "no held-out file for 'b'", "no training file for 'c'"),
+        by_file(
+            data__train_files=["FOLDER/a.jsonl", "FOLDER/b.jsonl"],
+            data__eval_files="FOLDER/held",
+            federated__num_clients=None,
+        ),
+        files={"a.jsonl": GOOD_ROW * 3, "b.jsonl": GOOD_ROW * 3},
+        spoil=lambda folder: save_held_out(folder / "held", "ac"),
+    ),
+    # the run folder
     Mistake(
         "resume from nowhere",
         ("output.resume", "FOLDER/none", "auto"),
@@ -397,49 +507,12 @@ SESSION_MISTAKES = [
         files={"rows.jsonl": GOOD_ROW + '{"prompt": "a"\n' + GOOD_ROW},
     ),
     Mistake(
-        "malformed held-out line",
-        ("FOLDER/held.jsonl, line 3", "not JSON"),
-        {"data.eval_files": "FOLDER/held.jsonl"},
-        files={"held.jsonl": GOOD_ROW + GOOD_ROW + "oops\n"},
-    ),
-    Mistake(
-        "row of another form",
-        ("FOLDER/rows.jsonl, line 1", "'prompt'", "prompt, completion"),
-        files={"rows.jsonl": '{"question": "a", "answer": "b"}\n'},
-    ),
-    Mistake(
-        "prompt that is no text",
-        ("FOLDER/rows.jsonl, line 2", "'prompt'", "not text"),
-        files={"rows.jsonl": GOOD_ROW + '{"prompt": 3, "completion": " b"}\n'},
-    ),
-    Mistake(
         "only empty completions",
         ("no row", "has a completion"),
         files={"rows.jsonl": '{"prompt": "a", "completion": " "}\n' * 3},
     ),
-    Mistake(
-        "row that is a list",
-        ("FOLDER/rows.jsonl, line 2", "list", "prompt, completion"),
-        files={"rows.jsonl": GOOD_ROW + '["a", "b"]\n'},
-    ),
-    Mistake(
-        "half a character",
-        ("FOLDER/rows.jsonl, line 2",),
-        files={"rows.jsonl": GOOD_ROW + '{"prompt": "\\ud800", "completion": " b"}\n'},
-    ),
     Mistake("empty file", ("FOLDER/rows.jsonl", "no rows"), files={"rows.jsonl": ""}),
     Mistake("file of blank lines", ("FOLDER/rows.jsonl", "no rows"), files={"rows.jsonl": "\n \n"}),
-    Mistake(
-        "file that is not UTF-8",
-        ("FOLDER/rows.jsonl", "UTF-8"),
-        files={"rows.jsonl": GOOD_ROW.encode() + b'{"prompt": "\xe9", "completion": "b"}\n'},
-    ),
-    Mistake(
-        ".json file that is no list",
-        ("FOLDER/rows.json", "list of rows", ".jsonl"),
-        {"data.train_files": "FOLDER/rows.json"},
-        files={"rows.json": GOOD_ROW},
-    ),
     Mistake(
         "no room for a completion",
         ("data.max_tokens", "completion"),
@@ -488,11 +561,6 @@ SESSION_MISTAKES = [
         ("client 1 holds 1", "files of these clients"),
         by_file(),
         files={"0.jsonl": GOOD_ROW * 4, "1.jsonl": GOOD_ROW * 2},
-    ),
-    Mistake(
-        "wrong number of files",
-        ("data.train_files", "2 files", "3 clients"),
-        by_file(data__train_files=["FOLDER/rows.jsonl"] * 2, federated__num_clients=3),
     ),
     Mistake(
         "cohort above one client per process",
