@@ -264,7 +264,7 @@ def row(form: str, i: int) -> Settings:
         return {"question": f"{i} and {word}?", "answer": f"{word}{i} = 5\n#### 5"}
     if form == "alpaca":
         return {"instruction": f"Say {word}{i}.", "input": word * (i % 2), "output": word * 5}
-    if form == "jsonl":
+    if form == "text":
         return {"prompt": f"{i} {word}:", "completion": f" {word * (1 + i % 5)}"}
     columns, labels = GLUE[form]
     texts = {column: f"{column} {word}{i}" for column in columns}
@@ -288,7 +288,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("matched", "mismatched"):
         write(folder / f"validation_{kind}.jsonl", "mnli", 120)
     for client in range(16):
-        write(folder / f"customer-{client}.jsonl", "jsonl", 8)
+        write(folder / f"customer-{client}.jsonl", "text", 8)
     return folder
 
 
@@ -300,7 +300,7 @@ def started(settings: Settings, folder: Path, out: Path) -> Settings:
     data = settings["data"]
     form = data["name"] if data["task"] == "glue" else data["task"]
     files: Settings = {"train_files": str(folder / f"{form}-train.jsonl")}
-    if form == "jsonl":
+    if form == "text":
         files = {"train_files": str(folder / "customer-{client}.jsonl")}
     elif form == "mnli":
         kinds = ("matched", "mismatched")
