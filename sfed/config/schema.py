@@ -408,6 +408,18 @@ class Config(Section):
             raise ValueError("data.task=demo makes its own data; set data.task=text for files")
         return self
 
+    @model_validator(mode="after")
+    def _check_hub(self) -> Config:
+        data = self.data
+        for key, value, names in (
+            ("split", data.split, self.files("train")),
+            ("eval_split", data.eval_split, self.files("eval")),
+        ):
+            if value is not None and not any(name.startswith("hub:") for name in names):
+                files = "train_files" if key == "split" else "eval_files"
+                raise ValueError(f"data.{key} needs a data set hub:org/name in data.{files}")
+        return self
+
     def files(self, split: Literal["train", "eval"]) -> tuple[str, ...]:
         """The files of a split as they were named, as a tuple."""
         files = self.data.train_files if split == "train" else self.data.eval_files

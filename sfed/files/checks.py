@@ -19,7 +19,7 @@ Fault = tuple[str, str]
 CheckRow = Callable[[Any, str], object]
 """Takes a row and its place; raises DataError where the row is wrong."""
 
-_WHOLE_BYTES = 64 * 2**20
+WHOLE_BYTES = 64 * 2**20
 """All rows are read where the files are no larger than that together: a second of work."""
 _ROWS_OF_LARGE = 1000
 _UNPACKED = 8
@@ -49,17 +49,27 @@ class Checked:
         )
 
 
-def check_files(files: Sequence[str], check_row: CheckRow) -> Checked:
+def check_files(
+    files: Sequence[str], check_row: CheckRow, whole_bytes: int = WHOLE_BYTES
+) -> Checked:
     """Read files that exist and are of a known kind; all rows where they are small enough.
+
+    A large .json file is passed over, since a list can only be read whole.
 
     Args:
         files: paths.
         check_row: of the task.
+        whole_bytes: up to which size of all files together every row is read.
     """
-    is_whole = sum(_unpacked_bytes(Path(name)) for name in files) <= _WHOLE_BYTES
+    sizes = {name: _unpacked_bytes(Path(name)) for name in files}
+    is_whole = sum(sizes.values()) <= whole_bytes
     faults: list[Fault] = []
     rows: list[int] = []
     for name in files:
+        kind = find_kind(Path(name))
+        if sizes[name] > whole_bytes and kind and kind.form == "json":
+            rows.append(_ROWS_OF_LARGE)
+            continue
         found, count = _check_file(Path(name), check_row, None if is_whole else _ROWS_OF_LARGE)
         faults += [(name, text) for text in found]
         rows.append(count)
@@ -67,9 +77,6 @@ def check_files(files: Sequence[str], check_row: CheckRow) -> Checked:
 
 
 def _check_file(path: Path, check_row: CheckRow, most: int | None) -> tuple[list[str], int]:
-    kind = find_kind(path)
-    if most is not None and kind and kind.form == "json" and _unpacked_bytes(path) > _WHOLE_BYTES:
-        return [], most  # a list can only be read whole
     faults: list[str] = []
     count = bad = 0
     try:

@@ -590,6 +590,10 @@ def test_a_deepspeed_key_without_effect_is_refused_with_ours(key):
         (["partition.kind=by_file"], ["partition.kind=by_file needs data.train_files"]),
         (["data.train_files=a-{client}.jsonl"], ["{client}", "partition.kind=by_file"]),
         (["data.task=jsonl"], ["data.task=jsonl needs data.train_files"]),
+        (["data.task=text"], ["data.task=text needs data.train_files"]),
+        (["data.on_small_client=skip"], ["data.on_small_client=skip", "partition.kind=by_file"]),
+        (["data.split=all"], ["data.split needs", "hub:org/name", "data.train_files"]),
+        (["data.eval_split=all"], ["data.eval_split needs", "data.eval_files"]),
         (["data.train_files=a.jsonl"], ["data.task=demo makes its own data"]),
     ],
 )

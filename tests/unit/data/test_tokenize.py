@@ -12,7 +12,7 @@ from sfed.config import load as config_load
 from sfed.data import demo, sources, tokenize
 from sfed.data.sources import has_split
 from sfed.data.tokenize import Examples, tokenise
-from sfed.utils.errors import UserError
+from sfed.utils.errors import DataError, UserError
 
 ROWS = [
     {"prompt": "x" * 30, "completion": "yz", "kind": "b"},
@@ -472,3 +472,37 @@ def test_the_cache_lies_where_datasets_keeps_it(tmp_path, tokenizer, monkeypatch
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "elsewhere")
     tokenised(save(tmp_path, [{"text": "elsewhere"}]), tokenizer)
     assert list(Path(tmp_path / "elsewhere").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize(
+    ("split", "data", "asked"),
+    [
+        ("train", {}, ("org/name", None, "train")),
+        ("train", {"split": "all[:9]"}, ("org/name", None, "all[:9]")),
+        ("eval", {}, ("org/name", None, "test")),
+        ("eval", {"eval_split": "validation"}, ("org/name", None, "validation")),
+    ],
+)
+def test_a_data_set_of_the_hub_is_named_among_the_files(
+    tmp_path, tokenizer, monkeypatch, split, data, asked
+):
+    import datasets
+
+    calls = []
+
+    def load(name, config, split):
+        calls.append((name, config, split))
+        return datasets.Dataset.from_list([{"text": f"{name} {split}"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    path = save(tmp_path, [{"text": "mine"}])
+    config = make_config("hub:org/name", eval_files="hub:org/name", **data)
+    table = tokenise(config, tokenizer, split, (str(path), "hub:org/name"))
+    assert calls == [asked] and len(table) == 2
+    tokenise(config, tokenizer, split, ("hub:org/name:part",))
+    assert calls[1] == ("org/name", "part", asked[2])
+
+
+def test_a_data_set_that_is_not_on_the_hub_is_named_with_its_key(tmp_path, tokenizer):
+    with pytest.raises(DataError, match=r"^data.train_files: 'hub:nobody/none' cannot be loaded"):
+        tokenise(make_config(save(tmp_path, ROWS)), tokenizer, "train", ("hub:nobody/none",))
