@@ -27,8 +27,8 @@ def comparable(config: Config, num_clients: int) -> dict[str, Any]:
         if key.partition(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS
     }
     flat["federated.num_clients"] = num_clients
-    if config.data.task == "text":
-        flat["data.task"] = "jsonl"  # its former name, which checkpoints hold
+    if config.data.is_text:
+        flat["data.task"] = "jsonl"  # the older name, which older checkpoints hold
     if config.train.schedule == "constant":
         del flat["federated.num_rounds"]  # a longer run begins with the same rounds
     return dict(masked(flat))
@@ -44,9 +44,15 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name each key that is not the same, with both values, a line each."""
-    return [
-        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+    """Name each key that is not the same, with both values, a line each.
+
+    A key that an older version does not know counts as its default.
+    """
+    defaults = flatten(Config())
+    values = {
+        key: (before.get(key, defaults.get(key)), now.get(key, defaults.get(key)))
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
+    }
+    return [
+        f"{key}: {old!r} there, {new!r} now" for key, (old, new) in values.items() if old != new
     ]

@@ -11,7 +11,7 @@ from glob import has_magic, iglob
 from pathlib import Path
 from typing import Any
 
-_KEYS = ("model.name", "data.train_files", "data.eval_files", "output.resume")
+_KEYS = ("model.name", "data.train_files", "data.eval_files", "data.chat_template", "output.resume")
 """Keys that may name something to be read. Folders that are written to are the command's own."""
 
 

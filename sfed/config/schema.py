@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from sfed.config import text_forms
+
 DEFAULT_LOCAL_STEPS = 10
 
 
@@ -95,12 +97,18 @@ class ModelSection(Section):
     """Attention implementation of transformers."""
 
 
+TextColumn = Literal[
+    "messages", "tools", "prompt", "completion", "instruction", "input", "output", "text"
+]
+
+
 class DataSection(Section):
     """Training and held-out data."""
 
     task: Literal["demo", "gsm8k", "alpaca", "glue", "text", "jsonl"] = "demo"
-    """Form of the examples. text = records with prompt and completion, with instruction, output and
-    an optional input, or with text (jsonl is its former name); glue needs data.name."""
+    """Form of the examples. text (or its older name jsonl) = records with messages, with prompt and
+    completion, with instruction, output and an optional input, or with text; glue needs
+    data.name."""
     name: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"] | None = None
     """GLUE task, for data.task=glue only: each client trains a classification head and an
     adapter."""
@@ -120,8 +128,24 @@ class DataSection(Section):
     on_small_client: Literal["refuse", "skip"] = "refuse"
     """What happens with partition.kind=by_file to a file that holds too few examples to train on:
     refuse = the run does not start; skip = it is left out, and the report names it."""
+    columns: dict[TextColumn, str] = {}
+    """Names of the columns, for data.task=text: {prompt: question, completion: answer}. A record is
+    then read in the form that these belong to; other columns keep their names."""
+    template: str | None = None
+    """Prompt, for data.task=text, with columns of the record in braces: "Q: {question} A:". {{ is a
+    brace; quote a value that begins with one. The answer is the column completion, or the one that
+    data.columns names for it."""
+    chat_template: str | None = None
+    """Chat template (Jinja) for records with messages: a file, or the template itself. null = the
+    one of the tokenizer."""
+    chat_loss: Literal["all", "last"] = "all"
+    """Assistant turns of a conversation that the loss is computed on: all, or the last one."""
     max_tokens: PositiveInt = 512
-    """Maximum length of a sequence in tokens. Longer sequences are truncated at the end."""
+    """Maximum length of a sequence in tokens; see data.on_long."""
+    on_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What becomes of a sequence above data.max_tokens: truncate = its end is cut off, and it is
+    dropped where no token of the answer is left; drop = it is dropped; error = the run is
+    refused."""
     packing: bool = True
     """Place several short sequences of a client in one row where that is cheaper; they do not
     attend to each other. false = one padded row per sequence, as always for classification and with
@@ -135,6 +159,16 @@ class DataSection(Section):
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of each client's training examples that is held out where there is no held-out
     split; above 0 and below 1."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether records of one's own are read; jsonl is the older name of text."""
+        return self.task in ("text", "jsonl")
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """``columns`` as plain text."""
+        return {str(name): column for name, column in self.columns.items()}
 
 
 class PartitionSection(Section):
@@ -402,7 +436,7 @@ class Config(Section):
                 f"{{client}} in {patterns[0]!r} (data.train_files, data.eval_files) needs "
                 "partition.kind=by_file"
             )
-        if self.data.task in ("text", "jsonl") and not files:
+        if self.data.is_text and not files:
             raise ValueError(f"data.task={self.data.task} needs data.train_files")
         if self.data.task == "demo" and files:
             raise ValueError("data.task=demo makes its own data; set data.task=text for files")
@@ -418,6 +452,17 @@ class Config(Section):
             if value is not None and not any(name.startswith("hub:") for name in names):
                 files = "train_files" if key == "split" else "eval_files"
                 raise ValueError(f"data.{key} needs a data set hub:org/name in data.{files}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_forms(self) -> Config:
+        data, fields = self.data, type(self.data).model_fields
+        for key in ("columns", "template", "chat_template", "chat_loss"):
+            if not data.is_text and getattr(data, key) != fields[key].default:
+                raise ValueError(f"data.{key} needs data.task=text; {data.task} has its own form")
+        if data.template is not None and data.chat_template is not None:
+            raise ValueError("data.template and data.chat_template exclude each other")
+        text_forms.check(data.column_names, data.template)
         return self
 
     def files(self, split: Literal["train", "eval"]) -> tuple[str, ...]:

@@ -112,7 +112,7 @@ def supervised_count(rows: Sequence[Row]) -> float:
     A row's first token is never predicted.
     """
     return float(
-        sum(len(row.ids) - max(row.prompt_length, 1) if row.target is None else 1 for row in rows)
+        sum(np.count_nonzero(row.is_learned[1:]) if row.target is None else 1 for row in rows)
     )
 
 
@@ -170,10 +170,10 @@ class _Filling:
             self._is_second[place, start + prompt : start + length] = True
             self._position_ids[place, here] = np.arange(length)
             if row.target is None:
-                self._labels[place, start + prompt : start + length] = row.ids[prompt:]
+                learned = np.flatnonzero(row.is_learned)
+                self._labels[place, start + learned] = row.ids[learned]
                 # Nothing predicts the first token of an example, not even the one before it.
-                before = np.arange(start + max(prompt, 1), start + length) - 1
-                self._predicted_from.append(place * width + before)
+                self._predicted_from.append(place * width + start + learned[learned > 0] - 1)
             else:
                 self._targets[place] = row.target
             start += length

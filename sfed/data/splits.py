@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sfed.config.schema import Config
 from sfed.data import partition, placement, scores
+from sfed.data.forms.reading import Reading, Truncated, column_line, length_lines
 from sfed.data.labels import Chosen, Labels, labels_of
 from sfed.data.partition import Indices
 from sfed.data.placement import Placement
@@ -28,7 +29,7 @@ from sfed.data.tokenize import Examples, Tokens, tokenise
 from sfed.data.tokenizer import identity_of
 from sfed.distributed.sync import first_of_node_first, gather_json, raise_everywhere
 from sfed.distributed.world import World
-from sfed.files.listing import files_of
+from sfed.files.listing import Split, files_of
 from sfed.files.names import adapter_folders
 from sfed.files.silos import LEAST_TRAIN_EXAMPLES, Silos, silos_of
 from sfed.utils.errors import DataError
@@ -52,6 +53,10 @@ class Data:
     not the same."""
     notes: tuple[str, ...]
     """What a person should know, such as rows that were left out."""
+    lines: tuple[str, ...]
+    """What the header of a run says of columns and lengths."""
+    used_columns: frozenset[str]
+    """The columns of the rows of which something is used, by any process."""
     parts: tuple[str, ...]
     """Names of the parts of the held-out set; one empty name where there are none."""
     placement: Placement
@@ -158,6 +163,8 @@ class _Held:
     left_out: tuple[str, ...] = ()
     """Names of files with too few rows."""
 
+    reading: Reading = field(default_factory=Reading)
+
     def called(self, client: int) -> str:
         """The name of a client, or its number where it has none."""
         name = self.names.get(client)
@@ -198,7 +205,7 @@ def _split_one_pool(
         rows = partition.subset(len(held_pool), section.max_eval_examples, seed)
         held_out = Chosen(held_pool, rows)
     held = _deal(config, train, held_out, num_clients)
-    held.notes += [*_notes("train", pool), *_notes("held-out", held_pool)]
+    held.notes += _note(held.reading, "train", pool) + _note(held.reading, "eval", held_pool)
     if held_pool is None:
         for client, own in held.train.items():
             kept, out = partition.hold_out(own.indices, section.eval_fraction, seed, client)
@@ -280,10 +287,11 @@ def _split_by_file(
     for client in own_clients:
         table = tokenise(config, tokenizer, "train", (silos.train[client],), identity)
         rows = partition.subset(len(table), config.data.max_train_examples, config.seed)
-        held.notes += _notes(f"{held.called(client)}'s train", table)
+        held.notes += _note(held.reading, "train", table, f" of {held.called(client)}")
         if silos.held_out:
             if common is None or not silos.shares_held_out:
                 common = tokenise(config, tokenizer, "eval", (silos.held_out[client],), identity)
+                held.notes += _note(held.reading, "eval", common, f" of {held.called(client)}")
             limit = config.data.max_eval_examples
             chosen = partition.subset(len(common), limit, config.seed)
             held.held_out[client] = Examples(common, chosen)
@@ -305,19 +313,18 @@ def _notes_on_silos(silos: Silos) -> list[str]:
     return notes
 
 
-def _notes(what: str, table: Tokens | None) -> list[str]:
-    """What ``data.max_tokens`` has taken away, and what is empty."""
-    notes = []
-    if table is not None and table.left_out:
-        notes.append(
-            f"{table.left_out} {what} examples have no completion, or none of it within "
-            "data.max_tokens, and are left out"
-        )
-    if table is not None and table.cut:
-        notes.append(
-            f"{table.cut} {what} examples are longer than data.max_tokens and are cut there"
-        )
-    return notes
+def _note(reading: Reading, split: Split, table: Tokens | None, whose: str = "") -> list[str]:
+    """Add a table to what was read; tell of rows that are empty."""
+    if table is None:
+        return []
+    if table.whole_lengths is not None:
+        lengths, counts = np.unique(table.whole_lengths, return_counts=True)
+        found = zip(lengths.tolist(), counts.tolist(), strict=True)
+        reading.add(split, dict(found), table.gone)
+    reading.used |= table.used_columns
+    reading.others |= table.other_columns
+    empty, what = table.left_out - table.gone, "training" if split == "train" else "held-out"
+    return [f"{empty:,} {what} examples{whose} have no completion and are left out"] * (empty > 0)
 
 
 def _note_on_unscored(held_out: dict[int, Examples], config: Config) -> list[str]:
@@ -362,6 +369,7 @@ def _assemble(held: _Held, config: Config, world: World, placed: Placement) -> D
             "train": [int(index) for index in held.train[client].indices],
             "eval": [int(index) for index in held.held_out[client].indices],
             "labels": _histogram(held.labels[client]) if held.labels else None,
+            "truncated": [held.train[client].num_truncated, held.held_out[client].num_truncated],
             "digest": f"{held.train[client].digest()}{held.held_out[client].digest()}",
         }
         for client in held.train
@@ -374,18 +382,37 @@ def _assemble(held: _Held, config: Config, world: World, placed: Placement) -> D
     for client, folder in enumerate(folders):
         tables[client]["adapter"] = folder
     limit = config.evaluation.max_examples or sys.maxsize
-    notes = gather_json(world, "sharing notes", held.notes)
+    told = gather_json(world, "sharing notes", [held.notes, held.reading.to_json()])
+    reading = Reading.of_json(
+        [one for _, one in told] if len(entries) < num_clients else [told[0][1]]
+    )
+    lines, warnings = _lines(config, reading, [tables[client] for client in range(num_clients)])
     return Data(
         train={client: held.train[client] for client in own_clients},
         held_out={c: _evaluated(held.held_out[c], config, c) for c in own_clients},
         train_counts=tuple(len(tables[client]["train"]) for client in range(num_clients)),
         eval_counts=tuple(min(len(tables[c]["eval"]), limit) for c in range(num_clients)),
         summary={"clients": [tables[client] for client in range(num_clients)]},
-        notes=tuple(sorted({note for some in notes for note in some})),
+        notes=tuple(sorted({note for some, _ in told for note in some}) + warnings),
+        lines=tuple(lines),
+        used_columns=frozenset(reading.used),
         parts=held.held_out[own_clients[0]].table.parts,
         placement=placed,
         left_out=held.left_out,
     )
+
+
+def _lines(
+    config: Config, reading: Reading, tables: Sequence[dict[str, Any]]
+) -> tuple[list[str], list[str]]:
+    """What the header says of columns and lengths, and what is warned of."""
+    truncated = {
+        split: Truncated([len(t[split]) for t in tables], [t["truncated"][i] for t in tables])
+        for i, split in enumerate(("train", "eval"))
+    }
+    lines, warnings = length_lines(config, reading, truncated)
+    columns = column_line(config, reading)
+    return ([columns] if columns else []) + lines, warnings
 
 
 def _histogram(labels: Sequence[str]) -> dict[str, int]:

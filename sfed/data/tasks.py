@@ -7,25 +7,17 @@ task becomes a ``Pair`` of one or two texts with a target. Needs no torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sfed.config.schema import Config
+from sfed.data.forms import prompts
+from sfed.data.forms.pair import Pair, Row, text_of
+from sfed.data.forms.prompts import Written
+from sfed.data.forms.text import Render, TextForms
 from sfed.data.scores import final_number
 from sfed.utils.errors import DataError
-
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A prompt, which is only read, and its completion, which is learned; or two texts."""
-
-    prompt: str
-    completion: str
-    target: float | None = None
-    """The class or value to predict, or the number that a worked answer ends in."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,8 @@ class Task:
     """Names of the classes; () = a value to regress on; None = the completion is learned."""
     scores: tuple[str, ...] = ()
     """Names in ``sfed.data.scores``, the main one first."""
+    written: tuple[Written, ...] = ()
+    """How its examples are written, where that is the same for every configuration."""
 
     @property
     def is_classification(self) -> bool:
@@ -61,65 +55,8 @@ class Task:
         return "example" if self.is_classification else "token"
 
 
-def _text(row: Row, key: str) -> str:
-    value = row[key]
-    if not isinstance(value, str):
-        raise TypeError(f"{key!r} holds {type(value).__name__}, not text")
-    return value
-
-
-def _question(row: Row) -> Pair:
-    question, answer = _text(row, "question").strip(), _text(row, "answer").strip()
-    return Pair(f"Question: {question}\nAnswer:", f" {answer}")
-
-
-def _instruction(row: Row) -> Pair:
-    """The form in which Alpaca (tatsu-lab) was trained."""
-    context = row.get("input") or ""
-    if not isinstance(context, str):
-        raise TypeError(f"'input' holds {type(context).__name__}, not text")
-    instruction, output = _text(row, "instruction"), _text(row, "output")
-    opening = "Below is an instruction that describes a task"
-    if context:
-        opening += ", paired with an input that provides further context"
-    prompt = (
-        f"{opening}. Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{instruction}\n\n"
-    )
-    if context:
-        prompt += f"### Input:\n{context}\n\n"
-    return Pair(f"{prompt}### Response:\n", output)
-
-
-# What a row of ``data.task=text`` may be; a column that holds null counts as not there.
-_ALPACA, _WHOLE_TEXT, _PAIR = ("instruction", "output"), ("text",), ("prompt", "completion")
-_FORMS: tuple[tuple[str, ...], ...] = (_ALPACA, _WHOLE_TEXT, _PAIR)
-
-
-def _any_form(row: Row) -> Pair:
-    there = [form for form in _FORMS if any(row.get(key) is not None for key in form)]
-    if len(there) > 1:
-        found = [key for form in there for key in form if row.get(key) is not None]
-        raise ValueError(
-            f"it can be read in {len(there)} ways, since it holds {_listed(found)}; leave the "
-            "columns of one form, or set the others to null"
-            + (" (data.task=alpaca reads instruction, input, output alone)" * (_ALPACA in there))
-        )
-    # Where all are null, the first that is named tells what is wrong with it.
-    named = there or [form for form in _FORMS if any(key in row for key in form)]
-    if named[:1] == [_ALPACA]:
-        return _instruction(row)
-    if named[:1] == [_WHOLE_TEXT]:
-        return Pair("", _text(row, "text"))
-    return Pair(_text(row, "prompt"), _text(row, "completion"))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:-1])) + f" and {names[-1]!r}"
-
-
 def _worked_answer(row: Row) -> Pair:
-    pair = _question(row)
+    pair = prompts.question(row)
     number = final_number(pair.completion)
     return Pair(pair.prompt, pair.completion, None if number is None else float(number))
 
@@ -128,7 +65,7 @@ def _sentences(keys: tuple[str, ...], num_classes: int) -> Callable[[Row], Pair]
     """Read one or two texts and their class, or their value where there are no classes."""
 
     def to_pair(row: Row) -> Pair:
-        texts = [_text(row, key) for key in keys]
+        texts = [text_of(row, key) for key in keys]
         label = row["label"]
         is_number = isinstance(label, int | float) and not isinstance(label, bool)
         if not is_number or not abs(label) <= sys.float_info.max:
@@ -179,7 +116,7 @@ GLUE: dict[str, Task] = {
 }
 
 TASKS: dict[str, Task] = {
-    "demo": Task(_question, "question, answer"),
+    "demo": Task(prompts.question, "question, answer", written=(prompts.QUESTION,)),
     "gsm8k": Task(
         _worked_answer,
         "question, answer",
@@ -187,15 +124,29 @@ TASKS: dict[str, Task] = {
         "main",
         ("test",),
         scores=("exact_match",),
+        written=(prompts.QUESTION,),
     ),
-    "alpaca": Task(_instruction, "instruction, input (may be empty), output", "tatsu-lab/alpaca"),
-    "text": Task(_any_form, "prompt, completion; or instruction, input, output; or text"),
+    "alpaca": Task(
+        prompts.instruction,
+        "instruction, input (may be empty), output",
+        "tatsu-lab/alpaca",
+        written=(prompts.INSTRUCTION, prompts.INSTRUCTION_WITH_INPUT),
+    ),
+    "text": Task(TextForms().to_pair, TextForms().expected),
 }
-TASKS["jsonl"] = TASKS["text"]  # its former name
+TASKS["jsonl"] = TASKS["text"]  # its older name
 
 
-def task_of(config: Config) -> Task:
-    """The configured task."""
+def task_of(config: Config, render: Render | None = None) -> Task:
+    """The configured task.
+
+    Args:
+        config: of the run.
+        render: makes text of a conversation; None where no row is read.
+    """
+    if config.data.is_text:
+        forms = TextForms.of(config.data, render)
+        return replace(TASKS["text"], to_pair=forms.to_pair, form=forms.expected)
     return TASKS[config.data.task] if config.data.name is None else GLUE[config.data.name]
 
 
@@ -209,6 +160,8 @@ def checked_pair(task: Task, row: Any, where: str) -> Pair:
         raise DataError(f"{where}: it holds {type(row).__name__}; expected {task.form}")
     try:
         pair = task.to_pair(row)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     except KeyError as missing:
         raise DataError(f"{where}: no key {missing}; expected {task.form}") from None
     except (TypeError, ValueError) as error:

@@ -20,126 +20,19 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from sfed.config.schema import Config
+from sfed.data.forms import chat
+from sfed.data.forms import encode as encoding
+from sfed.data.forms.pair import Columns
 from sfed.data.partition import Indices, form_of_key, value_of
 from sfed.data.sources import Place, source_of
-from sfed.data.tasks import Pair, Task, checked_pair, task_of
+from sfed.data.tasks import checked_pair, task_of
 from sfed.data.tokenizer import identity_of, unchanged
 from sfed.files.listing import Split
 from sfed.utils.errors import DataError
 
-# Part of every cache key: raise it when the tokens of a row would come out differently.
-_FORM_OF_TOKENS = "3"
+# Part of every cache key: raise it when what is kept of a row would come out differently.
+_FORM_OF_TOKENS = "4"
 _ROWS_AT_ONCE = 1000
-
-
-class Encoded(NamedTuple):
-    """The tokens of a pair."""
-
-    ids: list[int]
-    """Empty where nothing is to learn."""
-    prompt_length: int
-    """Leading tokens that are only read."""
-    is_cut: bool
-    """Whether the row had more tokens than are allowed."""
-
-
-def encode(
-    task: Task, max_tokens: int, pairs: list[Pair], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[Encoded]:
-    """Yield the tokens of each pair, at most ``max_tokens``."""
-    if task.is_classification:
-        yield from _encode_texts(pairs, tokenizer, max_tokens)
-        return
-    for pair, (ids, prompt_length) in zip(
-        pairs, _encode_completions(pairs, tokenizer), strict=True
-    ):
-        is_cut = len(ids) > max_tokens
-        ids = ids[:max_tokens] if pair.completion.strip() else []
-        # The first token of a row is never predicted, so it does not count as supervised.
-        has_some = len(ids) > max(prompt_length, 1)
-        yield Encoded(ids if has_some else [], prompt_length, is_cut)
-
-
-def _encode_completions(
-    pairs: list[Pair], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[list[int], int]]:
-    """Yield (token ids with a closing eos, number of tokens that belong to the prompt alone).
-
-    Prompt and completion are tokenised as one text, as they will be read later; a token that
-    reaches into the completion belongs to it. A text that holds the marks already, as one from a
-    chat template does, begins with one bos and ends with one eos all the same.
-    """
-    texts = [pair.prompt + pair.completion for pair in pairs]
-    # verbose=False: rows that are too long are cut later, which is no news.
-    encoded = tokenizer(
-        texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-    )
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    for pair, ids, offsets in zip(
-        pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
-        end_of_prompt = len(pair.prompt)
-        # Up to the first token of the completion; a closing special token has no span of its own.
-        beyond = (i for i, (_, end) in enumerate(offsets) if end > end_of_prompt)
-        prompt_length = next(beyond, len(offsets))
-        more = _repeats(ids, bos)
-        ids, prompt_length = ids[more:], prompt_length - min(more, max(prompt_length - 1, 0))
-        supervised = ids[prompt_length:]
-        ids = ids[: len(ids) - _repeats(supervised[::-1], eos)]
-        if eos is not None and ids[-1:] != [eos]:
-            ids = [*ids, eos]
-        yield ids, prompt_length
-
-
-def _repeats(ids: list[int], mark: int | None) -> int:
-    """How often a mark stands at the start of some tokens, beyond once."""
-    count = next((i for i, one in enumerate(ids) if one != mark), len(ids))
-    return max(count - 1, 0)
-
-
-def _encode_texts(
-    pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, max_tokens: int
-) -> Iterator[Encoded]:
-    """Yield the tokens with the tokenizer's own marks, the second text as what is not only read.
-
-    Tokenizers without a separator, such as LLaMA's, read both texts as one, a line each. The
-    longer of two texts is cut first.
-    """
-    firsts = [pair.prompt for pair in pairs]
-    seconds: list[str] | None = [pair.completion for pair in pairs]
-    if not any(pair.completion for pair in pairs):
-        seconds = None
-    elif tokenizer.sep_token_id is None:
-        firsts, seconds = [f"{pair.prompt}\n{pair.completion}" for pair in pairs], None
-    encoded = tokenizer(
-        firsts, seconds, truncation=True, max_length=max_tokens, return_attention_mask=False
-    )
-    for number, ids in enumerate(encoded["input_ids"]):
-        ids, of_text = _without_repeated_marks(ids, encoded.sequence_ids(number))
-        is_cut = bool(encoded.encodings[number].overflowing)
-        yield Encoded(ids, of_text.index(1) if 1 in of_text else len(ids), is_cut)
-
-
-def _without_repeated_marks(
-    ids: list[int], of_text: list[int | None]
-) -> tuple[list[int], list[int | None]]:
-    """Take the marks out of the texts with which the tokenizer opens and closes them itself.
-
-    Args:
-        ids: of a row.
-        of_text: which text each token is of; None for the tokenizer's own marks.
-    """
-    kept = set(range(len(ids)))
-    for ahead in (range(len(ids)), range(len(ids) - 1, -1, -1)):
-        first, marks = ahead[0] if ids else 0, set[int]()
-        for i in ahead:
-            if of_text[i] is None:  # the mark beside a text, and the outermost one
-                marks = {ids[i], ids[first]} if of_text[first] is None else {ids[i]}
-            elif ids[i] in marks:
-                kept.discard(i)
-            else:
-                marks = set()
-    return [ids[i] for i in sorted(kept)], [of_text[i] for i in sorted(kept)]
 
 
 class Row(NamedTuple):
@@ -150,6 +43,39 @@ class Row(NamedTuple):
     """Leading tokens that are only read: the prompt, or the first of two texts."""
     target: float | None = None
     """The class or value to predict, where the completion is not what is learned."""
+    gaps: NDArray[np.int32] | None = None
+    """(gaps, 2) first token, and the one after the last, of each stretch behind the prompt that is
+    only read too, such as a user's next turn; None = there is none."""
+
+    @property
+    def is_learned(self) -> NDArray[np.bool_]:
+        """(tokens,) which tokens are labels; the first of a row is one that nothing predicts."""
+        learned = np.arange(len(self.ids)) >= self.prompt_length
+        for start, end in () if self.gaps is None else self.gaps:
+            learned[start:end] = False
+        return learned
+
+    @property
+    def answer(self) -> slice:
+        """The tokens of the last answer: all before them is the prompt to it."""
+        start, end = self.prompt_length, len(self.ids)
+        for first, stop in () if self.gaps is None else self.gaps:
+            start, end = (start, int(first)) if stop == len(self.ids) else (int(stop), end)
+        return slice(start, end)
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Stretches behind the prompts that are only read: ``edges[starts[i]:starts[i + 1]]``."""
+
+    edges: NDArray[np.int32]
+    """(gaps, 2) first token of its row, and the one after the last."""
+    starts: NDArray[np.int64]
+
+    def of(self, index: int) -> NDArray[np.int32] | None:
+        """The stretches of a row; None = there is none."""
+        found = self.edges[self.starts[index] : self.starts[index + 1]]
+        return found if len(found) else None
 
 
 @dataclass(frozen=True)
@@ -173,11 +99,23 @@ class Tokens:
     """Number of the part that each row belongs to."""
     left_out: int
     """Rows without a completion, or with none of it within ``data.max_tokens``."""
-    cut: int = 0
-    """Rows that are kept and of which ``data.max_tokens`` has cut something off."""
+    gone: int = 0
+    """Rows left out that are longer than ``data.max_tokens``, whatever they hold."""
+    is_cut: NDArray[np.bool_] | None = None
+    """Which rows ``data.max_tokens`` has cut something off; None = none."""
+    lost: NDArray[np.int32] | None = None
+    """Tokens to learn that were cut off from each row; None = none."""
     key_forms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The JSON forms (``partition.form_of_key``) of the values behind each text of ``keys``: more
     than one where values of two types read the same."""
+    gaps: Gaps | None = None
+    """What is only read between answers; None where no row has such."""
+    whole_lengths: NDArray[np.int32] | None = None
+    """Tokens before truncation of all rows with a completion, of those left out too."""
+    used_columns: frozenset[str] = frozenset()
+    """Columns of which some row was read."""
+    other_columns: frozenset[str] = frozenset()
+    """Columns that some row holds and of which nothing was read there."""
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -204,6 +142,12 @@ class Examples:
         return self.table.starts[self.indices + 1] - self.table.starts[self.indices]
 
     @property
+    def num_truncated(self) -> int:
+        """Examples of which ``data.max_tokens`` has cut something off."""
+        cut = self.table.is_cut
+        return 0 if cut is None else int(np.count_nonzero(cut[self.indices]))
+
+    @property
     def targets(self) -> NDArray[np.float64]:
         """Target of each example, NaN where there is none."""
         return self.table.targets[self.indices]
@@ -221,6 +165,10 @@ class Examples:
             blake.update(column.tobytes())
         for start, end in zip(table.starts[indices], table.starts[indices + 1], strict=True):
             blake.update(table.flat[start:end].tobytes())
+        if table.gaps is not None:
+            for number, index in enumerate(indices):
+                if (gaps := table.gaps.of(index)) is not None:
+                    blake.update(np.int64(number).tobytes() + gaps.tobytes())
         return blake.hexdigest()
 
     def row(self, position: int) -> Row:
@@ -228,7 +176,8 @@ class Examples:
         index, table = self.indices[position], self.table
         start, end = table.starts[index], table.starts[index + 1]
         target = float(table.targets[index]) if table.predicts_targets else None
-        return Row(table.flat[start:end], int(table.prompt_lengths[index]), target)
+        gaps = None if table.gaps is None else table.gaps.of(index)
+        return Row(table.flat[start:end], int(table.prompt_lengths[index]), target, gaps)
 
 
 def tokenise(
@@ -253,6 +202,10 @@ def tokenise(
     """
     source, identity = source_of(config, split, files)
     tokenizer_identity = tokenizer_identity or identity_of(tokenizer)
+    forms = ""
+    if config.data.is_text:
+        chosen = (sorted(config.data.columns.items()), config.data.template)
+        forms = repr((chosen, chat.identity(config.data, tokenizer)))
     try:
         # A process whose rows are in the cache never calls its tokenizer: both end as they began.
         with unchanged(tokenizer):
@@ -262,13 +215,16 @@ def tokenise(
                     {
                         "ids": datasets.List(datasets.Value("int32")),
                         "prompt_length": datasets.Value("int32"),
+                        "gaps": datasets.List(datasets.Value("int32")),
+                        "whole_length": datasets.Value("int32"),
+                        "lost": datasets.Value("int32"),
                         "key": datasets.Value("string"),
                         "target": datasets.Value("float64"),
                         "part": datasets.Value("string"),
-                        "is_cut": datasets.Value("bool"),
+                        "columns": datasets.Value("string"),
                     }
                 ),
-                fingerprint=_digest(config, split, identity, tokenizer_identity),
+                fingerprint=_digest(config, split, identity + forms, tokenizer_identity),
             )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
@@ -288,10 +244,11 @@ def _digest(config: Config, split: Split, source: str, tokenizer: str) -> str:
     """
     sha = hashlib.sha256()
     settings = (
-        config.data.task,
+        "text" if config.data.is_text else config.data.task,
         config.data.name,
         split,
         config.data.max_tokens,
+        config.data.on_long == "drop",
         config.partition.key,
     )
     sha.update(repr((_FORM_OF_TOKENS, settings, source)).encode())
@@ -303,16 +260,25 @@ def _tokenised(
     config: Config, tokenizer: PreTrainedTokenizerFast, rows: Iterable[tuple[Place, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Tokenise row by row; a row with nothing to learn keeps its place, empty."""
-    task, key = task_of(config), config.partition.key
+    task, key = task_of(config, chat.renderer(config.data, tokenizer)), config.partition.key
+    encode = encoding.classified_texts if task.is_classification else encoding.learned_texts
+    drops = config.data.on_long == "drop"
     for some in _batched(rows, _ROWS_AT_ONCE):
-        pairs = [checked_pair(task, row, where) for (where, _), row in some]
-        encoded = encode(task, config.data.max_tokens, pairs, tokenizer)
-        for ((where, part), row), pair, one in zip(some, pairs, encoded, strict=True):
+        seen = [Columns(row) if isinstance(row, Mapping) else row for _, row in some]
+        pairs = [
+            checked_pair(task, row, where) for ((where, _), _), row in zip(some, seen, strict=True)
+        ]
+        encoded = encode(pairs, tokenizer, config.data.max_tokens)
+        for ((where, part), row), read, pair, one in zip(some, seen, pairs, encoded, strict=True):
+            if drops and one.whole_length > config.data.max_tokens:
+                one = one._replace(ids=[])
             yield {
                 **one._asdict(),
+                "gaps": one.gaps if one.ids else [],
                 "key": None if key is None else _key_of(row, key, where),
                 "target": pair.target,
                 "part": part,
+                "columns": json.dumps([sorted(read.used), sorted({*row} - read.used)]),
             }
 
 
@@ -341,42 +307,75 @@ def _key_of(row: Any, key: str, where: str) -> str:
 
 def _as_tokens(config: Config, dataset: datasets.Dataset, split: Split) -> Tokens:
     """Map the Arrow columns into numpy, without the rows that have nothing to learn."""
-    task = task_of(config)
-    ids: pa.ListArray = dataset.data.column("ids").combine_chunks()
+    task, table = task_of(config), dataset.data
+    ids: pa.ListArray = table.column("ids").combine_chunks()
     starts = ids.offsets.to_numpy()
     kept = np.flatnonzero(np.diff(starts) > 0)
     flat = ids.flatten().to_numpy()  # empty rows take no room in it
-    lengths = np.diff(starts)[kept]
+    lengths, whole_lengths = np.diff(starts)[kept], table.column("whole_length").to_numpy()
+    _refuse_long(config, whole_lengths, split)
     if not len(kept):
         raise DataError(
             f"no row of the {split} data has a completion within data.max_tokens; raise it, or "
             "look at the rows"
         )
-    targets = dataset.data.column("target").to_numpy().astype(np.float64)[kept]
+    targets = table.column("target").to_numpy().astype(np.float64)[kept]
     keys: tuple[str, ...] | None = None
     key_forms: dict[str, tuple[str, ...]] = {}
     if config.partition.key is not None:
-        column = dataset.data.column("key").to_pylist()
+        column = table.column("key").to_pylist()
         keys, key_forms = _texts_of_keys([column[row] for row in kept])
     elif task.classes:
         keys = tuple(task.classes[int(target)] for target in targets)
         key_forms = {name: (name,) for name in task.classes}
     parts, part_of_row = np.unique(
-        np.asarray(dataset.data.column("part").to_pylist())[kept], return_inverse=True
+        np.asarray(table.column("part").to_pylist())[kept], return_inverse=True
     )
+    kinds = table.column("columns").unique().to_pylist()
     return Tokens(
         flat=flat,
         starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        prompt_lengths=dataset.data.column("prompt_length").to_numpy()[kept],
+        prompt_lengths=table.column("prompt_length").to_numpy()[kept],
         keys=keys,
         targets=targets,
         predicts_targets=task.is_classification,
         parts=tuple(map(str, parts)),
         part_of_row=part_of_row,
         left_out=len(dataset) - len(kept),
-        cut=int(np.count_nonzero(dataset.data.column("is_cut").to_numpy()[kept])),
+        gone=int(np.count_nonzero(whole_lengths > config.data.max_tokens))
+        - int(np.count_nonzero(whole_lengths[kept] > lengths)),
+        is_cut=whole_lengths[kept] > lengths,
+        lost=table.column("lost").to_numpy()[kept],
         key_forms=key_forms,
+        gaps=_gaps(table.column("gaps").combine_chunks(), kept),
+        whole_lengths=whole_lengths[whole_lengths > 0],
+        used_columns=_names(kinds, 0),
+        other_columns=_names(kinds, 1),
     )
+
+
+def _refuse_long(config: Config, whole_lengths: NDArray[np.int32], split: Split) -> None:
+    limit = config.data.max_tokens
+    long = whole_lengths[whole_lengths > limit]
+    if config.data.on_long == "error" and len(long):
+        raise DataError(
+            f"data.on_long=error: {len(long):,} of {len(whole_lengths):,} rows of the {split} data "
+            f"are longer than data.max_tokens = {limit} (the longest has {long.max():,} tokens); "
+            "raise it, or set data.on_long to truncate or drop"
+        )
+
+
+def _gaps(column: pa.ListArray, kept: Indices) -> Gaps | None:
+    """The stretches of the kept rows; None where no row has any. Empty rows have none."""
+    edges = column.flatten().to_numpy()
+    counts = np.diff(column.offsets.to_numpy())[kept] // 2
+    if not len(edges):
+        return None
+    return Gaps(edges.reshape(-1, 2), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+
+
+def _names(kinds: list[str], which: int) -> frozenset[str]:
+    return frozenset(name for kind in kinds for name in json.loads(kind)[which])
 
 
 def _texts_of_keys(column: list[str]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:

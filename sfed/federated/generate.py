@@ -9,6 +9,8 @@ import torch
 from transformers import GenerationConfig
 
 from sfed.data import scores
+from sfed.data.forms import chat
+from sfed.data.forms.text import TextForms
 from sfed.data.tokenize import Row
 from sfed.distributed.shutdown import StopRequest
 from sfed.distributed.sync import gather_json
@@ -96,7 +98,7 @@ def _answer(run: Run, group: Group, places: list[list[int]]) -> list[list[str]]:
     for client, which in zip(group, places, strict=True):
         examples = run.data.held_out[client]
         rows = [examples.row(place) for place in which]
-        own = [row.ids[: max(1, row.prompt_length)].tolist() for row in rows]
+        own = [row.ids[: max(1, row.answer.start)].tolist() for row in rows]
         prompts += own + [[0]] * (rows_per_client - len(own))
     texts = _generate(run, prompts)
     return [
@@ -107,8 +109,8 @@ def _answer(run: Run, group: Group, places: list[list[int]]) -> list[list[str]]:
 
 def _generate(run: Run, prompts: list[list[int]]) -> list[str]:
     """Return the greedy continuation of each prompt up to its end mark."""
-    longest, end = max(map(len, prompts)), run.tokenizer.eos_token_id
-    pad = end if run.tokenizer.pad_token_id is None else run.tokenizer.pad_token_id
+    longest, eos = max(map(len, prompts)), run.tokenizer.eos_token_id
+    pad = eos if run.tokenizer.pad_token_id is None else run.tokenizer.pad_token_id
     # Padded at the left: what is written follows the prompt at once.
     ids = torch.tensor([[pad or 0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -119,7 +121,7 @@ def _generate(run: Run, prompts: list[list[int]]) -> list[str]:
         generation_config=GenerationConfig(
             do_sample=False,
             max_new_tokens=min(run.config.evaluation.max_new_tokens, room),
-            eos_token_id=end,
+            eos_token_id=_end_marks(run) or None,
             pad_token_id=pad or 0,
         ),
         synced_gpus=run.backbone.sharding.is_sharded and run.world.size > 1,
@@ -127,11 +129,18 @@ def _generate(run: Run, prompts: list[list[int]]) -> list[str]:
     return [_text(run, answer) for answer in written[:, longest:].tolist()]
 
 
+def _end_marks(run: Run) -> list[int]:
+    """The tokens that end an answer: eos, and what ends a turn of a conversation."""
+    marks, section = [run.tokenizer.eos_token_id], run.config.data
+    if section.is_text and TextForms.of(section).has_conversations(run.data.used_columns):
+        marks.append(chat.end_mark(section, run.tokenizer))
+    return [mark for mark in dict.fromkeys(marks) if mark is not None]
+
+
 def _text(run: Run, ids: list[int]) -> str:
     """The text of some tokens up to the end mark, which need not be a special token."""
-    end = run.tokenizer.eos_token_id
-    if end in ids:
-        ids = ids[: ids.index(end)]
+    marks = _end_marks(run)
+    ids = ids[: next((i for i, one in enumerate(ids) if one in marks), None)]
     text: str = run.tokenizer.decode(ids, skip_special_tokens=True)
     return text
 
@@ -150,7 +159,7 @@ def _note(
 
 def _without_end(run: Run, row: Row) -> list[int]:
     """The tokens of what is to be written."""
-    ids: list[int] = row.ids[row.prompt_length :].tolist()
+    ids: list[int] = row.ids[row.answer].tolist()
     return ids[:-1] if ids[-1:] == [run.tokenizer.eos_token_id] else ids
 
 
@@ -159,7 +168,7 @@ def _samples(run: Run, client: int, places: list[int], answers: list[str]) -> li
     decode = run.tokenizer.decode
     return [
         Sample(
-            decode(row.ids[: row.prompt_length].tolist(), skip_special_tokens=True),
+            decode(row.ids[: row.answer.start].tolist(), skip_special_tokens=True),
             answer.strip(),
             decode(_without_end(run, row), skip_special_tokens=True).strip(),
         )

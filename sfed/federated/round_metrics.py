@@ -39,6 +39,7 @@ def header(run: Run) -> list[str]:
         f"process{'es' if world.size > 1 else ''} ({world.device.type}), "
         f"{sum(run.data.train_counts):,} training and {sum(run.data.eval_counts):,} held-out "
         "examples",
+        *run.data.lines,
         f"gamma = {method.alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gamma:.4g} with "
         f"N = {run.num_clients}, r = {run.config.lora.rank}; A starts {start}",
         f"adapter: {layout.size:,} parameters per client; a round sends "

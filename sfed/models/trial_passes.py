@@ -177,8 +177,9 @@ class PlainPasses:
         return logits[0].float()
 
     def _token_loss(self, row: Row, ids: torch.Tensor) -> torch.Tensor:
-        predicted = self._logits(ids)[row.prompt_length - 1 : -1]
-        wanted = ids[0, row.prompt_length :]
+        learned = torch.from_numpy(np.flatnonzero(row.is_learned[1:])).to(ids.device)
+        predicted = self._logits(ids)[learned]
+        wanted = ids[0, learned + 1]
         return functional.cross_entropy(predicted, wanted, reduction="sum")
 
     def _target_loss(self, row: Row, ids: torch.Tensor) -> torch.Tensor:

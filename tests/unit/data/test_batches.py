@@ -66,8 +66,8 @@ def test_rows_are_drawn_from_the_clients_own_examples_across_the_end_of_an_epoch
     examples, order = make_examples(7), Order(0, 3, 7)
     drawn = draw(examples, order, start=5, count=6)
     assert len(drawn) == 6
-    for position, (ids, prompt_length, _) in enumerate(drawn, start=5):
-        expected, expected_length, _ = examples.row(Order(0, 3, 7).at(position))
+    for position, (ids, prompt_length, *_) in enumerate(drawn, start=5):
+        expected, expected_length, *_ = examples.row(Order(0, 3, 7).at(position))
         assert np.array_equal(ids, expected) and prompt_length == expected_length
 
 
@@ -85,7 +85,7 @@ def test_a_batch_holds_the_rows_of_the_clients_in_order_and_ignores_the_rest(by_
     for client, own in enumerate(by_client):
         for number in range(per_client):
             at = client * per_client + number
-            ids, prompt_length, _ = own[number] if number < len(own) else (np.arange(0), 0, None)
+            ids, prompt_length, *_ = own[number] if number < len(own) else (np.arange(0), 0)
             labels = batch.labels[at].tolist()
             assert batch.input_ids[at, : len(ids)].tolist() == ids.tolist()
             assert labels[:prompt_length] == [IGNORED_LABEL] * prompt_length
@@ -96,7 +96,7 @@ def test_a_batch_holds_the_rows_of_the_clients_in_order_and_ignores_the_rest(by_
 @given(batch_of_clients)
 def test_padding_goes_no_further_than_the_next_multiple_of_eight(by_client):
     width = collate(by_client, 5).input_ids.shape[1]
-    longest = max((len(ids) for own in by_client for ids, _, _ in own), default=0)
+    longest = max((len(ids) for own in by_client for ids, *_ in own), default=0)
     assert longest <= width < longest + 8 or (longest == 0 and width == 8)
 
 

@@ -206,7 +206,7 @@ def test_rows_that_are_cut_are_counted(tmp_path, tokenizer):
     path = save(tmp_path, ROWS)
     whole, cut = tokenised(path, tokenizer), tokenised(path, tokenizer, max_tokens=12)
     longer = [ids for ids, prompt_length in rows_of(whole) if len(ids) > 12 > prompt_length]
-    assert whole.cut == 0 and cut.cut == len(longer) > 0
+    assert not whole.is_cut.any() and cut.is_cut.sum() == len(longer) > 0
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_examples_are_the_chosen_rows_of_a_table(tmp_path, tokenizer):
     assert len(chosen) == 2
     assert chosen.lengths.tolist() == [len(everything[4][0]), len(everything[0][0])]
     for position, index in enumerate((4, 0)):
-        ids, prompt_length, target = chosen.row(position)
+        ids, prompt_length, target, _ = chosen.row(position)
         assert target is None
         assert np.array_equal(ids, everything[index][0])
         assert prompt_length == everything[index][1]
@@ -438,7 +438,7 @@ def test_tokenising_leaves_the_tokenizer_as_it_was(tmp_path, tokenizer, settings
         {"data": {"task": "glue", "name": "sst2", "train_files": str(path), "max_tokens": 9}}
     )
     table = tokenise(config, tokenizer, "train", (str(path),))
-    assert table.lengths.tolist() == [9] and table.cut == 1
+    assert table.lengths.tolist() == [9] and table.is_cut.tolist() == [True]
     assert tokenizer.backend_tokenizer.to_str() == before
 
 

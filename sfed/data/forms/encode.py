@@ -1,0 +1,178 @@
+"""How pairs become tokens: marks at both ends, what is learned, and where a sequence is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from sfed.data.forms.pair import Pair, Span
+
+
+class Encoded(NamedTuple):
+    """The tokens of a pair."""
+
+    ids: list[int]
+    """Empty where nothing is to learn."""
+    prompt_length: int
+    """Leading tokens that are only read."""
+    gaps: list[int]
+    """First token, and the one after the last, of each stretch behind the prompt that is only read
+    too, one after the other."""
+    whole_length: int
+    """Tokens of the row before it was truncated; 0 where nothing is to learn anyway."""
+    lost: int
+    """Tokens to learn that truncation has taken away."""
+
+
+def learned_texts(
+    pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, max_tokens: int
+) -> Iterator[Encoded]:
+    """Yield the tokens of pairs whose completion is learned, at most ``max_tokens`` of each."""
+    of_pairs = _conversations if any(pair.is_chat for pair in pairs) else _completions
+    for pair, whole in zip(pairs, of_pairs(pairs, tokenizer), strict=True):
+        if not pair.completion.strip():
+            yield whole._replace(ids=[], whole_length=0)
+            continue
+        cut = _truncated(whole, max_tokens)
+        is_learned = _learned(cut) > 0
+        yield cut._replace(ids=cut.ids if is_learned else [], lost=_learned(whole) - _learned(cut))
+
+
+def _learned(row: Encoded) -> int:
+    """Tokens that are learned; the first of a row is never predicted, so it does not count."""
+    read = sum(row.gaps[1::2]) - sum(row.gaps[::2])
+    return max(0, len(row.ids) - max(row.prompt_length, 1) - read)
+
+
+def _truncated(row: Encoded, max_tokens: int) -> Encoded:
+    gaps = [min(edge, max_tokens) for edge in row.gaps]
+    edges = zip(gaps[::2], gaps[1::2], strict=True)
+    kept = [edge for start, end in edges if start < end for edge in (start, end)]
+    return row._replace(ids=row.ids[:max_tokens], gaps=kept)
+
+
+def _conversations(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> Iterator[Encoded]:
+    """As ``_completions``, for pairs of which some are conversations."""
+    for pair in pairs:
+        if not pair.is_chat:
+            yield from _completions([pair], tokenizer)
+            continue
+        encoded = tokenizer(
+            pair.prompt + pair.completion,
+            add_special_tokens=False,  # as the template is used for prompts
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        ids, start = encoded["input_ids"], len(pair.prompt)
+        places = [(first - start, end - start) for first, end in encoded["offset_mapping"]]
+        learned = [_is_learned(place, pair) for place in places]
+        prompt_length = learned.index(True) if True in learned else len(ids)
+        yield Encoded(ids, prompt_length, _stretches(learned, prompt_length), len(ids), 0)
+
+
+def _is_learned(place: Span, pair: Pair) -> bool:
+    """Whether a token reaches into what is learned of a completion.
+
+    Args:
+        place: of its characters in the completion; negative in the prompt.
+        pair: with the completion.
+    """
+    first, end = max(place[0], 0), place[1]
+    inner = [(start, stop) for start, stop in pair.read if start <= first and end <= stop]
+    return first < end and not inner
+
+
+def _stretches(learned: list[bool], start: int) -> list[int]:
+    """Edges of what is not learned from a place on, one after the other."""
+    padded = np.array([True, *learned[start:], True])
+    return (np.flatnonzero(np.diff(padded)) + start).tolist()
+
+
+def _completions(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> Iterator[Encoded]:
+    """Yield the tokens with a closing eos, and how many of them belong to the prompt alone.
+
+    Prompt and completion are tokenised as one text, as they will be read later; a token that
+    reaches into the completion belongs to it. A text that holds the marks already, as one from a
+    chat template does, begins with one bos and ends with one eos all the same.
+    """
+    texts = [pair.prompt + pair.completion for pair in pairs]
+    # verbose=False: rows that are too long are cut later, which is no news.
+    encoded = tokenizer(
+        texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for pair, ids, offsets in zip(
+        pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        end_of_prompt = len(pair.prompt)
+        # Up to the first token of the completion; a closing special token has no span of its own.
+        beyond = (i for i, (_, end) in enumerate(offsets) if end > end_of_prompt)
+        prompt_length = next(beyond, len(offsets))
+        more = _repeats(ids, bos)
+        ids, prompt_length = ids[more:], prompt_length - min(more, max(prompt_length - 1, 0))
+        supervised = ids[prompt_length:]
+        ids = ids[: len(ids) - _repeats(supervised[::-1], eos)]
+        if eos is not None and ids[-1:] != [eos]:
+            ids = [*ids, eos]
+        yield Encoded(ids, prompt_length, [], len(ids), 0)
+
+
+def _repeats(ids: list[int], mark: int | None) -> int:
+    """How often a mark stands at the start of some tokens, beyond once."""
+    count = next((i for i, one in enumerate(ids) if one != mark), len(ids))
+    return max(count - 1, 0)
+
+
+def classified_texts(
+    pairs: list[Pair], tokenizer: PreTrainedTokenizerFast, max_tokens: int
+) -> Iterator[Encoded]:
+    """Yield the tokens with the tokenizer's own marks, the second text as what is not only read.
+
+    Tokenizers without a separator, such as LLaMA's, read both texts as one, a line each. The
+    longer of two texts is cut first.
+    """
+    firsts = [pair.prompt for pair in pairs]
+    seconds: list[str] | None = [pair.completion for pair in pairs]
+    if not any(pair.completion for pair in pairs):
+        seconds = None
+    elif tokenizer.sep_token_id is None:
+        firsts, seconds = [f"{pair.prompt}\n{pair.completion}" for pair in pairs], None
+    encoded = tokenizer(
+        firsts, seconds, truncation=True, max_length=max_tokens, return_attention_mask=False
+    )
+    for number, ids in enumerate(encoded["input_ids"]):
+        ids, of_text = _without_repeated_marks(ids, encoded.sequence_ids(number))
+        prompt_length, whole_length = of_text.index(1) if 1 in of_text else len(ids), len(ids)
+        if encoded.encodings[number].overflowing:
+            second = None if seconds is None else seconds[number]
+            whole = tokenizer(firsts[number], second, return_attention_mask=False, verbose=False)
+            whole_length = len(
+                _without_repeated_marks(whole["input_ids"], whole.sequence_ids(0))[0]
+            )
+        yield Encoded(ids, prompt_length, [], whole_length, 0)
+
+
+def _without_repeated_marks(
+    ids: list[int], of_text: list[int | None]
+) -> tuple[list[int], list[int | None]]:
+    """Take the marks out of the texts with which the tokenizer opens and closes them itself.
+
+    Args:
+        ids: of a row.
+        of_text: which text each token is of; None for the tokenizer's own marks.
+    """
+    kept = set(range(len(ids)))
+    for ahead in (range(len(ids)), range(len(ids) - 1, -1, -1)):
+        first, marks = ahead[0] if ids else 0, set[int]()
+        for i in ahead:
+            if of_text[i] is None:  # the mark beside a text, and the outermost one
+                marks = {ids[i], ids[first]} if of_text[first] is None else {ids[i]}
+            elif ids[i] in marks:
+                kept.discard(i)
+            else:
+                marks = set()
+    return [ids[i] for i in sorted(kept)], [of_text[i] for i in sorted(kept)]

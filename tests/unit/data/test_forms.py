@@ -1,0 +1,307 @@
+"""Tests of conversations: what is rendered, what of it is learned, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import groupby
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfed.config import load as config_load
+from sfed.data.batches import IGNORED_LABEL, collate
+from sfed.data.forms import chat
+from sfed.data.forms.pair import conversation
+from sfed.data.tokenize import Examples, tokenise
+from sfed.utils.errors import DataError
+from tests.support import chats
+
+TALK = [
+    {"role": "user", "content": "What is 2+3?"},
+    {"role": "assistant", "content": "5"},
+    {"role": "user", "content": "And ünï 2*3?"},
+    {"role": "assistant", "content": "6 → 😀"},
+]
+SYSTEM = {"role": "system", "content": "Be brief."}
+ENDS = {
+    "chatml": "<|im_end|>\n",
+    "chatml-marked": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "mistral": "</s>",
+    "gemma": "<end_of_turn>\n",
+}
+
+
+def examples_of(folder, rows, tokenizer, **settings):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"task": "text", "train_files": str(path), **settings}
+    table = tokenise(config_load.validate({"data": data}), tokenizer, "train", (str(path),))
+    return Examples(table, np.arange(len(table)))
+
+
+def stretches(row, tokenizer):
+    """The text of a row as (is learned, text)."""
+    grouped = groupby(range(len(row.ids)), key=row.is_learned.__getitem__)
+    return [(bool(learned), tokenizer.decode(row.ids[list(some)])) for learned, some in grouped]
+
+
+def refused(folder, rows, tokenizer, **settings):
+    with pytest.raises(DataError) as caught:
+        examples_of(folder, rows, tokenizer, **settings)
+    return str(caught.value)
+
+
+# --- what is learned -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", chats.TEMPLATES)
+def test_the_tokens_are_those_of_the_template_and_the_answers_with_their_ends_are_learned(
+    tmp_path, name
+):
+    tokenizer = chats.chat_tokenizer(chats.TEMPLATES[name])
+    row = examples_of(tmp_path, [{"messages": TALK}], tokenizer).row(0)
+    assert row.ids.tolist() == tokenizer.apply_chat_template(TALK, return_dict=False)
+    expected = [TALK[1]["content"] + ENDS[name], TALK[3]["content"] + ENDS[name]]
+    learned = [text for is_learned, text in stretches(row, tokenizer) if is_learned]
+    assert [text.removeprefix(" ") for text in learned] == expected
+    assert row.ids.tolist().count(tokenizer.bos_token_id) <= 1
+
+
+@pytest.mark.parametrize("name", chats.TEMPLATES)
+def test_the_prompt_is_what_the_template_invites_the_last_answer_with(tmp_path, name):
+    tokenizer = chats.chat_tokenizer(chats.TEMPLATES[name])
+    row = examples_of(tmp_path, [{"messages": TALK}], tokenizer).row(0)
+    prompt = tokenizer.apply_chat_template(TALK[:3], add_generation_prompt=True, return_dict=False)
+    assert row.ids[: row.answer.start].tolist() == prompt
+
+
+def test_the_labels_are_those_of_the_templates_own_marks(tmp_path):
+    tokenizer = chats.chat_tokenizer(chats.CHATML_MARKED)
+    talks = [TALK, [SYSTEM, *TALK, {"role": "user", "content": "thanks"}]]
+    examples = examples_of(tmp_path, [{"messages": talk} for talk in talks], tokenizer)
+    batch = collate([[examples.row(0), examples.row(1)]], 2)
+    for labels, talk in zip(batch.labels.tolist(), talks, strict=True):
+        stock = tokenizer.apply_chat_template(
+            talk, return_dict=True, return_assistant_tokens_mask=True
+        )
+        expected = [
+            one if is_learned else IGNORED_LABEL
+            for one, is_learned in zip(stock["input_ids"], stock["assistant_masks"], strict=True)
+        ]
+        assert labels == expected + [IGNORED_LABEL] * (len(labels) - len(expected))
+
+
+def test_a_template_with_marks_and_one_without_give_the_same_but_for_the_last_line_break(tmp_path):
+    rows = [{"messages": [SYSTEM, *TALK]}]
+    marked, plain = (
+        examples_of(tmp_path, rows, chats.chat_tokenizer(template)).row(0)
+        for template in (chats.CHATML_MARKED, chats.CHATML)
+    )
+    assert marked.ids.tolist() == plain.ids.tolist()
+    beyond = np.flatnonzero(marked.is_learned != plain.is_learned)
+    tokenizer = chats.chat_tokenizer(chats.CHATML)
+    assert tokenizer.decode(plain.ids[beyond]) == "\n\n"
+
+
+def test_of_the_last_turn_alone(tmp_path):
+    tokenizer = chats.chat_tokenizer(chats.LLAMA3)
+    row = examples_of(tmp_path, [{"messages": TALK}], tokenizer, chat_loss="last").row(0)
+    assert [text for learned, text in stretches(row, tokenizer) if learned] == ["6 → 😀<|eot_id|>"]
+
+
+@pytest.mark.parametrize("name", ["chatml", "chatml-marked", "llama3"])
+def test_what_follows_the_last_answer_is_kept_and_only_read(tmp_path, name):
+    tokenizer = chats.chat_tokenizer(chats.TEMPLATES[name])
+    talk = [SYSTEM, *TALK, {"role": "tool", "content": "thanks"}]
+    row = examples_of(tmp_path, [{"messages": talk}], tokenizer).row(0)
+    parts = stretches(row, tokenizer)
+    assert [learned for learned, _ in parts] == [False, True, False, True, False]
+    assert "Be brief." in parts[0][1] and "thanks" in parts[-1][1]
+    assert tokenizer.decode(row.ids[row.answer]) == parts[3][1]
+    assert tokenizer.decode(row.ids[: row.answer.start]) == "".join(t for _, t in parts[:3])
+
+
+def test_tools_and_calls_of_them_are_kept(tmp_path):
+    tokenizer = chats.chat_tokenizer(chats.TOOLS)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    talk = [
+        {"role": "user", "content": "2+3?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {}}]},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "It is 5."},
+    ]
+    rows = [{"messages": talk, "tools": some} for some in (tools, json.dumps(tools))]
+    examples = examples_of(tmp_path, rows, tokenizer)
+    first, second = examples.row(0), examples.row(1)
+    assert first.ids.tolist() == second.ids.tolist()
+    assert first.ids.tolist() == tokenizer.apply_chat_template(talk, tools, return_dict=False)
+    learned = [text for is_learned, text in stretches(first, tokenizer) if is_learned]
+    assert ["<call>" in text for text in learned] == [True, False]
+
+
+def test_a_system_turn_becomes_what_the_template_makes_of_it(tmp_path):
+    tokenizer = chats.chat_tokenizer(chats.GEMMA)
+    row = examples_of(tmp_path, [{"messages": [SYSTEM, *TALK]}], tokenizer).row(0)
+    assert "user\nBe brief.\n\nWhat is 2+3?" in tokenizer.decode(row.ids)
+
+
+texts = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="<[|"), min_size=1, max_size=12
+).filter(str.strip)
+talks = st.lists(st.tuples(texts, texts), min_size=1, max_size=4)
+
+
+@given(talks, st.sampled_from(["chatml", "chatml-marked", "llama3", "mistral", "gemma"]))
+def test_the_spans_make_up_the_rendered_text_and_hold_the_answers(pairs, name):
+    tokenizer = chats.chat_tokenizer(chats.TEMPLATES[name])
+    template = chat.chat_template_of(config_load.validate({}).data, tokenizer)
+    talk = [
+        {"role": role, "content": text.strip()}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    pair = template.render(talk)
+    assert pair.prompt + pair.completion == tokenizer.apply_chat_template(talk, tokenize=False)
+    edges = [0, *(edge for span in pair.read for edge in span), len(pair.completion)]
+    learned = [pair.completion[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+    assert [text.removeprefix(" " * (name == "mistral")) for text in learned] == [
+        turn["content"] + ENDS[name] for turn in talk[1::2]
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=1), st.integers(0, 3))
+def test_a_conversation_reads_all_that_is_no_answer(steps, tail):
+    answers, place = [], 0
+    for gap, length in steps:
+        answers.append((place + gap, place + gap + length))
+        place += gap + length
+    text = "x" * (place + tail)
+    pair = conversation(text, answers)
+    start = len(pair.prompt)
+    read = {i for a, b in pair.read for i in range(a + start, b + start)} | set(range(start))
+    assert pair.prompt + pair.completion == text
+    assert set(range(len(text))) - read == {i for a, b in answers for i in range(a, b)}
+
+
+# --- what is cut ---------------------------------------------------------------------------------
+
+
+def test_truncation_moves_no_edge_and_counts_what_is_lost(tmp_path):
+    tokenizer = chats.chat_tokenizer(chats.LLAMA3)
+    whole = examples_of(tmp_path, [{"messages": TALK}], tokenizer)
+    row = whole.row(0)
+    first = int(np.flatnonzero(row.is_learned)[0])
+    for limit in range(first + 1, len(row.ids) + 1):
+        cut = examples_of(tmp_path, [{"messages": TALK}], tokenizer, max_tokens=limit)
+        assert cut.row(0).ids.tolist() == row.ids[:limit].tolist()
+        assert cut.row(0).is_learned.tolist() == row.is_learned[:limit].tolist()
+        assert cut.table.lost.tolist() == [row.is_learned[limit:].sum()]
+        assert cut.table.is_cut.tolist() == [limit < len(row.ids)]
+
+
+def test_rows_of_several_forms_in_one_file(tmp_path):
+    tokenizer = chats.chat_tokenizer(chats.CHATML)
+    rows = [{"messages": TALK}, {"prompt": "a", "completion": "b"}, {"messages": TALK[:2]}]
+    examples = examples_of(tmp_path, rows, tokenizer)
+    learned = [[t for is_it, t in stretches(examples.row(i), tokenizer) if is_it] for i in range(3)]
+    assert learned == [["5<|im_end|>\n", "6 → 😀<|im_end|>\n"], ["b</s>"], ["5<|im_end|>\n"]]
+
+
+def test_the_digest_tells_what_is_learned_and_is_the_old_one_without_conversations(tmp_path):
+    tokenizer = chats.chat_tokenizer(chats.LLAMA3)
+    rows = [{"messages": TALK}]
+    every, last = (
+        examples_of(tmp_path, rows, tokenizer, chat_loss=loss) for loss in ("all", "last")
+    )
+    assert every.digest() != last.digest()
+    plain = examples_of(tmp_path, [{"prompt": "a", "completion": "b"}], tokenizer)
+    row = plain.row(0)
+    expected = hashlib.blake2b(digest_size=8)
+    expected.update(np.array([len(row.ids)]).tobytes())
+    expected.update(np.array([row.prompt_length], dtype=np.int32).tobytes())
+    expected.update(np.array([np.nan]).tobytes() + row.ids.tobytes())
+    assert plain.digest() == expected.hexdigest()
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("talk", "part"),
+    [
+        ([], "no list of turns"),
+        ("hello", "no list of turns"),
+        (["hello"], "no list of turns"),
+        ([{"content": "x"}], "turn 1 of 'messages' has no 'role'"),
+        ([{"from": "human", "value": "x"}], "turn 1 of 'messages' has no 'role'"),
+        (
+            [TALK[0], {"role": "assistant"}],
+            "turn 2 of 'messages' (assistant): 'content' holds null",
+        ),
+        ([{"role": "user", "content": [{"type": "image"}]}], "'content' holds list, not text"),
+        (TALK[:1], "no turn of 'messages' has the role assistant"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_with_its_line(tmp_path, talk, part):
+    tokenizer = chats.chat_tokenizer(chats.CHATML)
+    message = refused(tmp_path, [{"messages": TALK}, {"messages": talk}], tokenizer)
+    assert "rows.jsonl, line 2: " in message and part in message
+
+
+def test_what_the_template_refuses_is_refused_in_its_words(tmp_path):
+    tokenizer = chats.chat_tokenizer(chats.MISTRAL)
+    message = refused(tmp_path, [{"messages": [SYSTEM, *TALK]}], tokenizer)
+    assert "line 1: the chat template refuses it: roles must alternate" in message
+
+
+def test_without_a_template_the_remedy_is_named(tmp_path):
+    message = refused(tmp_path, [{"messages": TALK}], chats.chat_tokenizer(None))
+    assert "line 1: " in message and "data.chat_template" in message
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_configured_template_goes_before_that_of_the_tokenizer(tmp_path, as_file):
+    (tmp_path / "own.jinja").write_text(chats.LLAMA3, encoding="utf-8")
+    given_one = str(tmp_path / "own.jinja") if as_file else chats.LLAMA3
+    for template in (None, chats.CHATML):
+        tokenizer = chats.chat_tokenizer(template)
+        row = examples_of(tmp_path, [{"messages": TALK}], tokenizer, chat_template=given_one).row(0)
+        assert tokenizer.decode(row.ids).startswith("<s><|start_header_id|>user")
+    message = refused(tmp_path, [{"messages": TALK}], tokenizer, chat_template="gone.jinja")
+    assert "data.chat_template: 'gone.jinja' cannot be read (No such file" in message
+
+
+@pytest.mark.parametrize("template", ["{% for turn in messages %}", "{{ messages[0].a.b }}"])
+def test_a_template_that_is_wrong_is_no_traceback(tmp_path, template):
+    tokenizer = chats.chat_tokenizer(template)
+    message = refused(tmp_path, [{"messages": TALK}], tokenizer)
+    assert "line 1: the chat template refuses it: " in message
+
+
+def test_a_template_that_changes_earlier_turns_is_refused_but_for_the_last(tmp_path):
+    tokenizer = chats.chat_tokenizer(chats.REASONING)
+    talk = [TALK[0], {"role": "assistant", "content": "hm</think>5"}, *TALK[2:]]
+    message = refused(tmp_path, [{"messages": talk}], tokenizer)
+    assert "turn 2 of 'messages'" in message and "data.chat_loss=last" in message
+    row = examples_of(tmp_path, [{"messages": talk}], tokenizer, chat_loss="last").row(0)
+    assert tokenizer.decode(row.ids[row.answer]) == "6 → 😀<|im_end|>\n"
+
+
+def test_todays_date_is_always_the_same(tmp_path):
+    template = "{{ strftime_now('%d %b %Y') }}" + chats.CHATML
+    row = examples_of(tmp_path, [{"messages": TALK}], chats.chat_tokenizer(template)).row(0)
+    assert chats.chat_tokenizer(None).decode(row.ids).startswith("26 Jul 2024<|im_start|>")
+    template = "{% set form = '%d' %}{{ strftime_now(form) }}" + chats.CHATML
+    message = refused(tmp_path, [{"messages": TALK}], chats.chat_tokenizer(template))
+    assert "today's date" in message
+
+
+@pytest.mark.parametrize("name", chats.TEMPLATES)
+def test_the_mark_that_ends_a_turn_is_known(name):
+    tokenizer = chats.chat_tokenizer(chats.TEMPLATES[name])
+    mark = chat.end_mark(config_load.validate({}).data, tokenizer)
+    assert tokenizer.decode([mark]) == ENDS[name].strip()
