@@ -66,6 +66,9 @@ def _is_relative(value: Any) -> bool:
 def _leads_somewhere(path: Path) -> bool:
     """Whether there is something; {client} stands for the number of a client."""
     name = str(path).replace("{client}", "0")
-    if Path(name).exists():
-        return True
+    try:
+        if Path(name).exists():
+            return True
+    except OSError:  # a name that no file can have, such as the text of a template
+        return False
     return has_magic(name) and any(iglob(name, recursive=True))  # noqa: PTH207  (may be absolute)

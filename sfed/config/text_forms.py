@@ -62,6 +62,8 @@ def check(columns: Mapping[str, str], template: str | None) -> None:
 class PromptTemplate:
     """A prompt as text and the names of columns in turn."""
 
+    text: str
+    """As it was given."""
     pieces: tuple[tuple[str, str | None], ...]
     """A text and the column that follows it; None where none does."""
 
@@ -101,7 +103,7 @@ def parsed(template: str) -> PromptTemplate:
             raise ValueError(
                 f"data.template = {template!r}: {name!r} is not the plain name of a column; {_RULE}"
             )
-    found = PromptTemplate(tuple((text, name) for text, name, _, _ in pieces))
+    found = PromptTemplate(template, tuple((text, name) for text, name, _, _ in pieces))
     if not found.columns:
         raise ValueError(f"data.template = {template!r} names no column; {_RULE}")
     return found

@@ -37,7 +37,7 @@ class Task:
     scores: tuple[str, ...] = ()
     """Names in ``sfed.data.scores``, the main one first."""
     written: tuple[Written, ...] = ()
-    """How its examples are written, where that is the same for every configuration."""
+    """How its examples are written, but for conversations, whose template is the model's."""
 
     @property
     def is_classification(self) -> bool:
@@ -98,6 +98,7 @@ def _glue(
         eval_splits,
         names,
         tuple(scores.split()),
+        (Written(*[f"{{{column}}}" for column in columns]),),
     )
 
 
@@ -146,7 +147,9 @@ def task_of(config: Config, render: Render | None = None) -> Task:
     """
     if config.data.is_text:
         forms = TextForms.of(config.data, render)
-        return replace(TASKS["text"], to_pair=forms.to_pair, form=forms.expected)
+        return replace(
+            TASKS["text"], to_pair=forms.to_pair, form=forms.expected, written=forms.written
+        )
     return TASKS[config.data.task] if config.data.name is None else GLUE[config.data.name]
 
 

@@ -14,6 +14,7 @@ import pytest
 from sfed.bench import __main__ as bench
 from sfed.config import load as config_load
 from sfed.config.schema import Config
+from sfed.data.forms.prompts import INSTRUCTION, INSTRUCTION_WITH_INPUT, PAIR, QUESTION, TEXT
 from sfed.doctor import __main__ as doctor
 from sfed.methods import method as methods
 from sfed.observability import logs
@@ -293,3 +294,15 @@ def test_the_architecture_page_lists_every_file_and_no_other() -> None:
     source = ROOT / "sfed"
     files = {str(path.relative_to(source)) for path in source.rglob("*.py")}
     assert listed == {name for name in files if not name.endswith(("__init__.py", "__main__.py"))}
+
+
+def test_the_templates_of_the_tasks_are_printed_as_they_are() -> None:
+    page = DOCS / "own-data.md"
+    blocks = [block.removesuffix("\n") for block in fences(page, "text")]
+    table = [line for line in text_of(page).splitlines() if line.startswith("|")]
+    long = (QUESTION, INSTRUCTION, INSTRUCTION_WITH_INPUT)
+    assert blocks == [one.prompt.rstrip("\n") for one in long]
+    for one in long:
+        assert any(f"`{one.completion}`" in line and one.condition in line for line in table)
+    for one in (PAIR, TEXT):
+        assert any(f"`{one.completion}`" in line for line in table)

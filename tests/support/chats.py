@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
+from pathlib import Path
 
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.support import tiny
 from tests.support.tiny import ALPHABET, byte_tokenizer
 
 CHATML = (
@@ -97,3 +100,14 @@ def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens({"additional_special_tokens": marks})
     tokenizer.chat_template = template
     return tokenizer
+
+
+def save_chat_model(folder: Path, template: str | None) -> Path:
+    """Write a tiny model whose tokenizer has a chat template."""
+    tiny.save_model(folder, context=256)
+    tokenizer = chat_tokenizer(template)
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(folder)
+    return folder

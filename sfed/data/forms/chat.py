@@ -206,7 +206,7 @@ def _configured(value: str) -> str:
     if "{" in value:
         return value
     try:
-        return Path(value).read_text(encoding="utf-8")
+        return Path(value).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError(f"data.chat_template: {value!r} cannot be read ({reason})") from None

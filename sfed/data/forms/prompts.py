@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from string import Formatter
 
 from sfed.data.forms.pair import Pair, Row, text_of
 
@@ -12,9 +14,23 @@ class Written:
     """How an example is written: what is filled in stands in braces."""
 
     prompt: str
-    completion: str
+    """What is read; of a classification task the first text."""
+    completion: str = ""
+    """What is learned, with eos behind it; of a classification task the second text."""
     condition: str = ""
     """When it is written so; empty = always."""
+
+    def renamed(self, names: Mapping[str, str]) -> Written:
+        """The same with other names of columns."""
+        own = {name: f"{{{names.get(name, name)}}}" for name in self.columns}
+        return replace(
+            self, prompt=self.prompt.format(**own), completion=self.completion.format(**own)
+        )
+
+    @property
+    def columns(self) -> set[str]:
+        """The columns that are filled in."""
+        return {name for _, name, _, _ in Formatter().parse(self.prompt + self.completion) if name}
 
 
 QUESTION = Written("Question: {question}\nAnswer:", " {answer}")
@@ -36,7 +52,7 @@ INSTRUCTION_WITH_INPUT = Written(
     "{output}",
     "with an input",
 )
-AS_IT_IS = Written("{prompt}", "{completion}")
+PAIR = Written("{prompt}", "{completion}")
 TEXT = Written("", "{text}")
 
 

@@ -77,14 +77,17 @@ class Truncated:
         client = int(np.argmax(shares))
         if not shares[client] or len(shares) == 1:
             return ""
-        return f"; most of client {client}: {self.truncated[client]:,} of {self.counts[client]:,}"
+        return f" (most of client {client}: {self.truncated[client]:,} of {self.counts[client]:,})"
 
 
 def column_line(config: Config, reading: Reading) -> str:
     """Say what is used and what is ignored of the rows; empty where no row was read."""
-    role_of = {column: name for name, column in config.data.columns.items()}
+    own = {name: column for name, column in config.data.columns.items() if column in reading.used}
     ignored = sorted(reading.others - reading.used - {config.partition.key})
-    named = [f"{role_of[c]} from {c!r}" if c in role_of else c for c in sorted(reading.used)]
+    named = [
+        *(f"{name} from {column!r}" for name, column in own.items()),
+        *sorted(reading.used - set(own.values())),
+    ]
     if not named:
         return ""
     return f"columns: {', '.join(named)}; ignored: {', '.join(ignored) or 'none'}"
@@ -102,29 +105,24 @@ def length_lines(
     """
     lines, warnings, limit = [], [], config.data.max_tokens
     for split, name in _NAMES.items():
-        lengths = reading.lengths.get(split)
-        quantiles = f"lengths of {name} examples: {_quantiles(lengths)}" if lengths else ""
-        if lengths:
-            lines.append(quantiles)
-        held, gone = by_split[split], reading.gone[split]
-        cut = sum(held.truncated)
+        lengths, held, gone = reading.lengths.get(split), by_split[split], reading.gone[split]
+        parts, cut = [_quantiles(lengths)] if lengths else [], sum(held.truncated)
         if config.data.on_long == "drop" and gone:
-            warnings.append(
-                f"{gone:,} {name} examples are longer than data.max_tokens = {limit} and are "
-                f"dropped (data.on_long=drop); {quantiles}"
+            parts.append(
+                f"{gone:,} are longer than data.max_tokens = {limit} and are dropped "
+                "(data.on_long=drop)"
             )
         elif cut or gone:
-            left_out = f"; {gone:,} more are left out, as nothing of their answer is left"
-            what = (
-                f"data.max_tokens = {limit} truncates {cut:,} of {sum(held.counts):,} {name} "
-                f"examples{held.worst()}{left_out * bool(gone)}"
+            parts.append(
+                f"data.max_tokens = {limit} truncates {cut:,} of {sum(held.counts):,}{held.worst()}"
             )
-            lines.append(what)
-            if max([_share_above(limit, lengths), *held.shares()]) > _WARNED_SHARE:
-                warnings.append(
-                    f"{what}; {quantiles or 'their lengths are those of the training examples'}; "
-                    "raise data.max_tokens, or set data.on_long to drop or error"
-                )
+            if gone:
+                parts.append(f"{gone:,} more are left out, as nothing of their answer is left")
+        line = f"lengths of {name} examples: {'; '.join(parts)}"
+        if parts:
+            lines.append(line)
+        if max([_share_above(limit, lengths), *held.shares()]) > _WARNED_SHARE:
+            warnings.append(f"{line}; raise data.max_tokens, or see data.on_long")
     return lines, warnings
 
 
@@ -140,7 +138,7 @@ def _quantiles(lengths: Counter[int]) -> str:
     below = np.cumsum([lengths[value] for value in values.tolist()])
     places = [np.searchsorted(below, share * below[-1]) for share in _QUANTILES]
     parts = [
-        f"{share:.0%} have at most {values[place]:,}"
+        f"{100 * share:.0f} % have at most {values[place]:,}"
         for share, place in zip(_QUANTILES, places, strict=True)
     ]
     return f"{', '.join(parts)}, the longest {values[-1]:,} tokens"

@@ -11,6 +11,7 @@ from sfed.config.schema import DataSection
 from sfed.config.text_forms import FORMS, OPTIONAL, PromptTemplate, form_named, parsed
 from sfed.data.forms import prompts
 from sfed.data.forms.pair import Columns, Pair, Row, text_of
+from sfed.data.forms.prompts import Written
 
 Render = Callable[[Sequence[Mapping[str, Any]], list[Any] | None], Pair]
 """Makes a conversation (turns, tools) what is read and learned; raises ValueError and TypeError."""
@@ -46,6 +47,22 @@ class TextForms:
             )
             for form in forms
         )
+
+    @property
+    def written(self) -> tuple[Written, ...]:
+        """How rows without conversations are written, in their own names of columns."""
+        if self.template is not None:
+            completion = self.columns.get("completion", "completion")
+            return (Written(self.template.text, f"{{{completion}}}"),)
+        forms = {
+            "instruction": (prompts.INSTRUCTION, prompts.INSTRUCTION_WITH_INPUT),
+            "text": (prompts.TEXT,),
+            "prompt": (prompts.PAIR,),
+            "messages": (),
+        }
+        named = form_named(self.columns)
+        found = [one for form in forms if named in (None, form) for one in forms[form]]
+        return tuple(one.renamed(self.columns) for one in found)
 
     def has_conversations(self, used_columns: Collection[str]) -> bool:
         """Whether columns of which something is used hold conversations."""

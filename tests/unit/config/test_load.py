@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sfed.config import load as config_load
 from sfed.config import schema
+from sfed.config.diff import comparable, differences
 from sfed.config.foreign_keys import FOREIGN_KEYS
 from sfed.config.schema import DEAD_DEEPSPEED_KEYS, Config
 from sfed.utils import command
@@ -62,6 +63,7 @@ def with_value(settings, key, value):
 
 
 DEMO = "data.task=demo"
+TEXT = ["data.task=text", "data.train_files=a.jsonl", "model.name=x", "partition.kind=iid"]
 NO_MODEL = "model.name: no default; set model.name, or data.task=demo (Hub id or folder"
 NO_TASK = "data.task: no default; set data.task (Form of the examples"
 
@@ -594,6 +596,21 @@ def test_a_deepspeed_key_without_effect_is_refused_with_ours(key):
         (["data.on_small_client=skip"], ["data.on_small_client=skip", "partition.kind=by_file"]),
         (["data.split=all"], ["data.split needs", "hub:org/name", "data.train_files"]),
         (["data.eval_split=all"], ["data.eval_split needs", "data.eval_files"]),
+        (["data.template={q}"], ["quote a value"]),
+        (["data.chat_loss=last"], ["data.chat_loss needs data.task=text"]),
+        (["data.columns.text=x"], ["data.columns needs data.task=text"]),
+        ([*TEXT, "data.columns.texts=x"], ["data.columns", "'messages', 'tools'"]),
+        ([*TEXT, "data.columns={prompt: x, text: y}"], ["belong to 2 forms"]),
+        ([*TEXT, "data.columns={prompt: x, completion: x}"], ["are both 'x'"]),
+        ([*TEXT, "data.template=none"], ["'none' names no column", "{name}"]),
+        ([*TEXT, "data.template=x {a.b}"], ["'a.b' is not the plain name"]),
+        ([*TEXT, "data.template=x {a[0]}"], ["'a[0]' is not the plain name"]),
+        ([*TEXT, "data.template=x {a!r}"], ["'a' is not the plain name"]),
+        ([*TEXT, "data.template=x {a:9}"], ["'a' is not the plain name"]),
+        ([*TEXT, "data.template=x {}"], ["'' is not the plain name"]),
+        ([*TEXT, "data.template=x {a"], ["data.template", "before end of string"]),
+        ([*TEXT, "data.template=x {a}", "data.columns.prompt=b"], ["names prompt", "completion"]),
+        ([*TEXT, "data.template=x {a}", "data.chat_template=b"], ["exclude each other"]),
         (["data.train_files=a.jsonl"], ["data.task=demo makes its own data"]),
     ],
 )
@@ -753,3 +770,20 @@ def test_default_numbers_are_finite():
     for key, default, _ in config_load.list_keys():
         value = None if key in schema.REQUIRED else json.loads(default)
         assert not isinstance(value, float) or math.isfinite(value), key
+
+
+def test_a_resumed_run_may_call_its_task_by_either_name_and_know_no_newer_keys():
+    old, new = (
+        config_load.validate({"data": {"task": name, "train_files": "a.jsonl"}})
+        for name in ("jsonl", "text")
+    )
+    before = comparable(old, 2)
+    assert differences(before, comparable(new, 2)) == []
+    for key in ("columns", "template", "chat_template", "chat_loss", "on_long"):
+        del before[f"data.{key}"]
+    assert differences(before, comparable(new, 2)) == []
+    dropping = config_load.validate(
+        {"data": {"task": "text", "train_files": "a.jsonl", "on_long": "drop"}}
+    )
+    (line,) = differences(before, comparable(dropping, 2))
+    assert line == "data.on_long: 'truncate' there, 'drop' now"

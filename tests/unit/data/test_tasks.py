@@ -2,7 +2,8 @@
 
 import pytest
 
-from sfed.data.tasks import TASKS, checked_pair
+from sfed.config import load as config_load
+from sfed.data.tasks import TASKS, checked_pair, task_of
 from sfed.files.readers import read_rows
 from sfed.utils.errors import UserError
 
@@ -162,3 +163,119 @@ def test_the_published_files_are_read_whole(shared_data, task, file, count):
     assert len(filled) > 0.99 * len(rows)
     pairs = [checked_pair(TASKS[task], row, where) for where, row in filled]
     assert all(pair.prompt and pair.completion for pair in pairs)
+
+
+# --- names of columns and own prompts -----------------------------------------------------------
+
+
+def of_text(**data):
+    return task_of(
+        config_load.validate({"data": {"task": "text", "train_files": "x.jsonl", **data}})
+    )
+
+
+QA = {"question": "q", "answer": "a", "id": 7}
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "prompt", "completion"),
+    [
+        ({"prompt": "question", "completion": "answer"}, QA, "q", "a"),
+        ({"prompt": "question"}, {"question": "q", "completion": "a"}, "q", "a"),
+        ({"text": "answer"}, QA, "", "a"),
+        ({"prompt": "completion", "completion": "prompt"}, PAIR, " c", "p"),
+        # What is named is no longer ambiguous.
+        ({"text": "text"}, {**PAIR, **TEXT}, "", "t"),
+        ({"prompt": "prompt"}, {**PAIR, **TEXT, "messages": []}, "p", " c"),
+        ({"completion": "output"}, {**ALPACA_ROW, "prompt": "p"}, "p", "o"),
+    ],
+)
+def test_columns_have_the_names_of_the_file(columns, row, prompt, completion):
+    pair = checked_pair(of_text(columns=columns), row, "here")
+    assert (pair.prompt, pair.completion) == (prompt, completion)
+
+
+@pytest.mark.parametrize(
+    ("input_", "opening"), [("z", "paired with an input"), (None, "Write a response")]
+)
+def test_an_instruction_under_other_names(input_, opening):
+    task = of_text(columns={"instruction": "question", "output": "answer", "input": "context"})
+    pair = checked_pair(task, {**QA, "context": input_}, "here")
+    assert opening in pair.prompt and "### Instruction:\nq\n" in pair.prompt
+    assert pair.completion == "a"
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"question": "q"}, "no key 'answer'"),
+        ({"question": "q", "answer": 5}, "'answer' holds int, not text"),
+        ({"prompt": "q", "completion": "a"}, "no key 'question'"),
+    ],
+)
+def test_mistakes_are_told_in_the_files_own_names(row, part):
+    with pytest.raises(UserError) as caught:
+        checked_pair(of_text(columns={"prompt": "question", "completion": "answer"}), row, "here")
+    assert str(caught.value) == f"here: {part}; expected question, answer"
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "prompt"),
+    [
+        ("Q: {question}\nA:", QA, "Q: q\nA:"),
+        ("{id}: {question} {id}", QA, "7: q 7"),
+        ("{{{question}}} {{id}}", QA, "{q} {id}"),
+        ("{question}", {**QA, "question": "{answer} {0} {{"}, "{answer} {0} {{"),
+        ("{two words}", {"two words": "x", "answer": "a"}, "x"),
+        ("{question}", {**QA, "text": "t", "prompt": "p", "messages": []}, "q"),
+    ],
+)
+def test_a_template_of_ones_own_makes_the_prompt(template, row, prompt):
+    task = of_text(template=template, columns={"completion": "answer"})
+    pair = checked_pair(task, row, "here")
+    assert (pair.prompt, pair.completion) == (prompt, "a")
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"answer": "a"}, "no key 'question'"),
+        ({"question": None, "answer": "a"}, "'question' holds null"),
+        ({"question": ["q"], "answer": "a"}, "'question' holds list"),
+        ({"question": True, "answer": "a"}, "'question' holds bool"),
+        ({"question": "q"}, "no key 'answer'"),
+    ],
+)
+def test_a_row_that_a_template_cannot_be_filled_with_is_refused(row, part):
+    task = of_text(template="{question}", columns={"completion": "answer"})
+    with pytest.raises(UserError, match=part):
+        checked_pair(task, row, "rows.jsonl, line 7")
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("gsm8k", {"question": "1+1?", "answer": "#### 2"}),
+        ("alpaca", {"instruction": "i", "input": "", "output": "o"}),
+        ("alpaca", {"instruction": "i", "input": "x", "output": "o"}),
+        ("text", {"prompt": "p", "completion": "c"}),
+        ("text", {"text": "t"}),
+    ],
+)
+def test_what_is_said_of_a_prompt_is_how_it_is_written(task, row):
+    pair = checked_pair(TASKS[task], row, "here")
+    known = of_text().written if task == "text" else TASKS[task].written
+    filled = [
+        (one.prompt.format(**row), one.completion.format(**row))
+        for one in known
+        if one.columns == {name for name, value in row.items() if value}
+    ]
+    assert filled == [(pair.prompt, pair.completion)]
+
+
+def test_text_is_the_name_of_jsonl():
+    assert TASKS["text"] is TASKS["jsonl"]
+    for name in ("text", "jsonl"):
+        data = {"task": name, "train_files": "x.jsonl"}
+        task = task_of(config_load.validate({"data": data}))
+        assert checked_pair(task, PAIR, "here").completion == " c"

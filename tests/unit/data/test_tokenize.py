@@ -209,6 +209,61 @@ def test_rows_that_are_cut_are_counted(tmp_path, tokenizer):
     assert not whole.is_cut.any() and cut.is_cut.sum() == len(longer) > 0
 
 
+def test_long_rows_are_dropped_or_refused_on_request(tmp_path, tokenizer):
+    path = save(tmp_path, ROWS)
+    whole = tokenised(path, tokenizer)
+    short = [row for row in rows_of(whole) if len(row[0]) <= 12]
+    dropped = tokenised(path, tokenizer, max_tokens=12, on_long="drop")
+    assert [row[0].tolist() for row in rows_of(dropped)] == [row[0].tolist() for row in short]
+    assert dropped.gone == dropped.left_out == len(ROWS) - len(short) > 0
+    assert not dropped.is_cut.any() and dropped.whole_lengths.max() == whole.lengths.max()
+    message = mistake_in(path, tokenizer, max_tokens=12, on_long="error")
+    assert f"{dropped.gone} of {len(ROWS)} rows of the train data" in message
+    assert f"the longest has {whole.lengths.max()} tokens" in message and "drop" in message
+    longest = int(whole.lengths.max())
+    for choice in ("truncate", "drop", "error"):
+        same = tokenised(path, tokenizer, max_tokens=longest, on_long=choice)
+        assert np.array_equal(same.flat, whole.flat)
+
+
+def test_truncation_says_what_is_lost_and_what_is_gone(tmp_path, tokenizer):
+    rows = [
+        {"prompt": "1234567", "completion": "8"},
+        {"prompt": "1", "completion": "2345678"},
+        {"prompt": "1", "completion": " "},
+        {"prompt": "1" * 20, "completion": ""},
+    ]
+    table = tokenised(save(tmp_path, rows), tokenizer, max_tokens=8)  # 1 bos, 1 eos
+    assert table.left_out == 3 and table.gone == 1
+    assert table.is_cut.tolist() == [True] and table.lost.tolist() == [2]
+    assert sorted(table.whole_lengths.tolist()) == [10, 10]
+
+
+def test_the_columns_that_are_used_are_known_also_from_the_cache(tmp_path, tokenizer, calls):
+    rows = [{"prompt": "a", "completion": "b", "text": None, "kind": 1}, {"text": "c", "id": 2}]
+    path = save(tmp_path, rows)
+    tables = [tokenised(path, tokenizer) for _ in range(2)]
+    assert len(calls) == 1
+    for table in tables:
+        assert table.used_columns == {"prompt", "completion", "text"}
+        assert table.other_columns == {"text", "kind", "id"}
+
+
+def test_text_and_jsonl_share_the_cache_and_other_forms_do_not(tmp_path, tokenizer, calls):
+    path = save(tmp_path, [{"prompt": "a", "completion": "b", "text": None}])
+    tokenised(path, tokenizer)
+    tokenised(path, tokenizer, task="text", on_long="error")
+    assert len(calls) == 1
+    tokenised(path, tokenizer, columns={"text": "prompt"})
+    tokenised(path, tokenizer, template="{prompt}")
+    tokenised(path, tokenizer, on_long="drop")
+    tokenizer.chat_template = "x"
+    tokenised(path, tokenizer)
+    tokenised(path, tokenizer, chat_loss="last")
+    tokenised(path, tokenizer, chat_template="{{ messages }}")
+    assert len(calls) == 7
+
+
 # --- tables --------------------------------------------------------------------------------------
 
 
