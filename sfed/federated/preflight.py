@@ -52,6 +52,11 @@ def check(config: Config, num_processes: int | None = None) -> str:
     listings = [list_files(config, split) for split in ("train", "eval")]
     unlisted = [problem for listing in listings for problem in listing.problems]
     mistakes += unlisted or _of_clients(config, num_processes)
+    template = config.data.chat_template or "{"
+    if "{" not in template and not Path(template).expanduser().is_file():
+        mistakes.append(
+            f"data.chat_template: {template!r} is neither a file nor a template, which has braces"
+        )
     if config.output.resume not in ("auto", "never") and not Path(config.output.resume).is_dir():
         mistakes.append(
             f"output.resume = {config.output.resume!r}: neither auto nor never nor a folder"

@@ -81,7 +81,10 @@ def _is_learned(place: Span, pair: Pair) -> bool:
         place: of its characters in the completion; negative in the prompt.
         pair: with the completion.
     """
-    first, end = max(place[0], 0), place[1]
+    first, end = place
+    # A tokenizer that trims its offsets gives a token of nothing but space no width: the space
+    # stands before that place.
+    first = max(min(first, end - 1), 0)
     inner = [(start, stop) for start, stop in pair.read if start <= first and end <= stop]
     return first < end and not inner
 

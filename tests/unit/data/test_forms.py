@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from itertools import groupby
+import re
+from itertools import groupby, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from sfed.config import load as config_load
 from sfed.data.batches import IGNORED_LABEL, collate
@@ -93,6 +95,34 @@ def test_the_labels_are_those_of_the_templates_own_marks(tmp_path):
             for one, is_learned in zip(stock["input_ids"], stock["assistant_masks"], strict=True)
         ]
         assert labels == expected + [IGNORED_LABEL] * (len(labels) - len(expected))
+
+
+MARKED = (
+    "{{ bos_token }}{% for turn in messages %}{% if turn.role == 'user' %}[INST] {{ turn.content }}"
+    " [/INST]{% else %}{% generation %} {{ turn.content }} {{ eos_token }}{% endgeneration %}"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", ["llama-2", "roberta"])
+def test_real_tokenizers_learn_every_token_of_an_answer(tmp_path, shared_data, name):
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name)
+    code = {"role": "assistant", "content": "def f():\n    return  6 # ünï →   😀  "}
+    talk = [TALK[0], code, *TALK[2:]]
+    learned = []
+    for template in (MARKED, re.sub("{% (end)?generation %}", "", MARKED)):
+        tokenizer.chat_template = template
+        row = examples_of(tmp_path, [{"messages": talk}], tokenizer).row(0)
+        learned.append(row.is_learned.tolist())
+        prompt = tokenizer.apply_chat_template(talk[:3], return_dict=False)
+        assert row.ids[: row.answer.start].tolist() == prompt
+        assert sum(before != now for before, now in pairwise(learned[-1])) == 3  # two answers
+    assert learned[0] == learned[1]
+    tokenizer.chat_template = MARKED
+    stock = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
+    assert row.ids.tolist() == stock["input_ids"]
+    if name == "llama-2":  # stock finds no token at a space that roberta's offsets leave out
+        assert learned[0] == [bool(one) for one in stock["assistant_masks"]]
 
 
 def test_a_template_with_marks_and_one_without_give_the_same_but_for_the_last_line_break(tmp_path):
