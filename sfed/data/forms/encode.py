@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from sfed.data.forms.pair import Pair, Span
+from sfed.data.forms.pair import Pair
 
 
 class Encoded(NamedTuple):
@@ -56,43 +57,44 @@ def _truncated(row: Encoded, max_tokens: int) -> Encoded:
 
 def _conversations(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> Iterator[Encoded]:
     """As ``_completions``, for pairs of which some are conversations."""
+    others = _completions([pair for pair in pairs if not pair.is_chat], tokenizer)
+    encoded = tokenizer(
+        [pair.prompt + pair.completion for pair in pairs if pair.is_chat],
+        add_special_tokens=False,  # as the template is used for prompts
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    of_chats = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     for pair in pairs:
         if not pair.is_chat:
-            yield from _completions([pair], tokenizer)
+            yield next(others)
             continue
-        encoded = tokenizer(
-            pair.prompt + pair.completion,
-            add_special_tokens=False,  # as the template is used for prompts
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        ids, start = encoded["input_ids"], len(pair.prompt)
-        places = [(first - start, end - start) for first, end in encoded["offset_mapping"]]
-        learned = [_is_learned(place, pair) for place in places]
-        prompt_length = learned.index(True) if True in learned else len(ids)
-        yield Encoded(ids, prompt_length, _stretches(learned, prompt_length), len(ids), 0)
+        ids, places = next(of_chats)
+        learned = _is_learned(np.array(places).reshape(-1, 2), pair)
+        prompt_length = int(learned.argmax()) if learned.any() else len(ids)
+        edges = np.diff(np.concatenate([[True], learned[prompt_length:], [True]]))
+        gaps = (np.flatnonzero(edges) + prompt_length).tolist()
+        yield Encoded(ids, prompt_length, gaps, len(ids), 0)
 
 
-def _is_learned(place: Span, pair: Pair) -> bool:
-    """Whether a token reaches into what is learned of a completion.
+def _is_learned(places: NDArray[np.int64], pair: Pair) -> NDArray[np.bool_]:
+    """Which tokens reach into what is learned of a pair.
 
     Args:
-        place: of its characters in the completion; negative in the prompt.
-        pair: with the completion.
+        places: (tokens, 2) first character of each, and the one after its last.
+        pair: with prompt and completion.
     """
-    first, end = place
+    start = len(pair.prompt)
+    characters = np.arange(start + len(pair.completion)) >= start
+    for first, stop in pair.read:
+        characters[start + first : start + stop] = False
     # A tokenizer that trims its offsets gives a token of nothing but space no width: the space
     # stands before that place.
-    first = max(min(first, end - 1), 0)
-    inner = [(start, stop) for start, stop in pair.read if start <= first and end <= stop]
-    return first < end and not inner
-
-
-def _stretches(learned: list[bool], start: int) -> list[int]:
-    """Edges of what is not learned from a place on, one after the other."""
-    padded = np.array([True, *learned[start:], True])
-    return (np.flatnonzero(np.diff(padded)) + start).tolist()
+    firsts, ends = places.T
+    firsts = np.maximum(np.minimum(firsts, ends - 1), 0)
+    before = np.concatenate([[0], np.cumsum(characters)])
+    return np.asarray(before[ends] > before[firsts])
 
 
 def _completions(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> Iterator[Encoded]:

@@ -20,7 +20,22 @@ def rows(draw):
     """A row of tokens as ``sfed.data.tokenize`` makes them: at least one token is supervised."""
     length = draw(st.integers(2, 40))
     ids = np.arange(1, length + 1, dtype=np.int32) + draw(st.integers(0, 10))
-    return Row(ids, draw(st.integers(0, length - 1)))
+    prompt_length = draw(st.integers(0, length - 1))
+    inner = st.integers(prompt_length + 1, length)
+    edges = sorted(draw(st.sets(inner, max_size=6))) if prompt_length + 1 < length else []
+    gaps = np.array(edges[: len(edges) // 2 * 2], dtype=np.int32).reshape(-1, 2)
+    return Row(ids, prompt_length, None, gaps if len(gaps) else None)
+
+
+def labels_of(row):
+    """A label for each token, told from the edges one by one."""
+    gaps = [] if row.gaps is None else row.gaps.tolist()
+    is_read = [
+        place < row.prompt_length or any(start <= place < end for start, end in gaps)
+        for place in range(len(row.ids))
+    ]
+    pairs = zip(row.ids.tolist(), is_read, strict=True)
+    return [IGNORED_LABEL if read else token for token, read in pairs]
 
 
 batch_of_clients = st.lists(st.lists(rows(), max_size=5), min_size=1, max_size=4)
@@ -85,12 +100,32 @@ def test_a_batch_holds_the_rows_of_the_clients_in_order_and_ignores_the_rest(by_
     for client, own in enumerate(by_client):
         for number in range(per_client):
             at = client * per_client + number
-            ids, prompt_length, *_ = own[number] if number < len(own) else (np.arange(0), 0)
-            labels = batch.labels[at].tolist()
+            row = own[number] if number < len(own) else Row(np.arange(0), 0)
+            ids, labels = row.ids, batch.labels[at].tolist()
             assert batch.input_ids[at, : len(ids)].tolist() == ids.tolist()
-            assert labels[:prompt_length] == [IGNORED_LABEL] * prompt_length
-            assert labels[prompt_length : len(ids)] == ids[prompt_length:].tolist()
+            assert labels[: len(ids)] == labels_of(row)
             assert set(labels[len(ids) :]) <= {IGNORED_LABEL}
+
+
+@given(batch_of_clients)
+def test_positions_are_those_from_which_a_label_is_predicted(by_client):
+    batch = collate(by_client, max(map(len, by_client)) or 1)
+    width = batch.labels.shape[1]
+    labels = batch.labels.flatten()
+    expected = [i - 1 for i, label in enumerate(labels.tolist()) if label >= 0 and i % width]
+    assert batch.positions.tolist() == (expected or [0])
+
+
+@given(rows())
+def test_the_answer_is_the_last_stretch_of_labels(row):
+    labels = labels_of(row)
+    last = max((i for i, one in enumerate(labels) if one != IGNORED_LABEL), default=None)
+    if last is None:
+        return
+    first = last
+    while first and labels[first - 1] != IGNORED_LABEL:
+        first -= 1
+    assert (row.answer.start, row.answer.stop) == (first, last + 1)
 
 
 @given(batch_of_clients)
