@@ -29,6 +29,10 @@ from sfed.config import text_forms
 DEFAULT_LOCAL_STEPS = 10
 
 
+CLASS_COLUMNS = ("text", "text_pair", "label")
+"""What data.task=classification reads of a record."""
+LEAST_LABELS, MOST_LABELS = 2, 1000
+
 # Keys of a DeepSpeed section that would silently do nothing here (the engine has no optimizer),
 # and the key of ours that does what they ask for.
 DEAD_DEEPSPEED_KEYS = {
@@ -68,9 +72,35 @@ def _at_home(value: Any) -> Any:
     return tuple(map(_at_home, value)) if isinstance(value, list | tuple) else value
 
 
+def _class_weights(value: Any) -> Any:
+    """Read labels that are integers as text; leave everything that is no mapping to pydantic."""
+    if not isinstance(value, dict):
+        return value
+    for label, weight in value.items():
+        if type(weight) not in (int, float) or not 0 < weight < math.inf:
+            raise ValueError(f"the weight of {label!r} is {weight!r}, not a number above 0")
+    return {str(label) if type(label) is int else label: one for label, one in value.items()}
+
+
+Label = str | int
 Exponent = Annotated[float, BeforeValidator(_number)]
 Location = Annotated[str, BeforeValidator(_at_home)]
 Locations = Annotated[tuple[str, ...] | str | None, BeforeValidator(_at_home)]
+
+
+def _check_labels(labels: tuple[Label, ...]) -> None:
+    """Refuse labels that are no classes."""
+    if len({type(label) for label in labels}) > 1:
+        raise ValueError(f"data.labels={list(labels)} holds texts and integers; write them alike")
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"data.labels names {twice[0]!r} twice; name each label once")
+    if not all(str(label).strip() for label in labels):
+        raise ValueError("data.labels holds an empty text, which is no label")
+    if not LEAST_LABELS <= len(labels) <= MOST_LABELS:
+        raise ValueError(
+            f"data.labels names {len(labels)} labels; a classification has {LEAST_LABELS} to "
+            f"{MOST_LABELS}"
+        )
 
 
 class Section(BaseModel):
@@ -98,20 +128,32 @@ class ModelSection(Section):
 
 
 TextColumn = Literal[
-    "messages", "tools", "prompt", "completion", "instruction", "input", "output", "text"
+    "messages",
+    "tools",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "text",
+    "text_pair",
+    "label",
 ]
 
 
 class DataSection(Section):
     """Training and held-out data."""
 
-    task: Literal["demo", "gsm8k", "alpaca", "glue", "text", "jsonl"] = "demo"
+    task: Literal["demo", "gsm8k", "alpaca", "glue", "text", "jsonl", "classification"] = "demo"
     """Form of the examples. text (or its older name jsonl) = records with messages, with prompt and
-    completion, with instruction, output and an optional input, or with text; glue needs
-    data.name."""
+    completion, with instruction, output and an optional input, or with text; glue needs data.name;
+    classification = records with text, label and an optional text_pair."""
     name: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"] | None = None
     """GLUE task, for data.task=glue only: each client trains a classification head and an
     adapter."""
+    labels: Annotated[tuple[Label, ...] | None, BeforeValidator(_list)] = None
+    """Labels of data.task=classification in the order of the classes, all text or all integers.
+    null = the labels of the training files, sorted."""
     train_files: Locations = None
     """Files with the training examples: names, a folder, a glob, or a list of them; .jsonl, .json,
     .csv and .tsv, each also as .gz or .zst, and .parquet. hub:org/name or hub:org/name:config = a
@@ -129,8 +171,9 @@ class DataSection(Section):
     """What happens with partition.kind=by_file to a file that holds too few examples to train on:
     refuse = the run does not start; skip = it is left out, and the report names it."""
     columns: dict[TextColumn, str] = {}
-    """Names of the columns, for data.task=text: {prompt: question, completion: answer}. A record is
-    then read in the form that these belong to; other columns keep their names."""
+    """Names of the columns, for data.task=text and classification: {prompt: question, completion:
+    answer}, {text: note, label: diagnosis}. A record of text is then read in the form that these
+    belong to; other columns keep their names."""
     template: str | None = None
     """Prompt, for data.task=text, with columns of the record in braces: "Q: {question} A:". {{ is a
     brace; quote a value that begins with one. The answer is the column completion, or the one that
@@ -275,6 +318,12 @@ class TrainSection(Section):
     max_grad_norm: PositiveFloat | None = 1.0
     """Maximum L2 norm of a client's gradient, above 0; larger gradients are clipped. null = no
     clipping."""
+    class_weights: Annotated[
+        Literal["none", "balanced"] | dict[str, PositiveFloat], BeforeValidator(_class_weights)
+    ] = "none"
+    """Weights of the classes in the training loss: balanced = inversely proportional to their
+    numbers of training examples of all clients; {label: weight} = relative weights, above 0. They
+    are scaled so that their mean over all training examples is 1."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Learning rate after the warm-up: constant, or reduced along a cosine or a line to 0 at the
     end of the run (not of a round)."""
@@ -410,12 +459,49 @@ class Config(Section):
                 f"data.task={self.data.task} with data.name={self.data.name}: data.task=glue needs "
                 "data.name, such as sst2, and no other task has one"
             )
-        if self.federated.share_head and self.data.task != "glue":
-            raise ValueError("federated.share_head=true needs data.task=glue: others have no head")
-        if self.evaluation.generate and self.data.task == "glue":
+        has_head = self.data.task in ("glue", "classification")
+        if self.federated.share_head and not has_head:
             raise ValueError(
-                "evaluation.generate=true: a classifier (data.task=glue) writes no text"
+                "federated.share_head=true needs data.task=classification or glue: others have no "
+                "head"
             )
+        if self.evaluation.generate and has_head:
+            raise ValueError(
+                f"evaluation.generate=true: a classifier (data.task={self.data.task}) writes no "
+                "text"
+            )
+        if self.train.class_weights != "none" and (not has_head or self.data.name == "stsb"):
+            raise ValueError(
+                f"train.class_weights={self.train.class_weights} needs a task with classes, which "
+                f"data.task={self.data.task} is not; remove it"
+                if not has_head
+                else f"train.class_weights={self.train.class_weights}: data.name=stsb has values "
+                "and no classes; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_classification(self) -> Config:
+        data = self.data
+        if data.task != "classification":
+            if data.labels:
+                raise ValueError(
+                    f"data.labels needs data.task=classification; data.task={data.task} has labels "
+                    "of its own"
+                )
+            return self
+        if not data.train_files:
+            raise ValueError("data.task=classification needs data.train_files")
+        if unknown := sorted(data.column_names.keys() - set(CLASS_COLUMNS)):
+            raise ValueError(
+                f"data.columns: {unknown[0]!r} is none of {', '.join(CLASS_COLUMNS)}, which "
+                "data.task=classification reads"
+            )
+        columns = [data.column_names.get(name, name) for name in CLASS_COLUMNS]
+        if twice := [column for column in columns if columns.count(column) > 1]:
+            raise ValueError(f"data.columns: column {twice[0]!r} is named twice")
+        if data.labels is not None:
+            _check_labels(data.labels)
         return self
 
     @model_validator(mode="after")
@@ -457,9 +543,17 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_forms(self) -> Config:
         data, fields = self.data, type(self.data).model_fields
-        for key in ("columns", "template", "chat_template", "chat_loss"):
+        if data.columns and not data.is_text and data.task != "classification":
+            raise ValueError(
+                f"data.columns needs data.task=text or classification; {data.task} has its own form"
+            )
+        for key in ("template", "chat_template", "chat_loss"):
             if not data.is_text and getattr(data, key) != fields[key].default:
                 raise ValueError(f"data.{key} needs data.task=text; {data.task} has its own form")
+        if not data.is_text:
+            return self
+        if own := sorted(data.column_names.keys() & set(CLASS_COLUMNS[1:])):
+            raise ValueError(f"data.columns.{own[0]} needs data.task=classification")
         if data.template is not None and data.chat_template is not None:
             raise ValueError("data.template and data.chat_template exclude each other")
         text_forms.check(data.column_names, data.template)

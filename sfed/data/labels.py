@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,7 @@ from sfed.data import partition
 from sfed.data.partition import Indices
 from sfed.data.tokenize import Tokens
 from sfed.utils.errors import DataError
-
-_MOST_NAMED = 8
+from sfed.utils.text import some_of
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,5 @@ def _note_on_nobodys(values: Sequence[str], labels: Sequence[int], what: str) ->
         return ""
     return (
         f"{len(nobodys)} of {len(values)} held-out rows belong to no client and are not evaluated: "
-        f"no training row has their value of {what} ({_some(sorted(set(nobodys)))})"
+        f"no training row has their value of {what} ({some_of(sorted(set(nobodys)))})"
     )
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = [repr(name) for name in names]
-    more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
-    return ", ".join(listed[:_MOST_NAMED]) + more

@@ -1,4 +1,4 @@
-"""Scores of held-out examples: the standard metrics of GLUE, and exact match of written answers.
+"""Scores of held-out examples: the standard metrics of classification, and exact match of answers.
 
 A score is a function of the predictions and targets of some examples, one number each. Higher is
 better for every one. Needs no torch, and scikit-learn and SciPy only where a score is theirs.
@@ -72,6 +72,13 @@ def _f1(predictions: Numbers, targets: Numbers) -> float:
     return float(f1_score(targets, predictions, zero_division=np.nan))
 
 
+def _macro_f1(predictions: Numbers, targets: Numbers) -> float:
+    """Mean F1 of the classes that targets or predictions hold, each counting the same."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(targets, predictions, average="macro", zero_division=0.0))
+
+
 def _matthews(predictions: Numbers, targets: Numbers) -> float:
     """Matthews' correlation; undefined where the targets are all of one class."""
     from sklearn.metrics import matthews_corrcoef
@@ -104,6 +111,7 @@ SCORES: dict[str, Callable[[Numbers, Numbers], float]] = {
     "accuracy": _accuracy,
     "exact_match": _accuracy,
     "f1": _f1,
+    "macro_f1": _macro_f1,
     "matthews": _matthews,
     "pearson": _pearson,
     "spearman": _spearman,

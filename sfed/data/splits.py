@@ -18,12 +18,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from sfed.config.schema import Config
-from sfed.data import partition, placement, scores
+from sfed.data import classification, partition, placement, scores
 from sfed.data.forms.reading import Reading, Truncated, column_line, length_lines
 from sfed.data.labels import Chosen, Labels, labels_of
 from sfed.data.partition import Indices
 from sfed.data.placement import Placement
-from sfed.data.sources import has_split
+from sfed.data.sources import has_split, source_of
 from sfed.data.tasks import task_of
 from sfed.data.tokenize import Examples, Tokens, tokenise
 from sfed.data.tokenizer import identity_of
@@ -78,6 +78,39 @@ class Data:
     def digests(self) -> list[str]:
         """Digests of the training and held-out examples of each client."""
         return [entry["digest"] for entry in self.summary["clients"]]
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training examples of each class, of all clients; empty for tasks without classes."""
+        counts = [entry["classes"] or [] for entry in self.summary["clients"]]
+        return [sum(of_class) for of_class in zip(*counts, strict=True)]
+
+
+def with_labels(config: Config, world: World, num_clients: int) -> Config:
+    """Fill in ``data.labels`` where nothing names the classes of own texts. Collective.
+
+    They are the labels of all training files. A process reads those files that hold its clients,
+    and the labels alone are exchanged.
+
+    Raises:
+        DataError: on every process, for a record without a label, or labels that are no classes.
+    """
+    if config.data.task != "classification" or config.data.labels is not None:
+        return config
+    with raise_everywhere(world, "files of the labels"):
+        files = files_of(config, "train")
+        if config.partition.kind == "by_file":
+            silos = silos_of(config, num_clients)
+            placed = _place_files(config, world, silos)
+            files = tuple(silos.train[client] for client in placed.clients[world.rank])
+    with raise_everywhere(world, "reading the labels"):
+        columns = classification.Columns(config.data.column_names)
+        rows = ((where, row) for (where, _), row in source_of(config, "train", files)[0])
+        own = list(classification.labels_in(rows, columns))
+    told = gather_json(world, "labels of the training files", own)
+    with raise_everywhere(world, "labels of the training files"):
+        labels = classification.ordered(label for some in told for label in some)
+    return config.model_copy(update={"data": config.data.model_copy(update={"labels": labels})})
 
 
 def load(
@@ -362,6 +395,7 @@ def _evaluated(examples: Examples, config: Config, client: int) -> Examples:
 def _assemble(held: _Held, config: Config, world: World, placed: Placement) -> Data:
     """Exchange the counts of all clients and keep the examples of this process. Collective."""
     own_clients, num_clients = placed.clients[world.rank], sum(map(len, placed.clients))
+    num_classes = len(task_of(config).classes or ())
     entries = {
         client: {
             "client": client,
@@ -370,6 +404,7 @@ def _assemble(held: _Held, config: Config, world: World, placed: Placement) -> D
             "eval": [int(index) for index in held.held_out[client].indices],
             "labels": _histogram(held.labels[client]) if held.labels else None,
             "truncated": [held.train[client].num_truncated, held.held_out[client].num_truncated],
+            "classes": _class_counts(held.train[client], num_classes),
             "digest": f"{held.train[client].digest()}{held.held_out[client].digest()}",
         }
         for client in held.train
@@ -413,6 +448,14 @@ def _lines(
     lines, warnings = length_lines(config, reading, truncated)
     columns = column_line(config, reading)
     return ([columns] if columns else []) + lines, warnings
+
+
+def _class_counts(examples: Examples, num_classes: int) -> list[int] | None:
+    """Examples of each class; None for tasks without classes."""
+    if not num_classes:
+        return None
+    counts: list[int] = np.bincount(examples.targets.astype(int), minlength=num_classes).tolist()
+    return counts
 
 
 def _histogram(labels: Sequence[str]) -> dict[str, int]:

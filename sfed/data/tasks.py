@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sfed.config.schema import Config
+from sfed.config.schema import Config, DataSection, Label
+from sfed.data.classification import Columns, class_reader
 from sfed.data.forms import prompts
 from sfed.data.forms.pair import Pair, Row, text_of
 from sfed.data.forms.prompts import Written
@@ -38,6 +39,10 @@ class Task:
     """Names in ``sfed.data.scores``, the main one first."""
     written: tuple[Written, ...] = ()
     """How its examples are written, but for conversations, whose template is the model's."""
+    has_pair: bool = False
+    """Whether two texts are read."""
+    labels: tuple[Label, ...] | None = None
+    """What the data hold for each class; None = the number of the class."""
 
     @property
     def is_classification(self) -> bool:
@@ -47,6 +52,8 @@ class Task:
     @property
     def num_outputs(self) -> int:
         """Outputs of the classification head; 1 for a value."""
+        if self.labels == ():
+            raise AssertionError("the labels have not been read (splits.with_labels)")
         return len(self.classes or ()) or 1
 
     @property
@@ -98,7 +105,8 @@ def _glue(
         eval_splits,
         names,
         tuple(scores.split()),
-        (Written(*[f"{{{column}}}" for column in columns]),),
+        has_pair=len(columns) > 1,
+        written=(Written(*[f"{{{column}}}" for column in columns]),),
     )
 
 
@@ -138,13 +146,31 @@ TASKS: dict[str, Task] = {
 TASKS["jsonl"] = TASKS["text"]  # its older name
 
 
+def _own_texts(section: DataSection) -> Task:
+    """Classification of own texts; without classes while nothing names the labels."""
+    columns, labels = Columns(section.column_names), section.labels or ()
+    class_of = class_reader(columns, section.labels)
+    return Task(
+        lambda row: Pair(*columns.texts_of(row), class_of(row)),
+        columns.form,
+        classes=tuple(map(str, labels)),
+        scores=("accuracy", "macro_f1", "matthews"),
+        has_pair=columns.pair is not None,
+        labels=labels,
+    )
+
+
 def task_of(config: Config, render: Render | None = None) -> Task:
     """The configured task.
 
     Args:
         config: of the run.
         render: makes text of a conversation; None where no row is read.
+
+    The classes of own texts are those of ``data.labels``, which ``splits.with_labels`` fills in.
     """
+    if config.data.task == "classification":
+        return _own_texts(config.data)
     if config.data.is_text:
         forms = TextForms.of(config.data, render)
         return replace(

@@ -250,6 +250,8 @@ def _digest(config: Config, split: Split, source: str, tokenizer: str) -> str:
         config.data.max_tokens,
         config.data.on_long == "drop",
         config.partition.key,
+        sorted(config.data.columns.items()),
+        config.data.labels,
     )
     sha.update(repr((_FORM_OF_TOKENS, settings, source)).encode())
     sha.update(tokenizer.encode())

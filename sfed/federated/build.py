@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from sfed.clients.state import MOMENTS
 from sfed.clients.store import ClientStore
 from sfed.config.schema import Config
-from sfed.data import splits
+from sfed.data import classification, splits
 from sfed.data.splits import Data
 from sfed.data.tasks import task_of
 from sfed.data.tokenizer import identity_of
@@ -83,6 +84,7 @@ def build(
             f"federated.clients_per_round = {config.federated.clients_per_round} is more than the "
             f"{num_clients} clients"
         )
+    asked, config = config, splits.with_labels(config, world, num_clients)
     name = _model_folder(config)
     tokenizer, tokenizer_digest = _tokenizer(config, name, world, console)
     meta = MetaModel.read(config, name)
@@ -104,9 +106,10 @@ def build(
     sharing = clients_per_pass.agree(start, estimate, attached.layout.size)
     if sharing.is_doubtful:
         console.warn(f"memory may not suffice: {sharing.reason}")
-    of_config = (config, world, task_of(config), tokenizer, method, num_clients, gamma)
+    of_config = (asked, world, task_of(config), tokenizer, method, num_clients, gamma)
     clients = _clients(config, world, attached, placed[world.rank], sharing)
-    run = Run(*of_config, frozen, attached, held, clients, sharing)
+    weights = _class_weights(config, world, held)
+    run = Run(*of_config, frozen, attached, held, clients, sharing, weights)
     loaded = fingerprints.when_built(run, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
     run = _as_far_as_right(run, console.warn)
@@ -122,6 +125,13 @@ def _backbone(start: Start, name: str, meta: MetaModel, held: Data) -> Backbone:
         check_rows_fit(start.config, held, frozen)
     frozen.weights_digest = fingerprints.of_backbone(frozen.model, frozen.model.config.to_dict())
     return frozen
+
+
+def _class_weights(config: Config, world: World, held: Data) -> torch.Tensor | None:
+    """(classes,) fp32 weights of the training loss; None where all classes count the same."""
+    names = task_of(config).classes or ()
+    weights = classification.class_weights(config.train, names, held.class_counts)
+    return None if weights is None else torch.tensor(weights, device=world.device)
 
 
 def _method(config: Config, held: Data, num_clients: int) -> tuple[Method, float]:

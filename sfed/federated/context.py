@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from sfed.clients.store import ClientStore, groups
@@ -75,6 +76,8 @@ class Run:
     data: Data
     clients: ClientStore
     sharing: ClientsPerPass
+    class_weights: torch.Tensor | None = None
+    """(classes,) fp32 on the device; None where all classes count the same."""
 
     def plan(self, round_index: int) -> RoundPlan:
         """What a 0-based round does; the same on every process, without communication."""
@@ -138,7 +141,7 @@ class Run:
     @property
     def objective(self) -> Objective:
         """What is learned from a batch."""
-        return objective_of(self.backbone, self.packing)
+        return objective_of(self.backbone, self.packing, self.class_weights)
 
     @property
     def packing(self) -> Packing | None:

@@ -73,6 +73,15 @@ class Measured:
             rows = rows[rows[:, _PART] == number]
         return scores.score(name, rows[:, _PREDICTION], rows[:, _TARGET])
 
+    def confusion(self, num_classes: int) -> list[list[int]]:
+        """Held-out examples of everybody by their class (rows) and the predicted one (columns)."""
+        rows = self.outcomes.reshape(-1, 3)
+        rows = rows[~np.isnan(rows[:, _TARGET])]
+        cells = (num_classes * rows[:, _TARGET] + rows[:, _PREDICTION]).astype(np.int64)
+        counts = np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+        found: list[list[int]] = counts.tolist()
+        return found
+
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -7,18 +7,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from sfed.data.forms import chat
 from sfed.data.forms.text import TextForms
 from sfed.federated.context import Run
 from sfed.files.names import GLOBAL, adapter_folder
+from sfed.lora.card import ClassifierCard
 from sfed.methods import aggregation
 from sfed.storage.run_record import CLIENT_FILE
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask
 
 _CHAT_FILE = "chat_template.jinja"
+
+# What a tokenizer is given: a text, two texts, or two as one where it has no separator.
+_EXAMPLES = ('"A text."', '"A text.", "A second text."', '"A text.\\nA second text."')
 
 
 def export_adapters(run: Run, folder: Path) -> None:
@@ -31,14 +36,14 @@ def export_adapters(run: Run, folder: Path) -> None:
         for client in run.clients.own:
             path = folder / "adapters" / run.data.adapter_folders[client]
             _write_prompting(path, prompting)
-            run.adapters.write_peft_folder(path, run.clients.row(client))
+            _write(run, path, run.clients.row(client))
             _remove_former(run, folder, client)
             if name := run.data.names[client]:  # the folder's may lack letters of it
                 facts = json.dumps({"client": client, "name": mask(name)}, ensure_ascii=False)
                 (path / CLIENT_FILE).write_text(facts + "\n", encoding="utf-8")
         if row_of_all is not None and run.world.is_main:
             _write_prompting(folder / "adapters" / GLOBAL, prompting)
-            run.adapters.write_peft_folder(folder / "adapters" / GLOBAL, row_of_all)
+            _write(run, folder / "adapters" / GLOBAL, row_of_all)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"output.dir: the adapters cannot be written below {folder} ({error}); make room, "
@@ -80,3 +85,20 @@ def _write_prompting(folder: Path, files: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _write(run: Run, folder: Path, row: torch.Tensor) -> None:
+    """Write an adapter, and for a classifier its labels and how it is loaded."""
+    run.adapters.write_peft_folder(folder, row)
+    head, settings = run.adapters.head, run.backbone.model.config
+    if head is None:
+        return
+    ClassifierCard(
+        base_name=run.adapters.peft_config.base_model_name_or_path or "",
+        labels=run.task.labels or run.task.classes or (),
+        dtype=str(run.backbone.model.dtype).removeprefix("torch."),
+        max_tokens=run.config.data.max_tokens,
+        example=_EXAMPLES[run.task.has_pair and 1 + (run.tokenizer.sep_token_id is None)],
+        pad_token_id=settings.pad_token_id,
+        replaces_head=head.replaces_another,
+    ).write(folder)

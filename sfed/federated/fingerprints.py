@@ -101,6 +101,7 @@ def when_built(run: Run, tokenizer: str) -> dict[str, Any]:
     return {
         "federated.num_clients (N)": run.num_clients,
         "tokenizer": tokenizer,
+        "classes": run.task.classes,
         "backbone": run.backbone.weights_digest,
         "examples of each client": digest(json.dumps(counts)),
         "layout of the adapters": digest(repr(run.clients.layout.pieces)),

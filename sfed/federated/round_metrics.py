@@ -50,6 +50,7 @@ def header(run: Run) -> list[str]:
         if run.why_padded
         else "rows: short sequences share one where that is cheaper",
         *_passes(run),
+        *_classes(run),
         f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data, "
         "global = A with the mean of B on everybody's",
     ]
@@ -75,6 +76,22 @@ def _passes(run: Run) -> list[str]:
     return [f"passes: {of_all} share one: {run.sharing.reason}"]
 
 
+def _classes(run: Run) -> list[str]:
+    """The line about the classes of own texts, with their training examples and weights."""
+    if run.task.labels is None:
+        return []
+    names, counts = run.task.classes or (), run.data.class_counts
+    weights = [""] * len(names)
+    if run.class_weights is not None:
+        weights = [f", weight {weight:.4g}" for weight in run.class_weights.tolist()]
+    told = [
+        f"{name} ({count:,}{weight})"
+        for name, count, weight in zip(names, counts, weights, strict=True)
+    ]
+    more = f" and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
+    return [f"classes and training examples: {', '.join(told[:_MOST_NAMED])}{more}"]
+
+
 def _loss_unit(run: Run) -> str:
     regresses = run.task.is_classification and not run.task.classes
     return "squared error" if regresses else f"nats per {run.task.loss_unit}"
@@ -91,6 +108,8 @@ def describe_run(run: Run) -> dict[str, Any]:
             "scaling_exponents": list(run.method.exponents),
             "independent_init": run.method.independent_init,
             "scores": list(score_names(run)),
+            "classes": list(run.task.classes) if run.task.classes else None,
+            "class_weights": None if run.class_weights is None else run.class_weights.tolist(),
             "loss_unit": run.task.loss_unit,
             "dtype": dtype_name(run.config, run.world),
             "sharding": run.backbone.sharding.kind,
@@ -197,6 +216,11 @@ def round_event(
     event: dict[str, Any] = {"event": "round", "round": finished_rounds}
     event.update(_training(run, stats))
     event.update(_held_out(run, evaluation))
+    if evaluation is not None and run.task.classes and finished_rounds == _last_round(run):
+        event[metrics.CONFUSION] = {
+            kind: measured.confusion(len(run.task.classes))
+            for kind, measured in evaluation.kinds.items()
+        }
     event |= {
         key: measured.similarity.get(factor.lower()) for factor, key in metrics.SIMILARITIES.items()
     }
@@ -224,6 +248,10 @@ def round_event(
         _client(run, client, stats, evaluation) for client in range(run.num_clients)
     ]
     return event
+
+
+def _last_round(run: Run) -> int:
+    return run.config.federated.num_rounds
 
 
 def _processes(

@@ -80,7 +80,7 @@ class Adapters:
         for siblings, a_pieces, b_pieces in self._siblings:
             siblings.bind(Factors.of(rows, a_pieces, b_pieces, trained))
         if self.head is not None:
-            self.head.layer.bind(self._head_weights(values, grads if "head" in trained else None))
+            self.head.bind(self._head_weights(values, grads if "head" in trained else None))
 
     def _head_weights(
         self, values: torch.Tensor, grads: torch.Tensor | None
@@ -143,7 +143,7 @@ class Adapters:
         settings = {**self.peft_config.to_dict(), "inference_mode": True}
         if self.head is not None:
             settings["task_type"] = "SEQ_CLS"
-            settings["modules_to_save"] = [self.head.name]
+            settings["modules_to_save"] = self.head.modules
         if float(settings["lora_alpha"]).is_integer():  # PEFT calls it an int; so may a reader
             settings["lora_alpha"] = int(settings["lora_alpha"])
         plain = {key: plain_json(key, value) for key, value in settings.items()}
@@ -152,7 +152,7 @@ class Adapters:
 
     def _peft_name(self, piece: Piece) -> str:
         if piece.factor == "head" and self.head is not None:
-            return f"{self.head.name}.{piece.layer}"
+            return self.head.full_name(piece.layer)
         return f"{piece.layer}.lora_{piece.factor}.weight"
 
 
@@ -201,7 +201,7 @@ def attach(model: PreTrainedModel, spec: LoraSpec, head: Head | None = None) -> 
     module_names = [name for name, _ in model.named_modules()]
     found, changed = _choose_layers(model, request)
     if head is not None:
-        module_names += [f"{head.name}.{name}" for name in head.layer.module_names()]
+        module_names += head.module_names()
     # Not as PEFT changed it: it names the model and rewrites the targets of mixtures of experts.
     peft_config = dataclasses.replace(
         request,

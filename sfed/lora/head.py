@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -51,4 +51,33 @@ class Head:
     """Name of the module within the model."""
     layer: StackedHead
     initial: Mapping[str, torch.Tensor]
-    """fp32 weights that every client's head starts from, by their names within the module."""
+    """fp32 weights that every client's head starts from, by their names within the module; those
+    of ``others`` by their names within the model."""
+    others: Mapping[str, StackedHead] = field(default_factory=dict)
+    """Modules between backbone and head that are trained with it, by their names in the model:
+    those of which the checkpoint holds nothing, such as BERT's pooler."""
+    replaces_another: bool = False
+    """Whether the checkpoint has a head of other classes."""
+
+    @property
+    def modules(self) -> list[str]:
+        """Names within the model of all modules that are trained."""
+        return [self.name, *self.others]
+
+    def module_names(self) -> list[str]:
+        """Names within the model of the modules that these consist of."""
+        parts = {self.name: self.layer, **self.others}
+        return [f"{name}.{inner}" for name, part in parts.items() for inner in part.module_names()]
+
+    def full_name(self, weight: str) -> str:
+        """Name within the model of a weight of ``initial``."""
+        is_others = any(weight.startswith(f"{name}.") for name in self.others)
+        return weight if is_others else f"{self.name}.{weight}"
+
+    def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Use these weights from now on: (C, *shape) fp32 by the names of ``initial``."""
+        rest = dict(weights)
+        for name, part in self.others.items():
+            own = [weight for weight in rest if weight.startswith(f"{name}.")]
+            part.bind({weight.removeprefix(f"{name}."): rest.pop(weight) for weight in own})
+        self.layer.bind(rest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,6 +19,7 @@ from sfed.utils.rng import Stream, derive
 
 # Names under which transformers keeps the head of a sequence classifier.
 _NAMES = ("classifier", "score")
+_POOLER, _PRE_CLASSIFIER, _HIDDEN = "pooler", "pre_classifier", "of_other_classes"
 _STD = 0.02
 Whole = Callable[[list[nn.Parameter]], AbstractContextManager[None]]
 
@@ -31,7 +32,7 @@ def hide_mismatched_head(config: Config, name: str) -> dict[str, str] | None:
     task = task_of(config)
     if not task.is_classification or classes_of_checkpoint(config, name) == task.num_outputs:
         return None
-    return {rf"^({'|'.join(_NAMES)})\.": r"of_other_classes.\1."}
+    return {rf"^({'|'.join(_NAMES)})\.": rf"{_HIDDEN}.\1."}
 
 
 def name_of(config: Config, model: PreTrainedModel) -> str | None:
@@ -47,20 +48,43 @@ def name_of(config: Config, model: PreTrainedModel) -> str | None:
     )
 
 
-def _refuse_random(loading: Mapping[str, Any], head_name: str | None, name: str) -> bool:
-    """Refuse a model whose files lack weights; returns whether the head is new.
+def _refuse_random(loading: Mapping[str, Any], drawn: Sequence[str], name: str) -> set[str]:
+    """Refuse a model whose files lack weights of other modules than these; returns what they lack.
 
     Raises:
         UserError: transformers would train on random numbers in their place.
     """
     absent = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    of_head = {key for key in absent if head_name and key.startswith(f"{head_name}.")}
-    if missing := sorted(absent - of_head):
+    allowed = tuple(f"{module}." for module in drawn)
+    if missing := sorted(key for key in absent if not key.startswith(allowed)):
         raise UserError(
             f"model.name = {name!r}: its files lack {len(missing)} weights that its config.json "
             f"asks for, such as {missing[0]}"
         )
-    return bool(of_head)
+    return absent
+
+
+def _between(model: PreTrainedModel, loading: Mapping[str, Any]) -> list[str]:
+    """The modules between backbone and head that are trained with it, by their full names.
+
+    They are those of which the checkpoint holds no weight. DistilBERT's is always one of them:
+    PEFT saves every module whose name ends as that of a head.
+    """
+    absent = set(loading["missing_keys"])
+    found = []
+    for name, module in model.named_modules():
+        leaf, weights = name.rpartition(".")[2], [key for key, _ in module.named_parameters()]
+        is_new = bool(weights) and all(f"{name}.{key}" in absent for key in weights)
+        if leaf == _PRE_CLASSIFIER or (leaf == _POOLER and is_new):
+            found.append(name)
+    return found
+
+
+def _is_replaced(loading: Mapping[str, Any], name: str) -> bool:
+    """Whether the checkpoint has a head of other classes, which was not loaded."""
+    others = [key for key, *_ in loading["mismatched_keys"]]
+    hidden = [key for key in loading.get("unexpected_keys", ()) if key.startswith(f"{_HIDDEN}.")]
+    return bool(hidden) or any(key.startswith(f"{name}.") for key in others)
 
 
 def detach_head(
@@ -69,7 +93,7 @@ def detach_head(
     """Put a head with the clients' own weights in the place of the model's, before it is sharded.
 
     A head that the model's files hold is where every client starts; a new one is drawn from the
-    seed, the same for all.
+    seed, the same for all. A pooler that the files do not hold is drawn and trained like it.
 
     Args:
         config: of the run.
@@ -84,18 +108,30 @@ def detach_head(
         UserError: where other weights than the head's are missing, or the head is not found.
     """
     name = name_of(config, model)
-    is_new = _refuse_random(loading, name, config.model.name)
     if name is None:
+        _refuse_random(loading, (), config.model.name)
         return None
-    template = model.get_submodule(name)
-    named = dict(template.named_parameters())
-    with whole(list(named.values())):
-        initial = {key: weight.detach().float().cpu().clone() for key, weight in named.items()}
-    if is_new:
-        std = float(getattr(model.config, "initializer_range", _STD))
-        generator = torch.Generator().manual_seed(derive(Stream.INIT_HEAD, config.seed))
-        for _, weight in sorted(initial.items()):  # as transformers does: biases begin at 0
-            weight.normal_(0.0, std, generator=generator) if weight.dim() > 1 else weight.zero_()
-    layer = StackedHead(template)
-    model.set_submodule(name, layer)
-    return Head(name, layer, initial)
+    between = _between(model, loading)
+    absent = _refuse_random(loading, [name, *between], config.model.name)
+    std = float(getattr(model.config, "initializer_range", _STD))
+    generator = torch.Generator().manual_seed(derive(Stream.INIT_HEAD, config.seed))
+    layers: dict[str, StackedHead] = {}
+    initial: dict[str, torch.Tensor] = {}
+    for module in (name, *between):
+        template = model.get_submodule(module)
+        named = dict(template.named_parameters())
+        with whole(list(named.values())):
+            own = {key: weight.detach().float().cpu().clone() for key, weight in named.items()}
+        if any(key.startswith(f"{module}.") for key in absent):
+            _draw(own, std, generator)
+        prefix = "" if module == name else f"{module}."
+        initial |= {prefix + key: weight for key, weight in own.items()}
+        layers[module] = StackedHead(template)
+        model.set_submodule(module, layers[module])
+    return Head(name, layers.pop(name), initial, layers, _is_replaced(loading, name))
+
+
+def _draw(weights: Mapping[str, torch.Tensor], std: float, generator: torch.Generator) -> None:
+    """Draw new weights in place as transformers does: biases begin at 0."""
+    for _, weight in sorted(weights.items()):
+        weight.normal_(0.0, std, generator=generator) if weight.dim() > 1 else weight.zero_()

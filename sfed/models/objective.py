@@ -29,7 +29,10 @@ class Objective(Protocol):
         """Lay the examples of C clients into a batch; arguments as of ``batches.collate``."""
 
     def losses(self, batch: Batch) -> torch.Tensor:
-        """Return each row's loss in nats: (rows,) fp32, 0 for rows that are missing."""
+        """Return each row's loss in nats: (rows,) fp32, 0 for rows that are missing.
+
+        It is the loss that is trained.
+        """
 
     def losses_and_predictions(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return each row's loss, and its predicted class or value: (rows,) fp32 both.
@@ -41,14 +44,19 @@ class Objective(Protocol):
         """Return which tokens matter to the losses: (rows, tokens) bool, False on padding."""
 
 
-def objective_of(backbone: Backbone, packing: Packing | None = None) -> Objective:
+def objective_of(
+    backbone: Backbone, packing: Packing | None = None, class_weights: torch.Tensor | None = None
+) -> Objective:
     """Return the objective of a backbone: targets where it has a classification head.
 
     Args:
         backbone: the frozen model.
         packing: how short sequences share a row; None = never.
+        class_weights: see ``TargetObjective``.
     """
-    return TokenObjective(backbone, packing) if backbone.head is None else TargetObjective(backbone)
+    if backbone.head is None:
+        return TokenObjective(backbone, packing)
+    return TargetObjective(backbone, class_weights)
 
 
 def why_padded(config: Config, backbone: Backbone) -> str | None:
@@ -95,17 +103,23 @@ class TargetObjective:
     """Learn a class (cross-entropy) or a value (squared error) per row, by a head."""
 
     backbone: Backbone
+    class_weights: torch.Tensor | None = None
+    """(classes,) fp32 on the device: what the losses of a training step are multiplied by, by
+    the class of a row; None = 1."""
 
     def collate(self, rows_by_client: Sequence[Sequence[Row]], rows_per_client: int) -> Batch:
         """See ``Objective.collate``: one example in a row."""
         return batches.collate(rows_by_client, rows_per_client)
 
     def losses(self, batch: Batch) -> torch.Tensor:
-        """See ``Objective.losses``."""
-        return target_losses(self._outputs(batch), batch.targets)
+        """See ``Objective.losses``: weighted by the class of each row."""
+        return target_losses(self._outputs(batch), batch.targets, self.class_weights)
 
     def losses_and_predictions(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See ``Objective.losses_and_predictions``: the largest class, or the value itself."""
+        """See ``Objective.losses_and_predictions``: the largest class, or the value itself.
+
+        These losses are not weighted.
+        """
         outputs = self._outputs(batch)
         is_value = outputs.shape[1] == 1
         predictions = outputs[:, 0] if is_value else outputs.argmax(dim=1).float()
@@ -119,17 +133,22 @@ class TargetObjective:
         return self.backbone.outputs(batch.input_ids, batch.is_token, batch.is_second)
 
 
-def target_losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def target_losses(
+    outputs: torch.Tensor, targets: torch.Tensor, class_weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the loss of each row, 0 where the target is NaN: (rows,) fp32.
 
     Args:
         outputs: (rows, classes), or (rows, 1) for a value.
         targets: (rows,) classes or values.
+        class_weights: (classes,) factors of the losses, for classes; None = 1.
     """
     present = ~torch.isnan(targets)
     targets = targets.nan_to_num()
     if outputs.shape[1] == 1:
         losses = functional.mse_loss(outputs[:, 0], targets, reduction="none")
     else:
-        losses = functional.cross_entropy(outputs, targets.long(), reduction="none")
+        losses = functional.cross_entropy(
+            outputs, targets.long(), weight=class_weights, reduction="none"
+        )
     return losses.where(present, 0.0)

@@ -25,6 +25,8 @@ FIRST_GRAD_NORM = "adapter/first_grad_norm"
 OUTPUT_RMS = "adapter/output_rms"
 SIMILARITIES = {"A": "adapter/a_similarity", "B": "adapter/b_similarity"}
 """By factor: how alike the clients' factors are."""
+CONFUSION = "confusion"
+"""By kind of adapter: held-out examples by class (rows) and predicted class (columns)."""
 UPLOADED_BYTES = "comm/uploaded_bytes"
 EVALUATION_BYTES = "comm/evaluation_bytes"
 IMPORTS_SECONDS = "time/imports_seconds"

@@ -24,6 +24,11 @@ def check_plan(config: Config, gpus: int) -> None:
             f"federated.num_clients = {num_clients} is less than the {gpus} GPUs, and every "
             f"process holds at least one client: give --gpus {num_clients}, or raise it"
         )
+    if config.data.task == "classification" and config.data.labels is None:
+        raise ConfigError(
+            "data.labels: the plan reads no data and so does not know the classes; name all "
+            "labels, such as data.labels=[benign, malignant]"
+        )
     if config.model.name == "demo":
         raise ConfigError(
             "model.name = 'demo' fits anywhere; give a CONFIG, or model.name=... data.task=..."

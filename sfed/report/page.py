@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from sfed.report import comparison_tables, tables
+from sfed.report import comparison_tables, confusion, tables
 from sfed.report.comparison_figures import comparisons, law_pictures
 from sfed.report.run_figures import Picture, pictures_of
 from sfed.report.scaling_law import ScalingFit, laws
@@ -59,6 +59,8 @@ def run_section(story: RunRecord, anchor: str, pictures: Sequence[Picture]) -> d
         "pooled_over": tables.pooled_over(story),
         "clients": tables.clients_tables(story),
         "has_scores": bool(story.score_names),
+        "confusion": confusion.tables_of(story),
+        "confusion_round": confusion.last_confusion(story)[0],
         "unit": story.unit,
         "figures": _folds(pictures),
         "samples": tables.samples_table(story),
@@ -109,7 +111,8 @@ def write_report(stories: Sequence[RunRecord], out: Path | str) -> Path:
         law = law_section(found, drawn) if found else None
         written += [(picture.name, picture.png) for picture in (*compared, *drawn)]
     for i, story in enumerate(stories if len(stories) <= MOST_SECTIONS else (), start=1):
-        pictures = pictures_of(story)
+        matrix = confusion.picture_of(story)
+        pictures = [*pictures_of(story), *([matrix] if matrix else [])]
         prefix = f"{i:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', story.name)}-" if several else ""
         runs.append(run_section(story, f"run-{i}", pictures))
         written += [(prefix + picture.name, picture.png) for picture in pictures]

@@ -32,6 +32,8 @@ HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++", "oo")
 MOST_WITH_MARKERS = 30
 # Letters of a title's line, by how many panels stand beside each other.
 _TITLE_WIDTHS = {1: 90, 2: 46, 3: 30}
+# Classes up to which a matrix shows its counts; share from which a cell is dark.
+_MOST_NUMBERED, _DARK = 15, 0.6
 _BLACK, _GREY = "#000000", "#8A8A8A"
 _STYLE: Any = {
     "font.size": 9,
@@ -95,6 +97,15 @@ class Bars:
     y_label: str
     positions: Sequence[float]
     parts: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One pair of axes with a confusion matrix: counts by class (rows) and predicted class."""
+
+    title: str
+    names: Sequence[str]
+    counts: Sequence[Sequence[int]]
 
 
 def curves(panels: Sequence[Panel], *, share_y: bool = False) -> bytes:
@@ -209,6 +220,33 @@ def _draw_spread(axes: Axes, curve: Curve, color: str, *, band: bool) -> None:
         axes.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
     else:
         axes.errorbar(xs, ys, curve.spread, color=color, linestyle="", capsize=4, linewidth=1.2)
+
+
+def matrices(panels: Sequence[Matrix]) -> bytes:
+    """Draw confusion matrices side by side, each row shaded by its own shares."""
+    with mpl.rc_context(_STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
+        for axes, panel in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            shares = [[count / (sum(row) or 1) for count in row] for row in panel.counts]
+            axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+            labels = [_plain(name, 14) for name in panel.names]
+            places = range(len(labels))
+            axes.set(title=_plain(panel.title, 46), xlabel="predicted class", ylabel="class")
+            axes.set_xticks(places, labels, rotation=0 if len(labels) <= 4 else 90)
+            axes.set_yticks(places, labels)
+            if len(labels) <= _MOST_NUMBERED:
+                _number_cells(axes, panel, shares)
+        return _png(figure, {})
+
+
+def _number_cells(axes: Axes, panel: Matrix, shares: Sequence[Sequence[float]]) -> None:
+    """Write each count into its cell, white on a dark one."""
+    for row, counts in enumerate(panel.counts):
+        for column, count in enumerate(counts):
+            color = "white" if shares[row][column] > _DARK else _BLACK
+            axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
 
 
 def _bars(

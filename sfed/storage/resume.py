@@ -121,7 +121,9 @@ def refuse_other_run(found: CheckpointRef, config: Config, num_clients: int) -> 
     Raises:
         CheckpointError: naming each key with both values.
     """
-    changed = differences(found.metadata["config"], comparable(config, num_clients))
+    # Keys that an older version did not have are at their defaults.
+    before = comparable(Config(), num_clients) | found.metadata["config"]
+    changed = differences(before, comparable(config, num_clients))
     if changed:
         raise CheckpointError(
             f"the run in {found.folder.parent.parent} was made with other settings:\n  "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+_MOST_NAMED = 8
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT]i?B)")
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -26,6 +28,13 @@ def counted(count: int, noun: str) -> str:
 def one_line(error: object, most: int = 300) -> str:
     """Return a text, such as that of an error, on one line and cut to ``most`` characters."""
     return " ".join(str(error).split())[:most]
+
+
+def some_of(values: Sequence[object]) -> str:
+    """Name the first few values: 'a', 'b' and 3 more."""
+    listed = [repr(value) for value in values]
+    more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
+    return ", ".join(listed[:_MOST_NAMED]) + more
 
 
 def parse_size(text: str) -> int | None:

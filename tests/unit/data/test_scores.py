@@ -182,6 +182,13 @@ def test_f1_is_that_of_class_1(seed: int) -> None:
     assert score("f1", predictions, targets) == pytest.approx(2 * tp / (2 * tp + fp + fn))
 
 
+def test_macro_f1_is_the_mean_f1_of_the_classes_that_occur() -> None:
+    targets, predictions = np.array([0.0, 0, 0, 1, 1, 2]), np.array([0.0, 0, 1, 1, 1, 4])
+    by_class = [4 / 5, 4 / 5, 0.0, 0.0]  # of 0, 1, 2 and 4; nobody has 3
+    assert score("macro_f1", predictions, targets) == pytest.approx(np.mean(by_class))
+    assert score("macro_f1", targets, targets) == 1.0
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_matthews_is_the_formula(seed: int) -> None:
     predictions, targets = binary(seed)

@@ -1,0 +1,189 @@
+"""Classification of own texts: what a record holds, and the labels that are the classes.
+
+A label is a text or an integer. The classes are the same on all processes and in both splits: those
+of ``data.labels`` in this order, else the labels of all training files, sorted. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from sfed.config.schema import LEAST_LABELS, MOST_LABELS, Label, TrainSection
+from sfed.utils.errors import ConfigError, DataError
+from sfed.utils.text import some_of
+
+Row = Mapping[str, Any]
+_PAIR = "text_pair"
+
+
+class Columns:
+    """The columns of a record: a text, perhaps a second one, and a label."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        """Read the columns of these names.
+
+        Args:
+            names: ``data.columns``.
+        """
+        self.text, self.label = names.get("text", "text"), names.get("label", "label")
+        self.pair = names.get("text_pair")
+
+    @property
+    def form(self) -> str:
+        """The form of a record, for messages."""
+        return ", ".join(name for name in (self.text, self.pair, self.label) if name)
+
+    def texts_of(self, row: Row) -> tuple[str, str]:
+        """The text and the second text of a record, "" where it has none.
+
+        Raises:
+            KeyError, TypeError, ValueError: where a column is missing, holds no text, or is a
+                second text that nothing asks to read.
+        """
+        if self.pair is None and row.get(_PAIR) is not None:
+            raise ValueError(
+                f"it holds {_PAIR!r}, which is not read; set data.columns.{_PAIR}={_PAIR} to read "
+                "it, or remove the column"
+            )
+        return _text(row, self.text), "" if self.pair is None else _text(row, self.pair)
+
+    def label_of(self, row: Row) -> Label:
+        """The label of a record.
+
+        Raises:
+            KeyError, TypeError, ValueError: where there is none.
+        """
+        label = row[self.label]
+        if not isinstance(label, str | int) or isinstance(label, bool):
+            raise TypeError(
+                f"{self.label!r} holds {_shown(label)}; a label is a text or an integer"
+            )
+        if not str(label).strip():
+            raise ValueError(f"{self.label!r} is empty, so the record has no label")
+        return label
+
+
+def _text(row: Row, key: str) -> str:
+    value = row[key]
+    if not isinstance(value, str):
+        raise TypeError(f"{key!r} holds {type(value).__name__}, not text")
+    return value
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def class_reader(columns: Columns, labels: Sequence[Label] | None) -> Callable[[Row], float]:
+    """Return what reads the class of a record: the place of its label in ``labels``.
+
+    While these are not known (None) every label is class 0. It raises as ``Columns.label_of`` does,
+    and ValueError for a label that is not there.
+    """
+    # A text is never equal to an integer, and bool is refused before.
+    places = {label: float(place) for place, label in enumerate(labels or ())}
+
+    def class_of(row: Row) -> float:
+        label = columns.label_of(row)
+        if labels is None:
+            return 0.0
+        if label not in places:
+            raise ValueError(
+                f"{columns.label!r} is {_shown(label)}, not one of the {len(labels)} labels "
+                f"(those of data.labels, or of the training files: {some_of(labels)})"
+            )
+        return places[label]
+
+    return class_of
+
+
+def labels_in(rows: Iterable[tuple[str, Any]], columns: Columns) -> Iterator[Label]:
+    """Yield each label once, of records given as (place, record).
+
+    Raises:
+        DataError: naming the place of a record without a label.
+    """
+    seen: set[Label] = set()
+    for where, row in rows:
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where}: it holds {type(row).__name__}; expected {columns.form}")
+        try:
+            label = columns.label_of(row)
+        except KeyError as missing:
+            raise DataError(f"{where}: no key {missing}; expected {columns.form}") from None
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where}: {error}; expected {columns.form}") from None
+        if label not in seen:
+            seen.add(label)
+            yield label
+
+
+def ordered(labels: Iterable[Label]) -> tuple[Label, ...]:
+    """Return the labels that some files hold as classes: each once, sorted.
+
+    Raises:
+        DataError: for texts beside integers, labels that differ in case or space alone, fewer than
+            two labels or more than a thousand.
+    """
+    distinct = set(labels)
+    texts = [label for label in distinct if isinstance(label, str)]
+    numbers = [label for label in distinct if isinstance(label, int)]
+    if texts and numbers:
+        raise DataError(
+            f"the labels of the training files are texts ({some_of(sorted(texts))}) and integers "
+            f"({some_of(sorted(numbers))}); write them alike"
+        )
+    if not LEAST_LABELS <= len(distinct) <= MOST_LABELS:
+        raise DataError(
+            f"the training files hold {len(distinct)} different labels "
+            f"({some_of(sorted(texts) or sorted(numbers))}); a classification has {LEAST_LABELS} "
+            f"to {MOST_LABELS}: look at the column that data.columns.label names"
+        )
+    read_alike: dict[str, str] = {}
+    for label in sorted(texts):
+        other = read_alike.setdefault(" ".join(label.split()).casefold(), label)
+        if other != label:
+            raise DataError(
+                f"the labels {_shown(other)} and {_shown(label)} of the training files differ in "
+                "case or space alone; write them alike, or name all labels in data.labels"
+            )
+    return tuple(sorted(texts)) or tuple(sorted(numbers))
+
+
+def class_weights(
+    section: TrainSection, names: Sequence[str], counts: Sequence[int]
+) -> list[float] | None:
+    """Return the weight of each class in the training loss, as ``train.class_weights`` says.
+
+    The mean of the weights over all training examples is 1.
+
+    Args:
+        section: of the configuration.
+        names: of the classes.
+        counts: training examples of each class, of all clients; a class without any gets 0 where
+            weights are balanced.
+
+    Returns:
+        None where all classes count the same.
+
+    Raises:
+        ConfigError: where the weights are not those of the classes.
+    """
+    asked = section.class_weights
+    if asked == "none":
+        return None
+    if isinstance(asked, dict):
+        for name in asked.keys() ^ set(names):
+            problem = "has no weight" if name in names else "is no label"
+            raise ConfigError(
+                f"train.class_weights: {name!r} {problem}; give a weight to each of "
+                f"{some_of(names)}"
+            )
+        relative = [asked[name] for name in names]
+    else:
+        relative = [1.0 / count if count else 0.0 for count in counts]
+    total = math.fsum(weight * count for weight, count in zip(relative, counts, strict=True))
+    return [weight * sum(counts) / total for weight in relative]
