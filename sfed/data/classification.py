@@ -129,6 +129,8 @@ def ordered(labels: Iterable[Label]) -> tuple[Label, ...]:
             two labels or more than a thousand.
     """
     distinct = set(labels)
+    if not distinct:
+        raise DataError("data.train_files: the training files hold no records")
     texts = [label for label in distinct if isinstance(label, str)]
     numbers = [label for label in distinct if isinstance(label, int)]
     if texts and numbers:

@@ -47,11 +47,11 @@ def counts_of(config: Config, meta: MetaModel) -> ModelCounts:
     """
     num_weights, model = meta.num_weights, meta.model
     matmul_weights = synthetic.matmul_weights(model)
-    head_name, head_numbers = heads.name_of(config, model), 0
-    if head_name is not None:  # as if it had been taken off
-        head = model.get_submodule(head_name)
-        head_numbers = sum(weight.numel() for weight in head.parameters())
-        model.set_submodule(head_name, nn.Identity())
+    head_numbers = 0
+    for name in heads.modules_of(config, model):  # as if they had been taken off
+        head = model.get_submodule(name)
+        head_numbers += sum(weight.numel() for weight in head.parameters())
+        model.set_submodule(name, nn.Identity())
     attached = attach(config, model, None, config.lora.target_modules, config.lora.rank)
     columns = [attached.layout.columns(factor) for factor in ("A", "B")]
     a_numbers, b_numbers = (some.stop - some.start for some in columns)

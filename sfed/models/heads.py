@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -64,14 +64,24 @@ def _refuse_random(loading: Mapping[str, Any], drawn: Sequence[str], name: str) 
     return absent
 
 
-def _between(model: PreTrainedModel, loading: Mapping[str, Any]) -> list[str]:
-    """The modules between backbone and head that are trained with it, by their full names.
+def modules_of(config: Config, model: PreTrainedModel, absent: Collection[str] = ()) -> list[str]:
+    """The modules that each client trains whole: the head, and what belongs to it; else none.
 
-    They are those of which the checkpoint holds no weight. DistilBERT's is always one of them:
-    PEFT saves every module whose name ends as that of a head.
+    A pooler of which the checkpoint holds no weight belongs to the head, and DistilBERT's
+    ``pre_classifier`` always does: PEFT saves every module whose name ends as that of a head.
+
+    Args:
+        config: of the run.
+        model: with its head.
+        absent: weights that the checkpoint does not hold.
+
+    Raises:
+        UserError: where the head is not found.
     """
-    absent = set(loading["missing_keys"])
-    found = []
+    head = name_of(config, model)
+    if head is None:
+        return []
+    found = [head]
     for name, module in model.named_modules():
         leaf, weights = name.rpartition(".")[2], [key for key, _ in module.named_parameters()]
         is_new = bool(weights) and all(f"{name}.{key}" in absent for key in weights)
@@ -107,17 +117,16 @@ def detach_head(
     Raises:
         UserError: where other weights than the head's are missing, or the head is not found.
     """
-    name = name_of(config, model)
-    if name is None:
-        _refuse_random(loading, (), config.model.name)
+    modules = modules_of(config, model, set(loading["missing_keys"]))
+    absent = _refuse_random(loading, modules, config.model.name)
+    if not modules:
         return None
-    between = _between(model, loading)
-    absent = _refuse_random(loading, [name, *between], config.model.name)
+    name = modules[0]
     std = float(getattr(model.config, "initializer_range", _STD))
     generator = torch.Generator().manual_seed(derive(Stream.INIT_HEAD, config.seed))
     layers: dict[str, StackedHead] = {}
     initial: dict[str, torch.Tensor] = {}
-    for module in (name, *between):
+    for module in modules:
         template = model.get_submodule(module)
         named = dict(template.named_parameters())
         with whole(list(named.values())):

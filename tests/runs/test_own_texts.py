@@ -19,12 +19,16 @@ from transformers import (
 )
 
 from sfed.config import load as config_load
+from sfed.data import splits
+from sfed.distributed import world as distributed
 from sfed.federated import session
+from sfed.models import backbone
 from sfed.report import __main__ as report
 from sfed.report import tables
 from sfed.utils.errors import UserError
 from tests.support import glue, runs, tiny
 from tests.support.deadlines import RUN_SECONDS
+from tests.support.processes import on_processes
 
 N = 3
 LABELS = ["benign", "inconclusive", "malignant"]
@@ -159,6 +163,29 @@ def test_a_pooler_that_the_checkpoint_lacks_is_drawn_trained_and_exported(folder
     mean = torch.stack([found[f"client-{i:04d}"][name] for i in range(N)]).mean(dim=0)
     torch.testing.assert_close(found["global"][name], mean)
     assert not any(".pooler." in key and "lora" in key for key in found["global"])
+
+
+def first_head(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights that all heads start from."""
+    world = distributed.start(RUN_SECONDS)
+    try:
+        config = splits.with_labels(config_load.validate(settings), world, N)
+        head = backbone.load(config, config.model.name, world).head
+    finally:
+        distributed.stop(world)
+    assert head is not None
+    return dict(head.initial)
+
+
+@pytest.mark.dist
+def test_a_pooler_that_the_checkpoint_lacks_is_the_same_on_shards(folder, tmp_path):
+    own = settings(folder, BERT, tmp_path)
+    plain = first_head(own)
+    assert plain["bert.pooler.dense.weight"].std() > 0
+    own["backbone"] = {"sharding": "zero3"}
+    for found in on_processes(2, first_head, own):
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[name], weight) for name, weight in plain.items())
 
 
 def test_a_checkpoint_with_a_pooler_keeps_it_frozen(folder, tmp_path):
