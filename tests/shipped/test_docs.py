@@ -31,8 +31,8 @@ PAGES = [
     ROOT / "tests" / "README.md",
     *sorted(DOCS.glob("*.md")),
 ]
-OF_A_READER = ("/workspace/my.yaml", "methods.yaml")
-"""Files that a reader writes; the grid file is shown on its page and checked from there."""
+OF_A_READER = ("/workspace/my.yaml", "methods.yaml", "diagnosis.yaml")
+"""Files that a reader writes; those that are shown on their page are checked from there."""
 
 
 def text_of(page: Path) -> str:
@@ -208,6 +208,13 @@ def test_the_grid_file_that_is_shown_is_valid(tmp_path: Path):
     (tmp_path / "methods.yaml").write_text(shown, encoding="utf-8")
     found = grid.read(tmp_path / "methods.yaml", (), 1, methods.resolve)
     assert len(found.cells) == 8
+
+
+def test_the_configuration_of_a_classification_that_is_shown_is_valid(tmp_path: Path):
+    (shown,) = fences(DOCS / "classification.md", "yaml")
+    path = tmp_path / "diagnosis.yaml"
+    path.write_text(shown, encoding="utf-8")
+    assert config_load.load(str(path)).data.columns == {"text": "note", "label": "diagnosis"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
