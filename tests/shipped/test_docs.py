@@ -308,7 +308,7 @@ def test_the_templates_of_the_tasks_are_printed_as_they_are() -> None:
     blocks = [block.removesuffix("\n") for block in fences(page, "text")]
     table = [line for line in text_of(page).splitlines() if line.startswith("|")]
     long = (QUESTION, INSTRUCTION, INSTRUCTION_WITH_INPUT)
-    assert blocks == [one.prompt.rstrip("\n") for one in long]
+    assert {one.prompt.rstrip("\n") for one in long} <= set(blocks)
     for one in long:
         assert any(f"`{one.completion}`" in line and one.condition in line for line in table)
     for one in (PAIR, TEXT):
