@@ -14,7 +14,7 @@ from typing import Any
 from sfed.config.schema import Config
 from sfed.data.partition import value_of
 from sfed.data.tasks import checked_pair, task_of
-from sfed.files.checks import Fault, check_files
+from sfed.files.checks import Checked, Fault, check_files
 from sfed.files.listing import is_local, list_files
 from sfed.files.silos import least_rows, num_clients_of, silos_of
 from sfed.methods import method as methods
@@ -65,7 +65,7 @@ def check(config: Config, num_processes: int | None = None) -> str:
     mistakes += _unwritable(Path(config.output.dir))
     files = [name for listing in listings for name in listing.files if is_local(name)]
     checked = check_files(files, partial(_check_row, config))
-    faults = _said(files, checked.faults + _too_few(config, files, checked.rows))
+    faults = _said(files, checked.faults + _too_few(config, files, checked))
     if mistakes:
         raise ConfigError("\n".join([*mistakes, *faults]))
     if faults:
@@ -101,19 +101,27 @@ def _check_row(config: Config, row: Any, where: str) -> None:
         value_of(row, config.partition.key, where)
 
 
-def _too_few(config: Config, files: Sequence[str], counts: Sequence[int]) -> tuple[Fault, ...]:
-    """The files of clients that hold too few rows to train on; files of a pool may be empty."""
-    if config.partition.kind != "by_file" or config.data.on_small_client == "skip":
+def _too_few(config: Config, files: Sequence[str], checked: Checked) -> tuple[Fault, ...]:
+    """The files of clients that hold too few rows; files of a pool may be empty."""
+    if config.partition.kind != "by_file":
         return ()
-    train, least = set(list_files(config, "train").files), least_rows(config)
+    train = set(list_files(config, "train").files)
+    skips = config.data.on_small_client == "skip"
+    least = {name: (0 if skips else least_rows(config)) if name in train else 1 for name in files}
+    remedy = {
+        True: f"a client needs at least {least_rows(config)}: give more, leave the file out, or "
+        "set data.on_small_client=skip",
+        False: "nothing can be evaluated on it",
+    }
+    broken = {name for name, _ in checked.faults}
     return tuple(
         (
             name,
-            f"{name}: it holds {counted(count, 'row') if count else 'no rows'}; a client needs at "
-            f"least {least}: give more, leave the file out, or set data.on_small_client=skip",
+            f"{name}: it holds {counted(count, 'row') if count else 'no rows'}; "
+            f"{remedy[name in train]}",
         )
-        for name, count in zip(files, counts, strict=True)
-        if name in train and count < least
+        for name, count in zip(files, checked.rows, strict=True)
+        if count < least[name] and name not in broken
     )
 
 

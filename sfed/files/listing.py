@@ -88,14 +88,14 @@ def _expanded(name: str) -> tuple[list[str], str]:
 
 def _of_known_kinds(found: Sequence[Path], what: str, name: str) -> tuple[list[str], str]:
     """The files of a folder or glob; all have to be read, since each may be a client's data."""
-    odd = [path for path in found if find_kind(path) is None or path.is_dir()]
+    odd = [path for path in found if find_kind(path) is None or not path.is_file()]
     if not found:
         return [], f"{what} holds no file" if Path(name).is_dir() else f"{what} matches no file"
     if odd:
         more = f" and {len(odd) - _MOST_NAMED} more" if len(odd) > _MOST_NAMED else ""
         named = ", ".join(repr(path.name) for path in odd[:_MOST_NAMED])
-        files = [path for path in odd if not path.is_dir()]
-        why = not_read(files[0]) if files else "folders within it are not read"
+        files = [path for path in odd if path.is_file()]
+        why = not_read(files[0]) if files else "only files are read"
         return [], f"{what} holds {named}{more}: {why}; name the files or a glob such as *.jsonl"
     return [str(path) for path in found], ""
 

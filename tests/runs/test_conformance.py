@@ -420,7 +420,7 @@ def test_bug_alpha_over_r_is_missing(tiny_folder: Path, tmp_path: Path, method: 
         loss, tokens = held_out_loss(merged(model, adapters[name], gamma), held[client])
         assert last["clients"][client]["personal_loss"] == pytest.approx(loss / tokens, rel=1e-5)
     for name in adapters:
-        config = json.loads((folder / "adapters" / name / "adapter_config.json").read_text())
+        config = json.loads((runs.adapter_paths(folder)[name] / "adapter_config.json").read_text())
         assert config["use_rslora"] is False and config["r"] == RANK
         assert config["lora_alpha"] / config["r"] == pytest.approx(gamma, rel=1e-12)
     if "global" in adapters:
@@ -575,7 +575,7 @@ def test_the_global_adapter_is_the_mean_of_the_clients_by_stock_peft(
     base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model")
     stock = PeftModel.from_pretrained(base, folder / "adapters" / "global", adapter_name="ours")
     for name in NAMES:
-        stock.load_adapter(folder / "adapters" / name, adapter_name=name)
+        stock.load_adapter(runs.adapter_paths(folder)[name], adapter_name=name)
     stock.add_weighted_adapter(NAMES, p, "sum", combination_type="cat")
     layers = [m for m in stock.modules() if hasattr(m, "get_delta_weight")]
     assert len(layers) == 14

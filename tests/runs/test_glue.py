@@ -255,7 +255,8 @@ class Outside:
         """One tensor of outputs per client."""
         found = []
         for client, name in enumerate(NAMES):
-            adapter = self.run_folder / "adapters" / ("global" if kind == "global" else name)
+            paths = runs.adapter_paths(self.run_folder)
+            adapter = paths["global" if kind == "global" else name]
             model = glue.with_adapter(self.folder, self.family, self.name, adapter)
             found.append(self.encoder.logits(model, self.rows[client]))
         return found

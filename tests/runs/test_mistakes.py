@@ -438,6 +438,16 @@ CONFIG_MISTAKES = [
         files={"a.jsonl": "", "b.jsonl": GOOD_ROW * 2, "c.jsonl": GOOD_ROW * 3},
     ),
     Mistake(
+        "file of a client that is broken, and an empty held-out file",
+        ("2 of 3 files", "FOLDER/a.json: not JSON", "FOLDER/h.csv: it holds no rows; nothing can"),
+        by_file(
+            data__train_files=["FOLDER/a.json", "FOLDER/rows.jsonl"],
+            data__eval_files="FOLDER/h.csv",
+            federated__num_clients=None,
+        ),
+        files={"a.json": "[", "h.csv": "prompt,completion\n"},
+    ),
+    Mistake(
         "held-out files of other names",
         ("data.eval_files", "no held-out file for 'b'", "no training file for 'c'"),
         by_file(

@@ -218,8 +218,8 @@ def test_clients_with_files_of_their_own_share_the_labels_of_all(folder, tmp_pat
     """No process reads the files of the other's clients, and none of them has all labels."""
     numbers = [-1, 3, 20]
     for client in range(4):
-        own = [numbers[client % 3], numbers[(client + 1) % 3]]
-        rows = notes(12, seed=client, labels=[own[0], own[0], own[1]])
+        one, other = (20, 3) if client < 2 else (3, -1)  # of process 0, of process 1
+        rows = notes(12, seed=client, labels=[one, one, other])
         glue.save(tmp_path / f"{client}.jsonl", rows)
     own = settings(
         folder,

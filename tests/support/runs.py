@@ -16,6 +16,8 @@ from sfed import train
 from sfed.config import load as config_load
 from sfed.federated import local, preflight
 from sfed.federated.context import RoundPlan, Run
+from sfed.files.names import GLOBAL, adapter_folder
+from sfed.storage.run_record import open_run
 from sfed.utils import command
 from sfed.utils.errors import UserError
 from tests.support.processes import on_processes
@@ -48,12 +50,18 @@ def run(
     return Path(settings["output"]["dir"]) / settings["output"]["name"]
 
 
+def adapter_paths(run_folder: Path) -> dict[str, Path]:
+    """Folders of the exported adapters: client-0000, ..., whatever they are called, and global."""
+    run = open_run(run_folder)
+    found = {adapter_folder(one.client): one.adapter for one in run.clients.values()}
+    found[GLOBAL] = run.adapters.get(GLOBAL)
+    return {name: path for name, path in found.items() if path is not None}
+
+
 def adapters(run_folder: Path) -> dict[str, Tensors]:
-    """The exported adapters by name of their folder."""
-    return {
-        folder.name: load_file(folder / "adapter_model.safetensors")
-        for folder in sorted((run_folder / "adapters").iterdir())
-    }
+    """The exported adapters under the same names."""
+    paths = adapter_paths(run_folder)
+    return {name: load_file(path / "adapter_model.safetensors") for name, path in paths.items()}
 
 
 def rounds(run_folder: Path) -> list[dict[str, Any]]:

@@ -59,7 +59,10 @@ def test_a_file_of_another_kind_in_a_folder_is_no_client_and_no_silence():
     message = problems("d")
     assert "'b.xlsx', 'readme.md'" in message and READ in message and "*.jsonl" in message
     make("e/a.jsonl", "e/f/b.jsonl")
-    assert "'f': folders within it are not read" in problems("e")
+    assert "'f': only files are read" in problems("e")
+    make("g/a.jsonl")
+    Path("g/b.jsonl").symlink_to("nowhere.jsonl")
+    assert "'b.jsonl': only files are read" in problems("g")
 
 
 @pytest.mark.parametrize(
