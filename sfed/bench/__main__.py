@@ -122,7 +122,8 @@ def main(arguments: Sequence[str]) -> None:
     _check(given)
     if given.scaling_of:
         results = scaling_tables.together(given.scaling_of)
-        show(results)
+        with scaling_tables.results_of(given.scaling_of):
+            show(results)
         command.write_json(given.json, results)
         return
     from sfed.bench import compare  # torch and all that is behind it

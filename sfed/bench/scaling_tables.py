@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from sfed.utils import json_text
 from sfed.utils.errors import UserError
+from sfed.utils.text import one_line
 
 Json = Mapping[str, Any]
 # What has to be the same for figures to be comparable; the same question on other machines is one.
@@ -20,6 +22,29 @@ _KINDS = {
 }
 
 
+# What a file may make of a table that takes it for results: a key that is not there, another type.
+_OF_OTHER_CONTENT = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
+
+
+@contextmanager
+def results_of(files: Sequence[Path]) -> Iterator[None]:
+    """Within it, what is used are results that were read from files, of any content.
+
+    Raises:
+        UserError: where they lack something, or hold it in another form.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (*_OF_OTHER_CONTENT, ValueError) as error:
+        names = ", ".join(map(str, files))
+        raise UserError(
+            f"--scaling-of {names}: no whole results of sfed.bench --scaling --json "
+            f"({type(error).__name__}: {one_line(error)}); measure again"
+        ) from None
+
+
 def together(files: Sequence[Path]) -> dict[str, Any]:
     """Read the results of jobs and put them together, ordered by their number of processes.
 
@@ -27,6 +52,11 @@ def together(files: Sequence[Path]) -> dict[str, Any]:
         UserError: where a file holds no such results, or those of another configuration.
     """
     read = [(file, _read(file)) for file in files]
+    with results_of(files):
+        return _together(read)
+
+
+def _together(read: Sequence[tuple[Path, Json]]) -> dict[str, Any]:
     first_file, first = read[0]
     for file, results in read[1:]:
         for key in _SAME:
@@ -46,7 +76,7 @@ def together(files: Sequence[Path]) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = json_text.read(file)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise UserError(f"--scaling-of {file}: cannot be read ({reason})") from None

@@ -20,7 +20,7 @@ Json = Mapping[str, Any]
 
 def show(results: Json) -> None:
     """Print the tables that these results have."""
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     for line in _heading(results):
         console.print(line, markup=False, soft_wrap=True)
     if "variants" in results:

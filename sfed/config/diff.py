@@ -13,6 +13,7 @@ from sfed.utils.redaction import masked
 _FREE_SECTIONS = ("output", "evaluation", "backbone")
 _FREE_KEYS = (
     "data.on_small_client",  # N and the digests of the data say whom it has left out
+    "data.max_row_characters",
     "federated.clients_per_pass",
     "federated.deadline_seconds",
     "federated.max_bad_rounds",

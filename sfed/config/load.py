@@ -14,40 +14,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from sfed.config import yaml_text
 from sfed.config.foreign_keys import FOREIGN_KEYS
 from sfed.config.paths import follow
 from sfed.config.schema import DEMO, REQUIRED, Config
 from sfed.utils.errors import ConfigError
 from sfed.utils.launcher import launch
+from sfed.utils.redaction import MASK, is_secret_name, masked
+from sfed.utils.text import shown
 
 _LOG = logging.getLogger(__name__)
-_MERGE = "tag:yaml.org,2002:merge"  # the key "<<"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-4 is a number, a key that stands twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [
-            _MERGE if key.tag == _MERGE else self.construct_object(key, deep=True)
-            for key, _ in node.value
-        ]
-        for position, key in enumerate(keys):
-            if key in keys[:position] and key != _MERGE:
-                line = node.value[position][0].start_mark.line + 1
-                raise ConfigError(f"line {line}: the key {key!r} stands twice; remove one of them")
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML follows, reads 1e-4 as a string; YAML 1.2 reads it as a number.
-_FLOAT = re.compile(
-    r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$|^\.nan$|^[-+]?\.inf$"
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_MOST_BYTES = 2**22
+"""Of a configuration file: thousands of file names fit."""
+_MOST_SHOWN = 200
+"""Characters of a value in a message."""
 
 
 def parse(arguments: Sequence[str]) -> Config | None:
@@ -170,14 +153,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"the configuration file {str(path)!r} does not exist")
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ConfigError(
+                f"{path} is larger than {_MOST_BYTES:,} bytes; is it a configuration?"
+            )
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             text = text.replace("\t", " ")  # the one thing in which JSON is not YAML
-        data = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not readable as YAML or JSON: {error}") from None
-    except ConfigError as mistake:
-        raise ConfigError(f"{path}, {mistake}") from None
+    data = yaml_text.parse(text, str(path))
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -188,11 +175,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def overridden(data: dict[str, Any], override: str) -> dict[str, Any]:
     """Return a copy of ``data`` with one ``section.key=value`` applied."""
     dotted, _, text = override.partition("=")
-    try:
-        value = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError:
-        raise ConfigError(f"{override!r}: the value is not readable as YAML") from None
-    return put(data, dotted, value, origin=override)
+    origin = f"{dotted}={MASK}" if is_secret_name(dotted) else override
+    value = yaml_text.parse(text, f"{shown(origin)}: the value")
+    return put(data, dotted, value, origin)
 
 
 def put(data: dict[str, Any], dotted: str, value: Any, origin: str) -> dict[str, Any]:
@@ -203,7 +188,9 @@ def put(data: dict[str, Any], dotted: str, value: Any, origin: str) -> dict[str,
         child = node.get(parent) or {}
         if not isinstance(child, dict):
             name = ".".join(parents[: depth + 1])
-            raise ConfigError(f"{origin!r}: {name} is {child!r}, not a section with keys")
+            raise ConfigError(
+                f"{shown(origin)}: {name} is {shown(masked(child, name))}, not a section with keys"
+            )
         node[parent] = dict(child)
         node = node[parent]
     node[leaf] = value
@@ -223,7 +210,7 @@ def validate(data: dict[str, Any], required: Sequence[str] = ()) -> Config:
     try:
         text = json.dumps(data, default=str)
     except (ValueError, RecursionError):
-        raise ConfigError("the configuration refers to itself (a YAML alias in a circle)") from None
+        raise ConfigError("the configuration refers to itself, or is nested too deeply") from None
     except TypeError as error:
         raise ConfigError(f"a key of the configuration is not text: {error}") from None
     unset = [key for key in _unset(data) if key in required]
@@ -257,13 +244,19 @@ def _key(detail: ErrorDetails) -> str:
 def _explain(detail: ErrorDetails) -> str:
     key, value = _key(detail), detail["input"]
     if detail["type"] == "extra_forbidden":
-        return f"{key} = {value!r}: unknown key{suggestion(key)}"
+        return f"{key} = {shown(_without_secrets(key, value))}: unknown key{suggestion(key)}"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if not key or (isinstance(value, dict) and detail["type"] == "value_error"):
         return f"{key}.{message}" if key else message
     meaning = "" if detail["type"] == "literal_error" else _allowed(key)  # it lists the words
-    return f"{key} = {json.dumps(value, default=str)}: {message}{meaning}"
+    value = json.dumps(_without_secrets(key, value), default=str)
+    value = value if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]}..."
+    return f"{key} = {value}: {message}{meaning}"
+
+
+def _without_secrets(key: str, value: Any) -> Any:
+    return MASK if value and is_secret_name(key) else masked(value, key)
 
 
 def _allowed(key: str) -> str:

@@ -189,6 +189,9 @@ class DataSection(Section):
     """What becomes of a sequence above data.max_tokens: truncate = its end is cut off, and it is
     dropped where no token of the answer is left; drop = it is dropped; error = the run is
     refused."""
+    max_row_characters: PositiveInt = 4_000_000
+    """Maximum length in characters of a line of a file and of the text of a row. Longer ones are
+    refused before they are tokenised."""
     packing: bool = True
     """Place several short sequences of a client in one row where that is cheaper; they do not
     attend to each other. false = one padded row per sequence, as always for classification and with
@@ -400,9 +403,9 @@ class OutputSection(Section):
 
     dir: Location = Field(default="runs", min_length=1)
     """Folder in which run folders are created."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run folder: letters, digits, dot, dash and underscore, first a letter or a digit.
-    null = TASK-METHOD, such as gsm8k-sfed."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
+    """Name of the run folder: at most 200 letters, digits, dots, dashes and underscores, first a
+    letter or a digit. null = TASK-METHOD, such as gsm8k-sfed."""
     checkpoint_every_rounds: PositiveInt = 1
     """Interval of checkpoints in rounds. There is always one at the end of the run."""
     keep_checkpoints: PositiveInt = 2

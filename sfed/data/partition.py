@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sfed.utils import rng
 from sfed.utils.errors import DataError
 from sfed.utils.rng import Stream
+from sfed.utils.text import one_line, printable
 
 Indices = NDArray[np.int64]
 
@@ -116,7 +117,7 @@ def value_of(row: Mapping[str, Any], key: str, where: str) -> Any:
         DataError: where it has no such column, with its place and the columns.
     """
     if key not in row:
-        known = ", ".join(sorted(map(str, row)))
+        known = one_line(", ".join(sorted(map(printable, row))))
         raise DataError(f"{where}: no column {key!r} (partition.key); the columns are {known}")
     return row[key]
 

@@ -75,7 +75,8 @@ def _file_or_hub(config: Config, name: str, key: str, split: Split) -> _Source:
     if not name.startswith(HUB):
         path = Path(name)
         kind = kind_of(path)
-        return _Source(read_rows(path), (_file_digest(name, key), kind))
+        rows = read_rows(path, config.data.max_row_characters)
+        return _Source(rows, (_file_digest(name, key), kind))
     chosen = (config.data.split or "train") if split == "train" else config.data.eval_split
     data_set, _, of_it = name[len(HUB) :].partition(":")
     table = _load(data_set, of_it or None, chosen or "test", f"{key}: {name!r}")

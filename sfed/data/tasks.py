@@ -18,6 +18,7 @@ from sfed.data.forms.pair import Pair, Row, text_of
 from sfed.data.forms.prompts import Written
 from sfed.data.forms.text import Render, TextForms
 from sfed.data.scores import final_number
+from sfed.files.readers import MOST_CHARACTERS, too_long
 from sfed.utils.errors import DataError
 
 
@@ -179,8 +180,14 @@ def task_of(config: Config, render: Render | None = None) -> Task:
     return TASKS[config.data.task] if config.data.name is None else GLUE[config.data.name]
 
 
-def checked_pair(task: Task, row: Any, where: str) -> Pair:
+def checked_pair(task: Task, row: Any, where: str, most_characters: int = MOST_CHARACTERS) -> Pair:
     """Turn one row into a pair.
+
+    Args:
+        task: of the run.
+        row: as it was read.
+        where: it stands, for messages.
+        most_characters: longest text (``data.max_row_characters``).
 
     Raises:
         DataError: naming the place and the form that is expected.
@@ -195,6 +202,8 @@ def checked_pair(task: Task, row: Any, where: str) -> Pair:
         raise DataError(f"{where}: no key {missing}; expected {task.form}") from None
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: {error}; expected {task.form}") from None
+    if (length := len(pair.prompt) + len(pair.completion)) > most_characters:
+        raise DataError(f"{where}: {too_long(length, most_characters)}")
     try:
         (pair.prompt + pair.completion).encode()
     except UnicodeEncodeError:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from sfed.config.schema import Config
 from sfed.data.forms import chat
 from sfed.data.forms import encode as encoding
-from sfed.data.forms.pair import Columns
+from sfed.data.forms.pair import Columns, Pair
 from sfed.data.partition import Indices, form_of_key, value_of
 from sfed.data.sources import Place, source_of
 from sfed.data.tasks import checked_pair, task_of
@@ -33,6 +33,8 @@ from sfed.utils.errors import DataError
 # Part of every cache key: raise it when what is kept of a row would come out differently.
 _FORM_OF_TOKENS = "5"
 _ROWS_AT_ONCE = 1000
+# Of the texts of one call of the tokenizer, which no signal interrupts.
+_CHARACTERS_AT_ONCE = 1_000_000
 
 
 class Row(NamedTuple):
@@ -229,8 +231,20 @@ def tokenise(
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, OSError):
+            raise _no_cache(error.__cause__) from None
         raise
+    except OSError as error:  # of the files: what is read has errors of its own
+        raise _no_cache(error) from None
     return _as_tokens(config, dataset, split)
+
+
+def _no_cache(error: OSError) -> DataError:
+    return DataError(
+        f"the tokens cannot be written to {datasets.config.HF_DATASETS_CACHE}, the cache of "
+        f"datasets ({error.strerror or error}); set HF_HOME or HF_DATASETS_CACHE to a folder that "
+        "can be written to and has room"
+    )
 
 
 def _digest(config: Config, split: Split, source: str, tokenizer: str) -> str:
@@ -264,33 +278,35 @@ def _tokenised(
     """Tokenise row by row; a row with nothing to learn keeps its place, empty."""
     task, key = task_of(config, chat.renderer(config.data, tokenizer)), config.partition.key
     encode = encoding.classified_texts if task.is_classification else encoding.learned_texts
-    drops = config.data.on_long == "drop"
-    for some in _batched(rows, _ROWS_AT_ONCE):
-        seen = [Columns(row) if isinstance(row, Mapping) else row for _, row in some]
-        pairs = [
-            checked_pair(task, row, where) for ((where, _), _), row in zip(some, seen, strict=True)
-        ]
-        encoded = encode(pairs, tokenizer, config.data.max_tokens)
-        for ((where, part), row), read, pair, one in zip(some, seen, pairs, encoded, strict=True):
+    most, drops = config.data.max_row_characters, config.data.on_long == "drop"
+    seen = ((place, Columns(row) if isinstance(row, Mapping) else row) for place, row in rows)
+    read_rows = ((place, row, checked_pair(task, row, place[0], most)) for place, row in seen)
+    for some in _batched(read_rows):
+        encoded = encode([pair for _, _, pair in some], tokenizer, config.data.max_tokens)
+        for ((where, part), read, pair), one in zip(some, encoded, strict=True):
             if drops and one.whole_length > config.data.max_tokens:
                 one = one._replace(ids=[])
             yield {
                 **one._asdict(),
                 "gaps": one.gaps if one.ids else [],
-                "key": None if key is None else _key_of(row, key, where),
+                "key": None if key is None else _key_of(read.plain, key, where),
                 "target": pair.target,
                 "part": part,
-                "columns": json.dumps([sorted(read.used), sorted({*row} - read.used)]),
+                "columns": json.dumps([sorted(read.used), sorted({*read} - read.used)]),
             }
 
 
-def _batched(rows: Iterable[tuple[Place, Any]], size: int) -> Iterator[list[tuple[Place, Any]]]:
-    some: list[tuple[Place, Any]] = []
+def _batched(rows: Iterable[tuple[Place, Any, Pair]]) -> Iterator[list[tuple[Place, Any, Pair]]]:
+    """Gather rows for one call of the tokenizer: bounded, since it cannot be interrupted."""
+    some: list[tuple[Place, Any, Pair]] = []
+    characters = 0
     for row in rows:
-        some.append(row)
-        if len(some) == size:
+        length = len(row[2].prompt) + len(row[2].completion)
+        if some and (len(some) == _ROWS_AT_ONCE or characters + length > _CHARACTERS_AT_ONCE):
             yield some
-            some = []
+            some, characters = [], 0
+        some.append(row)
+        characters += length
     if some:
         yield some
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from sfed.distributed.store import Store
 from sfed.utils.errors import MissingProcessError, UserError
-from sfed.utils.text import one_line
+from sfed.utils.text import one_line, shown
 
 _SECONDS_BETWEEN_LOOKS = 0.02
 _SECONDS_BETWEEN_PAUSES = 0.5
@@ -149,7 +149,7 @@ def open_store(
         return dist.HashStore()
     agent_serves = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = _connect(
-        (environment["MASTER_ADDR"], int(environment["MASTER_PORT"])),
+        _master_address(size),
         size,
         deadline_seconds,
         pause,
@@ -159,6 +159,26 @@ def open_store(
     # torchrun keeps its store over a restart, with all that the processes said that died.
     attempt = agree_on_attempt(of_group, process, size, deadline_seconds, pause)
     return dist.PrefixStore(attempt, of_group)
+
+
+def _master_address(size: int) -> tuple[str, int]:
+    """Host and port where process 0 serves the store.
+
+    Raises:
+        UserError: where the launcher did not say them, or the port is none.
+    """
+    host, port = (os.environ.get(name, "").strip() for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not host or not port:
+        missing = " and ".join(
+            name for name, value in (("MASTER_ADDR", host), ("MASTER_PORT", port)) if not value
+        )
+        raise UserError(
+            f"WORLD_SIZE={size} and no {missing}: the processes cannot find each other; start them "
+            "with torchrun, or set MASTER_ADDR and MASTER_PORT on all of them"
+        )
+    if not (port.isascii() and port.isdecimal()) or not 0 < int(port[:6]) < 2**16:
+        raise UserError(f"MASTER_PORT={shown(port)} is no port from 1 to 65535")
+    return host, int(port)
 
 
 def _connect(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from sfed.config.schema import DataSection
 from sfed.files.kinds import Compression, Kind, kind_of
+from sfed.utils import json_text
 from sfed.utils.errors import DataError
 from sfed.utils.text import one_line
 
 _LIST_OR_LINES = "a .json file holds a list of rows; name it .jsonl if every line is a row"
-# Python also refuses numbers of thousands of digits (ValueError) and deep nesting.
-_NOT_JSON = (ValueError, RecursionError)
 _ROWS_AT_ONCE = 1000
-_MOST_CHARACTERS = 2**24
-"""Of a field of a .csv or .tsv file: an unclosed quote would otherwise take in a whole file."""
+MOST_CHARACTERS: int = DataSection().max_row_characters
+"""Of a line, and of a field of a .csv or .tsv file, where an unclosed quote would otherwise take in
+a whole file."""
 
 Placed = tuple[str, Any]
 """A row and its place, for messages."""
@@ -39,20 +39,34 @@ class Fault:
     message: str
 
 
-def read_rows(path: Path) -> Iterator[Placed]:
+def too_long(length: int, most: int) -> str:
+    """Say that a line or a row is longer than is allowed, and what to do."""
+    return (
+        f"it has {length:,} characters or more, and data.max_row_characters={most:,} allows fewer; "
+        "split it, or raise the key (tokens beyond data.max_tokens are cut anyway)"
+    )
+
+
+def read_rows(path: Path, most_characters: int = MOST_CHARACTERS) -> Iterator[Placed]:
     """Yield the rows of a file with their places; blank lines are passed over.
+
+    Args:
+        path: of the file.
+        most_characters: longest line (``data.max_row_characters``); what is longer is not read.
 
     Raises:
         DataError: naming file and line, or row, of what is wrong first.
     """
-    for where, row in scan(path):
+    for where, row in scan(path, most_characters):
         if isinstance(row, Fault):
             raise DataError(f"{where}: {row.message}")
         yield where, row
 
 
-def scan(path: Path) -> Iterator[Placed]:
+def scan(path: Path, most_characters: int = MOST_CHARACTERS) -> Iterator[Placed]:
     """Yield the rows of a file with their places, and a ``Fault`` where a row cannot be read.
+
+    Arguments as of ``read_rows``.
 
     Raises:
         DataError: where the file cannot be read any further.
@@ -60,7 +74,7 @@ def scan(path: Path) -> Iterator[Placed]:
     kind = kind_of(path)
     try:
         with _parquet_errors(path):
-            yield from _READERS[kind.form](path, kind)
+            yield from _READERS[kind.form](path, kind, most_characters)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -71,33 +85,38 @@ def scan(path: Path) -> Iterator[Placed]:
         raise DataError(f"{path}: cannot be read ({reason})") from None
 
 
-def _jsonl(path: Path, kind: Kind) -> Iterator[Placed]:
+def _jsonl(path: Path, kind: Kind, most_characters: int) -> Iterator[Placed]:
     with _text(path, kind.compression) as file:
-        for number, line in enumerate(file, start=1):
+        number = 0
+        while line := file.readline(most_characters + 2):  # one for the line's end
+            number += 1
+            where = f"{path}, line {number}"
+            if len(line) > most_characters and not line.endswith("\n"):
+                raise DataError(f"{where}: {too_long(len(line) - 1, most_characters)}")
             if line.strip():
                 try:
                     row = _parsed(line)
-                except _NOT_JSON as error:
+                except ValueError as error:
                     row = Fault(f"not JSON ({error})")
-                yield f"{path}, line {number}", row
+                yield where, row
 
 
-def _json(path: Path, kind: Kind) -> Iterator[Placed]:
+def _json(path: Path, kind: Kind, _most_characters: int) -> Iterator[Placed]:
     with _text(path, kind.compression) as file:
         text = file.read()
     try:
         rows = _parsed(text)
-    except _NOT_JSON as error:
+    except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); {_LIST_OR_LINES}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: {_LIST_OR_LINES}")
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _table(path: Path, kind: Kind) -> Iterator[Placed]:
+def _table(path: Path, kind: Kind, most_characters: int) -> Iterator[Placed]:
     """Rows of text under the names of the first line; a field in quotes may hold line breaks."""
     mark = "\t" if kind.form == "tsv" else ","
-    csv.field_size_limit(max(csv.field_size_limit(), _MOST_CHARACTERS))  # of all of Python's csv
+    csv.field_size_limit(most_characters)  # of all of Python's csv
     with _text(path, kind.compression, newline="") as file:
         header: list[str] | None = None
         for number, fields in _numbered(csv.reader(file, delimiter=mark, strict=True), path):
@@ -143,7 +162,7 @@ def _checked_header(names: list[str], mark: str, path: Path) -> list[str]:
     return names
 
 
-def _parquet(path: Path, kind: Kind) -> Iterator[Placed]:
+def _parquet(path: Path, kind: Kind, _most_characters: int) -> Iterator[Placed]:
     import pyarrow.parquet as parquet
 
     with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
@@ -196,7 +215,7 @@ def _parsed(text: str) -> Any:
         ValueError: where it is none, or an object holds a key twice: one of the two values would
             be lost.
     """
-    return json.loads(text, object_pairs_hook=_distinct)
+    return json_text.parse(text, _distinct)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

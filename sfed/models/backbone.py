@@ -25,7 +25,6 @@ from sfed.lora.hf_blocks import patch_blocks
 from sfed.models import heads
 from sfed.models.deepspeed import gathered_whole, prepare_deepspeed, shard
 from sfed.models.hf_config import (
-    CANNOT_LOAD,
     DTYPES,
     MetaModel,
     Sharding,
@@ -231,7 +230,7 @@ def load(
             key_mapping=heads.hide_mismatched_head(config, name) if sharding.is_sharded else None,
             device_map=device_map(world.device, sharding),
         )
-    except CANNOT_LOAD as error:
+    except Exception as error:  # as of read_model_config
         if is_of_the_machine(error):
             raise
         raise UserError(cannot_load(name, error)) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,8 +30,6 @@ from sfed.utils.errors import ConfigError, UserError
 from sfed.utils.text import one_line, size_text
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# What transformers raises for weights that are not there, damaged, of another model or hostile.
-CANNOT_LOAD = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
 _BF16_CAPABILITY = (8, 0)  # of Ampere, the first GPUs that compute bf16 themselves
 # A replica may take this share of the memory that is free when the run starts; the rest is for
 # adapters, activations and logits.
@@ -131,9 +128,11 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
         model_config: PreTrainedConfig = AutoConfig.from_pretrained(
             name, trust_remote_code=config.backbone.trust_remote_code
         )
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        return fitted(config, model_config)
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
         raise UserError(cannot_load(name, error)) from None
-    return fitted(config, model_config)
 
 
 def fitted(config: Config, model_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -159,14 +158,21 @@ def classes_of_checkpoint(config: Config, name: str) -> int:
 
 def is_of_the_machine(error: Exception) -> bool:
     """Whether loading failed for want of memory, a device or another process, not for the model."""
-    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and is_lost_contact(error)
 
 
+def told_by(error: Exception) -> str:
+    """What a library says, in one line; with the error's name, where that is no sentence."""
+    logging.getLogger(__name__).debug("the error of the library", exc_info=error)
+    text = one_line(error)
+    return text if len(text.split()) > 2 else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
 def cannot_load(name: str, error: Exception) -> str:
     """The message of a model that transformers refuses, with its reason in one line."""
-    reason = one_line(error)
+    reason = told_by(error)
     if "trust_remote_code" in str(error):
         reason = (
             "it comes with Python code of its own, which is not run unless "

@@ -7,9 +7,8 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from sfed.config.schema import Config
-from sfed.models.hf_config import read_model_config
+from sfed.models.hf_config import read_model_config, told_by
 from sfed.utils.errors import UserError
-from sfed.utils.text import one_line
 
 
 def load_tokenizer(config: Config, name: str) -> tuple[PreTrainedTokenizerFast, str]:
@@ -33,9 +32,10 @@ def load_tokenizer(config: Config, name: str) -> tuple[PreTrainedTokenizerFast, 
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=config.backbone.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = one_line(error)
-        raise UserError(f"model.name = {name!r} has no readable tokenizer: {reason}") from None
+    except Exception as error:  # noqa: BLE001  (tokenizers raises Exception itself)
+        raise UserError(
+            f"model.name = {name!r} has no readable tokenizer: {told_by(error)}"
+        ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"model.name = {name!r}: its tokenizer is not a fast one (tokenizer.json)")
     if tokenizer.eos_token_id is not None:
@@ -55,7 +55,7 @@ def _generation_eos(name: str) -> Any:
     """The eos of generation_config.json; None where there is no such file."""
     try:
         return GenerationConfig.from_pretrained(name).eos_token_id
-    except (OSError, ValueError, TypeError):
+    except Exception:  # noqa: BLE001  (whatever the file holds)
         return None  # many models have none
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from sfed.observability import logs, metrics
 from sfed.observability.logs import LOG
 from sfed.utils.redaction import mask
-from sfed.utils.text import duration
+from sfed.utils.text import duration, printable
 
 _SECONDS_BETWEEN_REDRAWS = 0.5
 _SECONDS_BETWEEN_LINES = 30.0
@@ -43,7 +43,9 @@ class Console:
 
     def __init__(self, *, is_main: bool, import_seconds: float = 0.0) -> None:
         self.is_main = is_main
-        self._rich = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._rich = RichConsole(
+            file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True
+        )
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._rounds = (0, 0)
@@ -219,7 +221,7 @@ class Console:
             old, new = first.get(entry["client"], {}).get("eval_loss"), entry.get("eval_loss")
             change = f"{100 * (new / old - 1):+.1f} %" if old and new is not None else ""
             table.add_row(
-                mask(f"{entry['client']} {names.get(entry['client'], '')}".strip()),
+                printable(mask(f"{entry['client']} {names.get(entry['client'], '')}".strip())),
                 str(entry["examples"]),
                 _number(old),
                 _number(new),

@@ -21,6 +21,7 @@ from typing import Any
 from sfed.utils import command
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask, masked
+from sfed.utils.text import printable
 
 LOG = logging.getLogger("sfed")
 
@@ -111,7 +112,7 @@ class _Text(logging.Formatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        text = mask(_message(record))
+        text = printable(mask(_message(record)), keep="\n\t")
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
         prefix, lines = f"[process {self._process}] ", text.splitlines() or [""]
@@ -153,7 +154,7 @@ class _Objects(logging.Formatter):
                     "level": record.levelname.lower(),
                     **self._source,
                     **facts,
-                    "message": _message(record),
+                    "message": mask(_message(record)),
                 }
             )
         )

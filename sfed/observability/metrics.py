@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sfed.utils import json_text
 from sfed.utils.errors import UserError
 from sfed.utils.files import replacing
 from sfed.utils.redaction import masked
@@ -66,7 +67,6 @@ _PHASES = {
 }
 _BEFORE_TRAINING = "evaluation before training"
 _MOST_NAMED = 8
-_MOST_DIGITS = 18
 
 
 def held_out_key(adapter: str, what: str, mean: str = "") -> str:
@@ -217,7 +217,7 @@ def read_metrics(path: Path) -> Metrics:
     """
     found = Metrics(path, [], [], [])
     try:
-        file = path.open("rb")
+        file = json_text.open_file(path)
     except FileNotFoundError:
         if path.is_symlink():
             raise
@@ -258,18 +258,13 @@ def _event_of(line: bytes) -> dict[str, Any] | None:
     An event is an object with a name under ``event``; that of a round has the number of the round.
     """
     try:
-        event = json.loads(line.decode(), parse_int=_int)
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, nested too deeply
+        event = json_text.parse(line.decode(), bound_numbers=True)
+    except ValueError:  # not UTF-8, not JSON, nested too deeply
         return None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return None
     finished = event.get("round", None if event["event"] == "round" else 0)
     return event if type(finished) is int and finished >= 0 else None
-
-
-def _int(digits: str) -> int | float:
-    """No count of ours is longer; what is would overflow where it meets a float."""
-    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
 
 
 def _line(event: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ Json = Mapping[str, Any]
 
 def show(results: Json) -> None:
     """Print a plan."""
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
 
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)

@@ -19,6 +19,7 @@ from sfed.report.series import last_samples
 from sfed.report.tables import show
 from sfed.storage.run_record import RunRecord, number
 from sfed.utils.errors import UserError
+from sfed.utils.text import printable
 
 # With more runs than these the page compares them and leaves each to a report of its own.
 MOST_SECTIONS = 16
@@ -32,10 +33,16 @@ def page(title: str, **sections: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_readable,
     )
     templates.filters["base64"] = lambda data: base64.b64encode(data).decode()
     template = templates.get_template("report.html.j2")
     return template.render(title=title, dash=tables.NONE, **sections)
+
+
+def _readable(value: Any) -> Any:
+    """What a browser would not show, or obey, is written out; pictures and markup stay."""
+    return printable(value, keep="\n\t") if type(value) is str else value
 
 
 def heading(story: RunRecord) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sfed.utils import json_text
 
 METADATA_FILE = "run.json"
 COMMON = "common.safetensors"
@@ -52,8 +53,13 @@ def age_of_name(name: str) -> tuple[int, bool] | None:
 
 
 def metadata_of(folder: Path) -> dict[str, Any]:
-    """What a whole checkpoint says about itself."""
-    facts: dict[str, Any] = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
+    """What a whole checkpoint says about itself.
+
+    Raises:
+        OSError: where it cannot be read.
+        ValueError: where it is not JSON.
+    """
+    facts: dict[str, Any] = json_text.read(folder / METADATA_FILE)
     return facts
 
 

@@ -21,6 +21,7 @@ from sfed.storage.run_record import (
     read_config,
     read_rounds,
 )
+from sfed.utils import json_text
 from sfed.utils.errors import ConfigError, UserError
 from sfed.utils.files import replacing
 
@@ -97,14 +98,14 @@ def is_finished(folder: Path, config: Config) -> bool:
     False where anything is in doubt: a start then looks at everything.
     """
     try:
-        saved, marked = read_config(folder), (folder / FINISHED_FILE).read_text(encoding="utf-8")
+        saved, marked = read_config(folder), json_text.read(folder / FINISHED_FILE)
         if (
             saved is None
             or saved.num_clients is None
             or _written(saved.parse()) != _written(config)
         ):
             return False
-        rounds = json.loads(marked)["rounds"]
+        rounds = marked["rounds"]
         (newest,) = by_age(folder / "checkpoints")[-1:]
         is_done = metadata_of(newest)["finished_rounds"] == read_rounds(folder).finished == rounds
     except (OSError, ValueError, KeyError, TypeError, UserError):

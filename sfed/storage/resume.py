@@ -29,6 +29,7 @@ from sfed.storage.checkpoint_folder import (
 )
 from sfed.utils.errors import CheckpointError
 from sfed.utils.files import damage
+from sfed.utils.text import shown
 
 _MOST_NAMED = 8
 _FACTS: dict[str, tuple[type, ...]] = {
@@ -189,7 +190,7 @@ def _damage(folder: Path) -> str | None:
         if isinstance(error, FileNotFoundError) and not leads_nowhere:
             return f"{file.name} is missing"
         raise OSError(error.errno, error.strerror, str(file)) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return f"{METADATA_FILE} is not readable ({type(error).__name__}: {error})"
     return None
 
@@ -212,11 +213,31 @@ def _wrong_facts(facts: Any) -> str | None:
     for name, kinds in _FACTS.items():
         if type(facts.get(name)) not in kinds:
             return f"{METADATA_FILE}: {name} is {type(facts.get(name)).__name__}"
-    if COMMON not in facts["files"]:
-        return f"{METADATA_FILE} does not name {COMMON}"
+    wrong = _wrong_details(facts)
+    return None if wrong is None else f"{METADATA_FILE}: {wrong}"
+
+
+def _wrong_details(facts: Mapping[str, Any]) -> str | None:
+    """What is wrong within the facts, whose types are right."""
+    counts = {name: facts[name] for name in ("finished_rounds", "bad_rounds", "layout_size")}
+    counts["federated.num_clients"] = facts["config"].get("federated.num_clients", 1)
+    for name, value in counts.items():
+        if type(value) is not int or not 0 <= value < 2**63:
+            return f"{name} is {shown(value)}, not a count"
+    if not isinstance(facts.get("unreported"), dict | NoneType):
+        return "unreported is not an object"
+    if not all(isinstance(one, str) for one in facts.get("data_digests") or ()):
+        return "data_digests are not texts"
     if facts["ledger"] is not None and np.asarray(facts["ledger"], dtype=np.float64).ndim != 2:
-        return f"{METADATA_FILE}: ledger is no table"
-    return None
+        return "ledger is no table"
+    return _wrong_files(facts["files"])
+
+
+def _wrong_files(files: Mapping[str, Any]) -> str | None:
+    for name, known in files.items():
+        if Path(name).name != name or not isinstance(known, dict):
+            return f"{shown(name)} is no file of a checkpoint with its size and digest"
+    return None if COMMON in files else f"it does not name {COMMON}"
 
 
 def _wrong_name(name: str, facts: Mapping[str, Any]) -> str | None:

@@ -5,9 +5,9 @@ The report, sweeps, a start that may resume, and the public API read through it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,9 @@ from sfed.config import load as config_load
 from sfed.config.schema import Config
 from sfed.files.names import adapter_folder
 from sfed.observability import metrics
+from sfed.utils import json_text
 from sfed.utils.errors import UserError
+from sfed.utils.text import printable
 
 Event = Mapping[str, Any]
 KINDS = {
@@ -264,12 +266,12 @@ def read_config(folder: Path) -> SavedConfig | None:
     """
     path = folder / CONFIG_FILE
     try:
-        saved = json.loads(path.read_text(encoding="utf-8") or "null")
+        saved = json_text.read(path)
     except FileNotFoundError:
         if path.is_symlink():
             raise
         return None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ForeignFileError(f"it is not JSON: {error}") from None
     if saved is None:
         return None
@@ -343,7 +345,7 @@ def open_run(folder: Path | str) -> RunRecord:
         config=config,
         rounds=found.events,
         labels={part["client"]: counts for part in parts if (counts := _counts(part))},
-        sizes={part["client"]: len(part.get("train") or ()) for part in parts}
+        sizes={part["client"]: _size(part) for part in parts}
         | {entry["client"]: int(n) for entry in last if (n := number(entry, "examples"))},
         note=found.note,
         names=_texts(parts, "name"),
@@ -353,20 +355,28 @@ def open_run(folder: Path | str) -> RunRecord:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_text.read(path)
     except OSError as error:
         raise UserError(f"{path} is not readable: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged, it is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds {type(value).__name__}, not an object")
     return value
 
 
+def _size(part: Event) -> int:
+    rows = part.get("train")
+    return len(rows) if isinstance(rows, list) else 0
+
+
 def _counts(part: Event) -> dict[str, int]:
     labels = part.get("labels")
-    pairs = labels.items() if isinstance(labels, dict) else ()
-    return {str(label): count for label, count in pairs if isinstance(count, int) and count > 0}
+    counts = Counter[str]()
+    for label, count in labels.items() if isinstance(labels, dict) else ():
+        if isinstance(count, int) and count > 0:
+            counts[printable(label)] += count
+    return dict(counts)
 
 
 def _texts(parts: Sequence[Event], key: str) -> dict[int, str]:

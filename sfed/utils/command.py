@@ -16,13 +16,15 @@ from types import TracebackType
 from typing import NoReturn
 
 from sfed.utils.errors import UserError
-from sfed.utils.launcher import launch
+from sfed.utils.launcher import rank_or_first
 from sfed.utils.redaction import mask
+from sfed.utils.text import printable
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 """As shells say of a program that Ctrl-C has ended: 128 + SIGINT."""
 _SECONDS_FOR_PROCESS_0 = 3.0
+_LAYOUT = "\n\t"
 _form: Callable[[str], str] = str
 
 
@@ -107,7 +109,7 @@ def print_masked(
 
 def say_error(text: str) -> None:
     """Print an error on stderr, without secrets; as an object where log lines are objects."""
-    sys.stderr.write(f"{_form(mask(text))}\n")
+    sys.stderr.write(f"{_form(printable(mask(text), keep=_LAYOUT))}\n")
     sys.stderr.flush()
 
 
@@ -123,7 +125,7 @@ def leave(message: str, code: int) -> NoReturn:
     A launcher ends all processes as soon as one has failed, so the others leave a little later:
     otherwise process 0 might be ended before it has spoken.
     """
-    if launch().rank == 0:
+    if rank_or_first() == 0:
         say_error(f"sfed: {message}")
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,7 +1,8 @@
 """Secrets stay out of everything that is written or printed. Needs nothing but Python.
 
-A secret is recognised by where it stands (an environment variable or a key that ends in TOKEN,
-PASSWORD, ...) or by its form (a Hugging Face or W&B key, a user and password in a URL).
+A secret is recognised by the name that it stands under (an environment variable or a key with the
+word token, key, password, authorization or secret, however it is spelt) or by its form (a Hugging
+Face or W&B key, a bearer token, a user and password in a URL).
 """
 
 from __future__ import annotations
@@ -13,30 +14,62 @@ from typing import Any
 MASK = "***"
 _FORMS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bwandb_v\d+_\w{16,}|(?<=://)[^\s/'\"]+(?=@)"  # user:password@host
+    r"|(?i:(?<=\bbearer )[\w.~+/=-]{8,})"
 )
-_ENDINGS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "ACCESS_KEY")
+# name=value and name: value, with quotes or without.
+_ASSIGNED = re.compile(
+    r"(?P<name>[\w.-]*(?i:token|key|secret|passw|passphrase|pwd|authorization|credential|bearer)"
+    r"[\w.-]*)(?P<is>[\"']?\s*[=:]\s*)"
+    r"(?P<value>\"[^\"\n]*\"|'[^'\n]*'|(?i:bearer|basic) \S+|[^\s,;)\]}]+)"
+)
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_SECRET_WORDS = {"secret", "secrets", "password", "passwd", "passphrase", "pwd", "authorization"}
+_SECRET_WORDS |= {"credential", "credentials", "bearer"}
+_RUN_TOGETHER = ("token", "apikey", "accesskey", "secretkey", "privatekey", "password", "secret")
+# Words beside "token" where it is a piece of text: eos_token, token_id, per_token.
+_OF_TEXT = {"eos", "bos", "pad", "unk", "sep", "cls", "mask", "per", "id", "ids", "type", "special"}
+_OURS = ("partition.key", "by_key", "partition.by_key")
 # What is shorter is no secret, and as a word it would be masked wherever it stands.
 _SHORTEST = 8
 
 
 def mask(text: str) -> str:
-    """Return the text with every secret replaced by asterisks."""
+    """Return a message with every secret in it replaced by asterisks."""
+    return _ASSIGNED.sub(_without_value, _mask_values(text))
+
+
+def _mask_values(text: str) -> str:
+    """Replace what is known as a secret by itself, whatever stands beside it."""
     for secret in _secrets_of_environment():
         text = text.replace(secret, MASK)
     return _FORMS.sub(MASK, text)
 
 
-def masked(value: Any) -> Any:
-    """Return a JSON value with all secrets in it replaced, in keys, values and lists."""
+def _without_value(found: re.Match[str]) -> str:
+    name = found["name"]
+    if (name.lower() in ("key", "token") and "=" not in found["is"]) or name == "key":
+        return found[0]  # words of a sentence, and key=value
+    return f"{name}{found['is']}{MASK}" if is_secret_name(name) else found[0]
+
+
+def masked(value: Any, under: str = "") -> Any:
+    """Return a JSON value with all secrets in it replaced, in keys, values and lists.
+
+    Args:
+        value: of any form.
+        under: the key that it stands under.
+    """
     if isinstance(value, str):
-        return mask(value)
+        return _mask_values(value)
     if isinstance(value, dict):
         return {
-            mask(str(key)): MASK if inner and _is_secret_name(str(key)) else masked(inner)
+            _mask_values(str(key)): MASK
+            if inner and is_secret_name(f"{under}.{key}" if key == "key" else str(key))
+            else masked(inner, str(key))
             for key, inner in value.items()
         }
     if isinstance(value, list | tuple):
-        return [masked(inner) for inner in value]
+        return [masked(inner, under) for inner in value]
     return value
 
 
@@ -45,10 +78,18 @@ def _secrets_of_environment() -> list[str]:
     found = {
         value
         for name, value in os.environ.items()
-        if _is_secret_name(name) and len(value) >= _SHORTEST
+        if is_secret_name(name) and len(value) >= _SHORTEST
     }
     return sorted(found, key=len, reverse=True)
 
 
-def _is_secret_name(name: str) -> bool:
-    return name.upper().endswith(_ENDINGS)
+def is_secret_name(name: str) -> bool:
+    """Whether what stands under a name is a secret: hub_token, API-Key, authToken, a.password."""
+    if name in _OURS:
+        return False
+    words = [word.lower() for word in _WORDS.findall(name)]
+    if _SECRET_WORDS & set(words) or words[-1:] == ["key"]:
+        return True
+    if "token" in words:
+        return not _OF_TEXT & set(words)
+    return "".join(words).endswith(_RUN_TOGETHER) and not _OF_TEXT & set(words)

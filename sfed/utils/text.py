@@ -37,6 +37,31 @@ def some_of(values: Sequence[object]) -> str:
     return ", ".join(listed[:_MOST_NAMED]) + more
 
 
+def printable(text: object, keep: str = "") -> str:
+    r"""Return a text in which what a terminal would obey, or cannot show, is written out.
+
+    Control characters, line breaks, marks that turn the direction of writing, and halves of
+    surrogate pairs become what Python writes for them, such as ``\x1b``.
+
+    Args:
+        text: such as a name that comes from data.
+        keep: characters that stay as they are, such as line breaks of a message.
+    """
+    whole = str(text)
+    if whole.isprintable():
+        return whole
+    return "".join(
+        letter if letter.isprintable() or letter in keep else ascii(letter)[1:-1]
+        for letter in whole
+    )
+
+
+def shown(value: object, most: int = 200) -> str:
+    """Return a value as Python writes it, cut to about ``most`` characters: for messages."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
 def parse_size(text: str) -> int | None:
     """Return the bytes of a size such as 80GiB; None for other texts."""
     match = _SIZE.fullmatch(text)

@@ -52,6 +52,11 @@ class Columns(Row):
         self._names = names or {}
         self.used: set[str] = set()
 
+    @property
+    def plain(self) -> Row:
+        """The row itself; what is read of it is not noted."""
+        return self._row
+
     def renamed(self, names: Mapping[str, str]) -> Columns:
         """The same row under other names; what is read of it is noted in both."""
         other = Columns(self._row, names)

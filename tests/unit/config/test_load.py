@@ -722,7 +722,7 @@ def test_a_wrong_key_is_answered_without_torch():
 
 
 def test_only_process_zero_speaks_of_a_mistake_but_all_exit_with_two():
-    done = run_python("-m", "sfed.train", "nonsense=1", RANK="1")
+    done = run_python("-m", "sfed.train", "nonsense=1", RANK="1", WORLD_SIZE="2")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
@@ -754,7 +754,7 @@ def test_more_processes_than_clients_are_refused_before_torch():
 
 def test_help_is_printed_by_process_zero_alone():
     assert "federated.num_clients" in run_python("-m", "sfed.train", "--help", RANK="0").stdout
-    silent = run_python("-m", "sfed.train", "--help", RANK="1")
+    silent = run_python("-m", "sfed.train", "--help", RANK="1", WORLD_SIZE="2")
     assert (silent.returncode, silent.stdout, silent.stderr) == (0, "", "")
 
 

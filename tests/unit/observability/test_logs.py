@@ -275,3 +275,20 @@ def test_the_time_spent_is_summed_over_starts_and_rounds():
         "local steps": 21.0,
         "evaluation": 3.0,
     }
+
+
+def test_what_comes_from_data_reaches_a_log_in_printable_form_only(capsys):
+    logs.begin(0)
+    LOG.info("client \x1b]0;x\x07 of \u202e%s\nnext", "\ud800")
+    command.say_error("no \x1b[2J such key")
+    found = capsys.readouterr()
+    assert r"client \x1b]0;x\x07 of \u202e\ud800" in found.out and found.out.endswith("next\n")
+    assert found.err == "no \\x1b[2J such key\n"
+
+
+def test_a_table_shows_names_as_they_are_and_printable(capsys):
+    logs.begin(0)
+    entry = {"client": 0, "examples": 2, "eval_loss": 0.5}
+    names = {0: "[/b] :smile: \x1b]0;\x07\n$x$"}
+    Console(is_main=True).closing_table(None, event(1) | {"clients": [entry]}, names)
+    assert r"[/b] :smile: \x1b]0;\x07\n$x$" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from sfed.config.diff import comparable
 from sfed.observability.metrics import MetricsFile, read_events
 from sfed.utils import command
 from sfed.utils.errors import UserError
-from sfed.utils.redaction import MASK, mask, masked
+from sfed.utils.redaction import MASK, is_secret_name, mask, masked
 
 TOKEN = "hf_" + "aB3dE5gH7jK9mN1pQ3sT5vX7"
 
@@ -88,3 +88,49 @@ def test_a_mistake_is_said_without_its_secret(monkeypatch, capsys):
         command.run_command(refuse)
     said = capsys.readouterr().err
     assert TOKEN not in said and "https://***@host" in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.hub_token", "hubToken", "HUB-TOKEN", "apikey", "api-key", "wandb.key", "Authorization",
+     "my_secret", "dbPassword", "passwd", "AWS_ACCESS_KEY", "client_credentials"],
+)  # fmt: skip
+def test_a_secret_is_known_by_the_words_of_its_name(name):
+    assert is_secret_name(name)
+    assert "tok12345" not in mask(f"odd: {name} = 'tok12345': unknown; {name}=tok12345, and so on")
+    assert "tok12345" not in json.dumps(masked({"a": [{name: "tok12345"}]}))
+    section, _, leaf = name.rpartition(".")
+    with pytest.raises(UserError) as refused:
+        config_load.load(None, ["data.task=demo", f"{section or 'model'}.{leaf}=tok12345"])
+    assert "tok12345" not in str(refused.value)
+    with pytest.raises(UserError) as refused:
+        config_load.load(None, ["data.task=demo", f"{section or 'model'}.{leaf}=[tok12345"])
+    assert "tok12345" not in str(refused.value)
+
+
+def test_a_file_with_a_slip_is_not_quoted(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model:\n  hub_token: tok12345 : x\n")
+    with pytest.raises(UserError, match="line 2") as refused:
+        config_load.load(str(path), [])
+    assert "tok12345" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data.max_tokens = 512: too long", "partition.key: 'a' there, 'b' now", "set key=value",
+        "partition.kind=by_key: the column has 3 values", "loss per token: 3.2",
+        "tokens_per_second=12", "eos_token='</s>'", "the key: one of these",
+    ],
+)  # fmt: skip
+def test_words_of_our_own_are_no_secrets(text):
+    assert mask(text) == text
+
+
+def test_a_partition_key_and_a_header_in_json():
+    value = {"partition": {"key": "kind"}, "partition.key": "kind", "max_tokens": 4}
+    assert masked(value) == value
+    assert masked({"headers": ["Authorization: Bearer abcdefgh12345"]}) == {
+        "headers": [f"Authorization: Bearer {MASK}"]
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sfed.utils.text import counted, duration, parse_size, size_text
+from sfed.utils.text import counted, duration, parse_size, printable, shown, size_text
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,23 @@ def test_a_duration_has_two_units_at_most() -> None:
 
 def test_one_thing_is_no_plural() -> None:
     assert [counted(n, "client") for n in (0, 1, 2)] == ["0 clients", "1 client", "2 clients"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("a\nb\tc\x00", r"a\nb\tc\x00"),
+        ("\u202eabc\u2066", r"\u202eabc\u2066"),
+        ("\ud800", r"\ud800"),
+        ("Zürich 東京 [b]", "Zürich 東京 [b]"),
+    ],
+)
+def test_printable_writes_out_what_a_terminal_would_obey(text, expected):
+    assert printable(text) == expected
+    assert printable(f"{text}\n", keep="\n") == expected.replace(r"\n", "\n") + "\n"
+
+
+def test_shown_is_cut():
+    assert shown("ab") == "'ab'"
+    assert len(shown("x" * 5000)) < 250
