@@ -31,29 +31,41 @@ USAGE = """usage: python -m sfed.train [CONFIG.yaml] [key=value ...]
 Federated LoRA fine-tuning: each process is one client or several. Without arguments it runs the
 embedded demo. A configuration is a YAML or JSON file; key=value goes over it, or over the defaults
 below where there is no file; with data.task=demo, over the demo's configuration.
-"""
+
+  --dry-run                              check everything that needs no training: data, tokens, what
+                                         is supervised, memory, what is sent; then end"""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, check what can be checked without torch, then run."""
     words, process = logs.take_options(arguments), launch().rank
     logs.begin(process)
-    config = config_load.parse(words)
+    is_dry = "--dry-run" in words
+    config = config_load.parse([word for word in words if word != "--dry-run"])
     if config is None:
         if process == 0:
             print(config_load.help_text(USAGE + logs.USAGE))
         return
     checked = preflight.check(config)
-    logs.begin(process, config.run_name)
-    if done := preflight.look_back(config):
-        for line in done if process == 0 else ():
-            logs.LOG.info(line)
+    if is_dry:
+        _show_dry_run(config)
         return
-    if process == 0:
-        if checked:
-            logs.LOG.info(checked)
-        logs.LOG.info("importing torch, transformers, PEFT and DeepSpeed")
-    run(config)
+    logs.begin(process, config.run_name)
+    done = preflight.look_back(config)
+    starting = [checked, "importing torch, transformers, PEFT and DeepSpeed"]
+    for line in filter(None, done or starting) if process == 0 else ():
+        logs.LOG.info(line)
+    if not done:
+        run(config)
+
+
+def _show_dry_run(config: Config) -> None:
+    """Show what a run would do. Process 0 reads everything; the others have nothing to do."""
+    here = launch()
+    if here.rank == 0:
+        from sfed.plan import dry_run
+
+        dry_run.show(config, here.size)
 
 
 def run(config: Config, *, one_of_many: bool = False) -> None:

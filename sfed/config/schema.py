@@ -189,7 +189,7 @@ class DataSection(Section):
     """What becomes of a sequence above data.max_tokens: truncate = its end is cut off, and it is
     dropped where no token of the answer is left; drop = it is dropped; error = the run is
     refused."""
-    max_row_characters: PositiveInt = 4_000_000
+    max_row_characters: PositiveInt = 1_000_000
     """Maximum length in characters of a line of a file and of the text of a row. Longer ones are
     refused before they are tokenised."""
     packing: bool = True

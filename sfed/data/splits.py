@@ -143,11 +143,11 @@ def load(
         _require_examples(held, config)
         held.notes += _note_on_unscored(held.held_out, config)
         if config.partition.kind != "by_file":
-            placed = _place(config, held.train, world.size, in_lockstep)
+            placed = place(config, held.train, world.size, in_lockstep)
     return _assemble(held, config, world, placed)
 
 
-def _place(
+def place(
     config: Config, train: dict[int, Examples], num_processes: int, in_lockstep: bool
 ) -> Placement:
     """Deal the clients of a common pool by what they do in a round."""

@@ -34,7 +34,7 @@ from sfed.utils.errors import DataError
 _FORM_OF_TOKENS = "5"
 _ROWS_AT_ONCE = 1000
 # Of the texts of one call of the tokenizer, which no signal interrupts.
-_CHARACTERS_AT_ONCE = 1_000_000
+_CHARACTERS_AT_ONCE = 200_000
 
 
 class Row(NamedTuple):

@@ -85,7 +85,7 @@ def build(
             f"{num_clients} clients"
         )
     asked, config = config, splits.with_labels(config, world, num_clients)
-    name = _model_folder(config)
+    name = model_folder(config)
     tokenizer, tokenizer_digest = _tokenizer(config, name, world, console)
     meta = MetaModel.read(config, name)
     # Once: the memory that is free, and with it the answer, changes while things are loaded.
@@ -100,7 +100,7 @@ def build(
     loading = f"loading {config.model.name} ({hf_config.dtype_name(config, world)})"
     console.enter(metrics.LOADING_SECONDS, loading)
     frozen = _backbone(start, name, meta, held)
-    method, gamma = _method(config, held, num_clients)
+    method, gamma = method_and_gamma(config, held, num_clients)
     _warn_of_alpha(config, gamma, console)
     attached = _attached(config, world, frozen, gamma, name)
     sharing = clients_per_pass.agree(start, estimate, attached.layout.size)
@@ -134,7 +134,7 @@ def _class_weights(config: Config, world: World, held: Data) -> torch.Tensor | N
     return None if weights is None else torch.tensor(weights, device=world.device)
 
 
-def _method(config: Config, held: Data, num_clients: int) -> tuple[Method, float]:
+def method_and_gamma(config: Config, held: Data, num_clients: int) -> tuple[Method, float]:
     """The method and its gamma, which may depend on the weights of the clients."""
     method = methods.resolve(config)
     weights = context.client_weights(config, held, num_clients, tuple(range(num_clients)))
@@ -196,7 +196,7 @@ def _attached(
         )
 
 
-def _model_folder(config: Config) -> str:
+def model_folder(config: Config) -> str:
     """Hub id or folder of the backbone."""
     return str(demo_model.FOLDER) if config.model.name == "demo" else config.model.name
 

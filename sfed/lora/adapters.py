@@ -303,11 +303,23 @@ def plain_json(key: str, value: Any) -> Any:
 
 
 def _wrong_targets(model: PreTrainedModel, targets: object, reason: str) -> UserError:
-    known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m)})
+    known = sorted(_names_of_linear(model))
     return UserError(
         f"lora.target_modules = {_plain(targets)!r}: {reason} The linear layers of this model are "
         f"{', '.join(known)}; name some of them, or choose another model.name"
     )
+
+
+def _names_of_linear(model: PreTrainedModel) -> set[str]:
+    """The last parts of the names of linear layers, as the model has them without PEFT."""
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    kept = {
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module) and not any(name.startswith(f"{one}.") for one in wrapped)
+    }
+    inside = {name for name in wrapped if _is_linear(model.get_submodule(name).get_base_layer())}
+    return {name.rpartition(".")[2] for name in kept - set(wrapped) | inside}
 
 
 def _plain(targets: object) -> object:

@@ -65,14 +65,7 @@ class Backbone:
     @property
     def context_tokens(self) -> int:
         """The longest sequence that the model was made for."""
-        text = self.model.config.get_text_config()
-        positions = int(getattr(text, "max_position_embeddings", None) or _UNBOUNDED)
-        positions = positions if positions > 0 else _UNBOUNDED  # XLNet says -1
-        for name, module in self.model.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-                # RoBERTa counts positions from behind the one of the padding.
-                return positions - (0 if module.padding_idx is None else module.padding_idx + 1)
-        return positions
+        return context_of(self.model)
 
     @property
     def vocabulary_size(self) -> int:
@@ -178,6 +171,18 @@ class Backbone:
                 parameter.ds_active_sub_modules.clear()
                 if parameter.ds_status.name == "AVAILABLE":
                     parameter.partition()
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """The longest sequence that a model was made for, in tokens."""
+    text = model.config.get_text_config()
+    positions = int(getattr(text, "max_position_embeddings", None) or _UNBOUNDED)
+    positions = positions if positions > 0 else _UNBOUNDED  # XLNet says -1
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from behind the one of the padding.
+            return positions - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return positions
 
 
 def device_map(device: torch.device, sharding: Sharding) -> dict[str, torch.device] | None:

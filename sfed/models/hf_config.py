@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -173,6 +174,11 @@ def told_by(error: Exception) -> str:
 def cannot_load(name: str, error: Exception) -> str:
     """The message of a model that transformers refuses, with its reason in one line."""
     reason = told_by(error)
+    if re.search(r"scaled_dot_product|attn_implementation|attention implementation", str(error)):
+        reason = (
+            "transformers has no such attention for it (model.attention); set "
+            f"model.attention=eager. It says: {reason}"
+        )
     if "trust_remote_code" in str(error):
         reason = (
             "it comes with Python code of its own, which is not run unless "
