@@ -314,6 +314,8 @@ def _mix(facts: Facts, client: int) -> str:
     if not found and classes:
         targets = facts.data.train[client].targets
         found.update(classes[int(target)] for target in targets)
+    if len(found) == 1:
+        return mask(printable(*found)[:40])
     named = [
         f"{printable(label)[:24]} {100 * count / found.total():.0f} %"
         for label, count in found.most_common(_MOST_LABELS)
@@ -341,8 +343,10 @@ def _costs(facts: Facts) -> Iterator[str]:
     upload, total = plan["upload"], size_text(plan["gpu_memory_bytes"])
     yield (
         f"sends      {' and '.join(upload['factors']) or 'nothing'}: {upload['bytes']:,} bytes per "
-        "process and round; nothing else of the adapters, and no data"
+        "process and round; no rows, no tokens"
     )
+    if "global" in facts.config.evaluation.adapters:
+        yield "           at evaluations and at the end also B, in a sum (evaluation.adapters has global)"
     has_gpu = torch.cuda.is_available()
     verdict = "it fits" if plan["fits"] else "it does not fit, and sfed plan says what would"
     yield (

@@ -1,0 +1,99 @@
+"""``sfed train --dry-run``: the screen says what the run would do, and nothing is written."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sfed.config.load import validate
+from sfed.plan import dry_run
+from sfed.utils.errors import UserError
+from tests.support import glue, launchers, tiny
+from tests.support.processes import on_processes
+
+ESCAPE = "\x1b]0;x\x07 [/b]"
+
+
+def screen(settings: dict[str, Any], num_processes: int = 1) -> list[str]:
+    """The lines of the screen, 100 columns wide."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        dry_run.show(validate(settings), num_processes)
+    return out.getvalue().splitlines()
+
+
+def refused(settings: dict[str, Any]) -> str:
+    try:
+        screen(settings)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def table_of(lines: list[str]) -> list[list[str]]:
+    rows = [line for line in lines if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+@pytest.mark.dist
+def test_a_text_task_shows_rows_labels_and_what_is_supervised(tiny_folder: Path, tmp_path: Path):
+    rows = [
+        {"prompt": f"q{i} {ESCAPE}\n", "completion": f" a{i}", "site": f"{ESCAPE} {i % 2}"}
+        for i in range(12)
+    ]
+    files = glue.save(tmp_path / "rows.jsonl", rows)
+    settings = tiny.settings(
+        tiny_folder,
+        data={"task": "jsonl", "train_files": str(files), "max_tokens": 64},
+        partition={"kind": "by_key", "key": "site"},
+        federated={"num_clients": 2},
+        output={"dir": str(tmp_path / "runs"), "name": "dry"},
+    )
+    [lines] = on_processes(1, screen, settings, 2)
+    whole = "\n".join(lines)
+    assert whole.replace("\n", "").isprintable() and len(lines) <= 40
+    head, *clients = table_of(lines)
+    assert head == ["client", "examples", "tokens mean", "longest", "steps", "held out",
+                    "process", "labels"]  # fmt: skip
+    assert [row[:2] for row in clients] == [["0", "4"], ["1", "4"]]
+    assert [row[6] for row in clients] == ["0", "1"]
+    assert [row[7] for row in clients] == [rf"\x1b]0;x\x07 [/b] {i}" for i in (0, 1)]
+    assert "<s>q0 \\x1b]0;x\\x07 [/b]\\n[[ a0</s>]]" in whole
+    assert "columns prompt, completion, site" in whole
+    assert "truncation 0 of 12 rows" in whole and "not estimated on a CPU" in whole
+    assert "A: " in whole and " bytes per process and round" in whole
+    assert not (tmp_path / "runs" / "dry").exists()
+
+
+@pytest.mark.dist
+def test_a_classifier_shows_its_classes(tmp_path: Path):
+    tiny.save_roberta(tmp_path / "roberta")
+    files = glue.save_rows(tmp_path / "rows.jsonl", "rte", 24)
+    settings = {
+        "model": {"name": str(tmp_path / "roberta")},
+        "data": {"task": "glue", "name": "rte", "train_files": str(files), "max_tokens": 64},
+        "federated": {"num_clients": 3, "method": "fedsa"},
+        "lora": {"target_modules": ["query", "value"]},
+    }
+    [lines] = on_processes(1, screen, settings)
+    whole = "\n".join(lines)
+    assert "columns sentence1, sentence2, label" in whole
+    assert all("entailment" in row[7] and "%" in row[7] for row in table_of(lines)[1:])
+    assert "-> [[entailment]]" in whole or "-> [[not_entailment]]" in whole
+
+
+@pytest.mark.dist
+def test_what_a_run_would_refuse_is_refused(tiny_folder: Path):
+    settings = tiny.settings(tiny_folder, data={"max_tokens": 64}, lora={"target_modules": ["no"]})
+    assert "lora.target_modules" in on_processes(1, refused, settings)[0]
+
+
+@pytest.mark.dist
+def test_the_command_ends_with_0_and_process_0_alone_speaks(tmp_path: Path):
+    done = launchers.python("-m", "sfed.train", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "gamma" in done.stdout and not list(tmp_path.iterdir())
