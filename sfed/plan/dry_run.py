@@ -346,7 +346,7 @@ def _costs(facts: Facts) -> Iterator[str]:
         "process and round; no rows, no tokens"
     )
     if "global" in facts.config.evaluation.adapters:
-        yield "           at evaluations and at the end also B, in a sum (evaluation.adapters has global)"
+        yield "           evaluations and the end: also B, in a sum (evaluation.adapters has global)"
     has_gpu = torch.cuda.is_available()
     verdict = "it fits" if plan["fits"] else "it does not fit, and sfed plan says what would"
     yield (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def test_a_text_task_shows_rows_labels_and_what_is_supervised(tiny_folder: Path,
     assert [row[:2] for row in clients] == [["0", "4"], ["1", "4"]]
     assert [row[6] for row in clients] == ["0", "1"]
     assert [row[7] for row in clients] == [rf"\x1b]0;x\x07 [/b] {i}" for i in (0, 1)]
-    assert "<s>q0 \\x1b]0;x\\x07 [/b]\\n[[ a0</s>]]" in whole
+    shown = whole.replace("\n", "")
+    assert re.search(r"<s>q(\d+) \\x1b\]0;x\\x07 \[/b\]\\n\[\[ a\1</s>\]\]", shown)
     assert "columns prompt, completion, site" in whole
     assert "truncation 0 of 12 rows" in whole and "not estimated on a CPU" in whole
     assert "A: " in whole and " bytes per process and round" in whole

@@ -1,4 +1,4 @@
-"""Files of a model that are damaged or of another form: one plain error, whatever a library raises."""
+"""Files of a model that are damaged: one plain error, whatever a library raises."""
 
 from __future__ import annotations
 
