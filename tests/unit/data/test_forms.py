@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from itertools import groupby, pairwise
 
 import numpy as np
@@ -137,10 +138,12 @@ def test_a_template_with_marks_and_one_without_give_the_same_but_for_the_last_li
     assert tokenizer.decode(plain.ids[beyond]) == "\n\n"
 
 
-def test_of_the_last_turn_alone(tmp_path):
-    tokenizer = chats.chat_tokenizer(chats.LLAMA3)
+@pytest.mark.parametrize("name", ["llama3", "chatml-marked"])
+def test_of_the_last_turn_alone(tmp_path, name):
+    tokenizer = chats.chat_tokenizer(chats.TEMPLATES[name])
     row = examples_of(tmp_path, [{"messages": TALK}], tokenizer, chat_loss="last").row(0)
-    assert [text for learned, text in stretches(row, tokenizer) if learned] == ["6 → 😀<|eot_id|>"]
+    learned = [text for is_learned, text in stretches(row, tokenizer) if is_learned]
+    assert learned == ["6 → 😀" + ENDS[name]]
 
 
 @pytest.mark.parametrize("name", ["chatml", "chatml-marked", "llama3"])
@@ -248,6 +251,8 @@ def test_the_digest_tells_what_is_learned_and_is_the_old_one_without_conversatio
         examples_of(tmp_path, rows, tokenizer, chat_loss=loss) for loss in ("all", "last")
     )
     assert every.digest() != last.digest()
+    without = replace(every.table, gaps=None)
+    assert Examples(without, every.indices).digest() != every.digest()
     plain = examples_of(tmp_path, [{"prompt": "a", "completion": "b"}], tokenizer)
     row = plain.row(0)
     expected = hashlib.blake2b(digest_size=8)
