@@ -182,10 +182,10 @@ def test_a_record_of_another_form_is_refused(row, part):
 @pytest.mark.parametrize(
     ("sections", "part"),
     [
-        ({"data": {"columns": {"txt": "note"}}}, "'txt' is none of text, text_pair, label"),
+        ({"data": {"columns": {"output": "x"}}}, "'output' is none of text, text_pair, label"),
         ({"data": {"columns": {"text": "label"}}}, "column 'label' is named twice"),
         ({"data": {"train_files": None}}, "needs data.train_files"),
-        ({"data": {"task": "jsonl"}}, "data.columns needs data.task=classification"),
+        ({"data": {"task": "jsonl"}}, "data.columns.label needs data.task=classification"),
         ({"evaluation": {"generate": True}}, "writes no text"),
         (
             {"train": {"class_weights": {"a": -1.0}}},

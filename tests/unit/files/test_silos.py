@@ -82,6 +82,8 @@ def test_held_out_files_belong_by_name_in_a_folder_by_place_in_a_list_and_one_to
     assert silos_of(config_of(folder, eval_files=held), None).held_out == (a, b)
     assert silos_of(config_of(folder, eval_files=f"{held}/*"), None).held_out == (a, b)
     assert silos_of(config_of(folder, eval_files=[b, a]), None).held_out == (b, a)
+    turned = [f"{folder}/b.jsonl", f"{folder}/a.jsonl"]
+    assert silos_of(config_of(turned, eval_files=held), None).held_out == (b, a)
     common = silos_of(config_of(folder, eval_files=a), None)
     assert common.held_out == (a, a) and common.shares_held_out
     assert "3 files for 2" in refusal(
