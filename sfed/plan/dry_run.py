@@ -346,7 +346,7 @@ def _costs(facts: Facts) -> Iterator[str]:
         "process and round; no rows, no tokens"
     )
     if "global" in facts.config.evaluation.adapters:
-        yield "           evaluations and the end need B too, in a sum (evaluation.adapters: global)"
+        yield "           at evaluations and the end also B, in a sum (evaluation.adapters)"
     has_gpu = torch.cuda.is_available()
     verdict = "it fits" if plan["fits"] else "it does not fit, and sfed plan says what would"
     yield (

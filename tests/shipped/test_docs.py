@@ -117,7 +117,8 @@ def check(call: Call) -> None:
     """
     words = list(call.words)
     if call.module in ("sfed.train", "sfed.sweep"):
-        found = config_load.split(logs.take_options(words))
+        rest = [word for word in logs.take_options(words) if word != "--dry-run"]
+        found = config_load.split(rest)
         if found is None or found[0] in OF_A_READER:
             return
         path, overrides = found
