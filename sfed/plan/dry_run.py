@@ -32,6 +32,7 @@ from sfed.distributed import world as distributed
 from sfed.federated.build import method_and_gamma, model_folder
 from sfed.files.listing import Split, files_of
 from sfed.files.silos import num_clients_of
+from sfed.methods import method as methods
 from sfed.models.backbone import context_of
 from sfed.models.hf_config import MetaModel
 from sfed.models.tokenizer import load_tokenizer
@@ -345,7 +346,8 @@ def _costs(facts: Facts) -> Iterator[str]:
         f"sends      {' and '.join(upload['factors']) or 'nothing'}: {upload['bytes']:,} bytes per "
         "process and round; no rows, no tokens"
     )
-    if "global" in facts.config.evaluation.adapters:
+    method, wanted = methods.resolve(facts.config), facts.config.evaluation.adapters
+    if "global" in wanted and method.has_global_adapter and method.keeps_apart("B"):
         yield "           at evaluations and the end also B, in a sum (evaluation.adapters)"
     has_gpu = torch.cuda.is_available()
     verdict = "it fits" if plan["fits"] else "it does not fit, and sfed plan says what would"
