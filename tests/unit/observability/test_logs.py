@@ -279,10 +279,10 @@ def test_the_time_spent_is_summed_over_starts_and_rounds():
 
 def test_what_comes_from_data_reaches_a_log_in_printable_form_only(capsys):
     logs.begin(0)
-    LOG.info("client \x1b]0;x\x07 of \u202e%s\nnext", "\ud800")
+    LOG.info("client \x1b]0;x\x07 of \u202e%s\nnext", "\x9b")
     command.say_error("no \x1b[2J such key")
     found = capsys.readouterr()
-    assert r"client \x1b]0;x\x07 of \u202e\ud800" in found.out and found.out.endswith("next\n")
+    assert r"client \x1b]0;x\x07 of \u202e\x9b" in found.out and found.out.endswith("next\n")
     assert found.err == "no \\x1b[2J such key\n"
 
 
