@@ -102,9 +102,13 @@ def parse(text: str, name: str) -> Any:
 
 
 def _where(error: yaml.MarkedYAMLError) -> str:
-    mark = error.problem_mark or error.context_mark
+    mark, began = error.problem_mark or error.context_mark, error.context_mark
     what = printable(error.problem or error.context or "it is no YAML")
-    return what if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {what}"
+    if mark is None:
+        return what
+    # What has no end is found at the end of the file; where it began is of more use.
+    begun = f" (in what begins in line {began.line + 1})" if began and began.line != mark.line else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {what}{begun}"
 
 
 def _expanded(node: yaml.Node, known: dict[int, int]) -> int:

@@ -500,7 +500,7 @@ CONFIG_MISTAKES = [
     ),
     Mistake(
         "configuration that holds itself",
-        ("configuration",),
+        ("a.yaml", "aliases expand to more than"),
         files={"a.yaml": "lora: &lora\n  rank: *lora\n"},
         arguments=("FOLDER/a.yaml",),
     ),
