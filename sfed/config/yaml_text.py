@@ -107,8 +107,9 @@ def _where(error: yaml.MarkedYAMLError) -> str:
     if mark is None:
         return what
     # What has no end is found at the end of the file; where it began is of more use.
-    is_elsewhere = began is not None and began.line != mark.line
-    begun = f" (in what begins in line {began.line + 1})" if is_elsewhere else ""
+    begun = ""
+    if began is not None and began.line != mark.line:
+        begun = f" (in what begins in line {began.line + 1})"
     return f"line {mark.line + 1}, column {mark.column + 1}: {what}{begun}"
 
 
