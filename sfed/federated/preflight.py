@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sfed.config.schema import Config
+from sfed.data.forms.pair import Pair
 from sfed.data.partition import value_of
 from sfed.data.tasks import checked_pair, task_of
 from sfed.files.checks import Checked, Fault, check_files
@@ -96,7 +97,8 @@ def _of_clients(config: Config, num_processes: int) -> list[str]:
 
 
 def _check_row(config: Config, row: Any, where: str) -> None:
-    checked_pair(task_of(config), row, where)
+    # What a chat template makes of a conversation is seen when the tokenizer is there.
+    checked_pair(task_of(config, lambda _turns, _tools: Pair("", "")), row, where)
     if config.partition.key is not None:
         value_of(row, config.partition.key, where)
 

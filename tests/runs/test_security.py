@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 
 from sfed import train
 from sfed.config import load as config_load
+from sfed.config import yaml_text
 from sfed.report import __main__ as report
 from sfed.utils import command
 from sfed.utils.errors import UserError
@@ -93,7 +94,7 @@ def test_the_source_runs_nobody_elses_code():
     assert len(files) > 50
     found = {str(file): bad for file in files if (bad := offences(file.read_text("utf-8")))}
     assert not found
-    assert issubclass(config_load._Loader, yaml.SafeLoader)
+    assert issubclass(yaml_text._Loader, yaml.SafeLoader)
 
 
 # --- what is installed ----------------------------------------------------------------------------
