@@ -283,6 +283,8 @@ def _clients(facts: Facts, *, is_terminal: bool) -> Table:
         table.add_column(name, justify="right")
     table.add_column("process")
     mixes = [_mix(facts, client) for client in range(facts.num_clients)]
+    if facts.config.partition.kind == "by_key":  # each client has one value, which is its name
+        mixes = [""] * facts.num_clients
     if any(mixes):
         table.add_column("labels")
     process_of = {c: rank for rank, own in enumerate(facts.placement) for c in own}

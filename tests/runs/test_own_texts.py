@@ -126,6 +126,7 @@ def test_the_card_of_a_folder_loads_it_in_stock_peft_with_the_predictions_of_the
     for name in ["global", *(f"client-{client:04d}" for client in range(N))]:
         adapter = run_folder / "adapters" / name
         assert json.loads((adapter / "labels.json").read_text()) == LABELS
+        capsys.readouterr()  # what the run said
         found = as_the_card_says(adapter, monkeypatch)
         assert capsys.readouterr().out.strip() in LABELS
         assert found["model"].base_model.model.config.id2label == dict(enumerate(LABELS))
