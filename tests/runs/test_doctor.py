@@ -60,6 +60,7 @@ def test_two_processes_are_examined_in_every_respect(tmp_path: Path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.full
 def test_one_process_gives_the_numbers_of_a_cpu_bit_by_bit(tmp_path: Path):
     (end,), found = examined(1, tmp_path, "collectives", "ring", "numbers", "learning", "memory")
     assert end.code == 0, end.said

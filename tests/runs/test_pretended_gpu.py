@@ -281,7 +281,7 @@ def test_two_processes_cannot_shard_on_one_gpu(tiny_folder: Path, tmp_path: Path
 # --- the program ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_bench_runs_as_a_program(tmp_path: Path):
     report = tmp_path / "report.json"
     pretended = ("-m", "tests.support.pretended_gpu", "--report", str(report))

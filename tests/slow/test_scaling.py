@@ -38,6 +38,7 @@ def measured(nodes: tuple[Node, Node], folder: Path, port: int) -> dict[str, Any
     return {row["storage"]: row for row in job["rounds"] if row["kind"] == "weak"}
 
 
+@pytest.mark.full
 def test_a_slow_cable_shows_in_the_mean_and_in_the_gathers(
     nodes: tuple[Node, Node], tmp_path: Path
 ) -> None:
