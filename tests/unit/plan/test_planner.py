@@ -54,6 +54,7 @@ def test_host_memory_holds_what_rests_and_what_a_checkpoint_still_reads(tiny_fol
     state = predicted(one)["checkpoint_bytes"]
     assert host_bytes() == (6 + 6) * state
     assert host_bytes(clients_per_round=2) == (6 + 2) * state
+    assert host_bytes(clients_per_pass=6) == 0
 
 
 @pytest.mark.slow
