@@ -11,26 +11,7 @@ import torch.distributed as dist
 
 from sfed.config import load as config_load
 from sfed.federated import local, rounds, session
-
-# Every method of a process group that sends tensors.
-KINDS = (
-    "allgather",
-    "_allgather_base",
-    "allgather_coalesced",
-    "allgather_into_tensor_coalesced",
-    "allreduce",
-    "allreduce_coalesced",
-    "alltoall",
-    "alltoall_base",
-    "broadcast",
-    "gather",
-    "_reduce_scatter_base",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor_coalesced",
-    "scatter",
-    "send",
-)
+from tests.support.collective_kinds import KINDS
 
 
 class Counter:

@@ -15,33 +15,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from tests.support.collective_kinds import KINDS
 from tests.support.pretended_gpu.cuda_api import Put
 from tests.support.pretended_gpu.device import Devices
 from tests.support.pretended_gpu.operations import tensors_in
 from tests.support.pretended_gpu.storages import is_gpu
 from tests.support.pretended_gpu.streams import Event, Stream
 
-_KINDS = (
-    "all_gather_single",
-    "allgather",
-    "_allgather_base",
-    "allgather_coalesced",
-    "allgather_into_tensor_coalesced",
-    "allreduce",
-    "allreduce_coalesced",
-    "alltoall",
-    "alltoall_base",
-    "broadcast",
-    "gather",
-    "_reduce_scatter_base",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_single",
-    "reduce_scatter_tensor_coalesced",
-    "scatter",
-    "send",
-    "recv",
-)
 _ASYNC_END = "_end_coalescing"
 
 
@@ -65,7 +45,7 @@ class Collectives:
         put(c10d, "_abort_process_group", lambda group=None: dist.destroy_process_group(group))
         functions = torch._C._distributed_c10d
         put(functions, "_dump_nccl_trace_json", functions._dump_fr_trace_json)
-        for kind in (*_KINDS, _ASYNC_END):
+        for kind in (*KINDS, _ASYNC_END):
             if hasattr(dist.ProcessGroup, kind):
                 put(dist.ProcessGroup, kind, self._watched(kind))
         put(dist.Work, "wait", self._wait(dist.Work.wait))
