@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sfed.config.schema import LEAST_LABELS, MOST_LABELS, Label, TrainSection
+from sfed.data.forms.pair import Row, read_row, text_of
 from sfed.utils.errors import ConfigError, DataError
 from sfed.utils.text import some_of
 
-Row = Mapping[str, Any]
 _PAIR = "text_pair"
 
 
@@ -48,7 +48,7 @@ class Columns:
                 f"it holds {_PAIR!r}, which is not read; set data.columns.{_PAIR}={_PAIR} to read "
                 "it, or remove the column"
             )
-        return _text(row, self.text), "" if self.pair is None else _text(row, self.pair)
+        return text_of(row, self.text), "" if self.pair is None else text_of(row, self.pair)
 
     def label_of(self, row: Row) -> Label:
         """The label of a record.
@@ -64,13 +64,6 @@ class Columns:
         if not str(label).strip():
             raise ValueError(f"{self.label!r} is empty, so the record has no label")
         return label
-
-
-def _text(row: Row, key: str) -> str:
-    value = row[key]
-    if not isinstance(value, str):
-        raise TypeError(f"{key!r} holds {type(value).__name__}, not text")
-    return value
 
 
 def _shown(value: object) -> str:
@@ -108,14 +101,7 @@ def labels_in(rows: Iterable[tuple[str, Any]], columns: Columns) -> Iterator[Lab
     """
     seen: set[Label] = set()
     for where, row in rows:
-        if not isinstance(row, Mapping):
-            raise DataError(f"{where}: it holds {type(row).__name__}; expected {columns.form}")
-        try:
-            label = columns.label_of(row)
-        except KeyError as missing:
-            raise DataError(f"{where}: no key {missing}; expected {columns.form}") from None
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{where}: {error}; expected {columns.form}") from None
+        label = read_row(columns.label_of, row, where, columns.form)
         if label not in seen:
             seen.add(label)
             yield label

@@ -7,14 +7,14 @@ task becomes a ``Pair`` of one or two texts with a target. Needs no torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sfed.config.schema import Config, DataSection, Label
 from sfed.data.classification import Columns, class_reader
 from sfed.data.forms import prompts
-from sfed.data.forms.pair import Pair, Row, text_of
+from sfed.data.forms.pair import Pair, Row, read_row, text_of
 from sfed.data.forms.prompts import Written
 from sfed.data.forms.text import Render, TextForms
 from sfed.data.scores import final_number
@@ -192,16 +192,7 @@ def checked_pair(task: Task, row: Any, where: str, most_characters: int = MOST_C
     Raises:
         DataError: naming the place and the form that is expected.
     """
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: it holds {type(row).__name__}; expected {task.form}")
-    try:
-        pair = task.to_pair(row)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
-    except KeyError as missing:
-        raise DataError(f"{where}: no key {missing}; expected {task.form}") from None
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: {error}; expected {task.form}") from None
+    pair = read_row(task.to_pair, row, where, task.form)
     if (length := len(pair.prompt) + len(pair.completion)) > most_characters:
         raise DataError(f"{where}: {too_long(length, most_characters)}")
     try:

@@ -206,8 +206,7 @@ def tokenise(
     tokenizer_identity = tokenizer_identity or identity_of(tokenizer)
     forms = ""
     if config.data.is_text:
-        chosen = (sorted(config.data.columns.items()), config.data.template)
-        forms = repr((chosen, chat.identity(config.data, tokenizer)))
+        forms = repr((config.data.template, chat.identity(config.data, tokenizer)))
     try:
         # A process whose rows are in the cache never calls its tokenizer: both end as they began.
         with unchanged(tokenizer):

@@ -84,7 +84,6 @@ _FAILURES = (
     IndexError,
     KeyError,
     AttributeError,
-    NotImplementedError,
     AssertionError,
 )
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
+from sfed.utils.errors import DataError
+
+T = TypeVar("T")
 Row = Mapping[str, Any]
 Span = tuple[int, int]
 """First character and the one after the last."""
@@ -79,6 +82,30 @@ class Columns(Row):
 
     def __len__(self) -> int:
         return len(self._row)
+
+
+def read_row(read: Callable[[Row], T], row: Any, where: str, form: str) -> T:
+    """Read something of a row.
+
+    Args:
+        read: raises KeyError, TypeError or ValueError where the row is not of its form.
+        row: as a file holds it.
+        where: it stands, for messages.
+        form: that is expected, for messages.
+
+    Raises:
+        DataError: naming the place and the form.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: it holds {type(row).__name__}; expected {form}")
+    try:
+        return read(row)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    except KeyError as missing:
+        raise DataError(f"{where}: no key {missing}; expected {form}") from None
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: {error}; expected {form}") from None
 
 
 def text_of(row: Row, name: str) -> str:
