@@ -20,15 +20,15 @@ from sfed.utils.text import one_line
 
 # Weights of the full width, few layers; a step of one client, and one of sixteen.
 ONE_CLIENT = {
-    "cuda": Size("llama2-7b", layers=4, clients=1, rows=8, tokens=512, rank=16, steps=10),
-    "cpu": Size("tiny", layers=2, clients=1, rows=2, tokens=32, rank=4, steps=2),
+    "cuda": Size("llama2-7b", layers=4, clients=1, rows=8, tokens=512, lora_rank=16, steps=10),
+    "cpu": Size("tiny", layers=2, clients=1, rows=2, tokens=32, lora_rank=4, steps=2),
 }
 MANY_CLIENTS = {
-    "cuda": Size("llama2-7b", layers=4, clients=16, rows=1, tokens=256, rank=16, steps=10),
-    "cpu": Size("tiny", layers=2, clients=4, rows=1, tokens=32, rank=4, steps=2),
+    "cuda": Size("llama2-7b", layers=4, clients=16, rows=1, tokens=256, lora_rank=16, steps=10),
+    "cpu": Size("tiny", layers=2, clients=4, rows=1, tokens=32, lora_rank=4, steps=2),
 }
 MANY_WIDTHS = {
-    "cuda": Size("llama2-7b", layers=2, clients=1, rows=4, tokens=512, rank=16, steps=24),
+    "cuda": Size("llama2-7b", layers=2, clients=1, rows=4, tokens=512, lora_rank=16, steps=24),
     "cpu": ONE_CLIENT["cpu"],
 }
 _TURNS = 3
@@ -91,7 +91,7 @@ class Bench:
             num_clients=size.clients,
             rows=size.rows,
             tokens=size.tokens,
-            lora_rank=size.rank,
+            lora_rank=size.lora_rank,
             target_modules="all-linear",
             repeat=_TURNS,
             budget_seconds=_SECONDS if job.world.size == 1 else None,

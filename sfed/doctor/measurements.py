@@ -39,7 +39,7 @@ class Size:
     clients: int = 1
     rows: int = 2
     tokens: int = 16
-    rank: int = 4
+    lora_rank: int = 4
     steps: int = 2
     cudnn: int = 0
     """1 = with cuDNN's attention, which the trainer leaves out."""
@@ -58,7 +58,7 @@ def set_up(device: torch.device, size: Size) -> Setup:
     """Make the model where it is used, in bf16 on a GPU and in fp32 on a CPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = model_config(size.model, None, size.layers)
-    workload = Workload(size.clients, size.rows, size.tokens, size.rank, "all-linear", dtype)
+    workload = Workload(size.clients, size.rows, size.tokens, size.lora_rank, "all-linear", dtype)
     model = build(config, dtype, workload.seed, device)
     ids = random_tokens(config, workload).to(device)
     return Setup(model, workload, Sfed(twin(model), workload, ids, clients_per_pass=size.clients))
@@ -163,7 +163,7 @@ def _planned(made: Setup, size: Size) -> dict[str, Any]:
                     "dtype": "bf16" if made.workload.dtype == torch.bfloat16 else "fp32",
                 },
                 "data": {"task": "gsm8k", "max_tokens": size.tokens},
-                "lora": {"rank": size.rank},
+                "lora": {"rank": size.lora_rank},
                 "federated": {"num_clients": size.clients, "clients_per_pass": None},
                 "train": {"batch_size": size.rows},
             }
@@ -216,17 +216,17 @@ def _ragged_pass(step: Sfed, rows: int, width: int, packed: bool) -> None:
 def lora_products(device: torch.device, size: Size) -> dict[str, Any]:
     """The thin products of a layer: on factors as they lie in flat rows, and on copies."""
     width = model_config(size.model, None, 1).hidden_size
-    clients, tokens, rank = size.clients, size.rows * size.tokens, size.rank
+    clients, tokens, lora_rank = size.clients, size.rows * size.tokens, size.lora_rank
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
     x, y = random(clients, tokens, width), random(clients, tokens, width)
-    flat = random(clients, 2 * rank * width + 64)
-    a = flat[:, : rank * width].view(clients, rank, width)
-    b = flat[:, rank * width : 2 * rank * width].view(clients, width, rank)
-    weight, xa = random(width, width), random(clients, tokens, rank)
+    flat = random(clients, 2 * lora_rank * width + 64)
+    a = flat[:, : lora_rank * width].view(clients, lora_rank, width)
+    b = flat[:, lora_rank * width : 2 * lora_rank * width].view(clients, width, lora_rank)
+    weight, xa = random(width, width), random(clients, tokens, lora_rank)
     copies = {"a": a.contiguous(), "b": b.contiguous()}
     works: dict[str, Callable[[], object]] = {
         "base": lambda: torch.mm(x.view(-1, width), weight),

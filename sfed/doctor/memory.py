@@ -13,8 +13,8 @@ from sfed.memory.costs import USABLE_SHARE
 from sfed.utils.text import size_text
 
 SIZES = {
-    "cpu": Size("stories", layers=5, clients=2, rows=2, tokens=64, rank=16),
-    "cuda": Size("llama-30m", layers=5, clients=2, rows=4, tokens=256, rank=16),
+    "cpu": Size("stories", layers=5, clients=2, rows=2, tokens=64, lora_rank=16),
+    "cuda": Size("llama-30m", layers=5, clients=2, rows=4, tokens=256, lora_rank=16),
 }
 _LEAST_OF_PLAN = 0.75
 """Below this share of the plan fewer clients share a pass than could."""

@@ -296,7 +296,7 @@ def memory_is_planned(device: str, folder: Path) -> Figures:
     del folder
     shape = {"cpu": "stories", "cuda": "llama-30m"}[device]
     rows, tokens = {"cpu": (2, 64), "cuda": (4, 256)}[device]
-    size = Size(shape, layers=5, clients=2, rows=rows, tokens=tokens, rank=16)
+    size = Size(shape, layers=5, clients=2, rows=rows, tokens=tokens, lora_rank=16)
     where = environment_of(device)
     (found,) = on_processes(1, _memory_of, size, device, environment=where)
     ratio = found["pass_measured_over_planned"]

@@ -29,11 +29,11 @@ _OF_THE_TRAINER = ("datasets", "peft", "transformers")
 _OF_A_MEASUREMENT = ("peft", "transformers")
 
 # Weights of the full width, few layers; a step of one client, and one of sixteen.
-_ONE = "model=llama2-7b layers=4 clients=1 rows=8 tokens=512 rank=16 steps=10"
-_MANY = "model=llama2-7b layers=4 clients=16 rows=1 tokens=256 rank=16 steps=10"
-_SHAPES = "model=llama2-7b layers=2 clients=1 rows=4 tokens=512 rank=16 steps=24"
-_SMALL_ONE = "model=tiny layers=2 clients=1 rows=2 tokens=32 rank=4 steps=2"
-_SMALL_MANY = "model=tiny layers=2 clients=4 rows=1 tokens=32 rank=4 steps=2"
+_ONE = "model=llama2-7b layers=4 clients=1 rows=8 tokens=512 lora_rank=16 steps=10"
+_MANY = "model=llama2-7b layers=4 clients=16 rows=1 tokens=256 lora_rank=16 steps=10"
+_SHAPES = "model=llama2-7b layers=2 clients=1 rows=4 tokens=512 lora_rank=16 steps=24"
+_SMALL_ONE = "model=tiny layers=2 clients=1 rows=2 tokens=32 lora_rank=4 steps=2"
+_SMALL_MANY = "model=tiny layers=2 clients=4 rows=1 tokens=32 lora_rank=4 steps=2"
 
 
 @dataclass(frozen=True)
