@@ -137,21 +137,31 @@ def measure(options: Options, config: PreTrainedConfig, world: World) -> dict[st
         return results | {"scaling": [job], "notes": _notes_on_scaling(world, workload)}
     if options.compared is not None:
         return results | {"compare": _compare(options, model, workload, world)}
+    return results | _compare_variants(options, config, model, workload, world)
+
+
+def _compare_variants(
+    options: Options,
+    config: PreTrainedConfig,
+    model: PreTrainedModel,
+    workload: Workload,
+    world: World,
+) -> dict[str, Any]:
+    """All variants in turns, what is counted of them, and the other parts of a round."""
     counts = count(VARIANTS, config, workload, world.device)
     contest = Contest(model, workload, world, "".join(v.key for v in VARIANTS))
-    results |= contest.measure(options.repeat, options.budget_seconds)
+    found = contest.measure(options.repeat, options.budget_seconds)
     for variant in VARIANTS:
-        results["variants"][variant.key] |= {
+        found["variants"][variant.key] |= {
             "name": variant.name,
             "saved_bytes_per_token_and_layer": counts[variant.key].saved_bytes,
             "saved_bytes_per_client_and_layer": counts[variant.key].saved_bytes_fixed,
             "operations_per_layer": counts[variant.key].operations,
         }
-    results["parts"] = round_parts.measure_parts(
+    found["parts"] = round_parts.measure_parts(
         world, contest.contestants, workload, model, options.repeat
     )
-    results["notes"] = _notes(world, workload)
-    return results
+    return found | {"notes": _notes(world, workload)}
 
 
 class Contest:

@@ -35,6 +35,20 @@ _FORM_OF_TOKENS = "5"
 _ROWS_AT_ONCE = 1000
 # Of the texts of one call of the tokenizer, which no signal interrupts.
 _CHARACTERS_AT_ONCE = 200_000
+_FEATURES = datasets.Features(
+    {
+        "ids": datasets.List(datasets.Value("int32")),
+        "prompt_length": datasets.Value("int32"),
+        "gaps": datasets.List(datasets.Value("int32")),
+        "whole_length": datasets.Value("int32"),
+        "lost": datasets.Value("int32"),
+        "key": datasets.Value("string"),
+        "target": datasets.Value("float64"),
+        "part": datasets.Value("string"),
+        "columns": datasets.Value("string"),
+    }
+)
+"""What is kept of a row in the cache."""
 
 
 class Row(NamedTuple):
@@ -212,19 +226,7 @@ def tokenise(
         with unchanged(tokenizer):
             dataset = datasets.Dataset.from_generator(
                 lambda: _tokenised(config, tokenizer, source),
-                features=datasets.Features(
-                    {
-                        "ids": datasets.List(datasets.Value("int32")),
-                        "prompt_length": datasets.Value("int32"),
-                        "gaps": datasets.List(datasets.Value("int32")),
-                        "whole_length": datasets.Value("int32"),
-                        "lost": datasets.Value("int32"),
-                        "key": datasets.Value("string"),
-                        "target": datasets.Value("float64"),
-                        "part": datasets.Value("string"),
-                        "columns": datasets.Value("string"),
-                    }
-                ),
+                features=_FEATURES,
                 fingerprint=_digest(config, split, identity + forms, tokenizer_identity),
             )
     except DatasetGenerationError as error:

@@ -82,18 +82,14 @@ def start(deadline_seconds: float) -> World:
     side_store = whole.clone() if here.size > 1 else store
     watch = Watchdog(here, deadline_seconds, side_store, heartbeat, flight_record)
     sharing = _processes_on(device, here, store, deadline_seconds)
-    # NCCL refuses two processes on one device; gloo carries CUDA tensors through host memory.
-    backend = "nccl" if device.type == "cuda" and sharing == 1 else "gloo"
     timeout = datetime.timedelta(seconds=deadline_seconds + SECONDS_OF_SLACK)
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=here.rank,
-        world_size=here.size,
-        timeout=timeout,
-        device_id=device if backend == "nccl" else None,
-    )
-    _connect_now(device, backend)
+    # NCCL refuses two processes on one device; gloo carries CUDA tensors through host memory.
+    if device.type == "cuda" and sharing == 1:
+        _join_over_nccl(here, store, timeout, device)
+    else:
+        dist.init_process_group(
+            "gloo", store=store, rank=here.rank, world_size=here.size, timeout=timeout
+        )
     return World(
         here.rank,
         here.local_rank,
@@ -107,13 +103,22 @@ def start(deadline_seconds: float) -> World:
     )
 
 
-def _connect_now(device: torch.device, backend: str) -> None:
-    """Make NCCL allocate its buffers, before anyone asks how much memory is free. Collective.
+def _join_over_nccl(
+    here: Launch, store: dist.Store, timeout: datetime.timedelta, device: torch.device
+) -> None:
+    """Make the process group, and NCCL's buffers before anyone asks for free memory. Collective.
 
-    It connects at its first collective, which would otherwise be the mean of the first round.
+    NCCL connects at its first collective, which would otherwise be the mean of the first round.
     """
-    if backend == "nccl":
-        dist.all_reduce(torch.zeros(1, device=device))
+    dist.init_process_group(
+        "nccl",
+        store=store,
+        rank=here.rank,
+        world_size=here.size,
+        timeout=timeout,
+        device_id=device,
+    )
+    dist.all_reduce(torch.zeros(1, device=device))
 
 
 def _processes_on(

@@ -79,11 +79,7 @@ def build(
     Raises:
         UserError: on every process, for mistakes that only show now.
     """
-    if num_clients < (config.federated.clients_per_round or 1):
-        raise UserError(
-            f"federated.clients_per_round = {config.federated.clients_per_round} is more than the "
-            f"{num_clients} clients"
-        )
+    _check_cohort(config, num_clients)
     asked, config = config, splits.with_labels(config, world, num_clients)
     name = model_folder(config)
     tokenizer, tokenizer_digest = _tokenizer(config, name, world, console)
@@ -116,6 +112,15 @@ def build(
     for line in round_metrics.header(run):
         console.say(line)
     return run
+
+
+def _check_cohort(config: Config, num_clients: int) -> None:
+    """Refuse a cohort of more clients than there are: N may follow from processes or files."""
+    if num_clients < (config.federated.clients_per_round or 1):
+        raise UserError(
+            f"federated.clients_per_round = {config.federated.clients_per_round} is more than the "
+            f"{num_clients} clients; set it to at most {num_clients}"
+        )
 
 
 def _backbone(start: Start, name: str, meta: MetaModel, held: Data) -> Backbone:

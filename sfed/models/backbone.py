@@ -194,6 +194,29 @@ def device_map(device: torch.device, sharding: Sharding) -> dict[str, torch.devi
     return None if sharding.is_sharded or device.type == "cpu" else {"": device}
 
 
+def _read(
+    config: Config, name: str, meta: MetaModel, sharding: Sharding, world: World
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Read the weights; returns the model, and what transformers says of loading it."""
+    try:
+        model, loading = auto_class(config).from_pretrained(
+            name,
+            config=meta.config,
+            dtype=DTYPES[dtype_name(config, world)],
+            attn_implementation=config.model.attention,
+            trust_remote_code=config.backbone.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # of a head with other classes; see heads.detach_head
+            key_mapping=heads.hide_mismatched_head(config, name) if sharding.is_sharded else None,
+            device_map=device_map(world.device, sharding),
+        )
+    except Exception as error:  # as of read_model_config
+        if is_of_the_machine(error):
+            raise
+        raise UserError(cannot_load(name, error)) from None
+    return model, loading
+
+
 def load(
     config: Config,
     name: str,
@@ -214,31 +237,15 @@ def load(
         UserError: where the model cannot be found or is not one for the task.
     """
     meta = meta or MetaModel.read(config, name)
-    dtype = DTYPES[dtype_name(config, world)]
     sharding = sharding or choose_sharding(config, meta, world)
     settings, into_shards = None, None
     if sharding.is_sharded:
         from transformers.integrations import HfDeepSpeedConfig
 
-        settings = prepare_deepspeed(config, meta, dtype)
+        settings = prepare_deepspeed(config, meta, DTYPES[dtype_name(config, world)])
         # While it lives, from_pretrained loads straight into shards; it must outlive the model.
         into_shards = HfDeepSpeedConfig(settings)
-    try:
-        model, loading = auto_class(config).from_pretrained(
-            name,
-            config=meta.config,
-            dtype=dtype,
-            attn_implementation=config.model.attention,
-            trust_remote_code=config.backbone.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # of a head with other classes; see heads.detach_head
-            key_mapping=heads.hide_mismatched_head(config, name) if sharding.is_sharded else None,
-            device_map=device_map(world.device, sharding),
-        )
-    except Exception as error:  # as of read_model_config
-        if is_of_the_machine(error):
-            raise
-        raise UserError(cannot_load(name, error)) from None
+    model, loading = _read(config, name, meta, sharding, world)
     model.requires_grad_(False)
     patch_blocks(model)
     head = heads.detach_head(config, model, loading, gathered_whole)
