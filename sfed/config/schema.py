@@ -8,14 +8,10 @@ answered before anything heavy is imported.
 from __future__ import annotations
 
 import math
-import os
-from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -25,13 +21,11 @@ from pydantic import (
 )
 
 from sfed.config import text_forms
+from sfed.config.data_section import CLASS_COLUMNS, DataSection, check_labels
+from sfed.config.fields import Exponent, Location, Section, as_list, weights_by_label
 
 DEFAULT_LOCAL_STEPS = 10
 
-
-CLASS_COLUMNS = ("text", "text_pair", "label")
-"""What data.task=classification reads of a record."""
-LEAST_LABELS, MOST_LABELS = 2, 1000
 
 # Keys of a DeepSpeed section that would silently do nothing here (the engine has no optimizer),
 # and the key of ours that does what they ask for.
@@ -48,73 +42,6 @@ DEAD_DEEPSPEED_KEYS = {
 }
 
 
-def _number(value: Any) -> Any:
-    """Read "1/2" or "-1/2" as a number; leave everything else to pydantic."""
-    if isinstance(value, str):
-        try:
-            return float(Fraction(value))
-        except (ZeroDivisionError, OverflowError):
-            raise ValueError(f"{value!r} is no finite number") from None
-    return value
-
-
-def _list(value: Any) -> Any:
-    """Read a word as a list of one; leave everything else to pydantic."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _at_home(value: Any) -> Any:
-    """Read ~ as the home folder, in a path or in each of several."""
-    if isinstance(value, str):
-        return os.path.expanduser(value)  # noqa: PTH111  (a Path drops ./ and a last slash)
-    return tuple(map(_at_home, value)) if isinstance(value, list | tuple) else value
-
-
-def _class_weights(value: Any) -> Any:
-    """Read labels that are integers as text; leave everything that is no mapping to pydantic."""
-    if not isinstance(value, dict):
-        return value
-    for label, weight in value.items():
-        if type(weight) not in (int, float) or not 0 < weight < math.inf:
-            raise ValueError(f"the weight of {label!r} is {weight!r}, not a number above 0")
-    return {str(label) if type(label) is int else label: one for label, one in value.items()}
-
-
-Label = str | int
-Exponent = Annotated[float, BeforeValidator(_number)]
-Location = Annotated[str, BeforeValidator(_at_home)]
-Locations = Annotated[tuple[str, ...] | str | None, BeforeValidator(_at_home)]
-
-
-def _check_labels(labels: tuple[Label, ...]) -> None:
-    """Refuse labels that are no classes."""
-    if len({type(label) for label in labels}) > 1:
-        raise ValueError(f"data.labels={list(labels)} holds texts and integers; write them alike")
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        raise ValueError(f"data.labels names {twice[0]!r} twice; name each label once")
-    if not all(str(label).strip() for label in labels):
-        raise ValueError("data.labels holds an empty text, which is no label")
-    if not LEAST_LABELS <= len(labels) <= MOST_LABELS:
-        raise ValueError(
-            f"data.labels names {len(labels)} labels; a classification has {LEAST_LABELS} to "
-            f"{MOST_LABELS}"
-        )
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys refused, no coercion, immutable."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-
 class ModelSection(Section):
     """The frozen backbone."""
 
@@ -125,96 +52,6 @@ class ModelSection(Section):
     """Data type of the backbone; auto = bf16 on GPUs, fp32 on CPUs. Adapters are always fp32."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention implementation of transformers."""
-
-
-TextColumn = Literal[
-    "messages",
-    "tools",
-    "prompt",
-    "completion",
-    "instruction",
-    "input",
-    "output",
-    "text",
-    "text_pair",
-    "label",
-]
-
-
-class DataSection(Section):
-    """Training and held-out data."""
-
-    task: Literal["demo", "gsm8k", "alpaca", "glue", "text", "jsonl", "classification"] = "demo"
-    """Form of the examples. text (or its older name jsonl) = records with messages, with prompt and
-    completion, with instruction, output and an optional input, or with text; glue needs data.name;
-    classification = records with text, label and an optional text_pair."""
-    name: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"] | None = None
-    """GLUE task, for data.task=glue only: each client trains a classification head and an
-    adapter."""
-    labels: Annotated[tuple[Label, ...] | None, BeforeValidator(_list)] = None
-    """Labels of data.task=classification in the order of the classes, all text or all integers.
-    null = the labels of the training files, sorted."""
-    train_files: Locations = None
-    """Files with the training examples: names, a folder, a glob, or a list of them; .jsonl, .json,
-    .csv and .tsv, each also as .gz or .zst, and .parquet. hub:org/name or hub:org/name:config = a
-    data set of the hub, see data.split. {client} in a name stands for the number of a client, from
-    0: one file per client. null = the data set of data.task."""
-    eval_files: Locations = None
-    """Files with held-out examples, named like train_files; with partition.kind=by_file one for
-    each client, or a single one for all. null = the held-out split of the task's data set; with
-    train_files or without such a split, data.eval_fraction of each client's training examples."""
-    split: str | None = None
-    """Split of a data set hub:org/name in train_files. null = train."""
-    eval_split: str | None = None
-    """Split of a data set hub:org/name in eval_files. null = test."""
-    on_small_client: Literal["refuse", "skip"] = "refuse"
-    """What happens with partition.kind=by_file to a file that holds too few examples to train on:
-    refuse = the run does not start; skip = it is left out, and the report names it."""
-    columns: dict[TextColumn, str] = {}
-    """Names of the columns, for data.task=text and classification: {prompt: question, completion:
-    answer}, {text: note, label: diagnosis}. A record of text is then read in the form that these
-    belong to; other columns keep their names."""
-    template: str | None = None
-    """Prompt, for data.task=text, with columns of the record in braces: "Q: {question} A:". {{ is a
-    brace; quote a value that begins with one. The answer is the column completion, or the one that
-    data.columns names for it."""
-    chat_template: str | None = None
-    """Chat template (Jinja) for records with messages: a file, or the template itself. null = the
-    one of the tokenizer."""
-    chat_loss: Literal["all", "last"] = "all"
-    """Assistant turns of a conversation that the loss is computed on: all, or the last one."""
-    max_tokens: PositiveInt = 512
-    """Maximum length of a sequence in tokens; see data.on_long."""
-    on_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What becomes of a sequence above data.max_tokens: truncate = its end is cut off, and it is
-    dropped where no token of the answer is left; drop = it is dropped; error = the run is
-    refused."""
-    max_row_characters: PositiveInt = 1_000_000
-    """Maximum length in characters of a line of a file and of the text of a row. Longer ones are
-    refused before they are tokenised."""
-    packing: bool = True
-    """Place several short sequences of a client in one row where that is cheaper; they do not
-    attend to each other. false = one padded row per sequence, as always for classification and with
-    lora.dropout."""
-    max_train_examples: PositiveInt | None = None
-    """Maximum number of training examples: a random subset, drawn from the seed; with
-    partition.kind=by_file of each file. null = all."""
-    max_eval_examples: PositiveInt | None = None
-    """Maximum number of held-out examples of all clients together: a random subset, drawn from the
-    seed; with partition.kind=by_file of each file in data.eval_files. null = all."""
-    eval_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Fraction of each client's training examples that is held out where there is no held-out
-    split; above 0 and below 1."""
-
-    @property
-    def is_text(self) -> bool:
-        """Whether records of one's own are read; jsonl is the older name of text."""
-        return self.task in ("text", "jsonl")
-
-    @property
-    def column_names(self) -> dict[str, str]:
-        """``columns`` as plain text."""
-        return {str(name): column for name, column in self.columns.items()}
 
 
 class PartitionSection(Section):
@@ -322,7 +159,7 @@ class TrainSection(Section):
     """Maximum L2 norm of a client's gradient, above 0; larger gradients are clipped. null = no
     clipping."""
     class_weights: Annotated[
-        Literal["none", "balanced"] | dict[str, PositiveFloat], BeforeValidator(_class_weights)
+        Literal["none", "balanced"] | dict[str, PositiveFloat], BeforeValidator(weights_by_label)
     ] = "none"
     """Weights of the classes in the training loss: balanced = inversely proportional to their
     numbers of training examples of all clients; {label: weight} = relative weights, above 0. They
@@ -380,7 +217,7 @@ class EvaluationSection(Section):
     every_rounds: NonNegativeInt = 1
     """Interval of evaluations in rounds. One more is made before training and one at the end. 0 =
     no evaluation."""
-    adapters: Annotated[tuple[Literal["personal", "global"], ...], BeforeValidator(_list)] = (
+    adapters: Annotated[tuple[Literal["personal", "global"], ...], BeforeValidator(as_list)] = (
         "personal",
         "global",
     )
@@ -414,7 +251,7 @@ class OutputSection(Section):
     resume: Location = "auto"
     """auto = resume from the newest complete checkpoint; never = move the run folder aside and
     start from the beginning; or the folder of a checkpoint to resume from."""
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_list)] = ()
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_list)] = ()
     """Trackers that get the metrics beside metrics.jsonl: [tensorboard], [wandb] or both. Each is
     an optional dependency of sfed."""
 
@@ -504,7 +341,7 @@ class Config(Section):
         if twice := [column for column in columns if columns.count(column) > 1]:
             raise ValueError(f"data.columns: column {twice[0]!r} is named twice")
         if data.labels is not None:
-            _check_labels(data.labels)
+            check_labels(data.labels)
         return self
 
     @model_validator(mode="after")

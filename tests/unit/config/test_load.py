@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sfed.config import fields, schema
 from sfed.config import load as config_load
-from sfed.config import schema
 from sfed.config.diff import comparable, differences
 from sfed.config.foreign_keys import FOREIGN_KEYS
 from sfed.config.schema import DEAD_DEEPSPEED_KEYS, Config
@@ -360,7 +360,7 @@ def test_help_lists_every_key_of_the_schema_with_default_and_meaning():
     expected = {
         f"{name}.{leaf}": getattr(section, leaf)
         for name, section in Config()
-        if isinstance(section, schema.Section)
+        if isinstance(section, fields.Section)
         for leaf in type(section).model_fields
     }
     expected["seed"] = 0

@@ -1,0 +1,62 @@
+"""What all sections are made of, and how values that people write are read. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+def number(value: Any) -> Any:
+    """Read "1/2" or "-1/2" as a number; leave everything else to pydantic."""
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value))
+        except (ZeroDivisionError, OverflowError):
+            raise ValueError(f"{value!r} is no finite number") from None
+    return value
+
+
+def as_list(value: Any) -> Any:
+    """Read a word as a list of one; leave everything else to pydantic."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def at_home(value: Any) -> Any:
+    """Read ~ as the home folder, in a path or in each of several."""
+    if isinstance(value, str):
+        return os.path.expanduser(value)  # noqa: PTH111  (a Path drops ./ and a last slash)
+    return tuple(map(at_home, value)) if isinstance(value, list | tuple) else value
+
+
+def weights_by_label(value: Any) -> Any:
+    """Read labels that are integers as text; leave everything that is no mapping to pydantic."""
+    if not isinstance(value, dict):
+        return value
+    for label, weight in value.items():
+        if type(weight) not in (int, float) or not 0 < weight < math.inf:
+            raise ValueError(f"the weight of {label!r} is {weight!r}, not a number above 0")
+    return {str(label) if type(label) is int else label: one for label, one in value.items()}
+
+
+Label = str | int
+Exponent = Annotated[float, BeforeValidator(number)]
+Location = Annotated[str, BeforeValidator(at_home)]
+Locations = Annotated[tuple[str, ...] | str | None, BeforeValidator(at_home)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys refused, no coercion, immutable."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
