@@ -144,6 +144,13 @@ def test_dealing_by_work_changes_no_client_and_resumes_a_run_that_was_dealt_by_n
     assert resolved(by_number)["placement"] == [[0, 1, 2], [3, 4, 5]]
     assert resolved(by_work)["placement"] == [[1], [0, 2, 3, 4, 5]]
     assert runs.relative_difference(runs.adapters(by_number), runs.adapters(by_work)) <= 1e-6
+    for one, other in zip(*map(runs.rounds, (by_number, by_work)), strict=True):
+        for key in ("personal_loss", "global_loss", "train_loss", "examples", "steps"):
+            found, expected = (
+                [-1.0 if c.get(key) is None else c[key] for c in event["clients"]]
+                for event in (one, other)
+            )
+            assert found == pytest.approx(expected, rel=1e-5), key
     # Work is counted, not timed; the seconds are only where they belong.
     before, after = (runs.rounds(folder)[2] for folder in (by_number, by_work))
     tokens = [[one["tokens"] for one in event["time/processes"]] for event in (before, after)]
