@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -11,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from sfed.config import load as config_load
-from sfed.data import splits
+from sfed.data import splits, tokenize
 from sfed.distributed.watchdog import Watchdog
 from sfed.federated import evaluate, local, session
 from sfed.federated.context import RoundPlan, Run
@@ -357,6 +359,35 @@ def stop_while_loading(run_settings: dict) -> None:
 
     splits.load = load
     runs.train_settings(run_settings)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_while_rows_are_tokenised_ends_a_run_at_once(
+    tiny_folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    row = json.dumps({"prompt": "How many? ", "completion": "Some."})
+    rows.write_text(f"{row}\n" * 40)
+    data = {"task": "text", "max_tokens": 63, "train_files": str(rows)}
+    own = settings(tiny_folder, tmp_path, data=data)
+    (end,) = ends_of(1, stop_while_tokenising, own, tmp_path / "cache", number)
+    assert end.code == 0 and "stopped as asked, before training began" in end.said, end
+    assert "Traceback" not in end.said
+    assert runs.rounds(runs.run(1, own))[-1]["round"] == FOUR["num_rounds"]
+
+
+def stop_while_tokenising(own: dict, cache: Path, number: signal.Signals) -> None:
+    """Train with an empty cache; the signal comes at the eleventh row."""
+    datasets.config.HF_DATASETS_CACHE = cache
+    checked, count = tokenize.checked_pair, itertools.count()
+
+    def read(*arguments: Any) -> Any:
+        if next(count) == 10:
+            os.kill(os.getpid(), number)
+        return checked(*arguments)
+
+    tokenize.checked_pair = read
+    runs.train_settings(own)
 
 
 def test_sigterm_to_a_process_that_waits_for_the_others_stops_all(

@@ -22,6 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from sfed.config.data_section import DataSection
 from sfed.data.forms.pair import Pair, Span, conversation
 from sfed.data.forms.text import Render
+from sfed.data.forms.turns import Turn
 from sfed.utils.errors import DataError
 from sfed.utils.text import one_line
 
@@ -31,7 +32,6 @@ day: the date that LLaMA 3's own template falls back on."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASKS_FOR_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
-Turn = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from sfed.config.text_forms import FORMS, OPTIONAL, PromptTemplate, form_named, 
 from sfed.data.forms import prompts
 from sfed.data.forms.pair import Columns, Pair, Row, text_of
 from sfed.data.forms.prompts import Written
+from sfed.data.forms.turns import Turn, are_objects, turns_of
 
-Render = Callable[[Sequence[Mapping[str, Any]], list[Any] | None], Pair]
+Render = Callable[[Sequence[Turn], list[Any] | None], Pair]
 """Makes a conversation (turns, tools) what is read and learned; raises ValueError and TypeError."""
 
 
@@ -110,34 +111,21 @@ class TextForms:
             )
         # Where all are null, the first that is named tells what is wrong with it.
         named = there or [form for form, names in making.items() if any(n in row for n in names)]
+        if not named and "conversations" in row:
+            raise ValueError(
+                "it holds 'conversations'; set data.columns.messages=conversations to read them"
+            )
         return named[0] if named else "prompt"
 
     def _conversation(self, row: Row) -> Pair:
         if self.render is None:
             raise ValueError("a conversation needs the chat template of a tokenizer")
-        turns, tools = row["messages"], row.get("tools")
+        tools = row.get("tools")
         if isinstance(tools, str):  # as in data sets whose columns have one type
             tools = json.loads(tools)
-        if tools is not None and not _are_objects(tools):
+        if tools is not None and not are_objects(tools):
             raise TypeError("'tools' is no list of JSON schemas")
-        if not turns or not _are_objects(turns):
-            raise TypeError("'messages' is no list of turns with role and content")
-        for number, turn in enumerate(turns, start=1):
-            _check_turn(turn, f"turn {number} of 'messages'")
-        return self.render(turns, tools or None)
-
-
-def _are_objects(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
-
-
-def _check_turn(turn: Mapping[str, Any], what: str) -> None:
-    role, content = turn.get("role"), turn.get("content")
-    if not isinstance(role, str):
-        raise TypeError(f"{what} has no 'role', such as user or assistant")
-    if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
-        kind = "null" if content is None else type(content).__name__
-        raise TypeError(f"{what} ({role}): 'content' holds {kind}, not text")
+        return self.render(turns_of(row["messages"]), tools or None)
 
 
 def _listed(names: Sequence[str]) -> str:

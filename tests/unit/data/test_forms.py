@@ -272,12 +272,19 @@ def test_the_digest_tells_what_is_learned_and_is_the_old_one_without_conversatio
         ("hello", "no list of turns"),
         (["hello"], "no list of turns"),
         ([{"content": "x"}], "turn 1 of 'messages' has no 'role'"),
-        ([{"from": "human", "value": "x"}], "turn 1 of 'messages' has no 'role'"),
+        (
+            [{"from": "function_call", "value": "x"}],
+            "turn 1 of 'messages': 'from' is 'function_call'",
+        ),
+        ([{"from": "human"}], "turn 1 of 'messages' (user): 'content' holds null"),
         (
             [TALK[0], {"role": "assistant"}],
             "turn 2 of 'messages' (assistant): 'content' holds null",
         ),
-        ([{"role": "user", "content": [{"type": "image"}]}], "'content' holds list, not text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "has a part of type 'image'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "has a part of type 'text'"),
+        ([{"role": "user", "content": ["x"]}], "'content' holds list, not text"),
+        ([{"role": "user", "content": []}], "'content' holds list, not text"),
         (TALK[:1], "no turn of 'messages' has the role assistant"),
     ],
 )
@@ -285,6 +292,28 @@ def test_what_is_no_conversation_is_refused_with_its_line(tmp_path, talk, part):
     tokenizer = chats.chat_tokenizer(chats.CHATML)
     message = refused(tmp_path, [{"messages": TALK}, {"messages": talk}], tokenizer)
     assert "rows.jsonl, line 2: " in message and part in message
+
+
+def test_other_spellings_of_a_conversation_give_the_same_tokens(tmp_path):
+    tokenizer = chats.chat_tokenizer(chats.CHATML)
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    sharegpt = [{"from": names[turn["role"]], "value": turn["content"]} for turn in [SYSTEM, *TALK]]
+    parts = [
+        {**turn, "content": [{"type": "text", "text": text} for text in turn["content"]]}
+        for turn in [SYSTEM, *TALK]
+    ]
+    rows = [{"talk": talk} for talk in ([SYSTEM, *TALK], sharegpt, parts)]
+    found = examples_of(tmp_path, rows, tokenizer, columns={"messages": "talk"})
+    expected = found.row(0)
+    for other in (found.row(1), found.row(2)):
+        assert np.array_equal(other.ids, expected.ids)
+        assert np.array_equal(other.is_learned, expected.is_learned)
+
+
+def test_the_column_of_sharegpt_is_answered_with_the_key_that_reads_it(tmp_path):
+    rows = [{"conversations": [{"from": "human", "value": "x"}]}]
+    message = refused(tmp_path, rows, chats.chat_tokenizer(chats.CHATML))
+    assert "data.columns.messages=conversations" in message
 
 
 def test_what_the_template_refuses_is_refused_in_its_words(tmp_path):
