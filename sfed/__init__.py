@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sfed.federated.session import fit
     from sfed.methods.method import METHODS, Method
     from sfed.methods.scaling import effective_clients, lora_scaling
+    from sfed.methods.server import CommonLayer, SentLayer
     from sfed.plan.estimate import estimate
     from sfed.report.page import write_report
     from sfed.storage.run_record import ClientRecord, RunRecord, open_run
@@ -36,6 +37,7 @@ __all__ = [
     "METHODS",
     "CheckpointError",
     "ClientRecord",
+    "CommonLayer",
     "Config",
     "ConfigError",
     "DataError",
@@ -43,6 +45,7 @@ __all__ = [
     "Method",
     "MissingProcessError",
     "RunRecord",
+    "SentLayer",
     "TrainingFailedError",
     "UserError",
     "__version__",
@@ -64,6 +67,8 @@ PLACES = {
     "fit": "sfed.federated.session",
     "METHODS": "sfed.methods.method",
     "Method": "sfed.methods.method",
+    "CommonLayer": "sfed.methods.server",
+    "SentLayer": "sfed.methods.server",
     "effective_clients": "sfed.methods.scaling",
     "lora_scaling": "sfed.methods.scaling",
     "estimate": "sfed.plan.estimate",

@@ -24,7 +24,10 @@ PLACE = "<!-- api -->"
 GROUPS = {
     "Configurations": ("load_config", "Config", "check"),
     "Runs": ("fit", "open_run", "RunRecord", "ClientRecord"),
-    "Methods": ("METHODS", "Method", "lora_scaling", "effective_clients"),
+    "Methods": (
+        *("METHODS", "Method", "SentLayer", "CommonLayer"),
+        *("lora_scaling", "effective_clients"),
+    ),
     "Plans and reports": ("estimate", "write_report"),
     "Errors": (
         "UserError",

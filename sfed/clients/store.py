@@ -62,6 +62,8 @@ class ClientStore:
         for factor in layout.factors:
             self._set_common(factor, torch.zeros(self.widths[factor.lower()], device=device))
         self._parts: dict[int, Parts] = {client: {} for client in own}
+        self.server_state: Parts = {}
+        """What the method's server step keeps for the layers of this process: LAYER/NAME."""
         self._changed: set[int] = set()
 
     def passes(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from sfed.config import own_method
 from sfed.config.schema import Config
 from sfed.utils.redaction import masked
 
@@ -28,6 +29,10 @@ def comparable(config: Config, num_clients: int) -> dict[str, Any]:
         if key.partition(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS
     }
     flat["federated.num_clients"] = num_clients
+    flat["federated.method"] = own_method.identity(config.federated.method)
+    if config.federated.optimizer_state == "auto":
+        # The older name of the default; a method with which it is another refuses keep.
+        flat["federated.optimizer_state"] = "keep"
     if config.data.is_text:
         flat["data.task"] = "jsonl"  # the older name, which older checkpoints hold
     if config.train.schedule == "constant":

@@ -6,13 +6,19 @@ still the same run. Needs no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from glob import has_magic, iglob
 from pathlib import Path
 from typing import Any
 
-_KEYS = ("model.name", "data.train_files", "data.eval_files", "data.chat_template", "output.resume")
+_METHOD = "federated.method"
+_KEYS = (
+    *("model.name", "data.train_files", "data.eval_files", "data.chat_template", "output.resume"),
+    _METHOD,
+)
 """Keys that may name something to be read. Folders that are written to are the command's own."""
+_OF_FILE = re.compile(r"(\.py):\w+$")
 
 
 def follow(data: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], list[str]]:
@@ -34,6 +40,8 @@ def follow(data: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], list[st
         values = sections.get(section)
         if not isinstance(values, Mapping) or leaf not in values:
             continue
+        if key == _METHOD and not _OF_FILE.search(str(values[leaf])):
+            continue  # the name of a method, and not of a folder that happens to be there
         followed = _followed(values[leaf], file.parent)
         for name, now in zip(_names(values[leaf]), _names(followed), strict=True):
             if name and name == now and file.parent != Path() and _leads_somewhere(Path(name)):
@@ -64,8 +72,8 @@ def _is_relative(value: Any) -> bool:
 
 
 def _leads_somewhere(path: Path) -> bool:
-    """Whether there is something; {client} stands for the number of a client."""
-    name = str(path).replace("{client}", "0")
+    """Whether there is something; {client} is the number of a client, :NAME is within a file."""
+    name = _OF_FILE.sub(r"\1", str(path).replace("{client}", "0"))
     try:
         if Path(name).exists():
             return True

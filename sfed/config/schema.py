@@ -11,6 +11,7 @@ import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeFloat,
@@ -20,9 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from sfed.config import text_forms
+from sfed.config import own_method, text_forms
 from sfed.config.data_section import CLASS_COLUMNS, DataSection, check_labels
-from sfed.config.fields import Exponent, Location, Section, as_list, weights_by_label
+from sfed.config.fields import Exponent, Location, Section, as_list, at_home, weights_by_label
 
 DEFAULT_LOCAL_STEPS = 10
 
@@ -99,9 +100,10 @@ class LoraSection(Section):
 class FederatedSection(Section):
     """The federated method and its rounds."""
 
-    method: Literal["sfed", "fedsa", "fedsa-rslora", "rolora", "ffa", "fedit", "local"] = "sfed"
+    method: Annotated[str, BeforeValidator(at_home), AfterValidator(own_method.checked)] = "sfed"
     """Federated method: the factors that are trained and averaged, gamma and the initialization of
-    A."""
+    A. One of sfed, fedsa, fedsa-rslora, rolora, ffa, fedit, local; or FILE.py:NAME or
+    package.module:NAME, a method of your own, whose code is run."""
     averaged: Literal["auto"] | tuple[Literal["A", "B"], ...] = "auto"
     """Factors that are averaged after each round, for ablations: [A], [B], [A, B] or []. auto = the
     method's own."""
@@ -121,9 +123,10 @@ class FederatedSection(Section):
     weighting: Literal["uniform", "examples"] = "uniform"
     """Weights of the clients in the federated mean: uniform = equal; examples = proportional to
     their numbers of training examples."""
-    optimizer_state: Literal["keep", "reset"] = "keep"
+    optimizer_state: Literal["auto", "keep", "reset"] = "auto"
     """keep = the moments of a client's optimizer are kept from round to round; reset = each round
-    starts with new moments."""
+    starts with new moments; auto = keep, unless the method's server step changes the basis of the
+    factors."""
     max_bad_rounds: NonNegativeInt = 3
     """Maximum number of rounds, at least 0, in which a client's loss, gradient or adapter is not
     finite. Such a client is reset to the start of the round and excluded from the mean; one more
@@ -409,7 +412,8 @@ class Config(Section):
     @property
     def run_name(self) -> str:
         """Name of the run folder below ``output.dir``."""
-        return self.output.name or f"{self.data.name or self.data.task}-{self.federated.method}"
+        method = own_method.short_name(self.federated.method)
+        return self.output.name or f"{self.data.name or self.data.task}-{method}"
 
 
 # Keys without a default for whoever writes a configuration, and what to do about them. The schema

@@ -11,7 +11,7 @@ import json
 import os
 import socket
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,6 +190,23 @@ def all_gather_rows(world: World, rows: torch.Tensor) -> list[torch.Tensor]:
     gathered = [torch.empty_like(rows) for _ in range(world.size)]
     dist.all_gather(gathered, rows)
     return [one.cpu() for one in gathered]
+
+
+def all_to_all(
+    world: World, parts: Sequence[torch.Tensor], sizes: Sequence[int]
+) -> list[torch.Tensor]:
+    """Send each process a part of its own and return what each sent here. Collective.
+
+    Args:
+        world: the processes.
+        parts: a flat tensor for each process, all of one dtype.
+        sizes: numbers that come from each process.
+    """
+    where = torch.device("cpu") if is_on_host() else world.device
+    sent = torch.cat(list(parts)).to(where)
+    received = torch.empty(sum(sizes), dtype=sent.dtype, device=where)
+    dist.all_to_all_single(received, sent, list(sizes), list(map(len, parts)))
+    return list(torch.split(received.to(world.device), list(sizes)))
 
 
 def all_gather_flat(world: World, share: torch.Tensor) -> torch.Tensor:

@@ -43,12 +43,20 @@ class RoundPlan:
     trained: tuple[str, ...]
     """Factors that train: some of A, B and head."""
     averaged: tuple[str, ...]
-    """Factors that are averaged at the end."""
+    """Factors that are sent at the end and then the same on all clients: their weighted mean, or
+    what the method's server step makes of them."""
+    stepped: tuple[str, ...] = ()
+    """Those of them that the server step gets."""
 
     @property
     def finished_rounds(self) -> int:
         """How many rounds are finished after this one."""
         return self.round_index + 1
+
+    @property
+    def means(self) -> tuple[str, ...]:
+        """Factors that become their weighted mean."""
+        return tuple(factor for factor in self.averaged if factor not in self.stepped)
 
     def steps_left(self, stats: RoundStats, group: Group) -> range:
         """The steps from the first that some client of a group has still to make."""
@@ -86,14 +94,20 @@ class Run:
             self.config.seed, round_index, self.num_clients, federated.clients_per_round
         )
         head = () if self.adapters.head is None else ("head",)
+        averaged = self.method.averaged_in(round_index)
         return RoundPlan(
             round_index,
             cohort,
             {client: self.local_steps(client) for client in cohort},
             self.groups(cohort),
             self.method.trained_in(round_index) + head,
-            self.method.averaged_in(round_index) + (head if federated.share_head else ()),
+            averaged + (head if federated.share_head else ()),
+            averaged if self.method.server_step is not None else (),
         )
+
+    def senders(self, weights: Sequence[float]) -> list[list[int]]:
+        """The clients of each process that have a weight above 0 in the mean."""
+        return [[client for client in own if weights[client] > 0] for own in self.placement]
 
     def groups(self, clients: Sequence[int]) -> list[list[Group]]:
         """Which of these clients share passes: the groups of each process, in order."""
@@ -116,6 +130,11 @@ class Run:
         if every == 0:
             return False
         return finished_rounds % every == 0 or finished_rounds == self.config.federated.num_rounds
+
+    @property
+    def resets_moments(self) -> bool:
+        """Whether each round starts with new moments of the optimizer."""
+        return self.config.federated.optimizer_state == "reset" or not self.method.keeps_moments
 
     def weights(self, participants: tuple[int, ...]) -> list[float]:
         """(N,) weights of the mean over these clients, as ``federated.weighting`` says."""

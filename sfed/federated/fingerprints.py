@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from sfed.clients.store import ClientStore
+from sfed.config import own_method
 from sfed.config.diff import flatten
 from sfed.config.schema import Config
 from sfed.distributed.consistency import bit_sum, by_value, digest
@@ -67,7 +68,8 @@ def at_start(config: Config) -> dict[str, Any]:
     listed = {
         f"the files of data.{split}_files": list_files(config, split).files for split in SPLITS
     }
-    return {**flatten(config), **listed, **versions.of_libraries(*versions.LIBRARIES)}
+    own = {"federated.method": own_method.identity(config.federated.method)}
+    return {**flatten(config), **own, **listed, **versions.of_libraries(*versions.LIBRARIES)}
 
 
 def of_backbone(model: nn.Module, settings: Mapping[str, Any]) -> str:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from sfed.config import own_method
 from sfed.data.placement import by_number
-from sfed.federated.context import Run
+from sfed.federated.context import RoundPlan, Run
 from sfed.federated.evaluate import Evaluation, Measured, score_names
 from sfed.federated.round_stats import RoundStats
-from sfed.methods.aggregation import message_bytes
+from sfed.methods import aggregation, by_layer
 from sfed.models.hf_config import dtype_name
 from sfed.observability import metrics
 from sfed.observability.console import Console
@@ -32,10 +33,10 @@ def header(run: Run) -> list[str]:
     """What this run is, in plain words, a line each."""
     method, layout, world = run.method, run.clients.layout, run.world
     of_clients, of_rank = method.exponents
-    averaged = run.plan(0).averaged
+    plan = run.plan(0)
     start = "independent, averaged before the first step" if method.independent_init else "shared"
     return [
-        f"{method.name}: {run.num_clients} clients on {world.size} "
+        f"{_method_name(run)}: {run.num_clients} clients on {world.size} "
         f"process{'es' if world.size > 1 else ''} ({world.device.type}), "
         f"{sum(run.data.train_counts):,} training and {sum(run.data.eval_counts):,} held-out "
         "examples",
@@ -43,7 +44,7 @@ def header(run: Run) -> list[str]:
         f"gamma = {method.alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gamma:.4g} with "
         f"N = {run.num_clients}, r = {run.config.lora.rank}; A starts {start}",
         f"adapter: {layout.size:,} parameters per client; a round sends "
-        f"{' and '.join(averaged) or 'nothing'} ({message_bytes(layout, averaged):,} bytes)",
+        f"{' and '.join(plan.averaged) or 'nothing'} ({_message_bytes(run, plan):,} bytes)",
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
         *_placement(run),
         f"rows: padded ({run.why_padded})"
@@ -54,6 +55,21 @@ def header(run: Run) -> list[str]:
         f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data, "
         "global = A with the mean of B on everybody's",
     ]
+
+
+def _message_bytes(run: Run, plan: RoundPlan) -> int:
+    """Bytes that the mean and the server step of a round send."""
+    layout, senders = run.clients.layout, run.senders(run.weights(plan.cohort))
+    of_step = by_layer.message_bytes(layout, plan.stepped, senders) if plan.stepped else 0
+    return of_step + aggregation.message_bytes(layout, plan.means)
+
+
+def _method_name(run: Run) -> str:
+    """The method; one of the user's with where it is from."""
+    name = run.config.federated.method
+    if not own_method.is_own(name):
+        return name
+    return f"{run.method.name} ({name}, source {own_method.OwnMethod.parse(name).digest()})"
 
 
 def _placement(run: Run) -> list[str]:
@@ -107,6 +123,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "alpha": run.method.alpha,
             "scaling_exponents": list(run.method.exponents),
             "independent_init": run.method.independent_init,
+            "method": own_method.identity(run.config.federated.method),
             "scores": list(score_names(run)),
             "classes": list(run.task.classes) if run.task.classes else None,
             "class_weights": None if run.class_weights is None else run.class_weights.tolist(),

@@ -17,6 +17,7 @@ from sfed.federated.fingerprints import require_same_mean
 from sfed.federated.round_metrics import RoundLog, RoundMeasurements
 from sfed.federated.round_stats import RoundStats
 from sfed.methods import aggregation
+from sfed.methods.by_layer import ByLayer
 from sfed.storage.checkpoint import State
 from sfed.storage.checkpoint_writer import Writer
 from sfed.utils.errors import TrainingFailedError
@@ -116,9 +117,13 @@ def _compare_clients(run: Run, plan: RoundPlan, log: RoundLog) -> None:
 def _average(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> int:
     """Take the federated mean of the round over these clients; returns the bytes of the message."""
     run.world.watch.at(f"round {plan.finished_rounds}, the mean")
-    num_bytes = aggregation.share(run.world, run.clients, plan.averaged, run.weights(healthy))
+    weights, num_bytes = run.weights(healthy), 0
+    if run.method.server_step is not None and plan.stepped:
+        layers = ByLayer(run.world, run.clients, run.senders(weights), weights, run.gamma)
+        num_bytes += layers.share(run.method.server_step, plan.stepped)
+    num_bytes += aggregation.share(run.world, run.clients, plan.means, weights)
     require_same_mean(run.world, run.clients, plan.averaged, plan.finished_rounds)
-    if run.config.federated.optimizer_state == "reset":
+    if run.resets_moments:
         run.clients.reset_optimizer()
     return num_bytes
 

@@ -33,6 +33,11 @@ class Piece:
         """View it in rows of numbers: (rows, *shape)."""
         return rows[:, self.start : self.end].view(-1, *self.shape)
 
+    def within(self, layout: Layout, values: torch.Tensor) -> torch.Tensor:
+        """View it in flat values of its factor alone: (parameters of the factor,) -> shape."""
+        start = self.start - layout.columns(self.factor).start
+        return values[start : start + math.prod(self.shape)].view(self.shape)
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -13,17 +13,22 @@ local      A, B                        nothing          alpha/r           shared
 ========== =========================== ================ ================= ============
 
 SFed-LoRA arXiv 2603.08058; FedSA-LoRA 2410.01463; RoLoRA 2502.01755; FFA-LoRA 2403.12313;
-FedIT 2305.05644. Exact definitions in the tests.
+FedIT 2305.05644. Exact definitions in the tests. A method of one's own is such a record in a file
+of one's own: ``federated.method = FILE.py:NAME``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from sfed.config.own_method import is_own
 from sfed.config.schema import Config
+from sfed.methods.own import load_own
 from sfed.methods.scaling import EXPONENTS
-from sfed.utils.errors import UserError
+from sfed.methods.server import ServerStep
+from sfed.utils.errors import ConfigError, UserError
 
 Factor = Literal["A", "B"]
 Factors = tuple[Factor, ...]
@@ -37,13 +42,19 @@ class Method:
     trained: tuple[Factors, ...]
     """Factors that train, one entry per round in turn."""
     averaged: tuple[Factors, ...]
-    """Factors that are averaged over the clients, one entry per round in turn."""
+    """Factors that are sent and then the same on all clients, one entry per round in turn: their
+    weighted mean, or what ``server_step`` makes of them."""
     exponents: tuple[float, float]
     """gamma = alpha * N**exponents[0] * r**exponents[1]."""
     independent_init: bool
     """Each client draws its own A and all of them are averaged before the first step."""
     alpha: float
     """LoRA alpha in this method's own formula."""
+    server_step: ServerStep | None = None
+    """What becomes of the sent factors of a layer; None = their weighted mean over the clients."""
+    keeps_moments: bool = True
+    """Whether the optimizer's moments survive the server step. They do not where it rotates or
+    redraws the factors: they belong to a basis that is gone."""
 
     def trained_in(self, round_index: int) -> Factors:
         """Factors that train in this 0-based round."""
@@ -99,14 +110,53 @@ METHODS: dict[str, Method] = {
 """The methods by name, as ``federated.method`` takes them."""
 
 
+def _named(name: str) -> Method:
+    """A method of the table, or one of the user's."""
+    if not is_own(name):
+        return METHODS[name]
+    method = load_own(name)
+    if not isinstance(method, Method):
+        raise ConfigError(
+            f"federated.method = {name!r}: it is a {type(method).__name__}, not a sfed.Method"
+        )
+    if problem := _problem_of(method):
+        raise ConfigError(f"federated.method = {name!r}: {problem}")
+    return method
+
+
+def _problem_of(method: Method) -> str | None:
+    """What is wrong with a record that somebody has written."""
+    for what, turns in (("trained", method.trained), ("averaged", method.averaged)):
+        if not _are_turns(turns):
+            return (
+                f"{what} is {turns!r}; it has to hold the factors of each round in turn, such as "
+                "(('A', 'B'),) for both in every round"
+            )
+    rounds = range(len(method.trained) * len(method.averaged))
+    if any(set(method.averaged_in(i)) - set(method.trained_in(i)) for i in rounds):
+        return "a round averages a factor that it does not train"
+    if not all(isinstance(one, int | float) for one in (*method.exponents, method.alpha)):
+        return "exponents and alpha have to be numbers"
+    return None if method.alpha > 0 else f"alpha is {method.alpha}; it has to be above 0"
+
+
+def _are_turns(turns: object) -> bool:
+    return (
+        isinstance(turns, Sequence)
+        and bool(turns)
+        and all(isinstance(one, tuple) and set(one) <= set(_AB) for one in turns)
+    )
+
+
 def resolve(config: Config) -> Method:
     """Return the configured method with the overrides for ablations applied.
 
     Raises:
+        ConfigError: where an own method cannot be loaded or is no valid record.
         UserError: where gamma grows with N although no mean of independent A's shrinks with N:
             outputs would grow as N and gradients as sqrt(N).
     """
-    base, lora = METHODS[config.federated.method], config.lora
+    base, lora = _named(config.federated.method), config.lora
     exponents = base.exponents
     if isinstance(lora.scaling, tuple):
         exponents = lora.scaling
@@ -114,15 +164,27 @@ def resolve(config: Config) -> Method:
         exponents = EXPONENTS[lora.scaling]
     averaged = base.averaged
     if config.federated.averaged != "auto":
+        if base.server_step is not None:
+            raise ConfigError(
+                f"federated.averaged={list(config.federated.averaged)}: the server step of "
+                f"{base.name} takes the factors that its record names; leave it at auto"
+            )
         averaged = (tuple(factor for factor in _AB if factor in config.federated.averaged),)
-    method = Method(
-        base.name,
-        base.trained,
-        averaged,
-        exponents,
-        base.independent_init if lora.init == "auto" else lora.init == "independent",
-        base.alpha if lora.alpha is None else lora.alpha,
+    method = replace(
+        base,
+        averaged=averaged,
+        exponents=exponents,
+        independent_init=(
+            base.independent_init if lora.init == "auto" else lora.init == "independent"
+        ),
+        alpha=base.alpha if lora.alpha is None else lora.alpha,
     )
+    if config.federated.optimizer_state == "keep" and not method.keeps_moments:
+        raise ConfigError(
+            f"federated.optimizer_state=keep: the server step of {method.name} changes the basis "
+            "of the factors, so the moments of the optimizer mean nothing after it; leave "
+            "federated.optimizer_state=auto"
+        )
     if exponents[0] > 0 and not method.averages_a_at_start and not lora.allow_unstable:
         what = "one shared draw" if not method.independent_init else "no mean of A at the start"
         key = "lora.init=shared" if not method.independent_init else "a method that keeps A apart"

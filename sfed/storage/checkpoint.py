@@ -4,6 +4,7 @@
     checkpoints/round-000010-partial/    stopped by SIGTERM within the 11th
         common.safetensors               what all clients share: common/a, ...
         client-0003.safetensors          what is client 3's own: clients/0003/b, ...
+        server-0001.safetensors          the server step's state of process 1's layers, if any
         run.json                         rounds, sums, configuration, size and digest of each file
 
 A client that has never taken part has no file. Tensors are in safetensors files: nothing is ever
@@ -60,6 +61,11 @@ class State:
 def file_of(client: int) -> str:
     """Name of the file that holds what is a client's own."""
     return f"client-{client:04d}.safetensors"
+
+
+def server_file(process: int) -> str:
+    """Name of the file that holds what the server step keeps for the layers of a process."""
+    return f"server-{process:04d}.safetensors"
 
 
 def keyed(prefix: str, parts: Parts) -> Parts:
@@ -129,6 +135,13 @@ def _restore(found: CheckpointRef, clients: ClientStore) -> None:
             path = found.folder / file_of(client)
             held[client] = _read(path, f"clients/{client:04d}/", clients)
     clients.restore(common, held)
+    # Which process has which layer may be another now: each takes all and uses its own.
+    clients.server_state = {
+        name.removeprefix("server/"): tensor
+        for file in sorted(found.metadata["files"])
+        if file.startswith("server-")
+        for name, tensor in load_file(found.folder / file).items()
+    }
 
 
 def _read(path: Path, prefix: str, clients: ClientStore) -> Parts:

@@ -38,7 +38,7 @@ from sfed.config.schema import Config
 from sfed.distributed.sync import raise_everywhere
 from sfed.distributed.world import World
 from sfed.lora.tensor_files import save_tensors
-from sfed.storage.checkpoint import State, file_of, keyed
+from sfed.storage.checkpoint import State, file_of, keyed, server_file
 from sfed.storage.checkpoint_folder import (
     COMMON,
     METADATA_FILE,
@@ -165,6 +165,9 @@ class Writer:
         files = {file_of(c): keyed(f"clients/{c:04d}", parts) for c, parts in changed.items()}
         if world.is_main:
             files[COMMON] = keyed("common", common)
+        unshared = {COMMON, server_file(world.rank)}
+        if self._clients.server_state:
+            files[server_file(world.rank)] = keyed("server", self._clients.server_state)
         facts = {
             "finished_rounds": state.finished_rounds,
             "bad_rounds": state.bad_rounds,
@@ -188,7 +191,7 @@ class Writer:
         self._under_way = [_in_thread(lambda: self._write(job))]
         if world.is_main:
             self._under_way.append(_in_thread(lambda: self._complete(job)))
-        written = _Written(folder, {*kept, *files} - {COMMON}, changed_now)
+        written = _Written(folder, {*kept, *files} - unshared, changed_now)
         self._earlier = [written, *self._earlier][: self._distance]
         self._blocked_seconds += time.monotonic() - started
 

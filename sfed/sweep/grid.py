@@ -89,7 +89,7 @@ def read(path: Path, overrides: Sequence[str], num_processes: int, check: Check)
     sweep_name = data.get("name", path.stem)
     cells, mistakes = [], dict[str, list[str]]()
     for name, choice in zip(names, choices, strict=True):
-        cell, lines = _try_cell(common, choice, name, sweep_name, check)
+        cell, lines = _try_cell(common, _following(choice, path), name, sweep_name, check)
         cells += [] if cell is None else [cell]
         for line in lines:
             mistakes.setdefault(line, []).append(name)
@@ -229,6 +229,16 @@ def _choices(axes: Mapping[str, list[Any]], variants: Sequence[Choice]) -> list[
         dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
     ]
     return [{**variant, **product} for variant in variants or [{}] for product in products]
+
+
+def _following(choice: Choice, path: Path) -> dict[str, Any]:
+    """A choice with its paths as from the folder of the command; names of cells keep the file's."""
+    followed = {}
+    for key, value in choice.items():
+        section, _, leaf = key.partition(".")
+        sections = config_load.following({section: {leaf: value}}, path) if leaf else {}
+        followed[key] = sections[section][leaf] if leaf else value
+    return followed
 
 
 def _try_cell(

@@ -1,0 +1,49 @@
+"""What a server step is: a pure function of what the clients of a round sent of one layer.
+
+The weighted mean needs none of this: it is a sum, one ``all_reduce`` (``aggregation``). A step that
+must see each client's own factors, such as a median, is a function ``SentLayer -> CommonLayer``;
+``by_layer`` calls it, on one process for each layer. Needs no torch when it is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SentLayer:
+    """What n clients sent of one adapted layer, fp32 on the device of the process that has it."""
+
+    layer: str
+    """Full name of the layer in the model."""
+    clients: tuple[int, ...]
+    """Numbers of the n clients, in ascending order."""
+    factors: Mapping[str, torch.Tensor]
+    """The sent factors: "A" (n, r, in), "B" (n, out, r)."""
+    weights: torch.Tensor
+    """(n,) fp64: p_i of the clients, above 0, with the sum 1."""
+    gamma: float
+    """The factor of B A x."""
+    before: Mapping[str, torch.Tensor]
+    """What was common of the sent factors before the round: "A" (r, in), "B" (out, r)."""
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What the step returned as its state of this layer in the round before; at first nothing."""
+
+
+@dataclass(frozen=True)
+class CommonLayer:
+    """What all clients hold of the layer from now on."""
+
+    factors: Mapping[str, torch.Tensor]
+    """Each of the sent factors: "A" (r, in), "B" (out, r)."""
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors of any shape that the step wants to see again in the next round."""
+
+
+ServerStep = Callable[[SentLayer], CommonLayer]
+"""Depends on its argument alone, and not on the order of the clients."""

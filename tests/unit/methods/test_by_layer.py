@@ -1,0 +1,177 @@
+"""Server steps by layers: what a step gets and gives, on any number of processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfed.clients.store import ClientStore
+from sfed.data import partition
+from sfed.distributed import sync
+from sfed.distributed import world as distributed
+from sfed.lora.layout import Layout
+from sfed.methods import by_layer
+from sfed.methods.by_layer import ByLayer, Dealt
+from sfed.methods.server import CommonLayer, SentLayer
+from sfed.utils.errors import UserError
+from tests.support.deadlines import RUN_SECONDS
+from tests.support.processes import on_processes
+
+SHAPES = [("x.up_proj", 3, 5), ("x.gate_proj", 3, 5), ("y.o_proj", 4, 2), ("z.down_proj", 7, 3)]
+LAYOUT = Layout.of(SHAPES, lora_rank=2)
+N = 5
+ROWS = torch.randn(N, LAYOUT.size, generator=torch.Generator().manual_seed(1))
+WEIGHTS = [0.1, 0.0, 0.3, 0.4, 0.2]
+
+
+def mean(sent: SentLayer) -> CommonLayer:
+    """The weighted mean, and how often it was asked, weighted in a way that tells layers apart."""
+    count = sent.state.get("count", torch.zeros(1)) + len(sent.layer)
+    return CommonLayer(
+        {
+            factor: torch.einsum("n,nij->ij", sent.weights, values.double()).float()
+            for factor, values in sent.factors.items()
+        },
+        {"count": count},
+    )
+
+
+def first(sent: SentLayer) -> CommonLayer:
+    """The factors of the first client that sent, and where the step has its facts from."""
+    assert sent.clients == (0, 2, 3, 4)
+    assert sent.gamma == 0.5
+    assert torch.equal(sent.weights, torch.tensor([0.1, 0.3, 0.4, 0.2], dtype=torch.float64))
+    for values in sent.before.values():
+        assert (values == 7.0).all()
+    return CommonLayer({factor: values[0] for factor, values in sent.factors.items()})
+
+
+def wrong_shape(sent: SentLayer) -> CommonLayer:
+    return CommonLayer(sent.factors)
+
+
+def not_finite(sent: SentLayer) -> CommonLayer:
+    return CommonLayer({factor: values[0] / 0.0 for factor, values in sent.factors.items()})
+
+
+def half(sent: SentLayer) -> CommonLayer:
+    return CommonLayer({factor: values[0].half() for factor, values in sent.factors.items()})
+
+
+def forgets_b(sent: SentLayer) -> CommonLayer:
+    return CommonLayer({"A": sent.factors["A"][0]})
+
+
+def fails(sent: SentLayer) -> CommonLayer:
+    raise KeyError(sent.layer)
+
+
+def nothing(sent: SentLayer) -> None:
+    return None
+
+
+def stepped(step, factors: tuple[str, ...], rounds: int = 1):
+    """Each own client's row, the bytes, and the state of the layers that this process has."""
+    world = distributed.start(RUN_SECONDS)
+    try:
+        placement = partition.place(N, world.size)
+        own = placement[world.rank]
+        clients = ClientStore(
+            own, LAYOUT, torch.device("cpu"), clients_per_pass=len(own), moments=()
+        )
+        senders = [[c for c in some if WEIGHTS[c] > 0] for some in placement]
+        for _ in range(rounds):
+            for factor in ("A", "B"):
+                width = clients.widths[factor.lower()]
+                clients.set_shared(factor, torch.full((width,), 7.0))
+            for client in own:
+                parts = {f: ROWS[client][LAYOUT.columns(f)] for f in ("A", "B")}
+                clients.set_own(client, {name.lower(): part for name, part in parts.items()})
+            layers = ByLayer(world, clients, senders, WEIGHTS, 0.5)
+            sent = layers.share(step, factors)
+        sync.barrier(world, "end")
+        sync.leave_store_last(world)
+        return {c: clients.row(c) for c in own}, sent, dict(clients.server_state)
+    finally:
+        distributed.stop(world)
+
+
+def after(num: int, *arguments: object) -> tuple[dict[int, torch.Tensor], list[int], dict]:
+    rows, state, sent = {}, {}, []
+    for held, num_bytes, kept in on_processes(num, stepped, *arguments):
+        rows.update(held)
+        assert not state.keys() & kept.keys(), "a layer is on one process"
+        state.update(kept)
+        sent.append(num_bytes)
+    return rows, sent, state
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_a_step_gets_what_every_sender_has_and_all_get_its_result(num_processes: int) -> None:
+    rows, sent, _ = after(num_processes, first, ("A", "B"))
+    assert sorted(rows) == list(range(N))
+    for row in rows.values():
+        assert torch.equal(row, ROWS[0]), "also for client 1, who sent nothing"
+    assert len(set(sent)) == 1
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("factors", [("A",), ("B",)])
+def test_a_factor_that_is_not_sent_stays_each_clients_own(factors: tuple[str, ...]) -> None:
+    rows, _, _ = after(2, mean, factors)
+    columns = LAYOUT.columns(factors[0])
+    expected = torch.einsum("n,nk->k", torch.tensor(WEIGHTS).double(), ROWS.double()).float()
+    for client, row in rows.items():
+        torch.testing.assert_close(row[columns], expected[columns])
+        other = LAYOUT.columns("A" if factors == ("B",) else "B")
+        assert torch.equal(row[other], ROWS[client][other])
+
+
+@pytest.mark.dist
+def test_the_result_is_bit_for_bit_that_of_one_process_and_the_state_comes_back() -> None:
+    alone, _, state_alone = after(1, mean, ("A", "B"), 3)
+    for num_processes in (2, 3, 5):
+        rows, _, state = after(num_processes, mean, ("A", "B"), 3)
+        assert all(torch.equal(rows[client], alone[client]) for client in alone)
+        assert state.keys() == state_alone.keys() == {f"{name}/count" for name, _, _ in SHAPES}
+        assert all(torch.equal(state[name], state_alone[name]) for name in state)
+    assert float(state_alone["y.o_proj/count"]) == 3 * len("y.o_proj")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("step", "part"),
+    [
+        (wrong_shape, "A has shape (4, 2, 3)"),
+        (not_finite, "A holds numbers that are not finite"),
+        (half, "dtype torch.float16"),
+        (forgets_b, "it returned the factors A; it has to return those that were sent: A, B"),
+        (fails, "it raised KeyError: "),
+        (nothing, "it returned NoneType, not a CommonLayer"),
+    ],
+)
+def test_what_is_wrong_with_a_step_is_said_with_its_layer(step, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        stepped(step, ("A", "B"))
+    message = str(caught.value)
+    assert f"the server step {step.__name__} of federated.method, layer " in message
+    assert part in message
+
+
+@given(st.integers(1, 9), st.sampled_from([("A",), ("B",), ("A", "B")]))
+def test_every_layer_is_dealt_once_and_none_is_split(num: int, factors: tuple[str, ...]) -> None:
+    dealt = Dealt.of(LAYOUT, factors, num)
+    names = [name for own in dealt.layers for name in own]
+    assert sorted(names) == sorted(name for name, _, _ in SHAPES)
+    total = sum(LAYOUT.columns(f).stop - LAYOUT.columns(f).start for f in factors)
+    assert sum(map(dealt.width, range(num))) == total
+
+
+def test_the_message_is_the_factors_of_the_senders_and_a_share_of_the_result() -> None:
+    size = LAYOUT.size
+    assert by_layer.message_bytes(LAYOUT, ("A", "B"), [[0, 2, 3]]) == 4 * (3 * size + size)
+    two = by_layer.message_bytes(LAYOUT, ("A", "B"), [[0], [2, 3]])
+    assert 4 * (2 * size + size / 2) <= two < 4 * (2 * size + size)
