@@ -10,19 +10,23 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfed.config import load as config_load
 from sfed.config.schema import Config
 from sfed.federated import preflight
 from sfed.observability import logs
+from sfed.storage.run_record import open_run
 from sfed.utils import command
 from sfed.utils.errors import DivergedError, MissingProcessError, TrainingFailedError
 from sfed.utils.launcher import launch
+from sfed.utils.text import one_line
 
 if TYPE_CHECKING:
     from sfed.distributed.shutdown import StopRequest
     from sfed.distributed.world import World
+    from sfed.federated.session import SessionEnd
 
 USAGE = """usage: python -m sfed.train [CONFIG.yaml] [key=value ...]
        torchrun --nproc_per_node 8 -m sfed.train [CONFIG.yaml] [key=value ...]
@@ -55,8 +59,32 @@ def main(arguments: Sequence[str]) -> None:
     starting = [checked, "importing torch, transformers, PEFT and DeepSpeed"]
     for line in filter(None, done or starting) if process == 0 else ():
         logs.LOG.info(line)
-    if not done:
-        run(config)
+    if not done and run(config).is_finished and process == 0:
+        _report(config)
+
+
+def _report(config: Config) -> None:
+    """Say what came out, and write the report; a run that is finished stays so where this fails."""
+    if not config.output.report:
+        return
+    folder = Path(config.output.dir) / config.run_name
+    try:
+        from sfed.report import page
+        from sfed.report.opening.outcome import outcome_of, sentences
+
+        story = open_run(folder)
+        outcome = outcome_of(story)
+        path = page.write_report([story], folder)
+    except Exception as error:  # noqa: BLE001  (it is named, and all else is on disk)
+        reason = f"{type(error).__name__}: {one_line(error, 200)}"
+        logs.LOG.warning(
+            f"the report could not be written ({reason}); the run is complete, and sfed report "
+            f"{folder} tries again"
+        )
+        return
+    if outcome is not None:
+        logs.LOG.info(f"result     {sentences(outcome)}")
+    logs.LOG.info(f"report     {path}")
 
 
 def _show_dry_run(config: Config) -> None:
@@ -68,10 +96,10 @@ def _show_dry_run(config: Config) -> None:
         dry_run.show(config, here.size)
 
 
-def run(config: Config, *, one_of_many: bool = False) -> None:
+def run(config: Config, *, one_of_many: bool = False) -> SessionEnd:
     """Run a configuration as the task of this process: its signals, log lines and exit code.
 
-    Collective. Arguments and errors of a user as of ``session.run_session``.
+    Collective. Arguments, result and errors of a user as of ``session.run_session``.
 
     Raises:
         SystemExit: where training failed, or another process was asked to stop; with a text where
@@ -98,6 +126,7 @@ def run(config: Config, *, one_of_many: bool = False) -> None:
     if not (end.is_finished or end.was_asked_here or one_of_many):
         # Whoever started this process did not ask it to stop: for them the run is not done.
         sys.exit(1)
+    return end
 
 
 if __name__ == "__main__":

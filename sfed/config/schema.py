@@ -254,6 +254,8 @@ class OutputSection(Section):
     resume: Location = "auto"
     """auto = resume from the newest complete checkpoint; never = move the run folder aside and
     start from the beginning; or the folder of a checkpoint to resume from."""
+    report: bool = True
+    """Write report.html and figures/ into the run folder when `sfed train` has finished the run."""
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_list)] = ()
     """Trackers that get the metrics beside metrics.jsonl: [tensorboard], [wandb] or both. Each is
     an optional dependency of sfed."""

@@ -21,6 +21,7 @@ from sfed.files.silos import least_rows, num_clients_of, silos_of
 from sfed.methods import method as methods
 from sfed.observability import trackers
 from sfed.storage import previous_run
+from sfed.storage.run_record import REPORT_FILE
 from sfed.utils.errors import ConfigError, DataError, UserError
 from sfed.utils.launcher import launch
 from sfed.utils.text import counted
@@ -162,9 +163,10 @@ def look_back(config: Config) -> list[str] | None:
     previous_run.refuse_other_settings(folder, config)
     if here.size != here.local_size or not previous_run.is_finished(folder, config):
         return None
+    page = folder / REPORT_FILE
     return [
         f"complete, nothing to do: {folder} has all {config.federated.num_rounds} rounds",
         f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)",
-        f"report     sfed report {folder}",
+        f"report     {page if page.is_file() else f'sfed report {folder}'}",
         "train longer with a larger federated.num_rounds; begin anew with output.resume=never",
     ]

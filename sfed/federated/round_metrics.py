@@ -139,6 +139,10 @@ def describe_run(run: Run) -> dict[str, Any]:
             "clients_per_pass_reason": run.sharing.reason,
             "padded_reason": run.why_padded,
             "adapter_parameters": run.clients.layout.size,
+            "own_parameters": {
+                factor: message_bytes(run.clients.layout, (factor,)) // 4
+                for factor in run.own_factors
+            },
             "world_size": run.world.size,
             "device": str(run.world.device.type),
         },

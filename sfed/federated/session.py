@@ -228,6 +228,7 @@ def _train_and_export(
         console.say(
             f"stopped as asked; the same command resumes from {folder.path / 'checkpoints'}"
         )
+        console.say(f"report     sfed report {folder.path}  (the rounds so far)")
     if log is not None:
         log.close()
     return finished

@@ -13,12 +13,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sfed.report import comparison_tables, confusion, tables
 from sfed.report.comparison_figures import comparisons, law_pictures
+from sfed.report.opening.picture import opening_of
 from sfed.report.run_figures import Picture, pictures_of
 from sfed.report.scaling_law import ScalingFit, laws
 from sfed.report.series import last_samples
 from sfed.report.tables import show
-from sfed.storage.run_record import RunRecord, number
+from sfed.storage.run_record import REPORT_FILE, RunRecord, number
 from sfed.utils.errors import UserError
+from sfed.utils.files import replacing
 from sfed.utils.text import printable
 
 # With more runs than these the page compares them and leaves each to a report of its own.
@@ -42,7 +44,7 @@ def page(title: str, **sections: Any) -> str:
 
 def _readable(value: Any) -> Any:
     """What a browser would not show, or obey, is written out; pictures and markup stay."""
-    return printable(value, keep="\n\t") if type(value) is str else value
+    return printable(value, keep="\n\t\u00a0") if type(value) is str else value
 
 
 def heading(story: RunRecord) -> str:
@@ -59,6 +61,7 @@ def run_section(story: RunRecord, anchor: str, pictures: Sequence[Picture]) -> d
     return {
         "anchor": anchor,
         "heading": heading(story),
+        "opening": opening_of(story),
         "facts": tables.facts_table(story),
         "excluded": tables.excluded(story),
         "last_round": story.evaluated[-1]["round"] if story.evaluated else None,
@@ -129,8 +132,9 @@ def write_report(stories: Sequence[RunRecord], out: Path | str) -> Path:
         (out / "figures").mkdir(parents=True, exist_ok=True)
         for name, png in written:
             (out / "figures" / f"{name}.png").write_bytes(png)
-        path = out / "report.html"
-        path.write_text(html, encoding="utf-8")
+        path = out / REPORT_FILE
+        with replacing(path) as temporary:
+            temporary.write_text(html, encoding="utf-8")
     except OSError as error:
         raise UserError(f"the report cannot be written to {str(out)!r}: {error.strerror}") from None
     return path

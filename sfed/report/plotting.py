@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
@@ -32,6 +33,8 @@ HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++", "oo")
 MOST_WITH_MARKERS = 30
 # Letters of a title's line, by how many panels stand beside each other.
 _TITLE_WIDTHS = {1: 90, 2: 46, 3: 30}
+# Bars up to which each is drawn by itself; more become one area.
+_MOST_BARS = 500
 # Classes up to which a matrix shows its counts; share from which a cell is dark.
 _MOST_NUMBERED, _DARK = 15, 0.6
 _BLACK, _GREY = "#000000", "#8A8A8A"
@@ -126,7 +129,7 @@ def curves(panels: Sequence[Panel], *, share_y: bool = False) -> bytes:
         looks = _looks(panels)
         handles: dict[str, Any] = {}
         for axes, panel in zip(grid, panels, strict=False):
-            for curve in panel.curves:
+            for curve in _merged(panel.curves):
                 handles.setdefault(_plain(curve.label), _draw(axes, curve, looks[curve.label]))
                 band = not panel.x_ticks
                 _draw_spread(axes, curve, looks[curve.label]["color"], band=band)
@@ -158,6 +161,16 @@ def stacked(panels: Sequence[Bars]) -> bytes:
                 MaxNLocator(10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
             )
         return _png(figure, handles)
+
+
+def _merged(curves: Sequence[Curve]) -> list[Curve]:
+    """The curves, with each crowd as one line with gaps: thousands of lines take a minute."""
+    crowds: dict[str, list[tuple[float, float]]] = {}
+    for curve in curves:
+        if curve.role == "crowd":
+            crowds.setdefault(curve.label, []).extend([*curve.points, (math.nan, math.nan)])
+    merged = [Curve(label, points, role="crowd") for label, points in crowds.items()]
+    return [*(curve for curve in curves if curve.role != "crowd"), *merged]
 
 
 def _looks(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
@@ -193,7 +206,7 @@ def _draw(axes: Axes, curve: Curve, look: Mapping[str, Any]) -> Any:
         curve.role, (1.3, 0.0) if curve.role == "theory" else (1.8, 5.0)
     )
     xs, ys = [x for x, _ in curve.points], [y for _, y in curve.points]
-    many = len(xs) > MOST_WITH_MARKERS
+    many = len(set(xs)) > MOST_WITH_MARKERS
     every = max(1, math.ceil(len(xs) / 8)) if curve.role == "ordered" else 1
     (line,) = axes.plot(
         xs,
@@ -255,8 +268,12 @@ def _bars(
     heights: Sequence[float],
     base: Sequence[float],
     index: int,
-) -> BarContainer:
+) -> BarContainer | PolyCollection:
     few = len(positions) <= 60
+    if len(positions) > _MOST_BARS:
+        tops = [low + height for low, height in zip(base, heights, strict=True)]
+        color = BARS[index % len(BARS)]
+        return axes.fill_between(positions, base, tops, step="mid", color=color, linewidth=0)
     return axes.bar(
         positions,
         heights,

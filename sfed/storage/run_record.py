@@ -28,6 +28,7 @@ KINDS = {
 }
 LOSS = "loss"
 CONFIG_FILE, METRICS_FILE, PARTITION_FILE = "config.json", "metrics.jsonl", "partition.json"
+REPORT_FILE = "report.html"
 ADAPTER_FILE = "adapter_model.safetensors"
 CLIENT_FILE = "client.json"
 """Beside the adapter of a client with a name: its number and that name, as it was given."""
