@@ -19,8 +19,7 @@ from sfed.utils.redaction import mask
 _SEVERAL = 8
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Read the run folders, write the report, say where it is."""
+def _parser() -> command.Parser:
     parser = command.Parser(
         prog="python -m sfed.report",
         description="Make one self-contained report.html, and figures/*.png, of run folders.",
@@ -34,7 +33,17 @@ def main(arguments: Sequence[str]) -> None:
         type=Path,
         help="where to write; default: the one folder that is given, or ./report for several",
     )
-    options = parser.parse_args(list(arguments))
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="also write paper/: the figures as SVG and PDF, the tables as LaTeX and CSV",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the run folders, write the report, say where it is."""
+    options = _parser().parse_args(list(arguments))
     given = {folder.resolve(): folder for folder in options.runs}
     if not given:
         raise UserError("no runs given; name run folders, such as runs/demo, or see --help")
@@ -47,8 +56,10 @@ def main(arguments: Sequence[str]) -> None:
         sys.stdout.write(f"drawing  {len(stories)} runs{each}\n")
         sys.stdout.flush()
     out = options.out or (Path("report") if len(given) > 1 else next(iter(given)))
-    path = write_report(stories, out)
+    path = write_report(stories, out, paper=options.paper)
     sys.stdout.write(f"report   {path}\nfigures  {path.parent / 'figures'}\n")
+    if options.paper:
+        sys.stdout.write(f"paper    {path.parent / 'paper'}\n")
 
 
 if __name__ == "__main__":

@@ -158,3 +158,22 @@ def _signed(value: float | None) -> str:
         return NONE
     rounded = round(value, 2) + 0.0  # no -0.00
     return f"{rounded:+.2f}" if rounded else "0.00"
+
+
+def law_table(laws: Sequence[ScalingFit]) -> Table:
+    """The rows of the law as a table of plain text."""
+    rows = [
+        [
+            row.label,
+            NONE if row.powers is None else " ".join(["alpha", *map("^".join, row.powers)]),
+            row.start,
+            row.optimizer,
+            row.quantity,
+            str(row.after_round),
+            *(cell for one in row.slopes for cell in (one.fitted, one.span, one.theory)),
+        ]
+        for row in law_rows(laws)
+    ]
+    head = ["runs", "gamma", "A starts", "optimizer", "quantity", "round"]
+    groups = [("", len(head)), ("over N", 3), ("over r", 3)]
+    return Table([*head, *(["slope", "from, to", "theory"] * 2)], rows, 5, groups)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from sfed.observability import metrics
 from sfed.report import plotting
 from sfed.report.plotting import Matrix
@@ -73,4 +75,4 @@ def picture_of(story: RunRecord) -> Picture | None:
         f"Held-out examples by class and predicted class after round {number}; the shade is the "
         "share of the examples of a class."
     )
-    return Picture("confusion", caption, plotting.matrices(panels))
+    return Picture("confusion", caption, partial(plotting.matrices, panels))

@@ -13,7 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sfed.report import comparison_tables, confusion, tables
 from sfed.report.comparison_figures import comparisons, law_pictures
+from sfed.report.files import write_files
 from sfed.report.opening.picture import opening_of
+from sfed.report.paper import paper_files, tables_of_run, tables_of_several
 from sfed.report.run_figures import Picture, pictures_of
 from sfed.report.scaling_law import ScalingFit, laws
 from sfed.report.series import last_samples
@@ -98,12 +100,15 @@ def _folds(pictures: Sequence[Picture]) -> list[tuple[str, list[Picture]]]:
     return [(folded, list(members)) for folded, members in groupby(pictures, lambda p: p.folded)]
 
 
-def write_report(stories: Sequence[RunRecord], out: Path | str) -> Path:
+def write_report(stories: Sequence[RunRecord], out: Path | str, *, paper: bool = False) -> Path:
     """Write ``report.html`` and ``figures/`` into a folder; needs no torch.
+
+    Figures that an earlier report has written there and this one lacks are removed.
 
     Args:
         stories: the runs, from ``open_run`` or ``fit``; several are compared.
         out: folder of the report; it is made where it does not exist.
+        paper: also write ``paper/``: the figures as SVG and PDF, the tables as LaTeX and CSV.
 
     Returns:
         The page, one file that loads nothing.
@@ -113,25 +118,30 @@ def write_report(stories: Sequence[RunRecord], out: Path | str) -> Path:
     """
     out = Path(out)
     several = len(stories) > 1
-    comparison, law, runs, written = None, None, [], []
+    comparison, law, runs = None, None, []
+    drawn: dict[str, Picture] = {}
+    shown: dict[str, tables.Table] = {}
     if several:
         compared, found = comparisons(stories), laws(stories)
-        drawn = law_pictures(found)
+        of_law = law_pictures(found)
         comparison = comparison_section(stories, compared)
-        law = law_section(found, drawn) if found else None
-        written += [(picture.name, picture.png) for picture in (*compared, *drawn)]
+        law = law_section(found, of_law) if found else None
+        drawn |= {picture.name: picture for picture in (*compared, *of_law)}
+        shown |= tables_of_several(stories, found)
     for i, story in enumerate(stories if len(stories) <= MOST_SECTIONS else (), start=1):
         matrix = confusion.picture_of(story)
         pictures = [*pictures_of(story), *([matrix] if matrix else [])]
         prefix = f"{i:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', story.name)}-" if several else ""
         runs.append(run_section(story, f"run-{i}", pictures))
-        written += [(prefix + picture.name, picture.png) for picture in pictures]
+        drawn |= {prefix + picture.name: picture for picture in pictures}
+        shown |= {prefix + name: one for name, one in tables_of_run(story).items()}
     title = f"{len(stories)} federated runs" if several else f"Federated run {stories[0].name}"
     html = page(title, runs=runs, comparison=comparison, law=law)
     try:
-        (out / "figures").mkdir(parents=True, exist_ok=True)
-        for name, png in written:
-            (out / "figures" / f"{name}.png").write_bytes(png)
+        pngs = {f"{name}.png": picture.png for name, picture in drawn.items()}
+        write_files(out / "figures", pngs)
+        if paper:
+            write_files(out / "paper", paper_files(drawn, shown))
         path = out / REPORT_FILE
         with replacing(path) as temporary:
             temporary.write_text(html, encoding="utf-8")

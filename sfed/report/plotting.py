@@ -38,6 +38,7 @@ _MOST_BARS = 500
 # Classes up to which a matrix shows its counts; share from which a cell is dark.
 _MOST_NUMBERED, _DARK = 15, 0.6
 _BLACK, _GREY = "#000000", "#8A8A8A"
+_DATES = {"svg": "Date", "pdf": "CreationDate"}
 _STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -54,6 +55,8 @@ _STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "text.parse_math": False,  # a label with $ in it is just text
+    "pdf.fonttype": 42,  # journals take no Type 3 fonts
+    "svg.hashsalt": "sfed",  # equal names of its parts in every file
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
@@ -111,11 +114,12 @@ class Matrix:
     counts: Sequence[Sequence[int]]
 
 
-def curves(panels: Sequence[Panel], *, share_y: bool = False) -> bytes:
+def curves(panels: Sequence[Panel], kind: str = "png", *, share_y: bool = False) -> bytes:
     """Draw panels of curves in rows, with one legend at the right.
 
     Args:
         panels: what is drawn.
+        kind: of file: png, svg or pdf.
         share_y: give all panels the same y axis, so that they can be compared.
     """
     with mpl.rc_context(_STYLE):
@@ -137,10 +141,10 @@ def curves(panels: Sequence[Panel], *, share_y: bool = False) -> bytes:
             axes.set(title=title, ylabel=panel.y_label, xlabel=panel.x_label)
             axes.tick_params(labelleft=True)
             _set_scales(axes, panel, panels if share_y else [panel])
-        return _png(figure, handles)
+        return _written(figure, handles, kind)
 
 
-def stacked(panels: Sequence[Bars]) -> bytes:
+def stacked(panels: Sequence[Bars], kind: str = "png") -> bytes:
     """Draw panels of stacked bars side by side; a part looks the same in all panels."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
@@ -160,7 +164,7 @@ def stacked(panels: Sequence[Bars]) -> bytes:
             axes.xaxis.set_major_locator(
                 MaxNLocator(10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
             )
-        return _png(figure, handles)
+        return _written(figure, handles, kind)
 
 
 def _merged(curves: Sequence[Curve]) -> list[Curve]:
@@ -235,7 +239,7 @@ def _draw_spread(axes: Axes, curve: Curve, color: str, *, band: bool) -> None:
         axes.errorbar(xs, ys, curve.spread, color=color, linestyle="", capsize=4, linewidth=1.2)
 
 
-def matrices(panels: Sequence[Matrix]) -> bytes:
+def matrices(panels: Sequence[Matrix], kind: str = "png") -> bytes:
     """Draw confusion matrices side by side, each row shaded by its own shares."""
     with mpl.rc_context(_STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
@@ -251,7 +255,7 @@ def matrices(panels: Sequence[Matrix]) -> bytes:
             axes.set_yticks(places, labels)
             if len(labels) <= _MOST_NUMBERED:
                 _number_cells(axes, panel, shares)
-        return _png(figure, {})
+        return _written(figure, {}, kind)
 
 
 def _number_cells(axes: Axes, panel: Matrix, shares: Sequence[Sequence[float]]) -> None:
@@ -319,19 +323,31 @@ def _plain(label: str, width: int = 30) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def _png(figure: Figure, handles: Mapping[str, Any]) -> bytes:
+def _written(figure: Figure, handles: Mapping[str, Any], kind: str) -> bytes:
+    """The figure with its legend as a file of this kind."""
     if handles:
         columns = 1 if len(handles) <= 16 else 2
         figure.legend(
             list(handles.values()), list(handles), loc="outside right upper", ncols=columns,
             handlelength=3.2,
         )  # fmt: skip
-    buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in another script
-        draw: Any = FigureCanvasAgg(figure).print_png  # half the time of savefig, which draws twice
-        draw(buffer)
+        return _png(figure) if kind == "png" else _vector(figure, kind)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    draw: Any = FigureCanvasAgg(figure).print_png  # half the time of savefig, which draws twice
+    draw(buffer)
     # A palette makes the file a third of its size, and a page holds hundreds of figures.
     picture, small = Image.open(buffer).convert("RGB"), io.BytesIO()
     picture.quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(small, "PNG")
     return small.getvalue()
+
+
+def _vector(figure: Figure, kind: str) -> bytes:
+    """Without a date, so that equal numbers make equal files."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, metadata={_DATES[kind]: None})
+    return buffer.getvalue()

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 from sfed.observability import metrics
 from sfed.report import plotting
@@ -27,13 +28,19 @@ Change = Callable[[float | None], float | None]
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that is ready to be written and shown."""
+    """A figure that is ready to be drawn."""
 
     name: str
     caption: str
-    png: bytes
+    draw: Callable[[str], bytes]
+    """Takes the kind of file: png, svg or pdf."""
     folded: str = ""
     """Where it stays folded away on the page until it is asked for: under this heading."""
+
+    @cached_property
+    def png(self) -> bytes:
+        """The figure as the page shows it."""
+        return self.draw("png")
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,8 @@ def curves(name: str, caption: str, panels: Sequence[Panel], folded: str = "") -
     """A picture of the panels that have curves; None where none has."""
     shown = [panel for panel in panels if panel.curves]
     share_y = len({panel.y_label for panel in shown}) == 1
-    png = plotting.curves(shown, share_y=share_y) if shown else b""
-    return Picture(name, caption, png, folded) if shown else None
+    draw = partial(plotting.curves, shown, share_y=share_y)
+    return Picture(name, caption, draw, folded) if shown else None
 
 
 def file_name(text: str) -> str:
@@ -166,7 +173,7 @@ def _costs(story: RunRecord) -> Picture | None:
         "put the global adapter together and to compare the clients; seconds of its parts. "
         "Round 0 is the state before training."
     )
-    return Picture("cost", caption, plotting.stacked(shown)) if shown else None
+    return Picture("cost", caption, partial(plotting.stacked, shown)) if shown else None
 
 
 def _bars(story: RunRecord, title: str, unit: str, keys: Mapping[str, str], of: float) -> Bars:
@@ -199,4 +206,4 @@ def _partition(story: RunRecord) -> Picture | None:
         parts["other labels" if parts else "examples"] = rest
     title = "training examples of each client" + (" by label" if common else "")
     bars = Bars(title, "client", "examples", [float(c) for c in clients], parts)
-    return Picture("partition", "Which client holds what.", plotting.stacked([bars]))
+    return Picture("partition", "Which client holds what.", partial(plotting.stacked, [bars]))

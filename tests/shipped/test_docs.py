@@ -20,6 +20,7 @@ from sfed.doctor import __main__ as doctor
 from sfed.methods import method as methods
 from sfed.observability import logs
 from sfed.plan import __main__ as plan
+from sfed.report import __main__ as report
 from sfed.sweep import grid
 from sfed.utils.errors import UserError
 
@@ -137,7 +138,7 @@ def check(call: Call) -> None:
     elif call.module in PARSERS:
         PARSERS[call.module]().parse_args(words)
     elif call.module == "sfed.report":
-        assert words and not any(word.startswith("-") for word in words)
+        assert report._parser().parse_args(words).runs
     elif call.module in ("sfed.--help", "sfed.--version"):
         assert not words
     else:
