@@ -9,8 +9,13 @@ from pathlib import Path
 from sfed.utils import json_text
 from sfed.utils.files import replacing
 
-LIST_FILE = ".written.json"
-"""Names the files that the last report has put into a folder. Others are not touched."""
+
+def list_file(folder: Path) -> Path:
+    """Where the files are named that the last report has put into a folder: beside it.
+
+    Others in the folder are not touched.
+    """
+    return folder.with_name(f".{folder.name}.json")
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -35,14 +40,14 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _list(folder: Path, names: Iterable[str]) -> None:
-    with replacing(folder / LIST_FILE) as temporary:
+    with replacing(list_file(folder)) as temporary:
         temporary.write_text(json.dumps(sorted(names), indent=0) + "\n", encoding="utf-8")
 
 
 def _listed(folder: Path) -> set[str]:
     """The names in the list; nothing of it where it is damaged, no path that leads elsewhere."""
     try:
-        names = json_text.read(folder / LIST_FILE)
+        names = json_text.read(list_file(folder))
     except (FileNotFoundError, ValueError):
         return set()
     return {

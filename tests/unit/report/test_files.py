@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 from sfed.report import plotting
-from sfed.report.files import LIST_FILE, write_files
+from sfed.report.files import list_file, write_files
 from sfed.report.page import write_report
 from sfed.storage.run_record import open_run
 from tests.support.run_folders import write_run
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {LIST_FILE}
+    return {path.name for path in folder.iterdir()}
 
 
 def test_stale_files_go_and_those_of_others_stay(tmp_path: Path) -> None:
+    tmp_path = tmp_path / "figures"
     write_files(tmp_path, {"a.png": b"1", "b.png": b"2"})
     (tmp_path / "own.png").write_bytes(b"of a person")
     write_files(tmp_path, {"b.png": b"3", "c.png": b"4"})
@@ -31,10 +32,11 @@ def test_stale_files_go_and_those_of_others_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("said", ["", "{", "3", '{"a": 1}', "[1, null]"])
 def test_a_damaged_list_removes_nothing(tmp_path: Path, said: str) -> None:
-    write_files(tmp_path, {"a.png": b"1"})
-    (tmp_path / LIST_FILE).write_text(said)
-    write_files(tmp_path, {})
-    assert names(tmp_path) == {"a.png"}
+    folder = tmp_path / "figures"
+    write_files(folder, {"a.png": b"1"})
+    list_file(folder).write_text(said)
+    write_files(folder, {})
+    assert names(folder) == {"a.png"}
 
 
 def test_a_list_leads_nowhere_else(tmp_path: Path) -> None:
@@ -42,7 +44,7 @@ def test_a_list_leads_nowhere_else(tmp_path: Path) -> None:
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "victim").write_text("")
     evil = ["../victim", str(tmp_path / "victim"), "..", ".", "sub", "sub/../../victim"]
-    (folder / LIST_FILE).write_text(json.dumps(evil))
+    list_file(folder).write_text(json.dumps(evil))
     write_files(folder, {})
     assert (tmp_path / "victim").exists() and (folder / "sub").is_dir()
 
