@@ -256,9 +256,14 @@ class OutputSection(Section):
     start from the beginning; or the folder of a checkpoint to resume from."""
     report: bool = True
     """Write report.html and figures/ into the run folder when `sfed train` has finished the run."""
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_list)] = ()
-    """Trackers that get the metrics beside metrics.jsonl: [tensorboard], [wandb] or both. Each is
-    an optional dependency of sfed."""
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(as_list)
+    ] = ()
+    """Trackers that get the metrics beside metrics.jsonl: some of tensorboard, wandb and mlflow.
+    Each is an optional dependency of sfed."""
+    prometheus_file: Location | None = Field(default=None, pattern=r"\.prom$")
+    """Text file with the metrics of the last round for node exporter's textfile collector, which
+    reads files that end in .prom. null = none."""
 
 
 class Config(Section):

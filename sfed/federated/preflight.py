@@ -65,6 +65,11 @@ def check(config: Config, num_processes: int | None = None) -> str:
         )
     mistakes += trackers.mistakes(config.output.trackers)
     mistakes += _unwritable(Path(config.output.dir))
+    if (prom := config.output.prometheus_file) and not _can_write(Path(prom).parent):
+        mistakes.append(
+            f"output.prometheus_file = {prom!r}: {Path(prom).parent} is no folder that can be "
+            "written to; make it, or name a file in another one"
+        )
     files = [name for listing in listings for name in listing.files if is_local(name)]
     checked = check_files(files, partial(_check_row, config))
     faults = _said(files, checked.faults + _too_few(config, files, checked))
@@ -141,10 +146,14 @@ def _said(files: Sequence[str], faults: Sequence[Fault]) -> list[str]:
 def _unwritable(folder: Path) -> list[str]:
     """What keeps run folders from being made in a folder."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+    if _can_write(there):
         return []
     reason = "cannot be written to" if there.is_dir() else "is not a folder"
     return [f"output.dir = {str(folder)!r}: {there} {reason}; name a folder that can be written to"]
+
+
+def _can_write(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def look_back(config: Config) -> list[str] | None:

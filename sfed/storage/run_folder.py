@@ -292,7 +292,8 @@ class RunFolder:
             _write(folder / PARTITION_FILE, '{"clients": [\n' + ",\n".join(lines) + "\n]}")
             told = None if state is None else state.finished_rounds - bool(state.unreported)
             names = self._config.output.trackers
-            run = trackers.TrackedRun(folder, facts, told)
+            clients = {one["client"]: one["name"] for one in held if one.get("name")}
+            run = trackers.TrackedRun(folder, facts, told, clients)
             return trackers.open_metric_logger(names, run, console.warn)
         except OSError as error:
             raise UserError(

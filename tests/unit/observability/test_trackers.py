@@ -23,6 +23,7 @@ from sfed.utils.errors import UserError
 from tests.support import runs, tiny
 
 NO_WARNING = pytest.fail
+DEMO = {"data": {"task": "demo"}}
 EVENT = {
     "event": "round",
     "round": 3,
@@ -181,6 +182,113 @@ def test_a_tracker_that_is_not_installed_is_a_mistake_before_anything_else(monke
         assert f"pip install 'sfed[{name}]'" in str(raised.value)
 
 
+def test_mlflow_says_which_packages_it_lacks_and_refuses_its_closed_store(monkeypatch):
+    found = {"mlflow"}
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: name in found or None)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (line,) = trackers.mistakes(["mlflow"])
+    assert "the packages sqlalchemy and alembic are not installed" in line
+    assert "pip install 'sfed[mlflow]'" in line
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:pw@host")
+    assert trackers.mistakes(["mlflow"]) == [], "a server needs no database here"
+    found |= {"sqlalchemy", "alembic"}
+    for uri in ("file:///tmp/x", "./mlruns", "/data/mlruns"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        (line,) = trackers.mistakes(["mlflow"])
+        assert f"{uri!r} is a folder" in line and "sqlite:///PATH" in line
+    for uri in ("sqlite:///x.db", "databricks", "postgresql://host/db", ""):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert trackers.mistakes(["mlflow"]) == [], uri
+
+
+def test_mlflow_keeps_one_run_over_all_starts(monkeypatch, tmp_path):
+    """With the library itself; it is no part of the extra test."""
+    for package in ("mlflow", "sqlalchemy", "alembic"):
+        pytest.importorskip(package, reason="the extra mlflow is not installed")
+    import mlflow
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    url = "https://ann:secret@host"
+    config = {"model": {"name": url}, "federated": {"num_rounds": 3}, "data": {"files": ["a"]}}
+    for finished, last in ((None, 2), (1, 3), (None, 3)):
+        (tracker,) = start_all(
+            ["mlflow"], TrackedRun(folder, config, finished), NO_WARNING
+        ).values()
+        tracker.log({"x/odd+name": float(last)}, last)
+        tracker.finish()
+        if last == 2:
+            ends = [(folder / "mlflow-id").read_text().strip()]
+    ends.append((folder / "mlflow-id").read_text().strip())
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    first, second = (client.get_run(one) for one in ends)
+    assert ends[0] != ends[1] and first.info.run_name == second.info.run_name == "run"
+    history = client.get_metric_history(ends[0], "x/odd_name")
+    assert [(one.step, one.value) for one in history] == [(2, 2.0), (3, 3.0)]
+    assert first.info.status == second.info.status == "FINISHED"
+    assert first.data.params == {
+        "model.name": "https://***@host",
+        "federated.num_rounds": "3",
+        "data.files": '["a"]',
+    }
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_an_mlflow_run_that_was_stopped_is_killed_in_its_words():
+    tracker = trackers.MLflow.__new__(trackers.MLflow)
+    told = []
+    client = types.SimpleNamespace(set_terminated=lambda run, status: told.append(status))
+    tracker._client, tracker._id, tracker._rounds = client, "1", 3
+    for tracker._last in (2, 3):
+        tracker.finish()
+    assert told == ["KILLED", "FINISHED"]
+
+
+def test_the_prometheus_file_holds_the_last_round_with_names(tmp_path):
+    folder, path = tmp_path / "run", tmp_path / "sfed.prom"
+    folder.mkdir()
+    config = {"output": {"prometheus_file": str(path)}, "federated": {"num_rounds": 5}}
+    run = TrackedRun(folder, config, None, {1: 'st "mary"\n\\'})
+    journal = open_metric_logger([], run, NO_WARNING)
+    journal.write_event({**EVENT, "round": 2, "gone/now": 1.0})
+    journal.write_event(EVENT)
+    journal.close()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert 'sfed_finished_rounds{run="run"} 3.0' in lines
+    assert 'sfed_planned_rounds{run="run"} 5.0' in lines
+    assert 'sfed_train_loss{run="run"} 0.5' in lines
+    name = r"st \"mary\"\n\\"
+    assert f'sfed_client_train_loss{{run="run",client="1",name="{name}"}} 0.25' in lines
+    assert "# TYPE sfed_client_train_loss gauge" in lines
+    assert not any("gone" in line or "eval_loss" in line for line in lines)
+    assert [one.name for one in tmp_path.iterdir() if one.is_file()] == ["sfed.prom"]
+
+
+def test_a_prometheus_file_that_cannot_be_written_is_named_and_the_run_goes_on(tmp_path):
+    config = {"output": {"prometheus_file": str(tmp_path / "gone" / "x.prom")}}
+    said: list[str] = []
+    journal = open_metric_logger([], TrackedRun(tmp_path, config), said.append)
+    for number in (1, 2):
+        journal.write_event({**EVENT, "round": number})
+    journal.close()
+    (line,) = said
+    assert line.startswith("output.prometheus_file fails and is left out")
+    assert len(list(metrics.read_events(tmp_path / "metrics.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("x.txt", r"output\.prometheus_file"),
+        ("/nowhere/x.prom", "/nowhere is no folder that can be written to; make it"),
+    ],
+)
+def test_a_prometheus_file_that_no_collector_would_read_is_refused(path, words):
+    with pytest.raises(UserError, match=words):
+        preflight.check(config_load.validate({"output": {"prometheus_file": path}, **DEMO}))
+
+
 def test_an_unknown_tracker_is_named():
     with pytest.raises(UserError, match=r"output\.trackers"):
-        config_load.validate({"output": {"trackers": ["mlflow"]}})
+        config_load.validate({"output": {"trackers": ["aim"]}})
