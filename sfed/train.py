@@ -19,7 +19,7 @@ from sfed.federated import preflight
 from sfed.observability import logs
 from sfed.storage.run_record import open_run
 from sfed.utils import command
-from sfed.utils.errors import DivergedError, MissingProcessError, TrainingFailedError
+from sfed.utils.errors import DivergedError, MissingProcessError, TrainingFailedError, UserError
 from sfed.utils.launcher import launch
 from sfed.utils.text import one_line
 
@@ -76,7 +76,8 @@ def _report(config: Config) -> None:
         outcome = outcome_of(story)
         path = page.write_report([story], folder)
     except Exception as error:  # noqa: BLE001  (it is named, and all else is on disk)
-        reason = f"{type(error).__name__}: {one_line(error, 200)}"
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = f"{kind}{one_line(error, 200)}"
         logs.LOG.warning(
             f"the report could not be written ({reason}); the run is complete, and sfed report "
             f"{folder} tries again"

@@ -37,6 +37,8 @@ def quieten(process: int, device_type: str, run: str | None = None) -> None:
         library.handlers.clear()
         library.setLevel(logging.NOTSET)  # as the level of all of them is
         library.propagate = True
+    # A home without room for a cache of fonts costs the report a second, and nothing else.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     logging.captureWarnings(True)
     # Announcements of other libraries' futures are no business of a person who trains.
     warnings.simplefilter("ignore", FutureWarning)

@@ -93,7 +93,7 @@ def test_sigterm_finishes_the_step_writes_and_exits_0(
     own, folder = settings(tiny_folder, tmp_path, **shape), tmp_path / "run"
     ends = ends_of(2, train_with_signal, own, Moment(1, 3, 2), signal.SIGTERM)
     assert [end.code for end in ends] == [1, 0], ends
-    assert "stopped as asked" in ends[0].said
+    assert "stopped as asked" in ends[0].said and "report     sfed report" in ends[0].said
     assert not (folder / "adapters").exists()
     runs.run(2, own)
     undisturbed = calm(2, **shape)
