@@ -588,3 +588,12 @@ def test_no_torch_is_imported(run: Path) -> None:
     )
     done = launchers.python("-c", program, str(run))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_space_that_does_not_break_is_a_space(tmp_path: Path) -> None:
+    for seed, rank in ((0, 4), (1, 4), (0, 8)):
+        make_run(tmp_path / "runs" / f"r{rank}-{seed}", [[2.0], [1.0]], seed=seed, rank=rank)
+    html = make_report(tmp_path / "runs")
+    assert "r\u00a0=\u00a04" in html and "MiB</td>" in html
+    assert "\\xa0" not in html
