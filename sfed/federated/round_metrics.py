@@ -140,7 +140,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "padded_reason": run.why_padded,
             "adapter_parameters": run.clients.layout.size,
             "own_parameters": {
-                factor: message_bytes(run.clients.layout, (factor,)) // 4
+                factor: aggregation.message_bytes(run.clients.layout, (factor,)) // 4
                 for factor in run.own_factors
             },
             "world_size": run.world.size,
