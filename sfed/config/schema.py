@@ -24,6 +24,7 @@ from pydantic import (
 from sfed.config import own_method, text_forms
 from sfed.config.data_section import CLASS_COLUMNS, DataSection, check_labels
 from sfed.config.fields import Exponent, Location, Section, as_list, at_home, weights_by_label
+from sfed.config.privacy_section import PrivacySection
 
 DEFAULT_LOCAL_STEPS = 10
 
@@ -117,6 +118,10 @@ class FederatedSection(Section):
     clients_per_round: PositiveInt | None = None
     """Number of clients that train in a round, drawn from the seed and the round; at most N. null =
     all."""
+    sampling: Literal["auto", "fixed", "poisson"] = "auto"
+    """How these clients are drawn: fixed = exactly as many; poisson = each client independently,
+    so that their number varies, may be 0, and has the mean clients_per_round; auto = poisson under
+    privacy, else fixed. Under privacy they are drawn from the secret key and not from the seed."""
     clients_per_pass: PositiveInt | Literal["auto"] | None = "auto"  # noqa: S105  (no password)
     """Maximum number of clients of a process in one forward and backward pass. auto = as many as
     fit into memory; null = all clients of the process."""
@@ -280,6 +285,7 @@ class Config(Section):
     train: TrainSection = TrainSection()
     backbone: BackboneSection = BackboneSection()
     evaluation: EvaluationSection = EvaluationSection()
+    privacy: PrivacySection = PrivacySection()
     output: OutputSection = OutputSection()
 
     @model_validator(mode="after")
@@ -415,6 +421,16 @@ class Config(Section):
         if files is None:
             return ()
         return (files,) if isinstance(files, str) else files
+
+    @property
+    def has_poisson_cohorts(self) -> bool:
+        """Whether the number of clients in a round varies."""
+        return self.privacy.is_on and self.federated.sampling != "fixed"
+
+    @property
+    def most_in_round(self) -> int | None:
+        """Most clients that train in a round; None = perhaps all."""
+        return None if self.has_poisson_cohorts else self.federated.clients_per_round
 
     @property
     def run_name(self) -> str:

@@ -36,6 +36,7 @@ from sfed.models.tokenizer import load_tokenizer
 from sfed.models.trial_passes import Subject, ordinary_tokens
 from sfed.observability import metrics
 from sfed.observability.console import Console
+from sfed.privacy import mean as private_mean
 from sfed.storage import checkpoint
 from sfed.storage.checkpoint_folder import CheckpointRef
 from sfed.utils.errors import UserError
@@ -105,7 +106,9 @@ def build(
     of_config = (asked, world, task_of(config), tokenizer, method, num_clients, gamma)
     clients = _clients(config, world, attached, placed[world.rank], sharing)
     weights = _class_weights(config, world, held)
-    run = Run(*of_config, frozen, attached, held, clients, sharing, weights)
+    finished = 0 if found is None else found.metadata["finished_rounds"]
+    private = private_mean.open_mean(asked, world, method, num_clients, finished)
+    run = Run(*of_config, frozen, attached, held, clients, sharing, weights, private)
     loaded = fingerprints.when_built(run, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
     run = _as_far_as_right(run, console.warn)

@@ -23,6 +23,7 @@ from sfed.methods.aggregation import normalised_weights
 from sfed.methods.method import Method
 from sfed.models.backbone import Backbone
 from sfed.models.objective import Objective, objective_of, why_padded
+from sfed.privacy.mean import PrivateMean
 
 Group = tuple[int, ...]
 """Clients that share passes."""
@@ -86,13 +87,12 @@ class Run:
     sharing: ClientsPerPass
     class_weights: torch.Tensor | None = None
     """(classes,) fp32 on the device; None where all classes count the same."""
+    privacy: PrivateMean | None = None
+    """Clips and noises what is shared; None where privacy is off."""
 
     def plan(self, round_index: int) -> RoundPlan:
         """What a 0-based round does; the same on every process, without communication."""
-        federated = self.config.federated
-        cohort = sampling.cohort(
-            self.config.seed, round_index, self.num_clients, federated.clients_per_round
-        )
+        cohort = self._cohort(round_index)
         head = () if self.adapters.head is None else ("head",)
         averaged = self.method.averaged_in(round_index)
         return RoundPlan(
@@ -101,9 +101,15 @@ class Run:
             {client: self.local_steps(client) for client in cohort},
             self.groups(cohort),
             self.method.trained_in(round_index) + head,
-            averaged + (head if federated.share_head else ()),
+            averaged + (head if self.config.federated.share_head else ()),
             averaged if self.method.server_step is not None else (),
         )
+
+    def _cohort(self, round_index: int) -> tuple[int, ...]:
+        if self.privacy is not None:
+            return self.privacy.cohort(round_index)
+        size = self.config.federated.clients_per_round
+        return sampling.cohort(self.config.seed, round_index, self.num_clients, size)
 
     def senders(self, weights: Sequence[float]) -> list[list[int]]:
         """The clients of each process that have a weight above 0 in the mean."""

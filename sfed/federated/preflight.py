@@ -20,6 +20,7 @@ from sfed.files.listing import is_local, list_files
 from sfed.files.silos import least_rows, num_clients_of, silos_of
 from sfed.methods import method as methods
 from sfed.observability import trackers
+from sfed.privacy import refusals
 from sfed.storage import previous_run
 from sfed.storage.run_record import REPORT_FILE
 from sfed.utils.errors import ConfigError, DataError, UserError
@@ -32,7 +33,7 @@ def check(config: Config, num_processes: int | None = None) -> str:
 
     That is: a method that is unstable with this scaling, more processes than clients, files that do
     not exist, are of no known kind or hold what cannot be learned from, an ``output.resume`` that
-    is no folder, trackers that are not installed.
+    is no folder, trackers that are not installed, what privacy cannot stand beside.
 
     Args:
         config: the configuration.
@@ -47,7 +48,7 @@ def check(config: Config, num_processes: int | None = None) -> str:
     """
     mistakes: list[str] = []
     try:
-        methods.resolve(config)
+        mistakes += refusals.mistakes(config, methods.resolve(config))
     except UserError as mistake:
         mistakes.append(str(mistake))
     num_processes = num_processes or launch().size

@@ -23,6 +23,7 @@ from sfed.models.hf_config import dtype_name
 from sfed.observability import metrics
 from sfed.observability.console import Console
 from sfed.observability.trackers import MetricLogger
+from sfed.privacy import mean as private_mean
 from sfed.storage.checkpoint_writer import Writer
 from sfed.utils import versions
 
@@ -45,6 +46,7 @@ def header(run: Run) -> list[str]:
         f"N = {run.num_clients}, r = {run.config.lora.rank}; A starts {start}",
         f"adapter: {layout.size:,} parameters per client; a round sends "
         f"{' and '.join(plan.averaged) or 'nothing'} ({_message_bytes(run, plan):,} bytes)",
+        *_privacy(run),
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
         *_placement(run),
         f"rows: padded ({run.why_padded})"
@@ -59,9 +61,27 @@ def header(run: Run) -> list[str]:
 
 def _message_bytes(run: Run, plan: RoundPlan) -> int:
     """Bytes that the mean and the server step of a round send."""
-    layout, senders = run.clients.layout, run.senders(run.weights(plan.cohort))
+    layout = run.clients.layout
+    if run.privacy is not None:
+        return private_mean.message_bytes(aggregation.message_bytes(layout, plan.averaged) // 4)
+    senders = run.senders(run.weights(plan.cohort))
     of_step = by_layer.message_bytes(layout, plan.stepped, senders) if plan.stepped else 0
     return of_step + aggregation.message_bytes(layout, plan.means)
+
+
+def _privacy(run: Run) -> list[str]:
+    """The line about privacy: what the planned rounds come to, if none is repeated."""
+    if run.privacy is None or run.privacy.secret is None:
+        return []
+    guarantee, num_rounds = run.privacy.guarantee, run.config.federated.num_rounds
+    planned = private_mean.planned_releases(run.config, run.method, num_rounds)
+    told = private_mean.describe(guarantee, guarantee.epsilon(planned))
+    sampling = guarantee.sampling
+    kind = "Poisson, expected" if sampling.is_poisson else "fixed"
+    return [
+        f"privacy of what is sent, after {num_rounds} rounds: {told}; cohort {sampling.cohort} of "
+        f"{sampling.num_clients} ({kind}), from a secret key"
+    ]
 
 
 def _method_name(run: Run) -> str:
@@ -145,6 +165,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             },
             "world_size": run.world.size,
             "device": str(run.world.device.type),
+            "privacy": None if run.privacy is None else run.privacy.guarantee.facts,
         },
         "versions": versions.of_libraries(*versions.RECORDED),
     }
@@ -235,6 +256,9 @@ def round_event(
     tokens, or over examples for classification.
     """
     event: dict[str, Any] = {"event": "round", "round": finished_rounds}
+    if run.privacy is not None:
+        event |= _spent(run.privacy)
+        stats = None  # losses, norms and counts of a cohort are not noised, and say who is in it
     event.update(_training(run, stats))
     event.update(_held_out(run, evaluation))
     if evaluation is not None and run.task.classes and finished_rounds == _last_round(run):
@@ -269,6 +293,16 @@ def round_event(
         _client(run, client, stats, evaluation) for client in range(run.num_clients)
     ]
     return event
+
+
+def _spent(private: private_mean.PrivateMean) -> dict[str, Any]:
+    """What the releases so far have cost; an infinite epsilon is written as null."""
+    secret = private.secret
+    return {
+        metrics.EPSILON: private.spent(),
+        metrics.DELTA: private.guarantee.delta,
+        metrics.RELEASES: None if secret is None else len(secret.ledger.rounds),
+    }
 
 
 def _last_round(run: Run) -> int:

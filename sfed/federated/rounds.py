@@ -117,15 +117,24 @@ def _compare_clients(run: Run, plan: RoundPlan, log: RoundLog) -> None:
 def _average(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> int:
     """Take the federated mean of the round over these clients; returns the bytes of the message."""
     run.world.watch.at(f"round {plan.finished_rounds}, the mean")
-    weights, num_bytes = run.weights(healthy), 0
-    if run.method.server_step is not None and plan.stepped:
-        layers = ByLayer(run.world, run.clients, run.senders(weights), weights, run.gamma)
-        num_bytes += layers.share(run.method.server_step, plan.stepped)
-    num_bytes += aggregation.share(run.world, run.clients, plan.means, weights)
+    if run.privacy is None:
+        num_bytes = _share(run, plan, run.weights(healthy))
+    else:
+        finished = plan.finished_rounds
+        num_bytes = run.privacy.share(run.world, run.clients, plan.averaged, healthy, finished)
     require_same_mean(run.world, run.clients, plan.averaged, plan.finished_rounds)
     if run.resets_moments:
         run.clients.reset_optimizer()
     return num_bytes
+
+
+def _share(run: Run, plan: RoundPlan, weights: list[float]) -> int:
+    """The server step and the weighted mean; returns the bytes of the messages."""
+    num_bytes = 0
+    if run.method.server_step is not None and plan.stepped:
+        layers = ByLayer(run.world, run.clients, run.senders(weights), weights, run.gamma)
+        num_bytes += layers.share(run.method.server_step, plan.stepped)
+    return num_bytes + aggregation.share(run.world, run.clients, plan.means, weights)
 
 
 def _exclude_nonfinite(
@@ -147,7 +156,7 @@ def _exclude_nonfinite(
         f"round {plan.finished_rounds}: the loss or gradient of client {names} was not finite; it "
         "is back where the round began and left out of this round's mean"
     )
-    if not healthy:
+    if not healthy and run.privacy is None:  # a private mean has room for nobody
         raise TrainingFailedError(f"{fact}. No client is left; lower train.lr or lora.alpha")
     if bad_rounds > run.config.federated.max_bad_rounds:
         raise TrainingFailedError(

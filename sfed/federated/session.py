@@ -201,6 +201,8 @@ def _train_and_export(
         if world.is_main:
             held = run.data.summary["clients"]
             log = folder.make(round_metrics.describe_run(run), held, found, state, console)
+            if run.privacy is not None and run.privacy.secret is not None:
+                run.privacy.secret.begin()
     if log is not None:
         log.add_to_next(console.end_of_start())
     stop.training_begins(in_step=run.backbone.sharding.is_sharded)

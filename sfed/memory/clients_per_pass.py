@@ -158,7 +158,7 @@ def _settled(config: Config, before: int | None) -> ClientsPerPass | None:
 
 
 def _in_round(config: Config) -> int:
-    return config.federated.clients_per_round or _ALL
+    return config.most_in_round or _ALL
 
 
 def state_of(config: Config, numbers: int) -> ClientState:
@@ -170,7 +170,7 @@ def work_of(config: Config, own_clients: int, tokens: int) -> Work:
     """What a process does that holds so many clients and reads rows of so many tokens."""
     return Work(
         own_clients=own_clients,
-        round_clients=min(own_clients, config.federated.clients_per_round or own_clients),
+        round_clients=min(own_clients, config.most_in_round or own_clients),
         train_rows=config.train.micro_batch_size or config.train.batch_size,
         eval_rows=config.evaluation.batch_size,
         tokens=tokens,

@@ -50,6 +50,9 @@ CPU_SECONDS = "time/cpu_seconds"
 """Of process 0 with all its threads, since the event before."""
 TOKENS_PER_SECOND = "time/tokens_per_second"
 PEAK_BYTES = "memory/peak_bytes"
+EPSILON, DELTA = "privacy/epsilon", "privacy/delta"
+RELEASES = "privacy/releases"
+"""Noisy sums so far, those of repeated rounds included where their sum was another."""
 # How a mean over clients weighs them; ends of names under eval/.
 UNWEIGHTED, BY_EXAMPLES = "_unweighted", "_by_examples"
 

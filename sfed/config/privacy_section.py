@@ -1,0 +1,47 @@
+"""The section of differential privacy. Needs no torch."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from sfed.config.fields import Location, Section
+
+
+class PrivacySection(Section):
+    """Differential privacy, at the level of clients, of what is shared."""
+
+    clip: float | None = Field(default=None, gt=0, le=1e9)
+    """Bound C, above 0 and at most 1e9, on the L2 norm of a client's change of all shared factors
+    in a round; larger changes are scaled down to it. null = no differential privacy."""
+    noise_multiplier: float | None = Field(default=None, ge=0, le=1000)
+    """Standard deviation of the Gaussian noise on the sum of the clipped changes, divided by C: at
+    least 0 and at most 1000. With 0 epsilon is infinite: the changes are clipped, and nothing is
+    private."""
+    target_epsilon: PositiveFloat | None = None
+    """Epsilon after federated.num_rounds rounds, above 0, instead of noise_multiplier: the smallest
+    noise with which the run stays at or below it is computed at the start."""
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    """Delta at which epsilon is told, above 0 and below 1. It should be well below 1 / N."""
+    key_folder: Location | None = None
+    """Folder of the secret keys of runs, from which noise and cohorts are drawn. Never publish it.
+    null = .keys in output.dir."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PrivacySection:
+        given = [
+            key for key in ("noise_multiplier", "target_epsilon") if getattr(self, key) is not None
+        ]
+        if self.clip is None and given:
+            raise ValueError(f"{given[0]}={getattr(self, given[0])} needs privacy.clip")
+        if self.clip is not None and len(given) != 1:
+            what = "exclude each other" if given else "are both null"
+            raise ValueError(
+                f"noise_multiplier and target_epsilon {what}: privacy.clip={self.clip:g} needs one "
+                "of them"
+            )
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        """Whether what is shared is clipped."""
+        return self.clip is not None

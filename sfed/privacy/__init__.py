@@ -1,0 +1,3 @@
+"""Differential privacy of what clients share: clipping, noise, the secret key, the accounting."""
+
+from __future__ import annotations

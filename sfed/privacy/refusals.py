@@ -1,0 +1,57 @@
+"""What privacy cannot stand beside, in one place: each by its key, with the reason. Needs no torch.
+
+What is released has to be a function of the noisy sum of clipped changes, and of nothing else that
+the clients' data moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sfed.config.schema import Config
+from sfed.methods.method import Method
+from sfed.privacy import accounting
+
+
+def mistakes(config: Config, method: Method) -> list[str]:
+    """Name what keeps a run from being private; nothing where privacy is off."""
+    if not config.privacy.is_on:
+        if config.federated.sampling == "poisson":
+            return [
+                "federated.sampling=poisson is for runs with privacy, where the denominator of the "
+                "mean is fixed; set privacy.clip, or leave it at auto"
+            ]
+        return []
+    return [f"privacy.clip={config.privacy.clip:g}: {one}" for one in _reasons(config, method)]
+
+
+def _reasons(config: Config, method: Method) -> Iterator[str]:
+    federated = config.federated
+    if config.privacy.noise_multiplier != 0 and (lacking := accounting.problem()):
+        yield lacking
+    if federated.weighting == "examples":
+        yield (
+            "federated.weighting=examples weighs clients by their data, which no clip bounds; set "
+            "it to uniform"
+        )
+    if method.server_step is not None:
+        yield (
+            f"the server step of federated.method={federated.method} gets each client's factors, "
+            "and what it makes of them is no function of a noisy sum of clipped changes; choose a "
+            "method without one"
+        )
+    if not any(method.averaged) and not federated.share_head:
+        yield (
+            f"federated.method={federated.method} with federated.averaged={federated.averaged!r} "
+            "shares nothing, so there is nothing to protect; remove the section privacy"
+        )
+    if config.train.class_weights == "balanced":
+        yield (
+            "train.class_weights=balanced is computed from the labels of all clients, without "
+            "noise; give weights as {label: weight}, or set it to none"
+        )
+    if config.output.resume not in ("auto", "never"):
+        yield (
+            f"output.resume={config.output.resume} may be a checkpoint of another run, whose "
+            "releases would not be counted; set it to auto"
+        )
