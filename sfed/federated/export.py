@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 
 from sfed.data.forms import chat
 from sfed.data.forms.text import TextForms
+from sfed.distributed.sync import gather_json
 from sfed.federated.context import Run
 from sfed.files.names import GLOBAL, adapter_folder
-from sfed.lora.card import ClassifierCard
+from sfed.lora.card import ClassifierCard, write_notes
 from sfed.methods import aggregation
 from sfed.storage.run_record import CLIENT_FILE
 from sfed.utils.errors import UserError
@@ -28,7 +29,7 @@ _EXAMPLES = ('"A text."', '"A text.", "A second text."', '"A text.\\nA second te
 
 def export_adapters(run: Run, folder: Path) -> None:
     """Write every client's adapter, and the global one where it was asked for. Collective."""
-    row_of_all, prompting = None, _prompting(run)
+    row_of_all, prompting, notes = None, _prompting(run), _notes(run)
     if "global" in run.config.evaluation.adapters and run.method.has_global_adapter:
         weights = run.weights(run.everyone)
         row_of_all = aggregation.global_row(run.world, run.clients, weights, run.own_factors)
@@ -36,14 +37,14 @@ def export_adapters(run: Run, folder: Path) -> None:
         for client in run.clients.own:
             path = folder / "adapters" / run.data.adapter_folders[client]
             _write_prompting(path, prompting)
-            _write(run, path, run.clients.row(client))
+            _write(run, path, run.clients.row(client), notes)
             _remove_former(run, folder, client)
             if name := run.data.names[client]:  # the folder's may lack letters of it
                 facts = json.dumps({"client": client, "name": mask(name)}, ensure_ascii=False)
                 (path / CLIENT_FILE).write_text(facts + "\n", encoding="utf-8")
         if row_of_all is not None and run.world.is_main:
             _write_prompting(folder / "adapters" / GLOBAL, prompting)
-            _write(run, folder / "adapters" / GLOBAL, row_of_all)
+            _write(run, folder / "adapters" / GLOBAL, row_of_all, notes)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"output.dir: the adapters cannot be written below {folder} ({error}); make room, "
@@ -87,11 +88,24 @@ def _write_prompting(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _write(run: Run, folder: Path, row: torch.Tensor) -> None:
+def _notes(run: Run) -> list[str]:
+    """What the card of every adapter says at its end. Collective under privacy."""
+    if run.privacy is None:
+        return []
+    told = gather_json(run.world, "the privacy of the adapters", run.privacy.told())[0]
+    sent: list[str] = sorted({factor for turn in run.method.averaged for factor in turn})
+    sent += ["head"] if run.config.federated.share_head else []
+    bare = " and ".join(run.own_factors)
+    note = f"Differential privacy, at the level of clients, of {' and '.join(sent)}: {told}."
+    return [note + (f" {bare} in this folder carries no noise and is not covered." if bare else "")]
+
+
+def _write(run: Run, folder: Path, row: torch.Tensor, notes: list[str]) -> None:
     """Write an adapter, and for a classifier its labels and how it is loaded."""
     run.adapters.write_peft_folder(folder, row)
     head, settings = run.adapters.head, run.backbone.model.config
     if head is None:
+        write_notes(folder, run.adapters.peft_config.base_model_name_or_path or "", notes)
         return
     ClassifierCard(
         base_name=run.adapters.peft_config.base_model_name_or_path or "",
@@ -101,4 +115,5 @@ def _write(run: Run, folder: Path, row: torch.Tensor) -> None:
         example=_EXAMPLES[run.task.has_pair and 1 + (run.tokenizer.sep_token_id is None)],
         pad_token_id=settings.pad_token_id,
         replaces_head=head.replaces_another,
+        notes=notes,
     ).write(folder)

@@ -251,6 +251,8 @@ def _close(run: Run, folder: Path, console: Console) -> None:
         console.closing_table(before, evaluated[-1], names)
     console.say(f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)")
     console.say(f"metrics    {folder / METRICS_FILE}")
+    if run.privacy is not None:
+        console.say(f"privacy    of what was sent: {run.privacy.told()}")
     console.where_the_time_went(events)
     console.where_processes_waited(events)
 

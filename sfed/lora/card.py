@@ -1,7 +1,7 @@
-"""What a folder of a classifier's adapter holds beside PEFT's files: its labels and how to load it.
+"""What an adapter's folder holds beside PEFT's files: labels, how to load it, and notes.
 
 No file of PEFT names classes, so ``labels.json`` does, and ``README.md`` shows the call that needs
-them.
+them. Other adapters have a ``README.md`` where there is something to note.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class ClassifierCard:
     """By which the base model finds the end of a text; perhaps it names none itself."""
     replaces_head: bool = False
     """Whether the base model has a head of other classes."""
+    notes: Sequence[str] = ()
+    """Paragraphs of Markdown at the end."""
 
     def write(self, folder: Path) -> None:
         """Write ``labels.json``, where there are classes, and ``README.md`` into a folder.
@@ -48,14 +50,13 @@ class ClassifierCard:
         _write(folder / CARD_FILE, self._text(folder.name))
 
     def _text(self, name: str) -> str:
-        front = f"---\nbase_model: {json.dumps(self.base_name)}\nlibrary_name: peft\n---\n\n"
         named = ", ".join(f"`{label}`" for label in self.labels[:_MOST_NAMED])
         more = ", ..." if len(self.labels) > _MOST_NAMED else ""
         about = f"{len(self.labels)} classes: {named}{more}" if self.labels else "one value"
         return (
-            f"{front}# {name}\n\nLoRA adapter and classification head for `{self.base_name}`, "
-            f"trained with sfed. It predicts {about}. Run in this folder:\n\n"
-            f"```python\n{self.code()}```\n"
+            f"{_front(self.base_name, name)}"
+            f"LoRA adapter and classification head for `{self.base_name}`, trained with sfed. It predicts {about}. Run in this folder:\n\n"
+            f"```python\n{self.code()}```\n{_noted(self.notes)}"
         )
 
     def code(self) -> str:
@@ -87,6 +88,30 @@ class ClassifierCard:
             'return_tensors="pt")\n'
             f"logits = model(**tokens).logits\nprint({result})\n"
         )
+
+
+def write_notes(folder: Path, base_name: str, notes: Sequence[str]) -> None:
+    """Write ``README.md`` of an adapter that is no classifier's; nothing where there is no note.
+
+    Args:
+        folder: of the adapter.
+        base_name: hub id or folder of the base model.
+        notes: paragraphs of Markdown.
+
+    Raises:
+        OSError: where the file cannot be written.
+    """
+    if notes:
+        about = f"LoRA adapter for `{base_name}`, trained with sfed.\n"
+        _write(folder / CARD_FILE, f"{_front(base_name, folder.name)}{about}{_noted(notes)}")
+
+
+def _front(base_name: str, name: str) -> str:
+    return f"---\nbase_model: {json.dumps(base_name)}\nlibrary_name: peft\n---\n\n# {name}\n\n"
+
+
+def _noted(notes: Sequence[str]) -> str:
+    return "".join(f"\n{note}\n" for note in notes)
 
 
 def _write(path: Path, text: str) -> None:

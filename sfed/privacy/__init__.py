@@ -1,3 +1,1 @@
 """Differential privacy of what clients share: clipping, noise, the secret key, the accounting."""
-
-from __future__ import annotations

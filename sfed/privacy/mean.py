@@ -99,6 +99,13 @@ class PrivateMean:
         """Return the sorted clients of a 0-based round; of a Poisson cohort perhaps nobody."""
         return keys.draw_cohort(self.cohort_secret, round_index, self.guarantee.sampling)
 
+    def told(self) -> str | None:
+        """Say the guarantee of all releases so far; None but on process 0."""
+        if self.secret is None:
+            return None
+        rounds = self.secret.ledger.rounds
+        return f"{describe(self.guarantee, self.guarantee.epsilon(rounds))}, {len(rounds)} releases"
+
     def spent(self) -> float | None:
         """Return epsilon of all releases so far, infinite without noise; None but on process 0."""
         return None if self.secret is None else self.guarantee.epsilon(self.secret.ledger.rounds)

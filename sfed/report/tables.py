@@ -182,12 +182,29 @@ def facts_table(story: RunRecord) -> Table:
         f"({look(config, 'resolved.device') or NONE}, {look(config, 'resolved.dtype') or NONE})",
         "training loss of the last round": show(number(last, metrics.TRAIN_LOSS)),
         "time of all rounds": duration(total(story, metrics.ROUND_SECONDS)),
+        **_privacy(story),
         "sent by the federation": mebibytes(total(story, metrics.UPLOADED_BYTES)),
         "median speed": f"{statistics.median(speeds):,.0f} tokens/s" if speeds else NONE,
         **_idle(story),
         "peak memory of a process": mebibytes(max(peaks)) if peaks else NONE,
     }
     return Table(["", ""], list(facts.items()), text_columns=2)
+
+
+def _privacy(story: RunRecord) -> dict[str, str]:
+    """The guarantee of what was sent, after the last round; nothing where privacy is off."""
+    facts, last = look(story.config, "resolved.privacy"), story.rounds[-1] if story.rounds else {}
+    if not isinstance(facts, dict):
+        return {}
+    epsilon = number(last, metrics.EPSILON)
+    told = "infinite or not known" if epsilon is None else show(epsilon, ".4g")
+    return {
+        "differential privacy of what is sent": f"epsilon {told} at delta "
+        f"{show(number(facts, 'delta'), 'g')} ({facts.get('neighbours') or NONE}); "
+        f"clip {show(number(facts, 'clip'), 'g')}, "
+        f"noise multiplier {show(number(facts, 'noise_multiplier'), '.4g')}, "
+        f"{show(number(last, metrics.RELEASES), '.0f')} releases"
+    }
 
 
 def _left_out(story: RunRecord) -> dict[str, str]:
