@@ -104,10 +104,11 @@ def _stats_of(run: Run, state: State) -> RoundStats:
 def _compare_clients(run: Run, plan: RoundPlan, log: RoundLog) -> None:
     """Measure how alike the clients have become, before the mean makes their A the same.
 
-    It sends B in a sum over clients, as the global adapter does, and is left out with that.
+    It sends B in a sum over clients, as the global adapter does, and is left out with that, and
+    under privacy, since it carries no noise.
     """
     is_due = run.is_due(plan.finished_rounds, run.config.evaluation.every_rounds)
-    if is_due and "global" in run.config.evaluation.adapters:
+    if is_due and run.privacy is None and "global" in run.config.evaluation.adapters:
         with log.timed("evaluate"):
             log.measured.similarity = aggregation.similarity(run.world, run.clients)
         both = aggregation.message_bytes(run.clients.layout, ("A", "B"))

@@ -55,7 +55,8 @@ class ClassifierCard:
         about = f"{len(self.labels)} classes: {named}{more}" if self.labels else "one value"
         return (
             f"{_front(self.base_name, name)}"
-            f"LoRA adapter and classification head for `{self.base_name}`, trained with sfed. It predicts {about}. Run in this folder:\n\n"
+            f"LoRA adapter and classification head for `{self.base_name}`, trained "
+            f"with sfed. It predicts {about}. Run in this folder:\n\n"
             f"```python\n{self.code()}```\n{_noted(self.notes)}"
         )
 

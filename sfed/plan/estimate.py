@@ -23,6 +23,7 @@ from sfed.methods import method as methods
 from sfed.plan.checks import check_plan
 from sfed.plan.planner import CONTEXT_BYTES, MemoryPlan, Planner, remedies
 from sfed.plan.request import LINKS, Machine, Pace
+from sfed.privacy import mean as private_mean
 from sfed.utils.errors import ConfigError
 from sfed.utils.text import parse_size
 
@@ -189,7 +190,9 @@ def _upload(config: Config, found: MemoryPlan) -> dict[str, Any]:
     counted = found.counts
     numbers = {"A": counted.a_numbers, "B": counted.b_numbers, "head": counted.head_numbers}
     factors += ["head"] if config.federated.share_head and counted.head_numbers else []
-    return {"factors": factors, "bytes": 4 * sum(numbers[factor] for factor in factors)}
+    parameters = sum(numbers[factor] for factor in factors)
+    sent = private_mean.message_bytes(parameters) if config.privacy.is_on else 4 * parameters
+    return {"factors": factors, "bytes": sent}
 
 
 def _round(config: Config, found: MemoryPlan, pace: Pace) -> dict[str, Any]:

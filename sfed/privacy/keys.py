@@ -139,12 +139,12 @@ def draw_cohort(secret: bytes, round_index: int, sampling: Sampling) -> tuple[in
 def standard_normal(secret: bytes, count: int) -> Iterator[NDArray[np.float64]]:
     """Yield ``count`` numbers of a standard normal distribution, in parts.
 
-    The inverse distribution function of uniform numbers of 53 bits, which SHAKE-256 makes of the
+    The inverse distribution function of uniform numbers of 52 bits, which SHAKE-256 makes of the
     secret. The bits are cryptographic; the numbers are floating-point approximations.
     """
     for part, start in enumerate(range(0, count, _NUMBERS_AT_A_TIME)):
         size = min(_NUMBERS_AT_A_TIME, count - start)
         stream = hashlib.shake_256(secret + part.to_bytes(8, "little")).digest(8 * size)
-        bits = np.frombuffer(stream, dtype="<u8") >> np.uint64(11)
-        uniform = (bits.astype(np.float64) + 0.5) * 2.0**-53
+        bits = np.frombuffer(stream, dtype="<u8") >> np.uint64(12)
+        uniform = (bits.astype(np.float64) + 0.5) * 2.0**-52  # exact, and neither 0 nor 1
         yield np.asarray(ndtri(uniform), dtype=np.float64)

@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 PRIVACY = {"clip": 0.1, "noise_multiplier": 0.5}
+UPLOADED = "comm/uploaded_bytes"
 TRAIN = {"lr": 1e-2, "local_steps": 2, "batch_size": 4}
 
 
@@ -60,6 +61,7 @@ def test_a_run_tells_what_its_releases_cost(done: Path) -> None:
     expected = [accounting.epsilon(sampling, 0.5, range(n), 1e-5) for n in (0, 1, 2)]
     assert [event["privacy/epsilon"] for event in events] == pytest.approx(expected)
     assert ledger.rounds == [1, 2]
+    assert {event[UPLOADED] for event in events[1:]} == {3 * events[0][UPLOADED]}
     facts = json.loads((done / "config.json").read_text())["resolved"]["privacy"]
     assert facts == {name: ledger.start[name] for name in facts}
     rows = dict(facts_table(open_run(done)).rows)
@@ -79,6 +81,7 @@ def test_the_folder_holds_neither_the_key_nor_who_took_part(done: Path) -> None:
         assert secret not in content and secret.hex().encode() not in content
     for event in runs.rounds(done):
         assert event["train/loss"] is None and event["time/processes"] == []
+        assert event["adapter/a_similarity"] is None
         for client in event["clients"]:
             assert not client.keys() & {"steps", "excluded", "grad_norm"}
             assert client["train_loss"] is None

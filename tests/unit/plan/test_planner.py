@@ -36,6 +36,13 @@ def test_bytes_per_round_are_those_that_a_run_sends(
     assert predicted(config_load.validate(own))["upload"]["bytes"] == uploaded
 
 
+def test_a_private_mean_sends_the_sum_and_the_result(tiny_folder: Path) -> None:
+    plain = predicted(tiny.config(tiny_folder))["upload"]
+    private = predicted(tiny.config(tiny_folder, privacy={"clip": 1.0, "noise_multiplier": 0.0}))
+    assert private["upload"]["factors"] == plain["factors"] == ["A"]
+    assert private["upload"]["bytes"] == 3 * plain["bytes"]
+
+
 def test_more_tokens_per_second_and_faster_links_take_less_time(tiny_folder: Path) -> None:
     config = tiny.config(tiny_folder, backbone={"sharding": "zero3"})
     slow = predicted(config, gpus=2, link="100gbe", pace=Pace(None, 10.0))["round"]

@@ -86,6 +86,19 @@ def test_without_sampling_everybody_takes_part(is_poisson: bool) -> None:
     assert keys.draw_cohort(SECRET, 5, Sampling(4, 4, is_poisson)) == (0, 1, 2, 3)
 
 
+@pytest.mark.parametrize(("byte", "sign"), [(b"\x00", -1), (b"\xff", 1)])
+def test_the_rarest_noise_is_finite(
+    monkeypatch: pytest.MonkeyPatch, byte: bytes, sign: int
+) -> None:
+    class Constant:
+        def digest(self, size: int) -> bytes:
+            return byte * size
+
+    monkeypatch.setattr(keys.hashlib, "shake_256", lambda _: Constant())
+    [noise] = keys.standard_normal(SECRET, 3)
+    np.testing.assert_allclose(noise, sign * 8.2095, atol=1e-3)
+
+
 def test_the_noise_is_standard_normal() -> None:
     count = 2**18 + 5
     parts = list(keys.standard_normal(SECRET, count))
