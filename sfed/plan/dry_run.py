@@ -33,12 +33,14 @@ from sfed.federated.build import method_and_gamma, model_folder
 from sfed.files.listing import Split, files_of
 from sfed.files.silos import num_clients_of
 from sfed.methods import method as methods
+from sfed.methods.method import Method
 from sfed.models.backbone import context_of
 from sfed.models.hf_config import MetaModel
 from sfed.models.tokenizer import load_tokenizer
 from sfed.observability.third_party import quieten
 from sfed.plan import estimate
 from sfed.plan.request import Machine, Pace
+from sfed.privacy import mean as private_mean
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask
 from sfed.utils.text import counted, duration, printable, size_text
@@ -341,6 +343,14 @@ def _rendered(client: int, pieces: Sequence[Piece]) -> Text:
     return line
 
 
+def _privacy(facts: Facts, method: Method) -> str:
+    """What the planned rounds come to, if none is repeated."""
+    guarantee = private_mean.guarantee_of(facts.config, method, facts.num_clients)
+    num_rounds = facts.config.federated.num_rounds
+    planned = private_mean.planned_releases(facts.config, method, num_rounds)
+    return private_mean.describe(guarantee, guarantee.epsilon(planned))
+
+
 def _costs(facts: Facts) -> Iterator[str]:
     plan, rounds = facts.plan, facts.config.federated.num_rounds
     upload, total = plan["upload"], size_text(plan["gpu_memory_bytes"])
@@ -351,6 +361,8 @@ def _costs(facts: Facts) -> Iterator[str]:
     method, wanted = methods.resolve(facts.config), facts.config.evaluation.adapters
     if "global" in wanted and method.has_global_adapter and method.keeps_apart("B"):
         yield "           at evaluations and the end also B, in a sum (evaluation.adapters)"
+    if facts.config.privacy.is_on:
+        yield f"privacy    {_privacy(facts, method)}"
     has_gpu = torch.cuda.is_available()
     verdict = "it fits" if plan["fits"] else "it does not fit, and sfed plan says what would"
     yield (
