@@ -28,11 +28,12 @@ from sfed.lora.factors import Factors, PassRows
 from sfed.lora.head import Head
 from sfed.lora.layout import Layout, Piece
 from sfed.lora.linear import PassContext, Siblings, StackedLoraLinear
+from sfed.lora.quantized import QuantisedLinear
 from sfed.lora.tensor_files import save_tensors
 from sfed.utils.errors import UserError
 from sfed.utils.files import replacing
 
-_SUPPORTED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+_SUPPORTED_LAYERS = ("Linear", "Conv1D", "QuantisedLinear")
 
 
 def _siblings(
@@ -206,7 +207,7 @@ def attach(model: PreTrainedModel, spec: LoraSpec, head: Head | None = None) -> 
     peft_config = dataclasses.replace(
         request,
         target_modules=_short_names(found, set(module_names).difference(found)),
-        fan_in_fan_out=changed.fan_in_fan_out,
+        fan_in_fan_out=changed.fan_in_fan_out or _were_transposed(found),
         base_model_name_or_path=spec.base_name,
     )
     context = PassContext(dtype=model.dtype)
@@ -253,6 +254,12 @@ def _choose_layers(
         if (layer.r["default"], layer.scaling["default"]) != _rank_and_scaling(request):
             raise AssertionError(f"PEFT gives {name} a rank or a scaling of its own")
     return found, own
+
+
+def _were_transposed(found: Mapping[str, LoraLayer]) -> bool:
+    """Whether layers of the model that users load are Conv1D, where PEFT has seen quantised ones."""
+    layers = (layer.get_base_layer() for layer in found.values())
+    return any(isinstance(layer, QuantisedLinear) and layer.was_transposed for layer in layers)
 
 
 def _matched(model: PreTrainedModel, targets: object) -> set[str]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sfed.config.schema import Config
 from sfed.lora.frozen import keep_weights_alone
+from sfed.lora.hf_blocks import num_weights, transformer_layers
 from sfed.models.hf_config import MetaModel
 from sfed.utils.errors import UserError
 from sfed.utils.text import one_line
@@ -77,20 +78,6 @@ def _has_large_weights(layers: list[nn.Module]) -> bool:
     """Whether a gather for each weight costs less than the copies of one gather for all."""
     sizes = [weight.numel() for layer in layers for weight in layer.parameters()]
     return sum(sizes) >= _LARGE_WEIGHT * max(1, len(sizes))
-
-
-def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that the transformer repeats; [] where the model has no list of so many."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList)]
-    within = {inner for one in lists for inner in one.modules() if inner is not one}
-    found = [list(one) for one in lists if len(one) == count and one not in within]
-    return max(found, key=lambda layers: sum(map(num_weights, layers)), default=[])
-
-
-def num_weights(module: nn.Module) -> int:
-    """Weights of a module, sharded or not; those that it uses twice count once."""
-    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in module.parameters())
 
 
 def gathered_whole(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:

@@ -27,6 +27,7 @@ from sfed.data.tasks import task_of
 from sfed.distributed.shutdown import is_lost_contact
 from sfed.distributed.sync import gather_json
 from sfed.distributed.world import World
+from sfed.lora import quantized
 from sfed.utils.errors import ConfigError, UserError
 from sfed.utils.text import one_line, size_text
 
@@ -95,14 +96,32 @@ class MetaModel:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model without memory for its weights. Read ``num_weights`` before it is changed."""
+        """The model without memory for its weights, with codes in the place of quantised ones.
+
+        Read ``num_weights`` and ``stored_bytes`` before it is changed.
+
+        Raises:
+            UserError: where its weights cannot be quantised as asked for.
+        """
+        model, scheme = self.unquantised(), self._run_config.model.quantization
+        if scheme != "none":
+            quantized.put_stand_ins(model, scheme, model.dtype)
+        return model
+
+    def unquantised(self) -> PreTrainedModel:
+        """The model without memory for its weights, as transformers builds it."""
         with torch.device("meta"):
             return from_config(self._run_config, copy.deepcopy(self.config))
 
     @cached_property
     def num_weights(self) -> int:
         """Weights of the whole backbone; those that two layers share count once."""
-        return sum(weight.numel() for weight in self.model.parameters())
+        return quantized.total_weights(self.model)
+
+    def stored_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the whole backbone in this dtype, with the scales of quantised weights."""
+        weights = quantized.bytes_of(self.model.parameters(), dtype)
+        return weights + quantized.scale_bytes(self.model)
 
     @property
     def num_layers(self) -> int:
@@ -203,7 +222,7 @@ def choose_sharding(config: Config, meta: MetaModel, world: World) -> Sharding:
     def sizes() -> tuple[int, int]:
         share = free_bytes(world.device) // world.processes_per_device
         free = min(gather_json(world, "free memory", share))
-        return DTYPES[dtype_name(config, world)].itemsize * meta.num_weights, free
+        return meta.stored_bytes(DTYPES[dtype_name(config, world)]), free
 
     return resolve_sharding(config.backbone, world.size, sizes)
 

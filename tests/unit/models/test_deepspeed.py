@@ -15,14 +15,13 @@ import transformers
 from sfed.distributed import world as distributed
 from sfed.lora import adapters
 from sfed.lora.adapters import LoraSpec
+from sfed.lora.hf_blocks import num_weights, transformer_layers
 from sfed.models import backbone, synthetic
 from sfed.models.backbone import Backbone
 from sfed.models.deepspeed import (
     deepspeed_settings,
     most_gathered,
-    num_weights,
     prepare_deepspeed,
-    transformer_layers,
 )
 from sfed.models.hf_config import MetaModel, Sharding
 from sfed.utils.errors import UserError
