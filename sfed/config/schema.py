@@ -307,6 +307,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_quantization(self) -> Config:
+        zero = self.backbone.deepspeed.get("zero_optimization", {})
+        keys = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
+        if self.model.quantization != "none" and (asked := [key for key in keys if zero.get(key)]):
+            raise ValueError(
+                f"backbone.deepspeed.zero_optimization.{asked[0]} and model.quantization="
+                f"{self.model.quantization} exclude each other: codes cannot be quantised again"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_task(self) -> Config:
         if (self.data.task == "glue") != (self.data.name is not None):
             raise ValueError(

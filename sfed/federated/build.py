@@ -93,7 +93,7 @@ def build(
     placed = held.placement.clients
     start = Start(config, world, sharding, checkpoint.clients_per_pass(found, placed))
     estimate = clients_per_pass.estimate(start, meta, held, placed, console.say)
-    loading = f"loading {config.model.name} ({hf_config.dtype_name(config, world)})"
+    loading = f"loading {config.model.name} ({hf_config.precision(config, world)})"
     console.enter(metrics.LOADING_SECONDS, loading)
     frozen = _backbone(start, name, meta, held)
     method, gamma = method_and_gamma(config, held, num_clients)

@@ -14,7 +14,7 @@ from sfed.data.forms import chat
 from sfed.data.forms.text import TextForms
 from sfed.federated.context import Run
 from sfed.files.names import GLOBAL, adapter_folder
-from sfed.lora.card import ClassifierCard
+from sfed.lora.card import ClassifierCard, write_quantization
 from sfed.methods import aggregation
 from sfed.storage.run_record import CLIENT_FILE
 from sfed.utils.errors import UserError
@@ -91,14 +91,19 @@ def _write(run: Run, folder: Path, row: torch.Tensor) -> None:
     """Write an adapter, and for a classifier its labels and how it is loaded."""
     run.adapters.write_peft_folder(folder, row)
     head, settings = run.adapters.head, run.backbone.model.config
+    base_name = run.adapters.peft_config.base_model_name_or_path or ""
+    scheme = run.config.model.quantization
     if head is None:
+        if scheme != "none":
+            write_quantization(folder, base_name, scheme)
         return
     ClassifierCard(
-        base_name=run.adapters.peft_config.base_model_name_or_path or "",
+        base_name=base_name,
         labels=run.task.labels or run.task.classes or (),
         dtype=str(run.backbone.model.dtype).removeprefix("torch."),
         max_tokens=run.config.data.max_tokens,
         example=_EXAMPLES[run.task.has_pair and 1 + (run.tokenizer.sep_token_id is None)],
         pad_token_id=settings.pad_token_id,
         replaces_head=head.replaces_another,
+        quantization=scheme,
     ).write(folder)

@@ -21,6 +21,7 @@ from sfed.distributed.sync import gather_json
 from sfed.distributed.world import World
 from sfed.federated.context import Run
 from sfed.files.listing import SPLITS, list_files
+from sfed.lora.quantized import quantised_layers
 from sfed.utils import versions
 from sfed.utils.errors import DivergedError
 
@@ -75,17 +76,22 @@ def at_start(config: Config) -> dict[str, Any]:
 def of_backbone(model: nn.Module, settings: Mapping[str, Any]) -> str:
     """A digest of a frozen model: shapes and, of a replica, the bits; before adapters are attached.
 
-    Shares of ZeRO-3 differ by nature, and all come from what process 0 has read.
+    Shares of ZeRO-3 differ by nature, and all come from what process 0 has read; but for the scales
+    of quantised weights, which each process has made itself.
 
     Args:
         model: the model.
         settings: its configuration.
     """
-    weights = [
+    weights: list[tuple[Any, ...]] = [
         (name, list(parameter.ds_shape))
         if hasattr(parameter, "ds_shape")
         else (name, list(parameter.shape), str(parameter.dtype), bit_sum(parameter))
         for name, parameter in sorted(model.named_parameters())
+    ]
+    weights += [
+        (f"{name}.scales", list(layer.dequantise.scales.shape), bit_sum(layer.dequantise.scales))
+        for name, layer in sorted(quantised_layers(model))
     ]
     kept = {key: value for key, value in settings.items() if key != "_name_or_path"}
     return digest(json.dumps([weights, kept], sort_keys=True, default=str))

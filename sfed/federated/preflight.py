@@ -5,6 +5,7 @@ They run before anything heavy is imported.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -32,7 +33,7 @@ def check(config: Config, num_processes: int | None = None) -> str:
 
     That is: a method that is unstable with this scaling, more processes than clients, files that do
     not exist, are of no known kind or hold what cannot be learned from, an ``output.resume`` that
-    is no folder, trackers that are not installed.
+    is no folder, trackers or bitsandbytes that are not installed.
 
     Args:
         config: the configuration.
@@ -64,6 +65,7 @@ def check(config: Config, num_processes: int | None = None) -> str:
             f"output.resume = {config.output.resume!r}: neither auto nor never nor a folder"
         )
     mistakes += trackers.mistakes(config.output.trackers)
+    mistakes += _missing_quantization(config)
     mistakes += _unwritable(Path(config.output.dir))
     if (prom := config.output.prometheus_file) and not _can_write(Path(prom).parent):
         mistakes.append(
@@ -78,6 +80,17 @@ def check(config: Config, num_processes: int | None = None) -> str:
     if faults:
         raise DataError("\n".join(faults))
     return checked.summary if files else ""
+
+
+def _missing_quantization(config: Config) -> list[str]:
+    """What is missing of the packages that quantise weights."""
+    scheme = config.model.quantization
+    if scheme == "none" or importlib.util.find_spec("bitsandbytes") is not None:
+        return []
+    return [
+        f"model.quantization = {scheme}: the package bitsandbytes is not installed; "
+        "pip install 'sfed[quantization]', or set model.quantization=none"
+    ]
 
 
 def _of_clients(config: Config, num_processes: int) -> list[str]:

@@ -19,6 +19,7 @@ from sfed.federated.context import RoundPlan, Run
 from sfed.federated.evaluate import Evaluation, Measured, score_names
 from sfed.federated.round_stats import RoundStats
 from sfed.methods import aggregation, by_layer
+from sfed.lora.quantized import quantised_layers
 from sfed.models.hf_config import dtype_name
 from sfed.observability import metrics
 from sfed.observability.console import Console
@@ -46,6 +47,7 @@ def header(run: Run) -> list[str]:
         f"adapter: {layout.size:,} parameters per client; a round sends "
         f"{' and '.join(plan.averaged) or 'nothing'} ({_message_bytes(run, plan):,} bytes)",
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
+        *_quantization(run),
         *_placement(run),
         f"rows: padded ({run.why_padded})"
         if run.why_padded
@@ -70,6 +72,19 @@ def _method_name(run: Run) -> str:
     if not own_method.is_own(name):
         return name
     return f"{run.method.name} ({name}, source {own_method.OwnMethod.parse(name).digest()})"
+
+
+def _quantization(run: Run) -> list[str]:
+    """The line about weights that are stored as codes."""
+    layers = [layer for _, layer in quantised_layers(run.backbone.model)]
+    if not layers:
+        return []
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    dtype = str(run.backbone.model.dtype).removeprefix("torch.")
+    return [
+        f"quantization: {run.config.model.quantization} codes for the {weights:,} weights of "
+        f"{len(layers)} linear layers, {dtype} for all others"
+    ]
 
 
 def _placement(run: Run) -> list[str]:

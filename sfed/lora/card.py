@@ -14,6 +14,10 @@ from pathlib import Path
 from sfed.utils.files import replacing
 
 LABELS_FILE, CARD_FILE = "labels.json", "README.md"
+_SETTINGS = {
+    "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4"',
+    "int8": "load_in_8bit=True, llm_int8_threshold=0.0",
+}
 _MOST_NAMED = 20
 
 
@@ -35,6 +39,8 @@ class ClassifierCard:
     """By which the base model finds the end of a text; perhaps it names none itself."""
     replaces_head: bool = False
     """Whether the base model has a head of other classes."""
+    quantization: str = "none"
+    """How the weights of the base model were stored in training."""
 
     def write(self, folder: Path) -> None:
         """Write ``labels.json``, where there are classes, and ``README.md`` into a folder.
@@ -48,14 +54,13 @@ class ClassifierCard:
         _write(folder / CARD_FILE, self._text(folder.name))
 
     def _text(self, name: str) -> str:
-        front = f"---\nbase_model: {json.dumps(self.base_name)}\nlibrary_name: peft\n---\n\n"
         named = ", ".join(f"`{label}`" for label in self.labels[:_MOST_NAMED])
         more = ", ..." if len(self.labels) > _MOST_NAMED else ""
         about = f"{len(self.labels)} classes: {named}{more}" if self.labels else "one value"
         return (
-            f"{front}# {name}\n\nLoRA adapter and classification head for `{self.base_name}`, "
+            f"{_front(self.base_name)}# {name}\n\nLoRA adapter and classification head for `{self.base_name}`, "
             f"trained with sfed. It predicts {about}. Run in this folder:\n\n"
-            f"```python\n{self.code()}```\n"
+            f"```python\n{self.code()}```\n{_of_quantization(self.quantization)}"
         )
 
     def code(self) -> str:
@@ -87,6 +92,37 @@ class ClassifierCard:
             'return_tensors="pt")\n'
             f"logits = model(**tokens).logits\nprint({result})\n"
         )
+
+
+def write_quantization(folder: Path, base_name: str, scheme: str) -> None:
+    """Write the ``README.md`` of a language model's adapter, which says what it was trained on.
+
+    Args:
+        folder: of the adapter.
+        base_name: name of the base model.
+        scheme: nf4 or int8.
+
+    Raises:
+        OSError: where the file cannot be written.
+    """
+    about = f"LoRA adapter for `{base_name}`, trained with sfed.\n{_of_quantization(scheme)}"
+    _write(folder / CARD_FILE, f"{_front(base_name)}# {folder.name}\n\n{about}")
+
+
+def _front(base_name: str) -> str:
+    return f"---\nbase_model: {json.dumps(base_name)}\nlibrary_name: peft\n---\n\n"
+
+
+def _of_quantization(scheme: str) -> str:
+    """What there is to know of an adapter whose base model was quantised in training."""
+    if scheme == "none":
+        return ""
+    settings = _SETTINGS[scheme]
+    return (
+        f"\nIn training the weights of the base model's linear layers were stored as {scheme} "
+        "codes of bitsandbytes. The adapter loads on the plain base model. On a base model that "
+        f"is loaded with `BitsAndBytesConfig({settings})` it has the losses of its training.\n"
+    )
 
 
 def _write(path: Path, text: str) -> None:

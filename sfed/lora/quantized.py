@@ -33,8 +33,9 @@ from sfed.utils.errors import UserError
 Scheme = Literal["nf4", "int8"]
 NF4_BLOCK = 64
 """Weights that share a scale."""
-_FP32_BYTES = 4
 _INT8_LARGEST = 127
+# bitsandbytes makes fp16 numbers of weights before it quantises them to int8.
+_LARGEST_FP16 = torch.finfo(torch.float16).max
 # Below this share of a layer's weights, quantisation would not do what it is asked for.
 _LEAST_SHARE = 0.5
 
@@ -225,6 +226,9 @@ def take_over(model: PreTrainedModel, device: torch.device) -> None:
     Args:
         model: as it was loaded; changed in place.
         device: where passes are computed; the scales are moved there.
+
+    Raises:
+        UserError: where a weight is not finite, or too large for int8.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -236,6 +240,11 @@ def take_over(model: PreTrainedModel, device: torch.device) -> None:
             dequantise = _Int8(scales, model.dtype)
         else:
             continue
+        if not dequantise.scales.isfinite().all():
+            raise UserError(
+                f"model.quantization: weights of the layer {name} are not finite, or larger than "
+                f"the {_LARGEST_FP16:g} that int8 allows; set model.quantization=none"
+            )
         dequantise.to(device)
         layer = QuantisedLinear(
             (module.in_features, module.out_features),
@@ -284,14 +293,30 @@ def total_weights(model: nn.Module) -> int:
     return packed + sum(weight.numel() for weight in model.parameters())
 
 
-def bytes_of(weights: Iterator[nn.Parameter], dtype: torch.dtype) -> int:
-    """Bytes of parameters in this dtype; those of codes are what they are."""
-    return sum(
-        weight.numel() * (dtype.itemsize if weight.is_floating_point() else weight.itemsize)
-        for weight in weights
-    )
+@dataclass(frozen=True)
+class Stored:
+    """What frozen weights take."""
 
+    numbers: int
+    """Weights in the dtype of the model."""
+    code_bytes: int
+    scale_bytes: int
+    """Of quantised weights; every process holds all scales."""
 
-def scale_bytes(model: nn.Module) -> int:
-    """Bytes of all scales, which every process holds."""
-    return sum(_FP32_BYTES * layer.dequantise.scales.numel() for _, layer in quantised_layers(model))
+    @staticmethod
+    def of(module: nn.Module) -> Stored:
+        """Count a module that is not sharded."""
+        weights = list(module.parameters())
+        return Stored(
+            sum(weight.numel() for weight in weights if weight.is_floating_point()),
+            sum(weight.nbytes for weight in weights if not weight.is_floating_point()),
+            sum(layer.dequantise.scales.nbytes for _, layer in quantised_layers(module)),
+        )
+
+    def sharded_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of what ZeRO-3 shards."""
+        return self.numbers * dtype.itemsize + self.code_bytes
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all of it in this dtype."""
+        return self.sharded_bytes(dtype) + self.scale_bytes

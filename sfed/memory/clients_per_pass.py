@@ -195,7 +195,9 @@ def _generous_bytes(config: Config, model_config: PreTrainedConfig, work: Work) 
     per_token = layers * (_GENEROUS_PER_UNIT * width + 16 * scores)
     per_token += 16 * _told(text, "vocab_size")
     numbers = layers * 8 * width * config.lora.rank
-    return work.round_clients * (tokens * per_token + _GENEROUS_PER_NUMBER * numbers)
+    dequantised = 0 if config.model.quantization == "none" else 4 * hidden * width
+    of_clients = work.round_clients * (tokens * per_token + _GENEROUS_PER_NUMBER * numbers)
+    return of_clients + dequantised
 
 
 def _told(text: PreTrainedConfig, key: str) -> int:

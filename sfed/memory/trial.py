@@ -22,6 +22,7 @@ from sfed.data.batches import Batch
 from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
 from sfed.lora.hf_blocks import patch_blocks
+from sfed.lora.quantized import put_stand_ins
 from sfed.memory.costs import Load
 from sfed.memory.counts import attach
 from sfed.memory.fake import FakeFloats
@@ -184,6 +185,8 @@ def _backbone(config: Config, frozen: Frozen, num_layers: int) -> Backbone:
         )
     model.tie_weights()
     synthetic.fill_with_zeros(model)
+    if config.model.quantization != "none":
+        put_stand_ins(model, config.model.quantization, frozen.dtype)
     model.requires_grad_(False)
     patch_blocks(model)
     head = heads.detach_head(config, model, _ALL_FOUND, lambda _: nullcontext())

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from sfed.config.schema import Config
 from sfed.lora.frozen import keep_weights_alone
 from sfed.lora.hf_blocks import num_weights, transformer_layers
+from sfed.lora.quantized import Stored
 from sfed.models.hf_config import MetaModel
 from sfed.utils.errors import UserError
 from sfed.utils.text import one_line
@@ -32,7 +33,7 @@ def deepspeed_settings(config: Config, meta: MetaModel, dtype: torch.dtype) -> d
     live, and DeepSpeed's count may miss one more; see ``most_gathered``.
     """
     layers = transformer_layers(meta.model)
-    total = meta.num_weights
+    total = num_weights(meta.model)
     layer = max(map(num_weights, layers), default=total // meta.num_layers)
     zero: dict[str, Any] = {
         "stage": 3,
@@ -59,9 +60,26 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def most_gathered(settings: Mapping[str, Any]) -> int:
-    """The most weights that are gathered at a time under these settings."""
+    """The most numbers that are gathered at a time under these settings; nf4 has two in one."""
     zero = settings["zero_optimization"]
     return int(zero["stage3_max_live_parameters"]) + int(zero["stage3_prefetch_bucket_size"])
+
+
+def most_gathered_bytes(
+    settings: Mapping[str, Any], model: PreTrainedModel, dtype: torch.dtype
+) -> int:
+    """The most bytes that are gathered at a time.
+
+    One of the weights is the largest outside of the layers, and the others are those of layers.
+    """
+    layers = transformer_layers(model)
+    count = most_gathered(settings)
+    outside = min(count, _largest_outside(model, layers))
+    bytes_per_number = max(
+        (Stored.of(layer).sharded_bytes(dtype) / num_weights(layer) for layer in layers),
+        default=dtype.itemsize,
+    )
+    return round(outside * dtype.itemsize + (count - outside) * bytes_per_number)
 
 
 def _largest_outside(model: nn.Module, layers: list[nn.Module]) -> int:

@@ -28,6 +28,7 @@ from sfed.distributed.shutdown import is_lost_contact
 from sfed.distributed.sync import gather_json
 from sfed.distributed.world import World
 from sfed.lora import quantized
+from sfed.lora.quantized import Stored
 from sfed.utils.errors import ConfigError, UserError
 from sfed.utils.text import one_line, size_text
 
@@ -61,6 +62,12 @@ def dtype_name(config: Config, world: World) -> str:
         return "fp32"
     is_native = torch.cuda.get_device_capability(world.device) >= _BF16_CAPABILITY
     return "bf16" if is_native else "fp32"
+
+
+def precision(config: Config, world: World) -> str:
+    """The dtype of the backbone, and how its weights are stored where that is another form."""
+    scheme, dtype = config.model.quantization, dtype_name(config, world)
+    return dtype if scheme == "none" else f"{scheme}, computed in {dtype}"
 
 
 def auto_class(config: Config) -> Any:
@@ -98,7 +105,7 @@ class MetaModel:
     def model(self) -> PreTrainedModel:
         """The model without memory for its weights, with codes in the place of quantised ones.
 
-        Read ``num_weights`` and ``stored_bytes`` before it is changed.
+        Read ``num_weights`` and ``stored`` before it is changed.
 
         Raises:
             UserError: where its weights cannot be quantised as asked for.
@@ -118,10 +125,10 @@ class MetaModel:
         """Weights of the whole backbone; those that two layers share count once."""
         return quantized.total_weights(self.model)
 
-    def stored_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the whole backbone in this dtype, with the scales of quantised weights."""
-        weights = quantized.bytes_of(self.model.parameters(), dtype)
-        return weights + quantized.scale_bytes(self.model)
+    @cached_property
+    def stored(self) -> Stored:
+        """What the whole backbone stores."""
+        return Stored.of(self.model)
 
     @property
     def num_layers(self) -> int:
@@ -136,7 +143,7 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
     shares its pass. ``lora.dropout`` regularises the adapters.
 
     Raises:
-        UserError: where it cannot be found.
+        UserError: where it cannot be found, or its files are quantised already.
     """
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path and not (Path(name) / "config.json").is_file():
@@ -148,11 +155,28 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
         model_config: PreTrainedConfig = AutoConfig.from_pretrained(
             name, trust_remote_code=config.backbone.trust_remote_code
         )
-        return fitted(config, model_config)
+        model_config = fitted(config, model_config)
     except Exception as error:
         if is_of_the_machine(error):
             raise
         raise UserError(cannot_load(name, error)) from None
+    _refuse_quantised_files(config, name, model_config)
+    return model_config
+
+
+def _refuse_quantised_files(config: Config, name: str, model_config: PreTrainedConfig) -> None:
+    """Refuse files that hold codes of bitsandbytes, or any codes that would be quantised again."""
+    stored = getattr(model_config, "quantization_config", None)
+    if stored is None:
+        return
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    method, scheme = str(settings.get("quant_method")), config.model.quantization
+    if scheme != "none" or "bitsandbytes" in method:
+        raise UserError(
+            f"model.name = {name!r}: its files are quantised already (quant_method {method!r} in "
+            "config.json); name the model that they were made from, and set "
+            f"model.quantization={'nf4' if scheme == 'none' else scheme}"
+        )
 
 
 def fitted(config: Config, model_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -222,7 +246,7 @@ def choose_sharding(config: Config, meta: MetaModel, world: World) -> Sharding:
     def sizes() -> tuple[int, int]:
         share = free_bytes(world.device) // world.processes_per_device
         free = min(gather_json(world, "free memory", share))
-        return meta.stored_bytes(DTYPES[dtype_name(config, world)]), free
+        return meta.stored.bytes(DTYPES[dtype_name(config, world)]), free
 
     return resolve_sharding(config.backbone, world.size, sizes)
 
