@@ -52,9 +52,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Data type of the backbone; auto = bf16 on GPUs, fp32 on CPUs. Adapters are always fp32."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """Storage of the weights of the linear layers within the transformer: nf4 = 4 bits with a scale
-    per 64 weights; int8 = 8 bits with a scale per row. Products are computed in model.dtype with the
-    dequantised weight. Needs pip install 'sfed[quantization]'."""
+    """Storage of the weights of the linear layers within the transformer: nf4 = codes of 4 bits
+    with a scale per 64 weights; int8 = codes of 8 bits with a scale per row; none = model.dtype.
+    Products are computed in model.dtype with the dequantised weight. nf4 and int8 need pip install
+    'sfed[quantization]'."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention implementation of transformers."""
 

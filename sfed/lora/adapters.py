@@ -257,7 +257,7 @@ def _choose_layers(
 
 
 def _were_transposed(found: Mapping[str, LoraLayer]) -> bool:
-    """Whether layers of the model that users load are Conv1D, where PEFT has seen quantised ones."""
+    """Whether quantised layers, which PEFT has seen, are Conv1D in the model that users load."""
     layers = (layer.get_base_layer() for layer in found.values())
     return any(isinstance(layer, QuantisedLinear) and layer.was_transposed for layer in layers)
 

@@ -58,8 +58,9 @@ class ClassifierCard:
         more = ", ..." if len(self.labels) > _MOST_NAMED else ""
         about = f"{len(self.labels)} classes: {named}{more}" if self.labels else "one value"
         return (
-            f"{_front(self.base_name)}# {name}\n\nLoRA adapter and classification head for `{self.base_name}`, "
-            f"trained with sfed. It predicts {about}. Run in this folder:\n\n"
+            f"{_front(self.base_name)}# {name}\n\n"
+            f"LoRA adapter and classification head for `{self.base_name}`, trained with sfed. "
+            f"It predicts {about}. Run in this folder:\n\n"
             f"```python\n{self.code()}```\n{_of_quantization(self.quantization)}"
         )
 

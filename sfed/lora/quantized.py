@@ -5,11 +5,11 @@ Such a layer computes with its dequantised weight W, in the dtype of the model:
     h = W x + b        grad x = grad W
 
     nf4     W = value of a 4-bit code * largest |weight| of its 64    (QLoRA, arXiv 2305.14314)
-    int8    W = 8-bit code * largest |weight| of its row / 127        (arXiv 2208.07339, threshold 0)
+    int8    W = 8-bit code * largest |weight| of its row / 127    (arXiv 2208.07339, threshold 0)
 
-W is made once for the forward and once for the backward pass of a layer and is not kept. Inputs are
-never quantised. The codes are parameters, which ZeRO-3 shards; the scales are not, and stay whole on
-each process.
+W is made once for the forward and once for the backward pass of a layer and is not kept. Inputs
+are never quantised. The codes are parameters, which ZeRO-3 shards; the scales are not, and stay
+whole on each process.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ _LEAST_SHARE = 0.5
 class Dequantiser(Protocol):
     """Makes the weight of a layer from its codes."""
 
-    scales: torch.Tensor
-    """fp32, on the device of the codes."""
+    @property
+    def scales(self) -> torch.Tensor:
+        """All scales, fp32."""
 
     def __call__(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the (out, in) weight in the dtype of the model."""
@@ -76,7 +77,7 @@ class QuantisedLinear(nn.Linear):
         """
         super().__init__(*sizes, bias=False, device="meta")
         self.weight = nn.Parameter(codes, requires_grad=False)
-        self.bias = bias
+        self.register_parameter("bias", bias)
         self.dequantise = dequantise
         self.was_transposed = was_transposed
 
@@ -278,7 +279,7 @@ def put_stand_ins(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype) ->
 
 
 def quantised_layers(model: nn.Module) -> Iterator[tuple[str, QuantisedLinear]]:
-    """The layers that store codes, by their names; the same before and after adapters are attached."""
+    """The layers that store codes, by their names."""
     for name, module in model.named_modules():
         if isinstance(module, QuantisedLinear):
             yield name, module

@@ -83,7 +83,7 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
     """
     os.umask(os.umask(0) | stat.S_IWOTH)
     sys.excepthook = print_masked
-    # PEFT imports bitsandbytes where that is installed, which then asks for a kernel of no use here.
+    # PEFT imports bitsandbytes where that is installed, which asks for a kernel of no use here.
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     try:
         command(sys.argv[1:])

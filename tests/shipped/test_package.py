@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 TEMPLATES = ROOT / ".github" / "ISSUE_TEMPLATE"
-IMPORTED_ONLY_WHERE_ASKED_FOR = {"tensorboard", "wandb", "mlflow"}
+IMPORTED_ONLY_WHERE_ASKED_FOR = {"tensorboard", "wandb", "mlflow", "bitsandbytes"}
 
 
 def load_yaml(path: Path) -> Any:

@@ -151,15 +151,15 @@ def test_linear_layers_within_the_transformer_are_chosen(
         ("AlbertForSequenceClassification", INNER, "no list of as many layers"),
     ],
 )
-def test_a_model_of_other_weights_is_refused(
-    kind: str, sizes: dict[str, Any], reason: str
-) -> None:
+def test_a_model_of_other_weights_is_refused(kind: str, sizes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=rf"model.quantization = 'nf4': .*{reason}"):
         chosen_layers(build(kind, sizes, "meta"), "nf4")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize(("kind", "sizes"), [("LlamaForCausalLM", LLAMA), ("GPT2LMHeadModel", GPT2)])
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("LlamaForCausalLM", LLAMA), ("GPT2LMHeadModel", GPT2)]
+)
 def test_stand_ins_store_what_a_loaded_model_stores(
     scheme: Any, kind: str, sizes: dict[str, Any], tmp_path: Any
 ) -> None:
