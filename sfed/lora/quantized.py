@@ -222,7 +222,8 @@ def loading_settings(
 def take_over(model: PreTrainedModel, device: torch.device) -> None:
     """Put ``QuantisedLinear`` in the place of bitsandbytes' layers, which share their memory.
 
-    Theirs quantise inputs on a GPU, keep a second reference to the codes and warn on each call.
+    Theirs of int8 quantise inputs on a GPU, keep a second reference to the codes, and warn on each
+    call.
 
     Args:
         model: as it was loaded; changed in place.

@@ -178,7 +178,7 @@ def test_the_export_loads_on_the_plain_and_on_the_quantised_base(
     quantised = eval(named, {"BitsAndBytesConfig": BitsAndBytesConfig})
     ids = torch.arange(2, 40)[None]
     on_plain, on_quantised = (
-        # In evaluation mode bitsandbytes repacks nf4 codes on some CPUs, and fails for so few inputs.
+        # In evaluation mode bitsandbytes repacks nf4 codes on some CPUs and fails on small layers.
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **one), path)
         .train()(input_ids=ids)
         .logits

@@ -13,6 +13,8 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
+from sfed.federated.fingerprints import of_backbone
+from sfed.lora.adapters import LoraSpec, attach
 from sfed.lora.quantized import (
     QuantisedLinear,
     Stored,
@@ -184,3 +186,29 @@ def test_weights_that_int8_cannot_hold_are_refused() -> None:
     theirs.weight.SCB[3] = torch.inf
     with pytest.raises(UserError, match="weights of the layer layer are not finite"):
         ours(theirs, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "is_transposed"),
+    [("LlamaForCausalLM", LLAMA, False), ("GPT2LMHeadModel", GPT2, True)],
+)
+def test_adapters_and_their_export_are_those_of_the_plain_model(
+    kind: str, sizes: dict[str, Any], is_transposed: bool, tmp_path: Any
+) -> None:
+    plain = build(kind, sizes)
+    plain.save_pretrained(tmp_path)
+    settings = loading_settings(plain, "nf4", torch.float32)
+    loaded = type(plain).from_pretrained(tmp_path, quantization_config=settings)
+    take_over(loaded, torch.device("cpu"))
+    spec = LoraSpec(4, 2.0, 0.0, "all-linear", "base")
+    one, other = attach(plain, spec), attach(loaded, spec)
+    assert one.layout.pieces == other.layout.pieces
+    assert one.peft_config.to_dict() == other.peft_config.to_dict()
+    assert other.peft_config.fan_in_fan_out is is_transposed
+
+
+def test_the_digest_of_a_backbone_covers_scales() -> None:
+    layer = ours(linear("int8", torch.float32)[0], torch.float32)
+    before = of_backbone(nn.Sequential(layer), {})
+    layer.dequantise.scales[0] += 1e-3
+    assert of_backbone(nn.Sequential(layer), {}) != before
