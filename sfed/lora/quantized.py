@@ -151,6 +151,11 @@ def _linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
+def _within_layers(model: PreTrainedModel) -> set[nn.Module]:
+    """All modules of the layers that the transformer repeats."""
+    return {module for layer in transformer_layers(model) for module in layer.modules()}
+
+
 def chosen_layers(model: PreTrainedModel, scheme: Scheme) -> dict[str, tuple[int, int]]:
     """The layers whose weights are quantised, with in and out: linear ones within the transformer.
 
@@ -160,16 +165,18 @@ def chosen_layers(model: PreTrainedModel, scheme: Scheme) -> dict[str, tuple[int
         UserError: where the model has no list of layers, or most weights of its layers are not
             those of linear layers.
     """
-    layers = transformer_layers(model)
-    inside = {module for layer in layers for module in layer.modules()}
+    layers, inside = transformer_layers(model), _within_layers(model)
     key = f"model.quantization = {scheme!r}"
     if not inside:
         raise UserError(
             f"{key}: {type(model).__name__} has no list of as many layers as its configuration "
             "tells, so it is not known which weights to quantise; set model.quantization=none"
         )
-    found = _linear_layers(model)
-    chosen = {name: found[name] for name in found if model.get_submodule(name) in inside}
+    chosen = {
+        name: sizes
+        for name, sizes in _linear_layers(model).items()
+        if model.get_submodule(name) in inside
+    }
     quantised = sum(math.prod(sizes) for sizes in chosen.values())
     total = sum(map(num_weights, layers))
     if quantised < _LEAST_SHARE * total:
@@ -230,7 +237,7 @@ def take_over(model: PreTrainedModel, device: torch.device) -> None:
         device: where passes are computed; the scales are moved there.
 
     Raises:
-        UserError: where a weight is not finite, or too large for int8.
+        UserError: where a weight is not finite or too large for int8, or was not quantised.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -257,6 +264,12 @@ def take_over(model: PreTrainedModel, device: torch.device) -> None:
         )
         model.set_submodule(name, layer)
     model.hf_quantizer.remove_quantization_config(model)
+    inside = _within_layers(model)
+    if left := [name for name in _linear_layers(model) if model.get_submodule(name) in inside]:
+        raise UserError(
+            f"model.quantization: transformers keeps {left[0]} of {type(model).__name__} in a dtype "
+            "of its own and does not quantise it; set model.quantization=none"
+        )
 
 
 # --- counting -----------------------------------------------------------------------------------

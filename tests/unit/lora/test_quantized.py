@@ -66,6 +66,7 @@ class Holder(nn.Module):
         self.layer = layer
         self.dtype = dtype
         self.hf_quantizer = self
+        self.config = transformers.LlamaConfig()
 
     def remove_quantization_config(self, model: nn.Module) -> None:
         assert model is self
@@ -178,6 +179,18 @@ def test_stand_ins_store_what_a_loaded_model_stores(
     assert [name for name, _ in quantised_layers(loaded)] == list(chosen_layers(plain, scheme))
     assert Stored.of(counted).bytes(torch.bfloat16) < 2 * weights
     assert not loaded.is_quantized and not hasattr(loaded.config, "quantization_config")
+
+
+def test_a_layer_that_transformers_leaves_as_it_is_is_named(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = build("LlamaForCausalLM", LLAMA)
+    plain.save_pretrained(tmp_path)
+    settings = loading_settings(plain, "nf4", torch.float32)
+    monkeypatch.setattr(type(plain), "_keep_in_fp32_modules", ["down_proj"])
+    loaded = type(plain).from_pretrained(tmp_path, quantization_config=settings)
+    with pytest.raises(UserError, match=r"keeps model.layers.0.mlp.down_proj of LlamaForCausalLM"):
+        take_over(loaded, torch.device("cpu"))
 
 
 def test_weights_that_int8_cannot_hold_are_refused() -> None:
