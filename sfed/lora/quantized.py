@@ -267,8 +267,8 @@ def take_over(model: PreTrainedModel, device: torch.device) -> None:
     inside = _within_layers(model)
     if left := [name for name in _linear_layers(model) if model.get_submodule(name) in inside]:
         raise UserError(
-            f"model.quantization: transformers keeps {left[0]} of {type(model).__name__} in a dtype "
-            "of its own and does not quantise it; set model.quantization=none"
+            f"model.quantization: transformers keeps {left[0]} of {type(model).__name__} in a "
+            "dtype of its own and does not quantise it; set model.quantization=none"
         )
 
 
