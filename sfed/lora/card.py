@@ -122,7 +122,8 @@ def _of_quantization(scheme: str) -> str:
     return (
         f"\nIn training the weights of the base model's linear layers were stored as {scheme} "
         "codes of bitsandbytes. The adapter loads on the plain base model. On a base model that "
-        f"is loaded with `BitsAndBytesConfig({settings})` it has the losses of its training.\n"
+        f"is loaded with `BitsAndBytesConfig({settings})` its losses are near those of its "
+        "training; some kernels of bitsandbytes round inputs or scales in addition.\n"
     )
 
 
