@@ -18,8 +18,8 @@ from sfed.data.placement import by_number
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.evaluate import Evaluation, Measured, score_names
 from sfed.federated.round_stats import RoundStats
-from sfed.methods import aggregation, by_layer
 from sfed.lora.quantized import quantised_layers
+from sfed.methods import aggregation, by_layer
 from sfed.models.hf_config import dtype_name
 from sfed.observability import metrics
 from sfed.observability.console import Console
