@@ -18,6 +18,7 @@ _FREE_KEYS = (
     "federated.clients_per_pass",
     "federated.deadline_seconds",
     "federated.max_bad_rounds",
+    "federated.num_rounds",  # finished rounds keep their learning rates (clients/schedule)
 )
 
 
@@ -35,8 +36,6 @@ def comparable(config: Config, num_clients: int) -> dict[str, Any]:
         flat["federated.optimizer_state"] = "keep"
     if config.data.is_text:
         flat["data.task"] = "jsonl"  # the older name, which older checkpoints hold
-    if config.train.schedule == "constant":
-        del flat["federated.num_rounds"]  # a longer run begins with the same rounds
     return dict(masked(flat))
 
 

@@ -116,7 +116,9 @@ class FederatedSection(Section):
     """Number of clients N. null = one client per process; with partition.kind=by_file one per
     file."""
     num_rounds: PositiveInt = 10
-    """Number of rounds of the run, including the rounds before it was resumed."""
+    """Number of rounds of the run, including the rounds before it was resumed. It may change when
+    the run resumes: finished rounds keep their learning rates, and the schedule of those that
+    follow is computed with the new number."""
     share_head: bool = False
     """Average the classification heads after each round. false = each client keeps its own head."""
     clients_per_round: PositiveInt | None = None

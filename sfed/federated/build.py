@@ -36,7 +36,7 @@ from sfed.models.tokenizer import load_tokenizer
 from sfed.models.trial_passes import Subject, ordinary_tokens
 from sfed.observability import metrics
 from sfed.observability.console import Console
-from sfed.storage import checkpoint
+from sfed.storage import checkpoint, resume
 from sfed.storage.checkpoint_folder import CheckpointRef
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask
@@ -105,7 +105,8 @@ def build(
     of_config = (asked, world, task_of(config), tokenizer, method, num_clients, gamma)
     clients = _clients(config, world, attached, placed[world.rank], sharing)
     weights = _class_weights(config, world, held)
-    run = Run(*of_config, frozen, attached, held, clients, sharing, weights)
+    course = resume.course_from(found, config)
+    run = Run(*of_config, frozen, attached, held, clients, sharing, course, weights)
     loaded = fingerprints.when_built(run, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
     run = _as_far_as_right(run, console.warn)

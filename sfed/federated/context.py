@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from sfed.clients.schedule import Course
 from sfed.clients.store import ClientStore, groups
 from sfed.config.schema import Config
 from sfed.data import placement
@@ -84,6 +85,8 @@ class Run:
     data: Data
     clients: ClientStore
     sharing: ClientsPerPass
+    course: Course
+    """Of the learning rate."""
     class_weights: torch.Tensor | None = None
     """(classes,) fp32 on the device; None where all classes count the same."""
 

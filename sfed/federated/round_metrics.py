@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sfed.clients.schedule import learning_rate
 from sfed.config import own_method
 from sfed.data.placement import by_number
 from sfed.federated.context import RoundPlan, Run
@@ -54,6 +55,7 @@ def header(run: Run) -> list[str]:
         else "rows: short sequences share one where that is cheaper",
         *_passes(run),
         *_classes(run),
+        *filter(None, [run.course.line(run.config.train)]),
         f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data, "
         "global = A with the mean of B on everybody's",
     ]
@@ -153,6 +155,9 @@ def describe_run(run: Run) -> dict[str, Any]:
             "clients_per_pass": run.clients.clients_per_pass,
             "clients_per_pass_reason": run.sharing.reason,
             "padded_reason": run.why_padded,
+            "schedule_rounds": [
+                {"from_round": first + 1, "rounds": total} for first, total in run.course.parts
+            ],
             "adapter_parameters": run.clients.layout.size,
             "own_parameters": {
                 factor: aggregation.message_bytes(run.clients.layout, (factor,)) // 4
@@ -251,6 +256,7 @@ def round_event(
     """
     event: dict[str, Any] = {"event": "round", "round": finished_rounds}
     event.update(_training(run, stats))
+    event.update(_schedule(run, finished_rounds))
     event.update(_held_out(run, evaluation))
     if evaluation is not None and run.task.classes and finished_rounds == _last_round(run):
         event[metrics.CONFUSION] = {
@@ -324,6 +330,18 @@ def _training(run: Run, stats: RoundStats | None) -> dict[str, Any]:
         metrics.TRAIN_LOSS: float(healthy.loss_sum.sum() / supervised) if supervised else None,
         metrics.GRAD_NORM: float(healthy.norm_sum.sum() / steps) if steps else None,
         metrics.FIRST_GRAD_NORM: float(healthy.first_norm.sum() / num) if num else None,
+    }
+
+
+def _schedule(run: Run, finished_rounds: int) -> dict[str, Any]:
+    """The learning rate with which the round began, and over how many rounds it is computed."""
+    section, begun = run.config.train, finished_rounds - 1
+    if begun < 0:
+        return {metrics.LEARNING_RATE: None, metrics.SCHEDULE_ROUNDS: None}
+    total = run.course.num_rounds(begun)
+    return {
+        metrics.LEARNING_RATE: learning_rate(section, total, begun),
+        metrics.SCHEDULE_ROUNDS: None if section.schedule == "constant" else total,
     }
 
 

@@ -212,6 +212,7 @@ def _train_and_export(
         run.sharing.clients_per_pass,
         run.data.digests,
         run.placement,
+        run.course,
     )
     with Writer(identity, world, run.clients, folder.path, found) as writer:
         finished = rounds.train(run, state, writer, RoundLog(run, console, log), stop)

@@ -175,6 +175,7 @@ def facts_table(story: RunRecord) -> Table:
         "rounds": story.progress,
         "model, data, partition": f"{model}, {task}, {kind}",
         **_left_out(story),
+        **_schedule(story),
         "seed": show(number(config, "seed"), ".0f"),
         "training examples": show(float(sum(story.sizes.values())) or None, ",.0f"),
         "parameters of an adapter": show(number(config, "resolved.adapter_parameters"), ",.0f"),
@@ -195,6 +196,22 @@ def _left_out(story: RunRecord) -> dict[str, str]:
     names = look(story.config, "resolved.left_out_clients")
     shown = ", ".join(map(str, names)) if isinstance(names, list) else ""
     return {"left out, too few examples": shown} if shown else {}
+
+
+def _schedule(story: RunRecord) -> dict[str, str]:
+    """The schedule of the learning rate, where its number of rounds has changed."""
+    name, parts = (
+        look(story.config, "train.schedule"),
+        look(story.config, "resolved.schedule_rounds"),
+    )
+    if name in (None, "constant") or not isinstance(parts, list) or len(parts) < 2:
+        return {}
+    told = [
+        f"{show(number(part, 'rounds'), '.0f')} rounds from round "
+        f"{show(number(part, 'from_round'), '.0f')} on"
+        for part in parts
+    ]
+    return {"learning rate": f"{name} over {', '.join(told)}"}
 
 
 def _idle(story: RunRecord) -> dict[str, str]:

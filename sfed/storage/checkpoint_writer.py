@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from sfed.clients.schedule import Course
 from sfed.clients.store import ClientStore
 from sfed.config.diff import comparable
 from sfed.config.schema import Config
@@ -97,6 +98,8 @@ class RunIdentity:
     """Digest of the data of each client."""
     placement: Sequence[Sequence[int]]
     """The clients of each process."""
+    course: Course
+    """Of the learning rate."""
 
 
 class Writer:
@@ -178,6 +181,7 @@ class Writer:
             "layout_size": self._clients.layout.size,
             "processes": world.size,
             "placement": [list(own) for own in identity.placement],
+            "course": [list(part) for part in identity.course.parts],
             "clients_per_pass": identity.clients_per_pass,
             "data_digests": list(identity.data_digests),
             "config": comparable(identity.config, identity.num_clients),

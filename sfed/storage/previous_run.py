@@ -10,7 +10,7 @@ from typing import Any
 from sfed.config.diff import comparable, differences, flatten
 from sfed.config.schema import Config
 from sfed.storage.checkpoint_folder import CheckpointRef, by_age, metadata_of
-from sfed.storage.resume import refuse_other_run
+from sfed.storage.resume import refuse_fewer_rounds, refuse_other_run
 from sfed.storage.run_record import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -136,6 +136,7 @@ def refuse_other_settings(folder: Path, config: Config) -> None:
         return
     for ref, num_clients in zip(found, before, strict=True):
         refuse_other_run(ref, config, config.federated.num_clients or num_clients)
+        refuse_fewer_rounds(ref, config)
 
 
 def read_attempt(folder: Path) -> Attempt:
