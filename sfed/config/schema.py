@@ -90,6 +90,11 @@ class LoraSection(Section):
     """Names of the layers that get an adapter, such as [q_proj, v_proj]; all-linear = all linear
     layers except the output head. Any other single string is a regular expression that matches the
     full names of layers."""
+    start_from: Location | None = None
+    """Folder of LoRA adapters that the clients start from: one PEFT adapter for all of them, or a
+    subfolder for each client by its name, such as runs/demo/adapters. gamma is that of the
+    adapters, there is no mean of A before the first step, and rank and target_modules follow the
+    adapters where they are not set. null = A is drawn and B is 0."""
     init: Literal["auto", "independent", "shared"] = "auto"
     """Initialization of A: independent = one draw per client, averaged over the clients before the
     first step if the method averages A; shared = one draw for all clients; auto = the method's
@@ -115,6 +120,10 @@ class FederatedSection(Section):
     num_clients: PositiveInt | None = None
     """Number of clients N. null = one client per process; with partition.kind=by_file one per
     file."""
+    join: Location | None = None
+    """Folder of a finished run that new clients join: they take its A, which is frozen, and its
+    gamma, and each trains B and its head alone. No mean is sent. null = the clients of this run are
+    a federation of their own."""
     num_rounds: PositiveInt = 10
     """Number of rounds of the run, including the rounds before it was resumed. It may change when
     the run resumes: finished rounds keep their learning rates, and the schedule of those that
@@ -318,6 +327,32 @@ class Config(Section):
                 f"backbone.deepspeed.zero_optimization.{asked[0]} and model.quantization="
                 f"{self.model.quantization} exclude each other: codes cannot be quantised again"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Config:
+        """Refuse keys that an adapter on disk decides, or that have no meaning with it."""
+        lora, federated = self.lora, self.federated
+        if lora.start_from is not None and federated.join is not None:
+            raise ValueError(
+                f"lora.start_from={lora.start_from} and federated.join={federated.join} exclude "
+                "each other; set one of them to null"
+            )
+        key = "lora.start_from" if lora.start_from is not None else "federated.join"
+        decided: dict[str, object] = {"lora.alpha": lora.alpha, "lora.scaling": lora.scaling}
+        if federated.join is not None:
+            decided |= {
+                "federated.averaged": federated.averaged,
+                "federated.share_head": federated.share_head,
+            }
+        elif lora.start_from is None:
+            return self
+        for name, value in decided.items():
+            if value not in (None, "auto", False):
+                reason = "gamma is that of the adapters"
+                if name.startswith("federated."):
+                    reason = "each new client trains alone, and nothing is averaged"
+                raise ValueError(f"{name}={value} with {key}: {reason}; remove it")
         return self
 
     @model_validator(mode="after")

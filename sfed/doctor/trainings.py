@@ -25,8 +25,8 @@ from sfed.doctor.job import Job
 from sfed.doctor.machines import needs_folder
 from sfed.doctor.report import Result, failed, ok, skipped
 from sfed.federated.session import train_among
-from sfed.files.names import GLOBAL, adapter_folder
-from sfed.storage.run_record import ADAPTER_FILE, RunRecord, open_run
+from sfed.files.names import ADAPTER_FILE, GLOBAL, adapter_folder
+from sfed.storage.run_record import RunRecord, open_run
 from sfed.utils.errors import UserError
 from sfed.utils.text import one_line
 

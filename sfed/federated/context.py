@@ -24,6 +24,7 @@ from sfed.methods.aggregation import normalised_weights
 from sfed.methods.method import Method
 from sfed.models.backbone import Backbone
 from sfed.models.objective import Objective, objective_of, why_padded
+from sfed.storage.origin import Origin
 
 Group = tuple[int, ...]
 """Clients that share passes."""
@@ -87,6 +88,8 @@ class Run:
     sharing: ClientsPerPass
     course: Course
     """Of the learning rate."""
+    origin: Origin | None
+    """What the adapters started from; None where A was drawn."""
     class_weights: torch.Tensor | None = None
     """(classes,) fp32 on the device; None where all classes count the same."""
 
@@ -147,12 +150,13 @@ class Run:
         """Optimizer steps that a client makes in a round."""
         return placement.local_steps(self.config, self.data.train_counts[client])
 
-    @property
-    def own_factors(self) -> tuple[str, ...]:
-        """Which of A, B and head clients hold their own of, between rounds.
+    def own_factors(self, finished_rounds: int) -> tuple[str, ...]:
+        """Which of A, B and head clients hold their own of, after so many rounds.
 
         The others are the same on all clients, bit for bit.
         """
+        if finished_rounds == 0 and self.origin is not None:
+            return self.origin.own_factors
         apart = {
             "A": self.method.keeps_apart("A"),
             "B": self.method.keeps_apart("B"),

@@ -13,10 +13,9 @@ from safetensors import SafetensorError
 from sfed.data.forms import chat
 from sfed.data.forms.text import TextForms
 from sfed.federated.context import Run
-from sfed.files.names import GLOBAL, adapter_folder
+from sfed.files.names import CLIENT_FILE, GLOBAL, adapter_folder
 from sfed.lora.card import ClassifierCard, write_quantization
 from sfed.methods import aggregation
-from sfed.storage.run_record import CLIENT_FILE
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask
 
@@ -31,7 +30,8 @@ def export_adapters(run: Run, folder: Path) -> None:
     row_of_all, prompting = None, _prompting(run)
     if "global" in run.config.evaluation.adapters and run.method.has_global_adapter:
         weights = run.weights(run.everyone)
-        row_of_all = aggregation.global_row(run.world, run.clients, weights, run.own_factors)
+        own = run.own_factors(run.config.federated.num_rounds)
+        row_of_all = aggregation.global_row(run.world, run.clients, weights, own)
     try:
         for client in run.clients.own:
             path = folder / "adapters" / run.data.adapter_folders[client]
@@ -106,4 +106,5 @@ def _write(run: Run, folder: Path, row: torch.Tensor) -> None:
         pad_token_id=settings.pad_token_id,
         replaces_head=head.replaces_another,
         quantization=scheme,
+        started_from="" if run.origin is None else run.origin.line,
     ).write(folder)

@@ -114,4 +114,5 @@ def when_built(run: Run, tokenizer: str) -> dict[str, Any]:
         "examples of each client": digest(json.dumps(counts)),
         "layout of the adapters": digest(repr(run.clients.layout.pieces)),
         "gamma": run.gamma,
+        "adapters that the run starts from": run.origin and run.origin.digest,
     }

@@ -21,7 +21,7 @@ from sfed.files.listing import is_local, list_files
 from sfed.files.silos import least_rows, num_clients_of, silos_of
 from sfed.methods import method as methods
 from sfed.observability import trackers
-from sfed.storage import previous_run
+from sfed.storage import origin, previous_run
 from sfed.storage.run_record import REPORT_FILE
 from sfed.utils.errors import ConfigError, DataError, UserError
 from sfed.utils.launcher import launch
@@ -31,7 +31,8 @@ from sfed.utils.text import counted
 def check(config: Config, num_processes: int | None = None) -> str:
     """Check what needs neither torch nor a model, before anything is loaded.
 
-    That is: a method that is unstable with this scaling, more processes than clients, files that do
+    That is: a method that is unstable with this scaling, adapters to start from that are not there
+    or not plain LoRA, more processes than clients, files that do
     not exist, are of no known kind or hold what cannot be learned from, an ``output.resume`` that
     is no folder, trackers or bitsandbytes that are not installed.
 
@@ -49,6 +50,7 @@ def check(config: Config, num_processes: int | None = None) -> str:
     mistakes: list[str] = []
     try:
         methods.resolve(config)
+        _check_origin(config)
     except UserError as mistake:
         mistakes.append(str(mistake))
     num_processes = num_processes or launch().size
@@ -91,6 +93,15 @@ def _missing_quantization(config: Config) -> list[str]:
         f"model.quantization = {scheme}: the package bitsandbytes is not installed; "
         "pip install 'sfed[quantization]', or set model.quantization=none"
     ]
+
+
+def _check_origin(config: Config) -> None:
+    """Check what the run starts from, where that is on disk and the run begins."""
+    origin.adopted(config)
+    if config.federated.join is not None and not origin.is_resumed(config):
+        found = origin.source(config)
+        assert found.run_config is not None
+        methods.check_joinable(found.run_config, found.path)
 
 
 def _of_clients(config: Config, num_processes: int) -> list[str]:

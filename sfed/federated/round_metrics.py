@@ -34,17 +34,14 @@ _MOST_NAMED = 8
 def header(run: Run) -> list[str]:
     """What this run is, in plain words, a line each."""
     method, layout, world = run.method, run.clients.layout, run.world
-    of_clients, of_rank = method.exponents
     plan = run.plan(0)
-    start = "independent, averaged before the first step" if method.independent_init else "shared"
     return [
         f"{_method_name(run)}: {run.num_clients} clients on {world.size} "
         f"process{'es' if world.size > 1 else ''} ({world.device.type}), "
         f"{sum(run.data.train_counts):,} training and {sum(run.data.eval_counts):,} held-out "
         "examples",
         *run.data.lines,
-        f"gamma = {method.alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gamma:.4g} with "
-        f"N = {run.num_clients}, r = {run.config.lora.rank}; A starts {start}",
+        *_start(run),
         f"adapter: {layout.size:,} parameters per client; a round sends "
         f"{' and '.join(plan.averaged) or 'nothing'} ({_message_bytes(run, plan):,} bytes)",
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
@@ -86,6 +83,24 @@ def _quantization(run: Run) -> list[str]:
     return [
         f"quantization: {run.config.model.quantization} codes for the {weights:,} weights of "
         f"{len(layers)} linear layers, {dtype} for all others"
+    ]
+
+
+def _start(run: Run) -> list[str]:
+    """The lines about gamma and about what A and B start from."""
+    method, lora_rank = run.method, run.config.lora.rank
+    if run.origin is not None:
+        loaded = " and ".join(run.origin.factors)
+        return [
+            run.origin.line,
+            f"gamma = {run.gamma:.4g} of the adapters, r = {lora_rank}; loaded: {loaded}; no mean "
+            "before the first step",
+        ]
+    of_clients, of_rank = method.exponents
+    start = "independent, averaged before the first step" if method.independent_init else "shared"
+    return [
+        f"gamma = {method.alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gamma:.4g} with "
+        f"N = {run.num_clients}, r = {lora_rank}; A starts {start}"
     ]
 
 
@@ -137,9 +152,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "resolved": {
             "num_clients": run.num_clients,
             "gamma": run.gamma,
-            "alpha": run.method.alpha,
-            "scaling_exponents": list(run.method.exponents),
-            "independent_init": run.method.independent_init,
+            **_start_as_data(run),
             "method": own_method.identity(run.config.federated.method),
             "scores": list(score_names(run)),
             "classes": list(run.task.classes) if run.task.classes else None,
@@ -167,6 +180,19 @@ def describe_run(run: Run) -> dict[str, Any]:
             "device": str(run.world.device.type),
         },
         "versions": versions.of_libraries(*versions.RECORDED),
+    }
+
+
+def _start_as_data(run: Run) -> dict[str, Any]:
+    """What gamma follows from, and what A and B started from."""
+    if run.origin is not None:
+        nothing = dict.fromkeys(("alpha", "scaling_exponents", "independent_init"))
+        return {**nothing, "origin": run.origin.as_record()}
+    return {
+        "alpha": run.method.alpha,
+        "scaling_exponents": list(run.method.exponents),
+        "independent_init": run.method.independent_init,
+        "origin": None,
     }
 
 

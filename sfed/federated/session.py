@@ -24,7 +24,7 @@ from sfed.federated.export import export_adapters
 from sfed.federated.round_metrics import RoundLog
 from sfed.observability import metrics
 from sfed.observability.console import Console
-from sfed.storage import checkpoint, resume
+from sfed.storage import checkpoint, origin, resume
 from sfed.storage.checkpoint import State
 from sfed.storage.checkpoint_folder import CheckpointRef
 from sfed.storage.checkpoint_writer import RunIdentity, Writer
@@ -76,6 +76,7 @@ def fit(config: Config) -> RunRecord:
         MissingProcessError: where another process ended or did not come before the deadline.
     """
     preflight.check(config)
+    config = origin.adopted(config)
     with _unchanged_process():
         end = run_session(config)
     return open_run(end.folder)
@@ -160,6 +161,7 @@ def train_among(world: World, config: Config, stop: StopRequest) -> RunRecord | 
         UserError, TrainingFailedError, DivergedError, MissingProcessError: as of ``fit``.
     """
     preflight.check(config, world.size)
+    config = origin.adopted(config)
     console = Console(is_main=world.is_main)
     folder = RunFolder(config, one_of_many=True)
     try:
@@ -213,6 +215,7 @@ def _train_and_export(
         run.data.digests,
         run.placement,
         run.course,
+        None if run.origin is None else run.origin.as_record(),
     )
     with Writer(identity, world, run.clients, folder.path, found) as writer:
         finished = rounds.train(run, state, writer, RoundLog(run, console, log), stop)

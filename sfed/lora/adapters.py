@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,6 +35,7 @@ from sfed.utils.errors import UserError
 from sfed.utils.files import replacing
 
 _SUPPORTED_LAYERS = ("Linear", "Conv1D", "QuantisedLinear")
+_PREFIX = "base_model.model."
 
 
 def _siblings(
@@ -118,6 +120,34 @@ class Adapters:
         names = [piece.layer for piece in self.layout.pieces if piece.factor == "head"]
         return torch.cat([self.head.initial[name].flatten() for name in names])
 
+    def tensor_shapes(self, factors: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of some factors, by its name in PEFT's files without prefix."""
+        return {self._peft_name(p): p.shape for p in self.layout.pieces if p.factor in factors}
+
+    def read_factors(self, folder: Path, factors: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Read some factors of a stock PEFT adapter.
+
+        Args:
+            folder: of adapter_model.safetensors, with tensors of the shapes of ``tensor_shapes``.
+            factors: some of A, B and head.
+
+        Returns:
+            (parameters of the factor,) fp32 on CPU by factor.
+
+        Raises:
+            OSError, SafetensorError: where it cannot be read.
+            ValueError: where it holds no finite numbers.
+        """
+        tensors = load_file(folder / "adapter_model.safetensors")
+        found: dict[str, torch.Tensor] = {}
+        for factor in factors:
+            names = [self._peft_name(p) for p in self.layout.pieces if p.factor == factor]
+            flat = [tensors[f"{_PREFIX}{name}"].float().flatten() for name in names]
+            found[factor] = torch.cat(flat)
+            if not torch.isfinite(found[factor]).all():
+                raise ValueError(f"{factor} holds numbers that are not finite")
+        return found
+
     def write_peft_folder(self, folder: Path, row: torch.Tensor) -> None:
         """Write one client's row as a stock PEFT adapter, whole or not at all.
 
@@ -133,7 +163,7 @@ class Adapters:
         """
         row = row.detach().cpu()
         tensors = {
-            f"base_model.model.{self._peft_name(piece)}": row[piece.start : piece.end]
+            f"{_PREFIX}{self._peft_name(piece)}": row[piece.start : piece.end]
             .view(piece.shape)
             .clone()
             for piece in self.layout.pieces

@@ -41,6 +41,8 @@ class ClassifierCard:
     """Whether the base model has a head of other classes."""
     quantization: str = "none"
     """How the weights of the base model were stored in training."""
+    started_from: str = ""
+    """What the adapter started from, a line; empty where it started afresh."""
 
     def write(self, folder: Path) -> None:
         """Write ``labels.json``, where there are classes, and ``README.md`` into a folder.
@@ -56,11 +58,12 @@ class ClassifierCard:
     def _text(self, name: str) -> str:
         named = ", ".join(f"`{label}`" for label in self.labels[:_MOST_NAMED])
         more = ", ..." if len(self.labels) > _MOST_NAMED else ""
+        origin = f"Training {self.started_from}.\n\n" if self.started_from else ""
         about = f"{len(self.labels)} classes: {named}{more}" if self.labels else "one value"
         return (
             f"{_front(self.base_name)}# {name}\n\n"
             f"LoRA adapter and classification head for `{self.base_name}`, trained with sfed. "
-            f"It predicts {about}. Run in this folder:\n\n"
+            f"It predicts {about}.\n\n{origin}Run in this folder:\n\n"
             f"```python\n{self.code()}```\n{_of_quantization(self.quantization)}"
         )
 

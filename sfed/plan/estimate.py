@@ -23,6 +23,7 @@ from sfed.methods import method as methods
 from sfed.plan.checks import check_plan
 from sfed.plan.planner import CONTEXT_BYTES, MemoryPlan, Planner, remedies
 from sfed.plan.request import LINKS, Machine, Pace
+from sfed.storage import origin
 from sfed.utils.errors import ConfigError
 from sfed.utils.text import parse_size
 
@@ -107,6 +108,7 @@ def estimate(
         raise ConfigError(f"gpu_memory = {gpu_memory!r} is no size such as 80GiB")
     if link not in LINKS:
         raise ConfigError(f"link = {link!r}: it is one of {', '.join(LINKS)}")
+    config = origin.adopted(config)
     check_plan(config, gpus)
     return predict(config, Machine(gpus, memory_bytes, link), Pace(), lambda _: None)
 

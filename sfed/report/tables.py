@@ -174,6 +174,7 @@ def facts_table(story: RunRecord) -> Table:
     facts = {
         "rounds": story.progress,
         "model, data, partition": f"{model}, {task}, {kind}",
+        **({"started from": story.started_from} if story.started_from else {}),
         **_left_out(story),
         **_schedule(story),
         "seed": show(number(config, "seed"), ".0f"),

@@ -21,7 +21,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,6 +100,8 @@ class RunIdentity:
     """The clients of each process."""
     course: Course
     """Of the learning rate."""
+    origin: Mapping[str, Any] | None = None
+    """What the adapters started from; None where A was drawn."""
 
 
 class Writer:
@@ -182,6 +184,7 @@ class Writer:
             "processes": world.size,
             "placement": [list(own) for own in identity.placement],
             "course": [list(part) for part in identity.course.parts],
+            "origin": identity.origin,
             "clients_per_pass": identity.clients_per_pass,
             "data_digests": list(identity.data_digests),
             "config": comparable(identity.config, identity.num_clients),

@@ -15,7 +15,7 @@ from typing import Any
 
 from sfed.config import load as config_load
 from sfed.config.schema import Config
-from sfed.files.names import adapter_folder
+from sfed.files.names import ADAPTER_FILE, adapter_folder
 from sfed.observability import metrics
 from sfed.utils import json_text
 from sfed.utils.errors import UserError
@@ -29,9 +29,6 @@ KINDS = {
 LOSS = "loss"
 CONFIG_FILE, METRICS_FILE, PARTITION_FILE = "config.json", "metrics.jsonl", "partition.json"
 REPORT_FILE = "report.html"
-ADAPTER_FILE = "adapter_model.safetensors"
-CLIENT_FILE = "client.json"
-"""Beside the adapter of a client with a name: its number and that name, as it was given."""
 _SQUARED_ERROR_SCORES = ("pearson", "spearman")
 
 
@@ -154,6 +151,14 @@ class RunRecord:
     def method(self) -> str:
         """Name of the federated method."""
         return str(look(self.config, "federated.method") or "method unknown")
+
+    @property
+    def started_from(self) -> str:
+        """What the adapters started from, with a digest of its files; empty where A was drawn."""
+        key, path, digest = (
+            look(self.config, f"resolved.origin.{name}") for name in ("key", "path", "digest")
+        )
+        return "" if key is None else f"{key} = {path} (digest {digest})"
 
     @property
     def num_clients(self) -> float | None:
