@@ -53,8 +53,8 @@ def header(run: Run) -> list[str]:
         *_passes(run),
         *_classes(run),
         *filter(None, [run.course.line(run.config.train)]),
-        f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data, "
-        "global = A with the mean of B on everybody's",
+        f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data"
+        + ("" if method.is_alone else ", global = A with the mean of B on everybody's"),
     ]
 
 

@@ -76,7 +76,6 @@ def fit(config: Config) -> RunRecord:
         MissingProcessError: where another process ended or did not come before the deadline.
     """
     preflight.check(config)
-    config = origin.adopted(config)
     with _unchanged_process():
         end = run_session(config)
     return open_run(end.folder)
@@ -118,6 +117,7 @@ def run_session(
     Raises:
         UserError, TrainingFailedError, DivergedError, MissingProcessError: as of ``fit``.
     """
+    config = origin.adopted(config)
     world = distributed.start(config.federated.deadline_seconds)
     stop = StopRequest(world)
     console = Console(is_main=world.is_main, import_seconds=import_seconds)

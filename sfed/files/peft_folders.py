@@ -84,7 +84,7 @@ class PeftFolder:
             OSError: where they cannot be read.
         """
         files = [describe(self.path / name) for name in (ADAPTER_CONFIG, ADAPTER_FILE)]
-        return hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(json.dumps(files).encode(), digest_size=8).hexdigest()
 
 
 def factor_of(name: str) -> str:

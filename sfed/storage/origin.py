@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ class Source:
 class Origin:
     """What a run started from, as its records say it."""
 
-    key: str
+    named_by: str
+    """The key that names the folder: lora.start_from or federated.join."""
     path: str
     """As it was given."""
     digest: str
@@ -110,6 +111,8 @@ class Origin:
     """Model that the adapters were trained for, as they say; perhaps empty."""
     own: Mapping[int, PeftFolder] = field(default_factory=dict)
     """The adapters of this process's clients, where the run begins."""
+    own_digests: Mapping[int, str] = field(default_factory=dict)
+    """Of the files of each of them."""
 
     @property
     def own_factors(self) -> tuple[str, ...]:
@@ -121,7 +124,7 @@ class Origin:
     @property
     def line(self) -> str:
         """What is to be known of it, on one line."""
-        if self.key == JOIN:
+        if self.named_by == JOIN:
             return f"joined {self.path} (digest {self.digest}): its A, frozen, and its gamma"
         whose = "one adapter for all clients" if self.is_for_all else "an adapter for each client"
         base = f"; made for {self.base_name}" if self.base_name else ""
@@ -129,8 +132,7 @@ class Origin:
 
     def as_record(self) -> dict[str, Any]:
         """What checkpoints and ``config.json`` keep."""
-        facts = asdict(self)
-        del facts["own"]
+        facts = {k: v for k, v in vars(self).items() if not k.startswith("own")}
         return {**facts, "factors": list(self.factors)}
 
 

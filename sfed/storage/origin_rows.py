@@ -54,7 +54,7 @@ def look(
     by_client = {int(client): pair for one in told for client, pair in one.items()}
     files = [by_client[client][0] for client in sorted(by_client)]
     return Origin(
-        key=found.key,
+        named_by=found.key,
         path=found.path,
         digest=files[0] if found.is_for_all else consistency.digest("\n".join(files)),
         gamma=found.gamma,
@@ -63,6 +63,7 @@ def look(
         factors=tuple(factors),
         base_name=found.adapters[0].base_name,
         own=own,
+        own_digests={client: facts[one.path][0] for client, one in own.items()},
     )
 
 
@@ -84,8 +85,8 @@ def _check_fits(found: Source, one: PeftFolder, factors: Sequence[str], adapters
         where = "the model has no adapters on" if others[0] not in layers else "it has none for"
         some = ", ".join(others[:_MOST_NAMED]) + (", ..." if len(others) > _MOST_NAMED else "")
         raise ConfigError(
-            f"{found.said}: the adapter {one.path} is not for the layers that lora.target_modules "
-            f"names: {where} {some}. Leave lora.target_modules out to follow the adapter; where "
+            f"{found.said}: {one.path.name} is not for the layers that lora.target_modules names: "
+            f"{where} {some}. Leave lora.target_modules out to follow the adapter; where "
             "that does not help, it is of another model than model.name"
         )
     wanted = adapters.tensor_shapes(factors)
@@ -94,8 +95,8 @@ def _check_fits(found: Source, one: PeftFolder, factors: Sequence[str], adapters
         here, there = _form(wanted.get(name)), _form(held.get(name))
         if here != there:
             raise ConfigError(
-                f"{found.said}: {name} is {there} in {one.path} and {here} in the model; it is of "
-                "another model, or of other classes"
+                f"{found.said}: {name} is {there} in {one.path.name} and {here} in the model; the "
+                "adapter is of another model, or of other classes"
             )
 
 
@@ -108,7 +109,7 @@ def _readable(said: str, one: PeftFolder) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ConfigError(f"{said}: {one.path} cannot be read ({one_line(error)})") from None
+        raise ConfigError(f"{said}: {one.path.name} cannot be read ({one_line(error)})") from None
 
 
 def start(origin: Origin, clients: ClientStore, adapters: Adapters, world: World) -> None:
@@ -124,8 +125,8 @@ def start(origin: Origin, clients: ClientStore, adapters: Adapters, world: World
             clients.set_shared("head", adapters.initial_head())
         for client in clients.own[:1] if origin.is_for_all else clients.own:
             one = origin.own[client]
-            with _readable(f"{origin.key} = {origin.path!r}", one):
-                if one.digest() != origin.digest and origin.is_for_all:
+            with _readable(f"{origin.named_by} = {origin.path!r}", one):
+                if one.digest() != origin.own_digests[client]:
                     raise ValueError("it was changed since this start looked at it")
                 values = adapters.read_factors(one.path, origin.factors)
             _give(origin, clients, client, values)

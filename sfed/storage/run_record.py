@@ -156,7 +156,7 @@ class RunRecord:
     def started_from(self) -> str:
         """What the adapters started from, with a digest of its files; empty where A was drawn."""
         key, path, digest = (
-            look(self.config, f"resolved.origin.{name}") for name in ("key", "path", "digest")
+            look(self.config, f"resolved.origin.{name}") for name in ("named_by", "path", "digest")
         )
         return "" if key is None else f"{key} = {path} (digest {digest})"
 
