@@ -148,7 +148,7 @@ def _origin(run: Run, source: Source | None, found: CheckpointRef | None) -> Ori
         factors = _loaded_factors(run, source)
         if "head" in factors:
             source.check_labels(run.task.labels or run.task.classes or ())
-        origin_rows.check_backbone(source, run.backbone.weights_digest, run.backbone.sharding.kind)
+        origin_rows.check_backbone(source, run.backbone.weights_digest)
     looked = origin_rows.look(source, factors, run.adapters, run.data, run.world)
     if run.method.needs_common_a and not looked.has_common_a:
         raise ConfigError(
@@ -181,7 +181,8 @@ def _backbone(start: Start, name: str, meta: MetaModel, held: Data) -> Backbone:
     with sync.raise_everywhere(start.world, "loading the backbone"):
         frozen = backbone.load(start.config, name, start.world, meta, start.sharding)
         check_rows_fit(start.config, held, frozen)
-    frozen.weights_digest = fingerprints.of_backbone(frozen.model, frozen.model.config.to_dict())
+    settings = frozen.model.config.to_dict()
+    frozen.weights_digest = fingerprints.of_backbone(start.world, frozen.model, settings)
     return frozen
 
 

@@ -22,6 +22,7 @@ from sfed.distributed.world import World
 from sfed.federated.context import Run
 from sfed.files.listing import SPLITS, list_files
 from sfed.lora.quantized import quantised_layers
+from sfed.models.deepspeed import own_share
 from sfed.utils import versions
 from sfed.utils.errors import DivergedError
 
@@ -73,21 +74,31 @@ def at_start(config: Config) -> dict[str, Any]:
     return {**flatten(config), **own, **listed, **versions.of_libraries(*versions.LIBRARIES)}
 
 
-def of_backbone(model: nn.Module, settings: Mapping[str, Any]) -> str:
-    """A digest of a frozen model: shapes and, of a replica, the bits; before adapters are attached.
+def of_backbone(world: World, model: nn.Module, settings: Mapping[str, Any]) -> str:
+    """A digest of a frozen model: its shapes and bits, before adapters are attached.
 
-    Shares of ZeRO-3 differ by nature, and all come from what process 0 has read; but for the scales
-    of quantised weights, which each process has made itself.
+    The same of a replica and of shards, whose sums are added up; scales of quantised weights, which
+    each process has made itself, count as they are. Collective where it is sharded.
 
     Args:
+        world: the processes.
         model: the model.
         settings: its configuration.
     """
+    named = sorted(model.named_parameters())
+    shares = [own_share(parameter, world.rank) for _, parameter in named]
+    held = [one if share is None else share for (_, one), share in zip(named, shares, strict=True)]
+    sums = [bit_sum(values) for values in held]
+    if any(share is not None for share in shares):
+        told = gather_json(world, "digest of the backbone", sums)
+        added = [sum(some) % 2**64 for some in zip(*told, strict=True)]
+        sums = [
+            own if share is None else whole
+            for own, share, whole in zip(sums, shares, added, strict=True)
+        ]
     weights: list[tuple[Any, ...]] = [
-        (name, list(parameter.ds_shape))
-        if hasattr(parameter, "ds_shape")
-        else (name, list(parameter.shape), str(parameter.dtype), bit_sum(parameter))
-        for name, parameter in sorted(model.named_parameters())
+        (name, list(getattr(one, "ds_shape", one.shape)), str(one.dtype), total)
+        for (name, one), total in zip(named, sums, strict=True)
     ]
     weights += [
         (f"{name}.scales", list(layer.dequantise.scales.shape), bit_sum(layer.dequantise.scales))

@@ -98,6 +98,19 @@ def _has_large_weights(layers: list[nn.Module]) -> bool:
     return sum(sizes) >= _LARGE_WEIGHT * max(1, len(sizes))
 
 
+def own_share(parameter: nn.Parameter, rank: int) -> torch.Tensor | None:
+    """What a process holds of a sharded weight, flat; None of a weight that is not sharded.
+
+    The last share is filled up with anything, which is left out.
+    """
+    share = getattr(parameter, "ds_tensor", None)
+    if share is None:
+        return None
+    of_weight = max(0, parameter.ds_numel - rank * share.ds_numel)  # type: ignore[attr-defined]
+    flat: torch.Tensor = share.view(-1)[:of_weight]
+    return flat
+
+
 def gathered_whole(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
     """Gather parameters that ``from_pretrained`` has loaded into shards. Collective where so."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):

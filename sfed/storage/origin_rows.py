@@ -145,22 +145,17 @@ def _give(
         clients.set_own(client, apart)
 
 
-def check_backbone(found: Source, weights_digest: str, sharding: str) -> None:
+def check_backbone(found: Source, weights_digest: str) -> None:
     """Refuse to join a run of another backbone.
 
     Raises:
-        ConfigError: where the digests differ, or cannot be compared.
+        ConfigError: where the digests differ.
     """
     if found.key != JOIN or found.run is None or found.run_config is None:
         return
-    known, how = (found.run.resolved.get(key) for key in ("backbone_digest", "sharding"))
+    known = found.run.resolved.get("backbone_digest")
     if known == weights_digest:
         return
-    if known is not None and how != sharding:
-        raise ConfigError(
-            f"{found.said}: the run has digested its backbone with backbone.sharding={how}, which "
-            f"cannot be compared with {sharding}; set backbone.sharding={how}"
-        )
     raise ConfigError(
         f"{found.said}: the backbone is another one: {found.run_config.model.name!r} "
         f"({found.run.resolved.get('dtype')}, digest {known}) there, digest {weights_digest} here; "

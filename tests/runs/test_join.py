@@ -157,13 +157,14 @@ def test_several_clients_join_each_by_itself_and_nothing_of_an_adapter_is_sent(
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("sharding", "processes"), [("zero3", 2), full("none", 2)])
-def test_clients_join_on_any_processes(
-    tiny_folder: Path, tmp_path: Path, federation: Path, sharding: str, processes: int
+@pytest.mark.parametrize(
+    ("there", "here"), [("none", "zero3"), full("zero3", "none"), full("zero3", "zero3")]
+)
+def test_clients_join_on_any_processes_however_the_backbone_is_stored(
+    tiny_folder: Path, tmp_path: Path, federation: Path, there: str, here: str
 ):
     run = federation
-    if sharding == "zero3":
-        run = tmp_path / "run"
+    if there == "zero3":
         own = settings(
             tiny_folder,
             tmp_path,
@@ -171,14 +172,12 @@ def test_clients_join_on_any_processes(
             lora={"rank": 3},
             federated={"num_clients": 3, "num_rounds": 2},
             train=FEDERATION,
-            backbone={"sharding": sharding},
+            backbone={"sharding": there},
         )
-        runs.run(processes, own)
+        run = runs.run(3, own)
     shape = {"num_clients": 2, "num_rounds": 2, "join": str(run)}
-    own = settings(
-        tiny_folder, tmp_path, "joined", federated=shape, backbone={"sharding": sharding}
-    )
-    for seen in on_processes(processes, counted_run, own):
+    own = settings(tiny_folder, tmp_path, "joined", federated=shape, backbone={"sharding": here})
+    for seen in on_processes(2, counted_run, own):
         assert not [kind for _, kind, _, _ in seen if "reduce" in kind]
     folder = tmp_path / "joined"
     a = [runs.factors(one, "A") for one in runs.adapters(folder).values()]
