@@ -174,7 +174,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "adapter_parameters": run.clients.layout.size,
             "own_parameters": {
                 factor: aggregation.message_bytes(run.clients.layout, (factor,)) // 4
-                for factor in run.own_factors
+                for factor in run.own_factors(run.config.federated.num_rounds)
             },
             "world_size": run.world.size,
             "device": str(run.world.device.type),

@@ -146,6 +146,21 @@ def _named(name: str) -> Method:
     return method
 
 
+def _refuse_against_step(config: Config, base: Method) -> None:
+    """Refuse overrides that a method's server step leaves without a meaning."""
+    if config.federated.averaged != "auto" and base.server_step is not None:
+        raise ConfigError(
+            f"federated.averaged={list(config.federated.averaged)}: the server step of "
+            f"{base.name} takes the factors that its record names; leave it at auto"
+        )
+    if config.federated.optimizer_state == "keep" and not base.keeps_moments:
+        raise ConfigError(
+            f"federated.optimizer_state=keep: the server step of {base.name} changes the basis "
+            "of the factors, so the moments of the optimizer mean nothing after it; leave it at "
+            "auto"
+        )
+
+
 def _problem_of(method: Method) -> str | None:
     """What is wrong with a record that somebody has written."""
     for what, turns in (("trained", method.trained), ("averaged", method.averaged)):
@@ -182,6 +197,7 @@ def resolve(config: Config) -> Method:
             outputs would grow as N and gradients as sqrt(N).
     """
     base, lora = _named(config.federated.method), config.lora
+    _refuse_against_step(config, base)
     exponents = base.exponents
     if isinstance(lora.scaling, tuple):
         exponents = lora.scaling
@@ -189,11 +205,6 @@ def resolve(config: Config) -> Method:
         exponents = EXPONENTS[lora.scaling]
     averaged = base.averaged
     if config.federated.averaged != "auto":
-        if base.server_step is not None:
-            raise ConfigError(
-                f"federated.averaged={list(config.federated.averaged)}: the server step of "
-                f"{base.name} takes the factors that its record names; leave it at auto"
-            )
         averaged = (tuple(factor for factor in _AB if factor in config.federated.averaged),)
     method = replace(
         base,
@@ -204,12 +215,6 @@ def resolve(config: Config) -> Method:
         ),
         alpha=base.alpha if lora.alpha is None else lora.alpha,
     )
-    if config.federated.optimizer_state == "keep" and not method.keeps_moments:
-        raise ConfigError(
-            f"federated.optimizer_state=keep: the server step of {method.name} changes the basis "
-            "of the factors, so the moments of the optimizer mean nothing after it; leave "
-            "federated.optimizer_state=auto"
-        )
     if config.federated.join is not None:
         return method.joined()
     if config.lora.start_from is not None:
