@@ -184,8 +184,7 @@ def _refuse_other(config: Config, found: Source, decided: Mapping[str, Any]) -> 
     """Refuse keys that are set to something else than what the run starts from."""
     flat = flatten(config)
     lines = [
-        f"{key} = {flat[key]!r}: it is {value!r} in {found.path} ({found.key}); set it to that, or "
-        "leave it out"
+        f"{key} = {flat[key]!r}: it is {value!r} in {found.path} ({found.key}); set it to that"
         for key, value in decided.items()
         if key != "lora.target_modules" and _is_set(config, key) and flat[key] != value
     ]
