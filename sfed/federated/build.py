@@ -90,16 +90,14 @@ def build(
     sharding = hf_config.choose_sharding(config, meta, world)
     console.enter(metrics.READING_SECONDS, f"reading {config.data.task}")
     held = splits.load(config, tokenizer, world, num_clients, sharding.is_sharded)
-    for note in held.notes:
-        console.warn(note)
+    _check_data(held, source, world, console)
     placed = held.placement.clients
     start = Start(config, world, sharding, checkpoint.clients_per_pass(found, placed))
     estimate = clients_per_pass.estimate(start, meta, held, placed, console.say)
     loading = f"loading {config.model.name} ({hf_config.precision(config, world)})"
     console.enter(metrics.LOADING_SECONDS, loading)
     frozen = _backbone(start, name, meta, held)
-    loaded_gamma = None if origin.place_of(config) is None else _gamma_of(source, found)
-    method, gamma = method_and_gamma(config, held, num_clients, loaded_gamma)
+    method, gamma = method_and_gamma(config, held, num_clients, _gamma_of(source, found))
     _warn_of_alpha(config, gamma, console)
     attached = _attached(config, world, frozen, gamma, name)
     sharing = clients_per_pass.agree(start, estimate, attached.layout.size)
@@ -107,9 +105,8 @@ def build(
         console.warn(f"memory may not suffice: {sharing.reason}")
     of_config = (asked, world, task_of(config), tokenizer, method, num_clients, gamma)
     clients = _clients(config, world, attached, placed[world.rank], sharing)
-    weights = _class_weights(config, world, held)
-    course = resume.course_from(found, config)
-    run = Run(*of_config, frozen, attached, held, clients, sharing, course, None, weights)
+    rest = (resume.course_from(found, config), None, _class_weights(config, world, held))
+    run = Run(*of_config, frozen, attached, held, clients, sharing, *rest)
     run = dataclasses.replace(run, origin=_origin(run, source, found))
     loaded = fingerprints.when_built(run, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
@@ -127,12 +124,21 @@ def _source(config: Config, world: World, found: CheckpointRef | None) -> Source
         return origin.source(config)
 
 
-def _gamma_of(source: Source | None, found: CheckpointRef | None) -> float:
-    """Gamma of a run that starts from adapters on disk, or of its checkpoint."""
+def _check_data(held: Data, source: Source | None, world: World, console: Console) -> None:
+    """Say what is to be known of the data; refuse clients without an adapter to start from."""
+    for note in held.notes:
+        console.warn(note)
+    if source is not None:
+        with sync.raise_everywhere(world, "adapters of the clients"):
+            source.of_clients(held.names, held.adapter_folders)
+
+
+def _gamma_of(source: Source | None, found: CheckpointRef | None) -> float | None:
+    """Gamma of adapters on disk that a run starts from, or has started from; None without them."""
     if source is not None:
         return source.gamma
-    assert found is not None
-    return float(found.metadata["gamma"])
+    is_loaded = found is not None and found.metadata.get("origin") is not None
+    return float(found.metadata["gamma"]) if found is not None and is_loaded else None
 
 
 def _origin(run: Run, source: Source | None, found: CheckpointRef | None) -> Origin | None:
@@ -142,8 +148,7 @@ def _origin(run: Run, source: Source | None, found: CheckpointRef | None) -> Ori
         ConfigError: on every process, where the adapters do not fit the model or the method.
     """
     if source is None:
-        record = None if found is None else found.metadata.get("origin")
-        return None if record is None else origin.of_record(record)
+        return None if found is None else origin.of_record(found)
     with sync.raise_everywhere(run.world, "comparing with what the run starts from"):
         factors = _loaded_factors(run, source)
         if "head" in factors:

@@ -19,10 +19,10 @@ from sfed.files import peft_folders
 from sfed.files.names import GLOBAL, adapter_folders
 from sfed.files.peft_folders import PeftFolder
 from sfed.files.silos import num_clients_of, silos_of
-from sfed.storage.checkpoint_folder import by_age, metadata_of
+from sfed.storage.checkpoint_folder import CheckpointRef, by_age, metadata_of
 from sfed.storage.previous_run import finished_rounds
 from sfed.storage.run_record import CONFIG_FILE, ForeignFileError, SavedConfig, number, read_config
-from sfed.utils.errors import ConfigError
+from sfed.utils.errors import CheckpointError, ConfigError
 
 START_FROM, JOIN = "lora.start_from", "federated.join"
 _OF_ADAPTERS = ("lora.rank", "lora.target_modules")
@@ -136,13 +136,20 @@ class Origin:
         return {**facts, "factors": list(self.factors)}
 
 
-def of_record(record: Mapping[str, Any]) -> Origin:
-    """Return what a checkpoint has recorded.
+def of_record(found: CheckpointRef) -> Origin | None:
+    """Return what a checkpoint has recorded; None where its run started afresh.
 
     Raises:
-        KeyError, TypeError: where it is none.
+        CheckpointError: where that is damaged.
     """
-    return Origin(**{**record, "factors": tuple(record["factors"])})
+    record = found.metadata.get("origin")
+    try:
+        return None if record is None else Origin(**{**record, "factors": (*record["factors"],)})
+    except (KeyError, TypeError):
+        raise CheckpointError(
+            f"the checkpoint {found.folder} does not say what its run started from; "
+            "output.resume=FOLDER resumes from another one"
+        ) from None
 
 
 def place_of(config: Config) -> tuple[str, str] | None:

@@ -276,7 +276,7 @@ def refusal(folder: Path, out: Path, **sections: dict) -> str:
 
 
 def test_clients_without_an_adapter_are_all_named_with_what_is_there(
-    tiny_folder: Path, tmp_path: Path, base: Path
+    tiny_folder: Path, tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
 ):
     few = tmp_path / "few"
     shutil.copytree(base / "adapters", few)
@@ -288,6 +288,8 @@ def test_clients_without_an_adapter_are_all_named_with_what_is_there(
     assert "2 clients have no adapter there: 'kind-1', 'kind-2'" in said
     assert "the adapters are of 'global', 'kind-0', 'kind-3'" in said
     assert not (tmp_path / "run").exists()
+    loading = f"loading {tiny_folder / 'model'}"
+    assert loading not in caplog.text, "before the model is loaded"
     sections = {"partition": {"kind": "iid", "key": None}, "lora": {"start_from": str(few)}}
     assert "4 clients have no adapter there: 'client-0000'" in refusal(
         tiny_folder, tmp_path, **sections

@@ -11,7 +11,8 @@ from sfed.config.load import validate
 from sfed.config.schema import Config
 from sfed.federated import preflight
 from sfed.storage import origin
-from sfed.utils.errors import ConfigError
+from sfed.storage.checkpoint_folder import CheckpointRef
+from sfed.utils.errors import CheckpointError, ConfigError
 from tests.support.peft_files import FACTORS, save
 
 
@@ -108,6 +109,16 @@ def test_a_start_that_resumes_follows_its_checkpoint(tmp_path: Path):
     assert origin.gamma_of(given) == 0.75
     path.write_text("{")  # the start itself says what is wrong with it
     assert origin.adopted(given) == given
+
+
+def test_what_a_checkpoint_records_is_read_back_or_refused():
+    whole = origin.Origin("lora.start_from", "x", "d", 2.0, True, True, ("A", "B"), "base")
+    path = Path("checkpoints")
+    assert origin.of_record(CheckpointRef(path, {"origin": whole.as_record()})) == whole
+    assert origin.of_record(CheckpointRef(path, {})) is None
+    for record in ({"path": "x"}, {**whole.as_record(), "more": 1}, [], 3):
+        with pytest.raises(CheckpointError, match="does not say what its run started from"):
+            origin.of_record(CheckpointRef(path, {"origin": record}))
 
 
 def test_it_is_refused_before_torch_with_all_else(tmp_path: Path):
