@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from sfed.storage import resume
 from sfed.storage.run_record import open_run
 from sfed.utils.errors import CheckpointError
 from tests.support import runs, tiny
+from tests.support.disturbed import Moment, train_with_signal
+from tests.support.processes import ends_of
 
 LR, STEPS = 1e-2, 2
 
@@ -102,6 +105,20 @@ def test_the_former_rounds_stay_what_they_were_at_the_next_start_too(
     assert rates == pytest.approx(expected + of(lambda x: 1 - x, 3, range(2, 3)), rel=1e-6)
     facts = json.loads((folder / "checkpoints" / "round-000003" / "run.json").read_text())
     assert facts["course"] == [[0, 1], [1, 2], [2, 3]]
+
+
+@pytest.mark.dist
+def test_a_round_that_was_stopped_within_keeps_its_number(
+    tiny_folder: Path, tmp_path: Path, rates: list[float]
+):
+    own = settings(tiny_folder, tmp_path, "run", 2, "linear")
+    (end,) = ends_of(1, train_with_signal, own, Moment(0, 2, 1), signal.SIGTERM)
+    assert "stopped as asked" in end.said, end
+    assert (tmp_path / "run" / "checkpoints" / "round-000001-partial").is_dir()
+    train(tiny_folder, tmp_path, "run", 4, "linear")
+    after = of(lambda x: 1 - x, 4, range(2, 4))
+    assert rates == pytest.approx([*of(lambda x: 1 - x, 2, range(1, 2)), *after][-len(rates) :])
+    assert len(after) < len(rates) < len(after) + STEPS
 
 
 def test_fewer_rounds_than_are_finished_are_refused(tiny_folder: Path, tmp_path: Path):

@@ -159,7 +159,7 @@ def test_a_of_each_client_stays_as_loaded_until_the_first_mean(tiny_folder: Path
 @pytest.mark.parametrize(
     ("federated", "sharding", "processes"),
     [
-        ({}, "none", 2),
+        full({}, "none", 2),
         ({"clients_per_pass": 1}, "zero3", 2),
         full({"clients_per_pass": 2, "clients_per_round": 2}, "none", 1),
         full({}, "zero3", 1),

@@ -153,6 +153,8 @@ def test_a_folder_that_says_its_client_is_of_no_other(tmp_path: Path):
     found = [adapter("a-b", "a/b")]
     with pytest.raises(ConfigError, match="no adapter there: 'a b'; the adapters are of 'a/b'"):
         by_client(found, ["a b"], ["a-b"], "key")
+    with pytest.raises(ConfigError, match="no adapter there: 'a b'"):
+        by_client([adapter("other", "a-b")], ["a b"], ["a-b"], "key")
     assert by_client([adapter("a-b")], ["a b"], ["a-b"], "key")[0].path.name == "a-b"
 
 
