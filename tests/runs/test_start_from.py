@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from sfed.storage import origin
 from sfed.storage.run_record import open_run
 from sfed.utils.errors import CheckpointError, ConfigError
 from tests.support import glue, runs, tiny
+from tests.support.disturbed import Moment, train_with_signal
+from tests.support.processes import ends_of
 from tests.support.reference import parts_of, tokenised
 from tests.support.selection import full
 
@@ -225,6 +228,23 @@ def test_a_resumed_run_does_not_read_the_folder_again(
     assert first["lora"] == second["lora"]
     lines = preflight.look_back(validated(tiny_folder, tmp_path, **shape, rounds=2))
     assert lines is not None and "nothing to do" in lines[0]
+
+
+@pytest.mark.dist
+def test_a_run_that_is_stopped_before_the_first_mean_keeps_the_a_of_each_client(
+    tiny_folder: Path, tmp_path: Path
+):
+    for number, kind in enumerate(KINDS):
+        save_stock(tiny_folder, tmp_path / "some" / kind, seed=number)
+    shape = {"lora": {"start_from": str(tmp_path / "some")}, "federated": {"clients_per_round": 2}}
+    whole = train(tiny_folder, tmp_path, "whole", **shape)
+    own = settings(tiny_folder, tmp_path, **shape)
+    (end,) = ends_of(1, train_with_signal, own, Moment(0, 1, 1), signal.SIGTERM)
+    assert "stopped as asked" in end.said, end
+    shutil.rmtree(tmp_path / "some")
+    assert runs.identical(
+        runs.adapters(whole), runs.adapters(train(tiny_folder, tmp_path, **shape))
+    )
 
 
 def validated(folder: Path, out: Path, *, rounds: int = 1, **sections: dict):
