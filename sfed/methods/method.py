@@ -25,7 +25,7 @@ from typing import Literal
 
 from sfed.config.own_method import is_own
 from sfed.config.schema import Config
-from sfed.methods.own import load_own
+from sfed.methods.own import load_named
 from sfed.methods.scaling import EXPONENTS
 from sfed.methods.server import ServerStep
 from sfed.utils.errors import ConfigError, UserError
@@ -136,7 +136,7 @@ def _named(name: str) -> Method:
     """A method of the table, or one of the user's."""
     if not is_own(name):
         return METHODS[name]
-    method = load_own(name)
+    method = load_named(name, "federated.method")
     if not isinstance(method, Method):
         raise ConfigError(
             f"federated.method = {name!r}: it is a {type(method).__name__}, not a sfed.Method"
