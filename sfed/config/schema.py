@@ -23,7 +23,15 @@ from pydantic import (
 
 from sfed.config import own_method, text_forms
 from sfed.config.data_section import CLASS_COLUMNS, DataSection, check_labels
-from sfed.config.fields import Exponent, Location, Section, as_list, at_home, weights_by_label
+from sfed.config.fields import (
+    Exponent,
+    Location,
+    Section,
+    as_list,
+    at_home,
+    no_fp16,
+    weights_by_label,
+)
 
 DEFAULT_LOCAL_STEPS = 10
 
@@ -49,15 +57,16 @@ class ModelSection(Section):
     name: Location = "demo"
     """Hub id or folder of the language model or encoder. demo = a small model that comes
     with sfed; the default with data.task=demo."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    dtype: Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(no_fp16)] = "auto"
     """Data type of the backbone; auto = bf16 on GPUs, fp32 on CPUs. Adapters are always fp32."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Storage of the weights of the linear layers within the transformer: nf4 = codes of 4 bits
     with a scale per 64 weights; int8 = codes of 8 bits with a scale per row; none = model.dtype.
     Products are computed in model.dtype with the dequantised weight. nf4 and int8 need pip install
     'sfed[quantization]'."""
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """Attention implementation of transformers. auto = sdpa where the model supports it, else
+    eager; flash_attention_2 is used only where it is named. May change on resume."""
 
 
 class PartitionSection(Section):

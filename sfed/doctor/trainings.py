@@ -213,7 +213,8 @@ def _train_on_cpu(settings: dict[str, Any], folder: Path) -> None:
         check=False,
     )
     if done.returncode != 0:
-        raise UserError(f"the reference on a CPU failed: {one_line(done.stderr[-300:])}")
+        last = done.stderr.strip().rpartition("\n")[2] or "it said nothing"
+        raise UserError(f"the reference on a CPU failed: {one_line(last)}")
 
 
 def _alone_on_cpu(folder: Path) -> dict[str, str]:

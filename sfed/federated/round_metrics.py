@@ -20,6 +20,7 @@ from sfed.federated.context import RoundPlan, Run
 from sfed.federated.evaluate import Evaluation, Measured, score_names
 from sfed.federated.round_stats import RoundStats
 from sfed.lora.quantized import quantised_layers
+from sfed.lora.targets import last_parts
 from sfed.methods import aggregation, by_layer
 from sfed.models.hf_config import dtype_name
 from sfed.observability import metrics
@@ -27,6 +28,7 @@ from sfed.observability.console import Console
 from sfed.observability.trackers import MetricLogger
 from sfed.storage.checkpoint_writer import Writer
 from sfed.utils import versions
+from sfed.utils.text import counted
 
 _MOST_NAMED = 8
 
@@ -42,10 +44,11 @@ def header(run: Run) -> list[str]:
         "examples",
         *run.data.lines,
         *_start(run),
-        f"adapter: {layout.size:,} parameters per client; a round sends "
+        f"adapter: {layout.size:,} parameters per client on {_adapted(run)}; a round sends "
         f"{' and '.join(plan.averaged) or 'nothing'} ({_message_bytes(run, plan):,} bytes)",
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
         *_quantization(run),
+        f"attention: {_attention(run)}",
         *_placement(run),
         f"rows: padded ({run.why_padded})"
         if run.why_padded
@@ -104,6 +107,19 @@ def _start(run: Run) -> list[str]:
     ]
 
 
+def _adapted(run: Run) -> str:
+    """The layers that are adapted, by the names that they have in their parents."""
+    layers = run.adapters.layers
+    return f"{counted(len(layers), 'layer')} ({', '.join(sorted(last_parts(layers)))})"
+
+
+def _attention(run: Run) -> str:
+    """The attention that is used, and why where the model left no choice."""
+    used, kind = run.backbone.attention, type(run.backbone.model).__name__
+    is_forced = run.config.model.attention == "auto" and used != "sdpa"
+    return f"{used} ({kind} has no sdpa in transformers)" if is_forced else used
+
+
 def _placement(run: Run) -> list[str]:
     """The line about which process holds which client, where that is not by number."""
     placed = run.data.placement
@@ -159,6 +175,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "class_weights": None if run.class_weights is None else run.class_weights.tolist(),
             "loss_unit": run.task.loss_unit,
             "dtype": dtype_name(run.config, run.world),
+            "attention": run.backbone.attention,
             "sharding": run.backbone.sharding.kind,
             "sharding_reason": run.backbone.sharding.reason,
             "backbone_digest": run.backbone.weights_digest,

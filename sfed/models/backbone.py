@@ -29,6 +29,7 @@ from sfed.models.hf_config import (
     DTYPES,
     MetaModel,
     Sharding,
+    asked_attention,
     auto_class,
     cannot_load,
     choose_sharding,
@@ -69,6 +70,11 @@ class Backbone:
         return context_of(self.model)
 
     @property
+    def attention(self) -> str:
+        """The attention implementation of transformers that the language model uses."""
+        return str(self.model.config.get_text_config()._attn_implementation)
+
+    @property
     def vocabulary_size(self) -> int:
         """Rows of the embedding."""
         return int(self.model.config.get_text_config().vocab_size)
@@ -87,7 +93,7 @@ class Backbone:
         if self._losses is None or not self._losses.keeps_documents_apart:
             return None
         even = _EVEN_WIDTH_OF_HIDDEN * self.model.config.get_text_config().hidden_size
-        if self.model.config._attn_implementation == "flash_attention_2":
+        if self.attention == "flash_attention_2":
             even = math.inf
         return Packing(self.context_tokens, even)
 
@@ -215,7 +221,7 @@ def _read(
             name,
             config=meta.config,
             dtype=dtype,
-            attn_implementation=config.model.attention,
+            attn_implementation=asked_attention(config),
             trust_remote_code=config.backbone.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # of a head with other classes; see heads.detach_head
@@ -226,7 +232,7 @@ def _read(
     except Exception as error:  # as of read_model_config
         if is_of_the_machine(error):
             raise
-        raise UserError(cannot_load(name, error)) from None
+        raise UserError(cannot_load(config, name, error)) from None
     if scheme != "none":
         quantized.take_over(model, world.device)
     return model, loading

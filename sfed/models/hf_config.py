@@ -37,6 +37,10 @@ _BF16_CAPABILITY = (8, 0)  # of Ampere, the first GPUs that compute bf16 themsel
 # A replica may take this share of the memory that is free when the run starts; the rest is for
 # adapters, activations and logits.
 _REPLICA_SHARE = 0.5
+# What transformers says where a model has no such attention, or a package for it is missing.
+_OF_ATTENTION = re.compile(
+    r"scaled_dot_product|attn_implementation|attention implementation|flash.?att", re.IGNORECASE
+)
 # Words in the names of probabilities with which a model in training mode leaves things to chance.
 _OF_CHANCE = ("dropout", "pdrop", "layerdrop", "drop_path", "stochastic_depth", "jitter")
 
@@ -64,10 +68,17 @@ def dtype_name(config: Config, world: World) -> str:
     return "bf16" if is_native else "fp32"
 
 
+<<<<<<< HEAD
 def precision(config: Config, world: World) -> str:
     """The dtype of the backbone, and how its weights are stored where that is another form."""
     scheme, dtype = config.model.quantization, dtype_name(config, world)
     return dtype if scheme == "none" else f"{scheme}, computed in {dtype}"
+=======
+def asked_attention(config: Config) -> str | None:
+    """``model.attention`` as transformers takes it; None = sdpa if the model has it, else eager."""
+    asked = config.model.attention
+    return None if asked == "auto" else asked
+>>>>>>> e0fbe6e (Families: a table of 24 from runs, exports and stock PEFT; attention auto; fp16 refused; targets by the model's own names)
 
 
 def auto_class(config: Config) -> Any:
@@ -77,7 +88,11 @@ def auto_class(config: Config) -> Any:
 
 
 def from_config(config: Config, model_config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
-    """A model of this shape without its weights, on torch's present default device."""
+    """A model of this shape without its weights, on torch's present default device.
+
+    Its attention is the one of ``settings``, not one that the model's own configuration names.
+    """
+    settings = {"attn_implementation": None, **settings}
     model: PreTrainedModel = auto_class(config).from_config(
         model_config, trust_remote_code=config.backbone.trust_remote_code, **settings
     )
@@ -133,7 +148,15 @@ class MetaModel:
     @property
     def num_layers(self) -> int:
         """Layers of the transformer; 1 where its configuration does not tell."""
-        return max(1, getattr(self.config, "num_hidden_layers", 1))
+        return max(1, getattr(self.config.get_text_config(), "num_hidden_layers", 1))
+
+    @property
+    def may_be_eager(self) -> bool:
+        """Whether attention may keep a matrix of scores: eager, or a model without sdpa."""
+        if self._run_config.model.attention != "auto":
+            return self._run_config.model.attention == "eager"
+        kind = auto_class(self._run_config)._model_mapping.get(type(self.config), None)
+        return not getattr(kind, "_supports_sdpa", False)
 
 
 def read_model_config(config: Config, name: str) -> PreTrainedConfig:
@@ -159,6 +182,7 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
     except Exception as error:
         if is_of_the_machine(error):
             raise
+<<<<<<< HEAD
         raise UserError(cannot_load(name, error)) from None
     _refuse_quantised_files(config, name, model_config)
     return model_config
@@ -177,6 +201,9 @@ def _refuse_quantised_files(config: Config, name: str, model_config: PreTrainedC
             "config.json); name the model that they were made from, and set "
             f"model.quantization={'nf4' if scheme == 'none' else scheme}"
         )
+=======
+        raise UserError(cannot_load(config, name, error)) from None
+>>>>>>> e0fbe6e (Families: a table of 24 from runs, exports and stock PEFT; attention auto; fp16 refused; targets by the model's own names)
 
 
 def fitted(config: Config, model_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -185,13 +212,23 @@ def fitted(config: Config, model_config: PreTrainedConfig) -> PreTrainedConfig:
         for key, value in part.to_dict().items():
             if isinstance(value, float) and any(word in key for word in _OF_CHANCE):
                 setattr(part, key, 0.0)
-    task = task_of(config)
+    text, task = model_config.get_text_config(), task_of(config)
+    for part in (model_config, text):
+        if hasattr(part, "pad_token_id") and not _is_token(part.pad_token_id, text):
+            part.pad_token_id = None  # such as -1, for none
     if task.is_classification:
         model_config.num_labels = task.num_outputs
-        if model_config.pad_token_id is None:  # LLaMA finds the end of a row by it
-            eos = model_config.eos_token_id
-            model_config.pad_token_id = eos[0] if isinstance(eos, list) else eos or 0
+        if text.pad_token_id is None:  # LLaMA finds the end of a row by it
+            eos = text.eos_token_id
+            first = eos[0] if isinstance(eos, list) and eos else eos
+            text.pad_token_id = first if _is_token(first, text) else 0
+        model_config.pad_token_id = text.pad_token_id
     return model_config
+
+
+def _is_token(number: object, text: PreTrainedConfig) -> bool:
+    """Whether a number is that of a token of the vocabulary."""
+    return type(number) is int and 0 <= number < getattr(text, "vocab_size", number + 1)
 
 
 def classes_of_checkpoint(config: Config, name: str) -> int:
@@ -208,19 +245,20 @@ def is_of_the_machine(error: Exception) -> bool:
 
 
 def told_by(error: Exception) -> str:
-    """What a library says, in one line; with the error's name, where that is no sentence."""
+    """What a library says, on one line; with the error's name, where that is no sentence."""
     logging.getLogger(__name__).debug("the error of the library", exc_info=error)
     text = one_line(error)
     return text if len(text.split()) > 2 else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-def cannot_load(name: str, error: Exception) -> str:
-    """The message of a model that transformers refuses, with its reason in one line."""
-    reason = told_by(error)
-    if re.search(r"scaled_dot_product|attn_implementation|attention implementation", str(error)):
-        reason = (
-            "transformers has no such attention for it (model.attention); set "
-            f"model.attention=eager. It says: {reason}"
+def cannot_load(config: Config, name: str, error: Exception) -> str:
+    """The message of a model that transformers refuses, with its reason on one line."""
+    reason, attention = told_by(error), config.model.attention
+    if attention != "auto" and _OF_ATTENTION.search(str(error)):
+        return (
+            f"model.attention = {attention!r} cannot be used for model.name = {name!r}; set "
+            "model.attention=auto, which takes one that the model supports. transformers says: "
+            f"{reason}"
         )
     if "trust_remote_code" in str(error):
         reason = (

@@ -231,14 +231,14 @@ def _round(config: Config, found: MemoryPlan, pace: Pace) -> dict[str, Any]:
 
 def _pass(config: Config, found: MemoryPlan, pace: Pace) -> Pass:
     """One pass of as many clients as share one."""
-    model_config, work = found.model_config, found.work
+    text, work = found.model_config.get_text_config(), found.work
     return Pass(
         rows=found.clients_per_pass * work.train_rows,
         tokens=min(pace.mean_tokens or work.tokens, work.tokens),
         matmul_weights=found.counts.matmul_weights,
         adapter_numbers=found.counts.a_numbers + found.counts.b_numbers,
-        hidden_size=int(model_config.hidden_size),
-        num_layers=int(model_config.num_hidden_layers),
+        hidden_size=int(text.hidden_size),
+        num_layers=int(text.num_hidden_layers),
         is_causal=not task_of(config).is_classification,
         recomputes=config.backbone.gradient_checkpointing,
     )
