@@ -186,7 +186,8 @@ def _generous_bytes(config: Config, meta: MetaModel, work: Work) -> int:
     """More than all clients of a process need in one pass, whatever the architecture."""
     text = meta.config.get_text_config()
     hidden, layers = _told(text, "hidden_size"), _told(text, "num_hidden_layers")
-    width = hidden + int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    width = hidden + (max(inner) if isinstance(inner, list | tuple) else int(inner))
     tokens = max(work.train_rows, work.eval_rows) * (work.tokens + work.new_tokens)
     # Attention without a fused kernel keeps a square of scores for each head, else a mask; and
     # all of a client may be packed into one row.

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from sfed.config.schema import Config
 from sfed.data.batches import Documents
 from sfed.data.packing import Packing
+from sfed.data.tasks import task_of
 from sfed.distributed.world import World
 from sfed.lora import quantized
 from sfed.lora.head import Head
@@ -268,6 +269,12 @@ def load(
         # While it lives, from_pretrained loads straight into shards; it must outlive the model.
         into_shards = HfDeepSpeedConfig(settings)
     model, loading = _read(config, name, meta, sharding, world)
+    if not task_of(config).is_classification and model.get_output_embeddings() is None:
+        raise UserError(
+            f"model.name = {name!r}: {type(model).__name__} does not tell its output layer "
+            "(get_output_embeddings gives None), so the losses of tokens cannot be computed; "
+            "choose another model.name"
+        )
     model.requires_grad_(False)
     patch_blocks(model)
     head = heads.detach_head(config, model, loading, gathered_whole)

@@ -207,28 +207,57 @@ def _refuse_quantised_files(config: Config, name: str, model_config: PreTrainedC
 
 
 def fitted(config: Config, model_config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set chance to 0 and as many outputs as the task needs, in place; returns it."""
-    for part in (model_config, model_config.get_text_config()):
+    """Set chance to 0 and as many outputs as the task needs, in place; returns it.
+
+    Raises:
+        ValueError: where sizes are missing, or the token of padding is outside of the vocabulary.
+    """
+    text, task = model_config.get_text_config(), task_of(config)
+    for part in (model_config, text):
         for key, value in part.to_dict().items():
             if isinstance(value, float) and any(word in key for word in _OF_CHANCE):
                 setattr(part, key, 0.0)
-    text, task = model_config.get_text_config(), task_of(config)
+    _check_sizes(text)
     for part in (model_config, text):
-        if hasattr(part, "pad_token_id") and not _is_token(part.pad_token_id, text):
-            part.pad_token_id = None  # such as -1, for none
+        _check_padding(part, text.vocab_size)
     if task.is_classification:
         model_config.num_labels = task.num_outputs
         if text.pad_token_id is None:  # LLaMA finds the end of a row by it
-            eos = text.eos_token_id
-            first = eos[0] if isinstance(eos, list) and eos else eos
-            text.pad_token_id = first if _is_token(first, text) else 0
+            text.pad_token_id = _end_token(text)
         model_config.pad_token_id = text.pad_token_id
     return model_config
 
 
-def _is_token(number: object, text: PreTrainedConfig) -> bool:
-    """Whether a number is that of a token of the vocabulary."""
-    return type(number) is int and 0 <= number < getattr(text, "vocab_size", number + 1)
+def _check_sizes(text: PreTrainedConfig) -> None:
+    for key in ("vocab_size", "hidden_size"):
+        if getattr(text, key, None) is None:
+            raise ValueError(
+                f"its configuration ({type(text).__name__}) does not tell {key}; a configuration "
+                "with other names can give it in attribute_map"
+            )
+
+
+def _check_padding(part: PreTrainedConfig, num_words: int) -> None:
+    """Read a token below 0, such as -1, as none.
+
+    Raises:
+        ValueError: where it is none of the vocabulary.
+    """
+    pad = getattr(part, "pad_token_id", None)
+    if pad is not None and pad >= num_words:
+        raise ValueError(
+            f"its config.json says pad_token_id = {pad}, and its vocabulary has {num_words} "
+            "tokens; set it to one of these or to null"
+        )
+    if pad is not None and pad < 0:
+        part.pad_token_id = None
+
+
+def _end_token(text: PreTrainedConfig) -> int:
+    """The first eos that is a token of the vocabulary, or token 0."""
+    eos = getattr(text, "eos_token_id", None)
+    named = eos if isinstance(eos, list) else [eos]
+    return next((one for one in named if one is not None and 0 <= one < text.vocab_size), 0)
 
 
 def classes_of_checkpoint(config: Config, name: str) -> int:
@@ -260,6 +289,8 @@ def cannot_load(config: Config, name: str, error: Exception) -> str:
             "model.attention=auto, which takes one that the model supports. transformers says: "
             f"{reason}"
         )
+    if "Unrecognized configuration class" in str(error):
+        reason = f"transformers has no {_kind_of_model(config)} of this architecture"
     if "trust_remote_code" in str(error):
         reason = (
             "it comes with Python code of its own, which is not run unless "
@@ -268,6 +299,11 @@ def cannot_load(config: Config, name: str, error: Exception) -> str:
     if isinstance(error, UnpicklingError):
         reason = "its weights are a pickle that holds more than tensors; convert it to safetensors"
     return f"model.name = {name!r} cannot be loaded for this task: {reason}"
+
+
+def _kind_of_model(config: Config) -> str:
+    is_classification = task_of(config).is_classification
+    return "sequence classifier" if is_classification else "causal language model"
 
 
 def choose_sharding(config: Config, meta: MetaModel, world: World) -> Sharding:

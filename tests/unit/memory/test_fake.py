@@ -22,7 +22,7 @@ from sfed.memory.costs import Load
 from sfed.memory.fake import FakeFloats
 from sfed.memory.trial import Frozen, Trial
 from sfed.models import losses, synthetic
-from sfed.models.hf_config import MetaModel, fitted, from_config
+from sfed.models.hf_config import MetaModel, asked_attention, fitted, from_config
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ALL, QV = "all-linear", ["q_proj", "v_proj"]
@@ -162,7 +162,7 @@ def test_whether_logits_are_made_in_chunks_is_told_as_by_a_model_with_weights(na
     family, settings, dtype, said = CASES[name]
     config = run_config(said)
     frozen = frozen_of(config, family, settings, dtype)
-    attention = config.model.attention
+    attention = asked_attention(config)
     torch.manual_seed(0)
     model = from_config(config, frozen.config, dtype=FP32, attn_implementation=attention)
     probed = losses.TokenLosses(model.eval()).logits_at_a_time(96)

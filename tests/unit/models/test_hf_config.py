@@ -95,7 +95,8 @@ def test_attention_that_is_not_there_is_refused_with_the_key_that_helps(
     ("settings", "of_text", "of_classifier"),
     [
         ({"pad_token_id": -1, "eos_token_id": 1}, None, 1),
-        ({"pad_token_id": 258, "eos_token_id": [7, 1]}, None, 7),
+        ({"pad_token_id": -100, "eos_token_id": [7, 1]}, None, 7),
+        ({"pad_token_id": -1, "eos_token_id": [300, 1]}, None, 1),
         ({"pad_token_id": None, "eos_token_id": -1}, None, 0),
         ({"pad_token_id": None, "eos_token_id": None}, None, 0),
         ({"pad_token_id": None, "eos_token_id": []}, None, 0),
@@ -103,7 +104,7 @@ def test_attention_that_is_not_there_is_refused_with_the_key_that_helps(
         ({"pad_token_id": 257, "eos_token_id": 1}, 257, 257),
     ],
 )
-def test_a_token_of_padding_outside_of_the_vocabulary_counts_as_none(
+def test_a_token_of_padding_below_zero_counts_as_none(
     settings: dict[str, Any], of_text: int | None, of_classifier: int
 ) -> None:
     files = {"train_files": "rows.jsonl"}
@@ -117,9 +118,55 @@ def test_a_token_of_padding_outside_of_the_vocabulary_counts_as_none(
 
 def test_the_token_of_padding_is_that_of_the_language_model() -> None:
     own = hf.Gemma3Config(
-        text_config={"vocab_size": 300, "pad_token_id": 500, "eos_token_id": 1}, vision_config={}
+        text_config={"vocab_size": 300, "pad_token_id": -1, "eos_token_id": 1}, vision_config={}
     )
     task = {"task": "glue", "name": "rte", "train_files": "rows.jsonl"}
     fitted = hf_config.fitted(config_of(Path("x"), **task), own)
     assert fitted.get_text_config().pad_token_id == 1
     assert fitted.pad_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (
+            hf.LlamaConfig(vocab_size=258, pad_token_id=258),
+            "pad_token_id = 258, and its vocabulary has 258 tokens; set it to one of these or to",
+        ),
+        (hf.PreTrainedConfig(hidden_size=8), "does not tell vocab_size; a configuration with"),
+        (hf.PreTrainedConfig(vocab_size=8), "does not tell hidden_size; a configuration with"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_refused_by_its_key(
+    own: hf.PreTrainedConfig, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        hf_config.fitted(config_of(Path("x")), own)
+
+
+def test_a_model_that_hides_its_output_layer_is_refused(
+    folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf.LlamaForCausalLM, "get_output_embeddings", lambda self: None)
+    with pytest.raises(UserError, match="LlamaForCausalLM does not tell its output layer"):
+        loaded(config_of(folder / "llama"), world)
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ({"task": "text"}, "transformers has no causal language model of this architecture"),
+        (
+            {"task": "glue", "name": "rte"},
+            "transformers has no sequence classifier of this architecture",
+        ),
+    ],
+)
+def test_an_architecture_without_such_a_model_is_named_in_one_sentence(
+    tmp_path: Path, world: World, task: dict[str, str], said: str
+) -> None:
+    hf.CLIPConfig(text_config={"vocab_size": 64}).save_pretrained(tmp_path)
+    config = config_of(tmp_path, train_files="rows.jsonl", **task)
+    with pytest.raises(UserError) as refused:
+        loaded(config, world)
+    assert str(refused.value).endswith(f"cannot be loaded for this task: {said}")
