@@ -260,13 +260,13 @@ class _AddLora(Function):
             xa_CMR if ctx.factors.grad_b is not None else None,
             *(kept if ctx.factors.grad_a is not None else ()),
         )
-        # A frozen layer keeps its input and weight and not its output: it may be written over. To
-        # autograd .data is no view, so that a model may write over what is returned (Falcon).
-        outputs = tuple(y.data for y in ys)
+        # A frozen layer keeps its input and weight and not its output: it may be written over.
+        outputs = tuple(y.detach().contiguous() for y in ys)
         for y, b, part in zip(outputs, b_COR, xa_CMR.chunk(num_layers, dim=2), strict=True):
             rows = y.view(len(b), -1, y.shape[-1])
             rows.baddbmm_(part, b.transpose(1, 2), alpha=ctx.lora_scaling)
-        return outputs
+        # No view to autograd, so that a model may write over it in turn, as Falcon does.
+        return tuple(y.data for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
