@@ -265,8 +265,8 @@ class _AddLora(Function):
         for y, b, part in zip(outputs, b_COR, xa_CMR.chunk(num_layers, dim=2), strict=True):
             rows = y.view(len(b), -1, y.shape[-1])
             rows.baddbmm_(part, b.transpose(1, 2), alpha=ctx.lora_scaling)
-        # No view to autograd, so that a model may write over it in turn, as Falcon does.
-        return tuple(y.data for y in outputs)
+        # To autograd these are no views, so that a model may write over them in turn (Falcon).
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
