@@ -21,7 +21,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from torch import nn
 from transformers import PreTrainedModel
 
 from sfed.lora import targets

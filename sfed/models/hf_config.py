@@ -68,17 +68,16 @@ def dtype_name(config: Config, world: World) -> str:
     return "bf16" if is_native else "fp32"
 
 
-<<<<<<< HEAD
 def precision(config: Config, world: World) -> str:
     """The dtype of the backbone, and how its weights are stored where that is another form."""
     scheme, dtype = config.model.quantization, dtype_name(config, world)
     return dtype if scheme == "none" else f"{scheme}, computed in {dtype}"
-=======
+
+
 def asked_attention(config: Config) -> str | None:
     """``model.attention`` as transformers takes it; None = sdpa if the model has it, else eager."""
     asked = config.model.attention
     return None if asked == "auto" else asked
->>>>>>> e0fbe6e (Families: a table of 24 from runs, exports and stock PEFT; attention auto; fp16 refused; targets by the model's own names)
 
 
 def auto_class(config: Config) -> Any:
@@ -182,8 +181,7 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
     except Exception as error:
         if is_of_the_machine(error):
             raise
-<<<<<<< HEAD
-        raise UserError(cannot_load(name, error)) from None
+        raise UserError(cannot_load(config, name, error)) from None
     _refuse_quantised_files(config, name, model_config)
     return model_config
 
@@ -201,9 +199,6 @@ def _refuse_quantised_files(config: Config, name: str, model_config: PreTrainedC
             "config.json); name the model that they were made from, and set "
             f"model.quantization={'nf4' if scheme == 'none' else scheme}"
         )
-=======
-        raise UserError(cannot_load(config, name, error)) from None
->>>>>>> e0fbe6e (Families: a table of 24 from runs, exports and stock PEFT; attention auto; fp16 refused; targets by the model's own names)
 
 
 def fitted(config: Config, model_config: PreTrainedConfig) -> PreTrainedConfig:
