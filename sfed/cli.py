@@ -19,6 +19,9 @@ COMMANDS = {
     "train": ("sfed.train", "train a configuration; without one, the demo"),
     "sweep": ("sfed.sweep.__main__", "train every configuration of a grid and compare them"),
     "report": ("sfed.report.__main__", "turn run folders into one HTML page"),
+    "export": ("sfed.export.__main__", "write adapters of a round, or a merged model"),
+    "eval": ("sfed.eval.__main__", "score adapters on new data"),
+    "chat": ("sfed.chat.__main__", "talk to an adapter in the terminal"),
     "plan": ("sfed.plan.__main__", "predict memory and time of a run; needs no GPU"),
     "bench": ("sfed.bench.__main__", "measure a training step beside stock PEFT"),
     "conformance": (

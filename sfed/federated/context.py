@@ -157,12 +157,7 @@ class Run:
         """
         if finished_rounds == 0 and self.origin is not None:
             return self.origin.own_factors
-        apart = {
-            "A": self.method.keeps_apart("A"),
-            "B": self.method.keeps_apart("B"),
-            "head": not self.config.federated.share_head,
-        }
-        return tuple(factor for factor in self.clients.layout.factors if apart[factor])
+        return own_factors(self.config, self.method, self.clients.layout.factors)
 
     @property
     def objective(self) -> Objective:
@@ -198,3 +193,13 @@ def client_weights(
     by_examples = config.federated.weighting == "examples"
     counts = data.train_counts if by_examples else None
     return normalised_weights(num_clients, participants, counts)
+
+
+def own_factors(config: Config, method: Method, factors: Sequence[str]) -> tuple[str, ...]:
+    """Which of some factors clients hold their own of, between rounds."""
+    apart = {
+        "A": method.keeps_apart("A"),
+        "B": method.keeps_apart("B"),
+        "head": not config.federated.share_head,
+    }
+    return tuple(factor for factor in factors if apart[factor])

@@ -172,6 +172,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "method": own_method.identity(run.config.federated.method),
             "scores": list(score_names(run)),
             "classes": list(run.task.classes) if run.task.classes else None,
+            "labels": list(run.task.labels) if run.task.labels else None,
             "class_weights": None if run.class_weights is None else run.class_weights.tolist(),
             "loss_unit": run.task.loss_unit,
             "dtype": dtype_name(run.config, run.world),

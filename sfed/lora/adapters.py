@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from sfed.lora import targets
@@ -31,8 +33,10 @@ from sfed.lora.linear import PassContext, Siblings, StackedLoraLinear
 from sfed.lora.quantized import QuantisedLinear
 from sfed.lora.tensor_files import save_tensors
 from sfed.utils.files import replacing
-from sfed.utils.text import one_line
+from sfed.utils.errors import UserError
+from sfed.utils.text import counted, one_line
 
+ADAPTER_WEIGHTS, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
@@ -167,7 +171,7 @@ class Adapters:
             for piece in self.layout.pieces
         }
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "adapter_model.safetensors") as temporary:
+        with replacing(folder / ADAPTER_WEIGHTS) as temporary:
             save_tensors(tensors, temporary, {"format": "pt"})
         settings = {**self.peft_config.to_dict(), "inference_mode": True}
         if self.head is not None:
@@ -177,7 +181,44 @@ class Adapters:
             settings["lora_alpha"] = int(settings["lora_alpha"])
         plain = {key: plain_json(key, value) for key, value in settings.items()}
         text = json.dumps(plain, indent=2, sort_keys=True, allow_nan=False)
-        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        (folder / ADAPTER_SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+    def read_peft_folder(self, folder: Path) -> torch.Tensor:
+        """Read a row from a folder that ``write_peft_folder`` wrote, or stock PEFT.
+
+        Args:
+            folder: of adapter_model.safetensors.
+
+        Returns:
+            (layout.size,) fp32 on the CPU.
+
+        Raises:
+            UserError: where the file cannot be read, or holds other tensors than the adapted layers
+                of this model have.
+        """
+        file = folder / ADAPTER_WEIGHTS
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read ({one_line(error)})") from None
+        row = torch.empty(self.layout.size)
+        for piece in self.layout.pieces:
+            name = f"base_model.model.{self._peft_name(piece)}"
+            tensor = tensors.pop(name, None)
+            if tensor is None or tuple(tensor.shape) != piece.shape:
+                found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+                raise UserError(
+                    f"{file}: the tensor {name} is {found}; on this base model it has the shape "
+                    f"{piece.shape}. The adapter belongs to another base model, or is of a kind "
+                    "that sfed does not know"
+                )
+            row[piece.start : piece.end] = tensor.flatten()
+        if tensors:
+            raise UserError(
+                f"{file}: {counted(len(tensors), 'tensor')}, such as {next(iter(tensors))}, "
+                "have no place on this base model"
+            )
+        return row
 
     def _peft_name(self, piece: Piece) -> str:
         if piece.factor == "head" and self.head is not None:
@@ -293,6 +334,46 @@ def _were_transposed(found: Mapping[str, LoraLayer]) -> bool:
 
 def _rank_and_scaling(request: LoraConfig) -> tuple[int, float]:
     return request.r, request.lora_alpha / request.r
+
+
+def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Add an adapter to the weights of its base model, layer by layer, through stock PEFT.
+
+    No second model is made: beside the model there is the change of one layer at a time, computed
+    in fp32 and rounded to the dtype of the weights. A head in the folder takes the place of the
+    model's.
+
+    Args:
+        model: the base model; changed in place.
+        folder: of an adapter that ``write_peft_folder`` wrote.
+
+    Returns:
+        The model without PEFT's wrappers.
+
+    Raises:
+        UserError: where a weight is stored quantised, or is the weight of another layer too.
+    """
+    wrapped = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
+    adapted = {n: m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
+    for name, layer in adapted.items():
+        _refuse_unmergeable(wrapped, name.removeprefix("base_model.model."), layer)
+    plain: PreTrainedModel = wrapped.merge_and_unload()
+    return plain
+
+
+def _refuse_unmergeable(model: nn.Module, name: str, layer: LoraLayer) -> None:
+    weight = layer.get_base_layer().weight
+    if not weight.is_floating_point():
+        raise UserError(
+            f"--merge: {name} is stored as {weight.dtype}; an adapter is merged into weights of "
+            "16 or 32 bits only. Load the adapter beside its base model instead"
+        )
+    holders = [n for n, one in model.named_parameters(remove_duplicate=False) if one is weight]
+    if len(holders) > 1:
+        raise UserError(
+            f"--merge: the weight of {name} is that of the embedding too (tie_word_embeddings), so "
+            "it cannot be changed alone. Load the adapter beside its base model instead"
+        )
 
 
 def plain_json(key: str, value: Any) -> Any:

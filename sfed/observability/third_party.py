@@ -21,9 +21,11 @@ _HARMLESS_WARNINGS = (
 _OWN_HANDLERS = ("transformers", "datasets", "huggingface_hub", "DeepSpeed")
 
 
-def quieten(process: int, device_type: str, run: str | None = None) -> None:
+def quieten(
+    process: int, device_type: str, run: str | None = None, *, to_stderr: bool = False
+) -> None:
     """Only process 0 chats; a warning of any process is kept, with its number (``logs``)."""
-    logs.begin(process, run)
+    logs.begin(process, run, to_stderr=to_stderr)
     # DeepSpeed, which other libraries import too, otherwise announces its own guess.
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     transformers.utils.logging.disable_progress_bar()

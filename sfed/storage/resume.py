@@ -60,8 +60,7 @@ def find(run_folder: Path, resume: str) -> tuple[CheckpointRef | None, list[str]
             read.
     """
     if resume != "auto":
-        problem, _ = _look_at(Path(resume))
-        if problem:
+        if problem := problem_of(Path(resume)):
             raise CheckpointError(f"output.resume = {resume!r}: {problem}")
         return CheckpointRef(Path(resume), metadata_of(Path(resume))), []
     try:
@@ -196,6 +195,14 @@ def refuse_other_data(found: CheckpointRef, digests: Sequence[str]) -> None:
 
 class _UnknownFormatError(Exception):
     """A checkpoint is of a format that this version does not know."""
+
+
+def problem_of(folder: Path) -> str | None:
+    """What keeps a folder from being a whole checkpoint that can be read; None where nothing does.
+
+    Every byte is compared with its digest.
+    """
+    return _look_at(folder)[0]
 
 
 def _look_at(folder: Path) -> tuple[str | None, bool]:
