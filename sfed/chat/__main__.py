@@ -74,8 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = _one(adapter_ref.choose(found, [given.client] if given.client else [])).folder
     _say("loading PyTorch and transformers ...")
     from sfed.chat import answers
-    from sfed.federated.loaded import on_backbone
-    from sfed.lora.peft_settings import spec_of
+    from sfed.federated.loaded import on_backbone, spec_of
     from sfed.storage import adapter_source
 
     spec = spec_of(folder)

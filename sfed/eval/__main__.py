@@ -62,8 +62,8 @@ def main(arguments: Sequence[str]) -> None:
     _say("loading PyTorch and transformers ...")
     from sfed.eval import scores
     from sfed.federated import loaded as loading
+    from sfed.federated.loaded import spec_of
     from sfed.files.listing import files_of
-    from sfed.lora.peft_settings import spec_of
     from sfed.storage import adapter_source
 
     folders = [one.folder for one in chosen]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sfed.clients.schedule import course_of
 from sfed.clients.store import ClientStore
 from sfed.config.schema import Config
 from sfed.data import splits
@@ -40,7 +41,7 @@ def measure(loaded: Loaded, titles: Sequence[str]) -> dict[str, Any]:
         DataError: where a file or a row is wrong.
     """
     run = _run_of(loaded)
-    found = evaluate(run, StopRequest(loaded.world))
+    found = evaluate(run, StopRequest(loaded.world), run.config.federated.num_rounds)
     assert found is not None, "nobody asks this evaluation to stop"
     names = score_names(run)
     measured = found.kinds["personal"]
@@ -96,4 +97,6 @@ def _run_of(loaded: Loaded) -> Run:
         data,
         clients,
         ClientsPerPass(1, "an adapter at a time"),
+        course_of(None, config.federated.num_rounds),
+        None,
     )

@@ -154,7 +154,7 @@ def _base_model(source: Source) -> PreTrainedModel:
     except Exception as error:  # as of read_model_config
         if is_of_the_machine(error):
             raise
-        raise UserError(cannot_load(source.base, error)) from None
+        raise UserError(cannot_load(config, source.base, error)) from None
     if task.is_classification and model.config.pad_token_id is None:
         # By which a model finds the end of a text.
         model.config.pad_token_id = source.writer.trained.model_config.pad_token_id

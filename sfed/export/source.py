@@ -103,7 +103,11 @@ def read(run_folder: Path, finished_rounds: int | None) -> Source:
     facts = found.metadata
     method = methods.resolve(config)
     course = card_facts.Course(
-        method.name, facts["num_clients"], facts["gamma"], facts["finished_rounds"]
+        method.name,
+        facts["num_clients"],
+        facts["gamma"],
+        facts["finished_rounds"],
+        record.started_from,
     )
     writer = FolderWriter(attached, trained, card_facts.of_run(config, course))
     rows = CheckpointRows(found, attached.layout)

@@ -52,7 +52,7 @@ def writer_of(run: Run) -> FolderWriter:
         str(run.backbone.model.dtype).removeprefix("torch."),
     )
     done = run.config.federated.num_rounds
-    origin = "" if run.origin is None else run.origin.line
+    origin = "" if run.origin is None else run.origin.name
     course = card_facts.Course(run.method.name, run.num_clients, run.gamma, done, origin)
     return FolderWriter(run.adapters, trained, card_facts.of_run(run.config, course))
 

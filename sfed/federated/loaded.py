@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from sfed.config.schema import Config
 from sfed.distributed import world as distributed
 from sfed.distributed.world import World
+from sfed.files import peft_folders
+from sfed.files.names import ADAPTER_CONFIG
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.models import backbone
@@ -46,6 +48,26 @@ class Loaded:
         row = torch.zeros(self.adapters.layout.size)
         row[self.adapters.layout.columns("head")] = self.adapters.initial_head()
         return row
+
+
+def spec_of(folder: Path) -> LoraSpec:
+    """How an adapter is attached to its base model, without dropout.
+
+    The layers are those of which the file holds factors, by their full names.
+
+    Args:
+        folder: of adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        UserError: where a file cannot be read, or the adapter is no plain LoRA adapter.
+    """
+    found = peft_folders.read(folder)
+    if not found.base_name:
+        raise UserError(
+            f"the adapter {folder}: {ADAPTER_CONFIG} does not name the base model; set "
+            "base_model_name_or_path there"
+        )
+    return LoraSpec(found.lora_rank, found.gamma, 0.0, found.layers, found.base_name)
 
 
 def same_spec(folders: Sequence[Path], specs: Sequence[LoraSpec]) -> LoraSpec:

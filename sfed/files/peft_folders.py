@@ -126,13 +126,17 @@ def find(folder: Path, key: str) -> list[PeftFolder]:
     )
 
 
-def read(folder: Path, key: str) -> PeftFolder:
+def read(folder: Path, key: str = "") -> PeftFolder:
     """Read one adapter.
+
+    Args:
+        folder: of the adapter.
+        key: that names it, for errors.
 
     Raises:
         ConfigError: where it is damaged, or holds what this trainer does not compute.
     """
-    said = f"{key}: the adapter {folder}"
+    said = f"{key}: the adapter {folder}" if key else f"the adapter {folder}"
     try:
         settings = _mapping(folder / ADAPTER_CONFIG)
         _refuse_unknown(settings)
@@ -152,7 +156,9 @@ def read(folder: Path, key: str) -> PeftFolder:
     except OSError as error:
         name = Path(error.filename or folder).name
         raise ConfigError(f"{said}: {name} cannot be read ({error.strerror})") from None
-    except (ValueError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise ConfigError(f"{said}: {ADAPTER_FILE} is damaged ({one_line(error)})") from None
+    except ValueError as error:
         raise ConfigError(f"{said}: {one_line(error)}") from None
     targets = settings.get("target_modules")
     is_list = isinstance(targets, list) and all(isinstance(one, str) for one in targets)
@@ -175,14 +181,14 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
     """Refuse what would make the adapter compute something else than gamma B A x."""
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"peft_type is {shown(kind)}; only LORA can be continued")
+        raise ValueError(f"peft_type is {shown(kind)}; only LORA is supported")
     for name, value in sorted(settings.items()):
         if name in _READ or name in _WITHOUT_EFFECT or value in (None, False, "", [], {}):
             continue
         if not any(value is one or value == one for one in _NEUTRAL.get(name, ())):
             raise ValueError(
                 f"{name} = {shown(value)} is not supported; save an adapter of plain LoRA "
-                "(PEFT: LoraConfig without it), or start without lora.start_from"
+                "(PEFT: LoraConfig without it)"
             )
 
 

@@ -32,11 +32,11 @@ from sfed.lora.layout import Layout, Piece
 from sfed.lora.linear import PassContext, Siblings, StackedLoraLinear
 from sfed.lora.quantized import QuantisedLinear
 from sfed.lora.tensor_files import save_tensors
-from sfed.utils.files import replacing
 from sfed.utils.errors import UserError
+from sfed.utils.files import replacing
 from sfed.utils.text import counted, one_line
 
-ADAPTER_WEIGHTS, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+_WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
@@ -140,7 +140,7 @@ class Adapters:
             OSError, SafetensorError: where it cannot be read.
             ValueError: where it holds no finite numbers.
         """
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = load_file(folder / _WEIGHTS)
         found: dict[str, torch.Tensor] = {}
         for factor in factors:
             names = [self._peft_name(p) for p in self.layout.pieces if p.factor == factor]
@@ -171,7 +171,7 @@ class Adapters:
             for piece in self.layout.pieces
         }
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / ADAPTER_WEIGHTS) as temporary:
+        with replacing(folder / _WEIGHTS) as temporary:
             save_tensors(tensors, temporary, {"format": "pt"})
         settings = {**self.peft_config.to_dict(), "inference_mode": True}
         if self.head is not None:
@@ -181,7 +181,7 @@ class Adapters:
             settings["lora_alpha"] = int(settings["lora_alpha"])
         plain = {key: plain_json(key, value) for key, value in settings.items()}
         text = json.dumps(plain, indent=2, sort_keys=True, allow_nan=False)
-        (folder / ADAPTER_SETTINGS).write_text(text + "\n", encoding="utf-8")
+        (folder / _SETTINGS).write_text(text + "\n", encoding="utf-8")
 
     def read_peft_folder(self, folder: Path) -> torch.Tensor:
         """Read a row from a folder that ``write_peft_folder`` wrote, or stock PEFT.
@@ -196,14 +196,14 @@ class Adapters:
             UserError: where the file cannot be read, or holds other tensors than the adapted layers
                 of this model have.
         """
-        file = folder / ADAPTER_WEIGHTS
+        file = folder / _WEIGHTS
         try:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read ({one_line(error)})") from None
         row = torch.empty(self.layout.size)
         for piece in self.layout.pieces:
-            name = f"base_model.model.{self._peft_name(piece)}"
+            name = f"{_PREFIX}{self._peft_name(piece)}"
             tensor = tensors.pop(name, None)
             if tensor is None or tuple(tensor.shape) != piece.shape:
                 found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
@@ -356,7 +356,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     wrapped = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
     adapted = {n: m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
     for name, layer in adapted.items():
-        _refuse_unmergeable(wrapped, name.removeprefix("base_model.model."), layer)
+        _refuse_unmergeable(wrapped, name.removeprefix(_PREFIX), layer)
     plain: PreTrainedModel = wrapped.merge_and_unload()
     return plain
 

@@ -197,7 +197,9 @@ class ModelCard:
         if prompting:
             parts.append(f"## Prompt\n\n{prompting}")
         code = fenced(self.use.code(is_merged=self.is_merged), "python")
-        parts.append(f"## Use\n\nRun in this folder:\n\n{code}{_of_quantization(self.quantization)}")
+        parts.append(
+            f"## Use\n\nRun in this folder:\n\n{code}{_of_quantization(self.quantization)}"
+        )
         parts.append(
             "## License\n\nNot stated. The license of the base model applies to what is made of "
             "it; state yours here and as `license:` at the top of this file before you share it.\n"

@@ -21,9 +21,9 @@ from sfed.data.forms import chat
 from sfed.data.forms.prompts import Written
 from sfed.data.forms.text import TextForms
 from sfed.data.tasks import Task, task_of
+from sfed.files.names import CLIENT_FILE
 from sfed.lora.adapters import Adapters
 from sfed.lora.card import ClassifierUse, ModelCard, TextUse, Use
-from sfed.storage.run_record import CLIENT_FILE
 from sfed.utils.redaction import mask
 
 PROMPT_FILE, CHAT_FILE = "prompt_template.json", "chat_template.jinja"

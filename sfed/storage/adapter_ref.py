@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfed.files.names import GLOBAL, adapter_folder
-from sfed.storage.run_record import ADAPTER_FILE, CLIENT_FILE, METRICS_FILE
+from sfed.files.names import ADAPTER_FILE, CLIENT_FILE, GLOBAL, adapter_folder
+from sfed.storage.run_record import METRICS_FILE
 from sfed.utils import json_text
 from sfed.utils.errors import CheckpointError, UserError
 from sfed.utils.text import printable, some_of

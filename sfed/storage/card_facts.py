@@ -22,7 +22,7 @@ class Course:
     gamma: float
     finished_rounds: int
     started_from: str = ""
-    """What the adapters started from, a line; empty where they started afresh."""
+    """What the adapters started from, as of ``RunRecord.started_from``; empty where A was drawn."""
 
 
 def of_run(config: Config, course: Course) -> Facts:
@@ -35,7 +35,7 @@ def of_run(config: Config, course: Course) -> Facts:
         ("rounds", rounds if course.finished_rounds == planned else f"{rounds} of {planned}"),
         ("LoRA rank (r)", str(config.lora.rank)),
         ("scaling (gamma = lora_alpha / r)", f"{course.gamma:.6g}"),
-        *([("training", course.started_from)] if course.started_from else []),
+        *([("started from", course.started_from)] if course.started_from else []),
     ]
 
 

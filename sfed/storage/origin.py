@@ -122,6 +122,11 @@ class Origin:
         return tuple(f for f in self.factors if f != "A" or not self.has_common_a)
 
     @property
+    def name(self) -> str:
+        """The key, the folder and a digest of its files."""
+        return f"{self.named_by} = {self.path} (digest {self.digest})"
+
+    @property
     def line(self) -> str:
         """What is to be known of it, on one line."""
         if self.named_by == JOIN:

@@ -20,8 +20,7 @@ from transformers import (
 from sfed.chat import __main__ as chat
 from sfed.chat.answers import Conversation, Decoding, answerer
 from sfed.eval import __main__ as evaluation
-from sfed.federated.loaded import on_backbone
-from sfed.lora.peft_settings import spec_of
+from sfed.federated.loaded import on_backbone, spec_of
 from sfed.storage.adapter_source import config_for
 from sfed.utils.errors import DataError, UserError
 from sfed.utils.text import printable
