@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
+from sfed.distributed import world as distributed
 from sfed.federated.fingerprints import of_backbone
 from sfed.lora.adapters import LoraSpec, attach
 from sfed.lora.quantized import (
@@ -26,6 +27,7 @@ from sfed.lora.quantized import (
     total_weights,
 )
 from sfed.utils.errors import UserError
+from tests.support.deadlines import RUN_SECONDS
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 48}
 INNER = {**SIZES, "intermediate_size": 56, "max_position_embeddings": 64}
@@ -222,6 +224,10 @@ def test_adapters_and_their_export_are_those_of_the_plain_model(
 
 def test_the_digest_of_a_backbone_covers_scales() -> None:
     layer = ours(linear("int8", torch.float32)[0], torch.float32)
-    before = of_backbone(nn.Sequential(layer), {})
-    layer.dequantise.scales[0] += 1e-3
-    assert of_backbone(nn.Sequential(layer), {}) != before
+    world = distributed.start(RUN_SECONDS)
+    try:
+        before = of_backbone(world, nn.Sequential(layer), {})
+        layer.dequantise.scales[0] += 1e-3
+        assert of_backbone(world, nn.Sequential(layer), {}) != before
+    finally:
+        distributed.stop(world)
