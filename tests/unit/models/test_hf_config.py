@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import transformers as hf
 
 from sfed.config.load import validate
 from sfed.config.schema import Config
-from sfed.distributed.world import World, start
+from sfed.distributed import world as distributed
+from sfed.distributed.world import World
 from sfed.models import backbone, hf_config
 from sfed.models.hf_config import MetaModel
 from sfed.utils.errors import UserError
 from tests.support import tiny
+from tests.support.deadlines import RUN_SECONDS
 
 GPT_J = {"n_embd": 32, "n_head": 4, "n_layer": 1, "n_positions": 64, "rotary_dim": 4}
 
@@ -39,8 +42,10 @@ def loaded(config: Config, world: World) -> backbone.Backbone:
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return start(60.0)
+def world() -> Iterator[World]:
+    world = distributed.start(RUN_SECONDS)
+    yield world
+    distributed.stop(world)
 
 
 def changed(folder: Path, **settings: Any) -> None:
