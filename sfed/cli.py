@@ -1,4 +1,4 @@
-"""The command ``sfed``: ``sfed train|sweep|report|plan|bench|doctor``, also as ``python -m sfed``.
+"""The command ``sfed``: ``sfed train``, ``sfed report`` and others, also as ``python -m sfed``.
 
 Each command is a module with a ``main`` of its own, which ``python -m sfed.train`` runs too. Only
 the module of the command that is asked for is imported, so ``sfed --help`` loads no torch.
@@ -19,8 +19,15 @@ COMMANDS = {
     "train": ("sfed.train", "train a configuration; without one, the demo"),
     "sweep": ("sfed.sweep.__main__", "train every configuration of a grid and compare them"),
     "report": ("sfed.report.__main__", "turn run folders into one HTML page"),
+    "export": ("sfed.export.__main__", "write adapters of a round, or a merged model"),
+    "eval": ("sfed.eval.__main__", "score adapters on new data"),
+    "chat": ("sfed.chat.__main__", "talk to an adapter in the terminal"),
     "plan": ("sfed.plan.__main__", "predict memory and time of a run; needs no GPU"),
     "bench": ("sfed.bench.__main__", "measure a training step beside stock PEFT"),
+    "conformance": (
+        "sfed.conformance.__main__",
+        "is an aggregation function of yours the method that it says it is?",
+    ),
     "doctor": (
         "sfed.doctor.__main__",
         "examine the machines of a job; first thing on a new cluster",
@@ -31,7 +38,7 @@ USAGE = f"""usage: sfed COMMAND [ARGUMENT ...]
 Federated LoRA fine-tuning on GPU clusters.
 
 commands:
-{chr(10).join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items())}
+{chr(10).join(f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items())}
 
   sfed COMMAND --help   arguments of a command
   sfed --version        versions of sfed and of the libraries that it stands on

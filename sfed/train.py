@@ -17,6 +17,7 @@ from sfed.config import load as config_load
 from sfed.config.schema import Config
 from sfed.federated import preflight
 from sfed.observability import logs
+from sfed.storage import origin
 from sfed.storage.run_record import open_run
 from sfed.utils import command
 from sfed.utils.errors import DivergedError, MissingProcessError, TrainingFailedError, UserError
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
             print(config_load.help_text(USAGE + logs.USAGE))
         return
     checked = preflight.check(config)
+    config = origin.adopted(config)
     if is_dry:
         _show_dry_run(config)
         return

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support import glue, netns, runs, tiny
+from tests.support import glue, netns, runs, tiny, used
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("ci")
@@ -62,6 +62,24 @@ def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 def glue_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``roberta``, ``bert``, ``llama`` and rows of GLUE's forms: only read it."""
     return glue.save_all(tmp_path_factory.mktemp("glue"))
+
+
+@pytest.fixture(scope="session")
+def used_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, files of three clients and held-out rows: only read it."""
+    return used.save_files(tmp_path_factory.mktemp("use"))
+
+
+@pytest.fixture(scope="session")
+def used_run(used_folder: Path) -> Path:
+    """A run of three named clients with a checkpoint of each round: only read it."""
+    return used.train_texts(used_folder)
+
+
+@pytest.fixture(scope="session")
+def used_classifier(used_folder: Path) -> Path:
+    """A run of a classifier whose base model has no pooler: only read it."""
+    return used.train_classifier(used_folder)
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
+from sfed.utils.text import one_line
+
 
 class HostOffload:
     """Carries tensors between one device and host memory."""
@@ -68,7 +70,7 @@ class HostOffload:
                 self._pins = False
                 warnings.warn(
                     "the system refuses pinned host memory for resting clients "
-                    f"({str(error).splitlines()[0][:200]}); theirs is pageable from now on, and "
+                    f"({one_line(error, 200)}); theirs is pageable from now on, and "
                     "copies to and from the GPU are slower",
                     stacklevel=2,
                 )

@@ -18,17 +18,15 @@ _FREE_KEYS = (
     "federated.clients_per_pass",
     "federated.deadline_seconds",
     "federated.max_bad_rounds",
+    "federated.num_rounds",  # finished rounds keep their learning rates (clients/schedule)
+    "model.attention",
     "privacy.key_folder",
 )
 
 
 def comparable(config: Config, num_clients: int) -> dict[str, Any]:
     """The settings that a run's numbers depend on, flat, with N filled in and no secret in them."""
-    flat = {
-        key: value
-        for key, value in flatten(config).items()
-        if key.partition(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS
-    }
+    flat = {key: value for key, value in flatten(config).items() if not _is_free(key)}
     flat["federated.num_clients"] = num_clients
     flat["federated.method"] = own_method.identity(config.federated.method)
     if config.federated.optimizer_state == "auto":
@@ -36,9 +34,11 @@ def comparable(config: Config, num_clients: int) -> dict[str, Any]:
         flat["federated.optimizer_state"] = "keep"
     if config.data.is_text:
         flat["data.task"] = "jsonl"  # the older name, which older checkpoints hold
-    if config.train.schedule == "constant" and config.privacy.target_epsilon is None:
-        del flat["federated.num_rounds"]  # a longer run begins with the same rounds
     return dict(masked(flat))
+
+
+def _is_free(key: str) -> bool:
+    return key.partition(".")[0] in _FREE_SECTIONS or key in _FREE_KEYS
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -53,12 +53,14 @@ def flatten(config: Config) -> dict[str, Any]:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name each key that is not the same, with both values, a line each.
 
-    A key that an older version does not know counts as its default.
+    A key that an older version does not know counts as its default. An older version may have
+    written a key that may be changed now.
     """
     defaults = flatten(Config())
     values = {
         key: (before.get(key, defaults.get(key)), now.get(key, defaults.get(key)))
         for key in sorted({*before, *now})
+        if not _is_free(key)
     }
     return [
         f"{key}: {old!r} there, {new!r} now" for key, (old, new) in values.items() if old != new

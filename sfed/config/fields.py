@@ -20,6 +20,16 @@ def number(value: Any) -> Any:
     return value
 
 
+def no_fp16(value: Any) -> Any:
+    """Refuse fp16 by name, in any spelling; leave everything else to pydantic."""
+    if value in ("fp16", "float16", "half"):
+        raise ValueError(
+            "fp16 is not supported, because small gradients become 0 in it without loss scaling; "
+            "use bf16, or fp32 where the device does not compute bf16"
+        )
+    return value
+
+
 def as_list(value: Any) -> Any:
     """Read a word as a list of one; leave everything else to pydantic."""
     if isinstance(value, str):

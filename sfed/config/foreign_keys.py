@@ -5,10 +5,6 @@ What has no key here is answered with the reason. Needs no torch.
 
 from __future__ import annotations
 
-_NO_4_BIT = (
-    "no quantised backbone; backbone.sharding=zero3 stores it once over all processes, and "
-    "backbone.offload=cpu in host memory"
-)
 _BATCH = "train.batch_size is the batch of an optimizer step, train.micro_batch_size of a pass"
 _CLIENTS_PER_ROUND = "federated.clients_per_round (a number of clients, not a fraction)"
 _WARMUP = "train.warmup_rounds (in rounds)"
@@ -66,9 +62,12 @@ FOREIGN_KEYS = {
     "torch_dtype": "model.dtype",
     "bf16": "model.dtype=bf16",
     "fp16": "no fp16; model.dtype=bf16",
-    "load_in_4bit": _NO_4_BIT,
-    "load_in_8bit": _NO_4_BIT,
-    "quantization": _NO_4_BIT,
+    "load_in_4bit": "model.quantization=nf4",
+    "load_in_8bit": "model.quantization=int8",
+    "bnb_4bit_compute_dtype": "model.dtype",
+    "bnb_4bit_quant_type": "model.quantization=nf4",
+    "bnb_4bit_use_double_quant": "no quantised scales; model.quantization=nf4 has fp32 ones",
+    "quantization_config": "model.quantization",
     "attn_implementation": "model.attention",
     "flash_attention": "model.attention=flash_attention_2",
     "r": "lora.rank",

@@ -14,8 +14,14 @@ from typing import Any
 
 _METHOD = "federated.method"
 _KEYS = (
-    *("model.name", "data.train_files", "data.eval_files", "data.chat_template", "output.resume"),
+    "model.name",
+    "data.train_files",
+    "data.eval_files",
+    "data.chat_template",
+    "lora.start_from",
+    "federated.join",
     _METHOD,
+    "output.resume",
 )
 """Keys that may name something to be read. Folders that are written to are the command's own."""
 _OF_FILE = re.compile(r"(\.py):\w+$")

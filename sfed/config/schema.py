@@ -23,7 +23,15 @@ from pydantic import (
 
 from sfed.config import own_method, text_forms
 from sfed.config.data_section import CLASS_COLUMNS, DataSection, check_labels
-from sfed.config.fields import Exponent, Location, Section, as_list, at_home, weights_by_label
+from sfed.config.fields import (
+    Exponent,
+    Location,
+    Section,
+    as_list,
+    at_home,
+    no_fp16,
+    weights_by_label,
+)
 from sfed.config.privacy_section import PrivacySection
 
 DEFAULT_LOCAL_STEPS = 10
@@ -50,10 +58,16 @@ class ModelSection(Section):
     name: Location = "demo"
     """Hub id or folder of the language model or encoder. demo = a small model that comes
     with sfed; the default with data.task=demo."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    dtype: Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(no_fp16)] = "auto"
     """Data type of the backbone; auto = bf16 on GPUs, fp32 on CPUs. Adapters are always fp32."""
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Attention implementation of transformers."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Storage of the weights of the linear layers within the transformer: nf4 = codes of 4 bits
+    with a scale per 64 weights; int8 = codes of 8 bits with a scale per row; none = model.dtype.
+    Products are computed in model.dtype with the dequantised weight. nf4 and int8 need pip install
+    'sfed[quantization]'."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """Attention implementation of transformers. auto = sdpa where the model supports it, else
+    eager; flash_attention_2 is used only where it is named. May change on resume."""
 
 
 class PartitionSection(Section):
@@ -86,6 +100,11 @@ class LoraSection(Section):
     """Names of the layers that get an adapter, such as [q_proj, v_proj]; all-linear = all linear
     layers except the output head. Any other single string is a regular expression that matches the
     full names of layers."""
+    start_from: Location | None = None
+    """Folder of LoRA adapters that the clients start from: one PEFT adapter for all of them, or a
+    subfolder for each client by its name, such as runs/demo/adapters. gamma is that of the
+    adapters, there is no mean of A before the first step, and rank and target_modules follow the
+    adapters where they are not set. null = A is drawn and B is 0."""
     init: Literal["auto", "independent", "shared"] = "auto"
     """Initialization of A: independent = one draw per client, averaged over the clients before the
     first step if the method averages A; shared = one draw for all clients; auto = the method's
@@ -111,8 +130,14 @@ class FederatedSection(Section):
     num_clients: PositiveInt | None = None
     """Number of clients N. null = one client per process; with partition.kind=by_file one per
     file."""
+    join: Location | None = None
+    """Folder of a finished run that new clients join: they take its A, which is frozen, and its
+    gamma, and each trains B and its head alone. No mean is sent. null = the clients of this run are
+    a federation of their own."""
     num_rounds: PositiveInt = 10
-    """Number of rounds of the run, including the rounds before it was resumed."""
+    """Number of rounds of the run, including the rounds before it was resumed. It may change when
+    the run resumes: finished rounds keep their learning rates, and the schedule of those that
+    follow is computed with the new number."""
     share_head: bool = False
     """Average the classification heads after each round. false = each client keeps its own head."""
     clients_per_round: PositiveInt | None = None
@@ -306,6 +331,43 @@ class Config(Section):
                 f"federated.clients_per_round={federated.clients_per_round} is more than "
                 f"federated.num_clients={federated.num_clients}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Config:
+        zero = self.backbone.deepspeed.get("zero_optimization", {})
+        keys = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
+        if self.model.quantization != "none" and (asked := [key for key in keys if zero.get(key)]):
+            raise ValueError(
+                f"backbone.deepspeed.zero_optimization.{asked[0]} and model.quantization="
+                f"{self.model.quantization} exclude each other: codes cannot be quantised again"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Config:
+        """Refuse keys that an adapter on disk decides, or that have no meaning with it."""
+        lora, federated = self.lora, self.federated
+        if lora.start_from is not None and federated.join is not None:
+            raise ValueError(
+                f"lora.start_from={lora.start_from} and federated.join={federated.join} exclude "
+                "each other; set one of them to null"
+            )
+        key = "lora.start_from" if lora.start_from is not None else "federated.join"
+        decided: dict[str, object] = {"lora.alpha": lora.alpha, "lora.scaling": lora.scaling}
+        if federated.join is not None:
+            decided |= {
+                "federated.averaged": federated.averaged,
+                "federated.share_head": federated.share_head,
+            }
+        elif lora.start_from is None:
+            return self
+        for name, value in decided.items():
+            if value not in (None, "auto", False):
+                reason = "gamma is that of the adapters"
+                if name.startswith("federated."):
+                    reason = "each new client trains alone, and nothing is averaged"
+                raise ValueError(f"{name}={value} with {key}: {reason}; remove it")
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sfed.utils import rng
 from sfed.utils.errors import DataError
 from sfed.utils.rng import Stream
-from sfed.utils.text import one_line, printable
+from sfed.utils.text import printable, some_of
 
 Indices = NDArray[np.int64]
 
@@ -117,7 +117,7 @@ def value_of(row: Mapping[str, Any], key: str, where: str) -> Any:
         DataError: where it has no such column, with its place and the columns.
     """
     if key not in row:
-        known = one_line(", ".join(sorted(map(printable, row))))
+        known = some_of(sorted(row), printable)
         raise DataError(f"{where}: no column {key!r} (partition.key); the columns are {known}")
     return row[key]
 

@@ -74,6 +74,10 @@ class Data:
         """The name of the folder of each client's adapter."""
         return [entry["adapter"] for entry in self.summary["clients"]]
 
+    def columns_of(self, client: int) -> frozenset[str]:
+        """The columns of the training rows that a client's were read from, in use."""
+        return frozenset(self.summary["clients"][client]["columns"])
+
     @property
     def digests(self) -> list[str]:
         """Digests of the training and held-out examples of each client."""
@@ -145,6 +149,39 @@ def load(
         if config.partition.kind != "by_file":
             placed = place(config, held.train, world.size, in_lockstep)
     return _assemble(held, config, world, placed)
+
+
+def held_out_for_all(config: Config, tokenizer: PreTrainedTokenizerFast, num_clients: int) -> Data:
+    """The rows of ``data.eval_files`` alone, all of them for every client; in one process.
+
+    Args:
+        config: of an evaluation.
+        tokenizer: of its backbone.
+        num_clients: how many.
+
+    Raises:
+        DataError: where a file or a row is wrong.
+    """
+    table = tokenise(config, tokenizer, "eval", files_of(config, "eval"))
+    rows = partition.subset(len(table), config.data.max_eval_examples, config.seed)
+    examples = _evaluated(Examples(table, rows), config, 0)
+    held = _Held({}, dict.fromkeys(range(num_clients), examples), None, [])
+    held.notes += _note(held.reading, "eval", table) + _note_on_unscored({0: examples}, config)
+    empty = Truncated([0], [0])
+    by_split = {"train": empty, "eval": Truncated([len(examples)], [examples.num_truncated])}
+    lines, warnings = length_lines(config, held.reading, by_split)
+    return Data(
+        train={},
+        held_out=held.held_out,
+        train_counts=(0,) * num_clients,
+        eval_counts=(len(examples),) * num_clients,
+        summary={"clients": []},
+        notes=(*held.notes, *warnings),
+        lines=tuple(lines),
+        used_columns=frozenset(held.reading.used),
+        parts=table.parts,
+        placement=Placement((tuple(range(num_clients)),), "one process holds all"),
+    )
 
 
 def place(
@@ -405,6 +442,7 @@ def _assemble(held: _Held, config: Config, world: World, placed: Placement) -> D
             "labels": _histogram(held.labels[client]) if held.labels else None,
             "truncated": [held.train[client].num_truncated, held.held_out[client].num_truncated],
             "classes": _class_counts(held.train[client], num_classes),
+            "columns": sorted(held.train[client].table.used_columns),
             "digest": f"{held.train[client].digest()}{held.held_out[client].digest()}",
         }
         for client in held.train

@@ -25,8 +25,8 @@ from sfed.doctor.job import Job
 from sfed.doctor.machines import needs_folder
 from sfed.doctor.report import Result, failed, ok, skipped
 from sfed.federated.session import train_among
-from sfed.files.names import GLOBAL, adapter_folder
-from sfed.storage.run_record import ADAPTER_FILE, RunRecord, open_run
+from sfed.files.names import ADAPTER_FILE, GLOBAL, adapter_folder
+from sfed.storage.run_record import RunRecord, open_run
 from sfed.utils.errors import UserError
 from sfed.utils.text import one_line
 
@@ -213,7 +213,8 @@ def _train_on_cpu(settings: dict[str, Any], folder: Path) -> None:
         check=False,
     )
     if done.returncode != 0:
-        raise UserError(f"the reference on a CPU failed: {one_line(done.stderr[-300:])}")
+        last = done.stderr.strip().rpartition("\n")[2] or "it said nothing"
+        raise UserError(f"the reference on a CPU failed: {one_line(last)}")
 
 
 def _alone_on_cpu(folder: Path) -> dict[str, str]:

@@ -37,9 +37,10 @@ from sfed.models.trial_passes import Subject, ordinary_tokens
 from sfed.observability import metrics
 from sfed.observability.console import Console
 from sfed.privacy import mean as private_mean
-from sfed.storage import checkpoint
+from sfed.storage import checkpoint, origin, origin_rows, resume
 from sfed.storage.checkpoint_folder import CheckpointRef
-from sfed.utils.errors import UserError
+from sfed.storage.origin import Origin, Source
+from sfed.utils.errors import ConfigError, UserError
 from sfed.utils.redaction import mask
 
 
@@ -81,6 +82,7 @@ def build(
         UserError: on every process, for mistakes that only show now.
     """
     _check_cohort(config, num_clients)
+    source = _source(config, world, found)
     asked, config = config, splits.with_labels(config, world, num_clients)
     name = model_folder(config)
     tokenizer, tokenizer_digest = _tokenizer(config, name, world, console)
@@ -89,15 +91,14 @@ def build(
     sharding = hf_config.choose_sharding(config, meta, world)
     console.enter(metrics.READING_SECONDS, f"reading {config.data.task}")
     held = splits.load(config, tokenizer, world, num_clients, sharding.is_sharded)
-    for note in held.notes:
-        console.warn(note)
+    _check_data(held, source, world, console)
     placed = held.placement.clients
     start = Start(config, world, sharding, checkpoint.clients_per_pass(found, placed))
     estimate = clients_per_pass.estimate(start, meta, held, placed, console.say)
-    loading = f"loading {config.model.name} ({hf_config.dtype_name(config, world)})"
+    loading = f"loading {config.model.name} ({hf_config.precision(config, world)})"
     console.enter(metrics.LOADING_SECONDS, loading)
     frozen = _backbone(start, name, meta, held)
-    method, gamma = method_and_gamma(config, held, num_clients)
+    method, gamma = method_and_gamma(config, held, num_clients, _gamma_of(source, found))
     _warn_of_alpha(config, gamma, console)
     attached = _attached(config, world, frozen, gamma, name)
     sharing = clients_per_pass.agree(start, estimate, attached.layout.size)
@@ -105,16 +106,73 @@ def build(
         console.warn(f"memory may not suffice: {sharing.reason}")
     of_config = (asked, world, task_of(config), tokenizer, method, num_clients, gamma)
     clients = _clients(config, world, attached, placed[world.rank], sharing)
-    weights = _class_weights(config, world, held)
+    rest = (resume.course_from(found, config), None, _class_weights(config, world, held))
     finished = 0 if found is None else found.metadata["finished_rounds"]
     private = private_mean.open_mean(asked, world, method, num_clients, finished)
-    run = Run(*of_config, frozen, attached, held, clients, sharing, weights, private)
+    run = Run(*of_config, frozen, attached, held, clients, sharing, *rest, private)
+    run = dataclasses.replace(run, origin=_origin(run, source, found))
     loaded = fingerprints.when_built(run, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
     run = _as_far_as_right(run, console.warn)
     for line in round_metrics.header(run):
         console.say(line)
     return run
+
+
+def _source(config: Config, world: World, found: CheckpointRef | None) -> Source | None:
+    """The folder that a run starts from; None where it resumes or starts afresh. Collective."""
+    if found is not None or origin.place_of(config) is None:
+        return None
+    with sync.raise_everywhere(world, "reading the adapters to start from"):
+        return origin.source(config)
+
+
+def _check_data(held: Data, source: Source | None, world: World, console: Console) -> None:
+    """Say what is to be known of the data; refuse clients without an adapter to start from."""
+    for note in held.notes:
+        console.warn(note)
+    if source is not None:
+        with sync.raise_everywhere(world, "adapters of the clients"):
+            source.of_clients(held.names, held.adapter_folders)
+
+
+def _gamma_of(source: Source | None, found: CheckpointRef | None) -> float | None:
+    """Gamma of adapters on disk that a run starts from, or has started from; None without them."""
+    if source is not None:
+        return source.gamma
+    is_loaded = found is not None and found.metadata.get("origin") is not None
+    return float(found.metadata["gamma"]) if found is not None and is_loaded else None
+
+
+def _origin(run: Run, source: Source | None, found: CheckpointRef | None) -> Origin | None:
+    """What the run starts from, or started from; None where it starts afresh. Collective.
+
+    Raises:
+        ConfigError: on every process, where the adapters do not fit the model or the method.
+    """
+    if source is None:
+        return None if found is None else origin.of_record(found)
+    with sync.raise_everywhere(run.world, "comparing with what the run starts from"):
+        factors = _loaded_factors(run, source)
+        if "head" in factors:
+            source.check_labels(run.task.labels or run.task.classes or ())
+        origin_rows.check_backbone(source, run.backbone.weights_digest)
+    looked = origin_rows.look(source, factors, run.adapters, run.data, run.world)
+    if run.method.needs_common_a and not looked.has_common_a:
+        raise ConfigError(
+            f"{source.said}: the clients' A differ, and federated.method={run.method.name} never "
+            "averages A before it takes it to be the same on all; start from one adapter for all, "
+            "or choose a method that averages A"
+        )
+    return looked
+
+
+def _loaded_factors(run: Run, source: Source) -> tuple[str, ...]:
+    """What is loaded: everything, or of a run that is joined what its clients have in common."""
+    if source.run_config is None:
+        return run.adapters.layout.factors
+    head = ("head",) if source.run_config.federated.share_head else ()
+    return methods.check_joinable(source.run_config, source.path) + head
 
 
 def _check_cohort(config: Config, num_clients: int) -> None:
@@ -131,7 +189,8 @@ def _backbone(start: Start, name: str, meta: MetaModel, held: Data) -> Backbone:
     with sync.raise_everywhere(start.world, "loading the backbone"):
         frozen = backbone.load(start.config, name, start.world, meta, start.sharding)
         check_rows_fit(start.config, held, frozen)
-    frozen.weights_digest = fingerprints.of_backbone(frozen.model, frozen.model.config.to_dict())
+    settings = frozen.model.config.to_dict()
+    frozen.weights_digest = fingerprints.of_backbone(start.world, frozen.model, settings)
     return frozen
 
 
@@ -142,9 +201,20 @@ def _class_weights(config: Config, world: World, held: Data) -> torch.Tensor | N
     return None if weights is None else torch.tensor(weights, device=world.device)
 
 
-def method_and_gamma(config: Config, held: Data, num_clients: int) -> tuple[Method, float]:
-    """The method and its gamma, which may depend on the weights of the clients."""
+def method_and_gamma(
+    config: Config, held: Data, num_clients: int, loaded_gamma: float | None = None
+) -> tuple[Method, float]:
+    """The method and its gamma, which may depend on the weights of the clients.
+
+    Args:
+        config: of the run.
+        held: its data.
+        num_clients: N.
+        loaded_gamma: of adapters on disk that the run starts from.
+    """
     method = methods.resolve(config)
+    if loaded_gamma is not None:
+        return method, loaded_gamma
     weights = context.client_weights(config, held, num_clients, tuple(range(num_clients)))
     effective = scaling.effective_clients(weights)
     gamma = scaling.lora_scaling(method.alpha, config.lora.rank, effective, method.exponents)

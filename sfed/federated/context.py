@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from sfed.clients.schedule import Course
 from sfed.clients.store import ClientStore, groups
 from sfed.config.schema import Config
 from sfed.data import placement
@@ -24,6 +25,7 @@ from sfed.methods.method import Method
 from sfed.models.backbone import Backbone
 from sfed.models.objective import Objective, objective_of, why_padded
 from sfed.privacy.mean import PrivateMean
+from sfed.storage.origin import Origin
 
 Group = tuple[int, ...]
 """Clients that share passes."""
@@ -85,6 +87,10 @@ class Run:
     data: Data
     clients: ClientStore
     sharing: ClientsPerPass
+    course: Course
+    """Of the learning rate."""
+    origin: Origin | None
+    """What the adapters started from; None where A was drawn."""
     class_weights: torch.Tensor | None = None
     """(classes,) fp32 on the device; None where all classes count the same."""
     privacy: PrivateMean | None = None
@@ -150,18 +156,14 @@ class Run:
         """Optimizer steps that a client makes in a round."""
         return placement.local_steps(self.config, self.data.train_counts[client])
 
-    @property
-    def own_factors(self) -> tuple[str, ...]:
-        """Which of A, B and head clients hold their own of, between rounds.
+    def own_factors(self, finished_rounds: int) -> tuple[str, ...]:
+        """Which of A, B and head clients hold their own of, after so many rounds.
 
         The others are the same on all clients, bit for bit.
         """
-        apart = {
-            "A": self.method.keeps_apart("A"),
-            "B": self.method.keeps_apart("B"),
-            "head": not self.config.federated.share_head,
-        }
-        return tuple(factor for factor in self.clients.layout.factors if apart[factor])
+        if finished_rounds == 0 and self.origin is not None:
+            return self.origin.own_factors
+        return own_factors(self.config, self.method, self.clients.layout.factors)
 
     @property
     def objective(self) -> Objective:
@@ -197,3 +199,13 @@ def client_weights(
     by_examples = config.federated.weighting == "examples"
     counts = data.train_counts if by_examples else None
     return normalised_weights(num_clients, participants, counts)
+
+
+def own_factors(config: Config, method: Method, factors: Sequence[str]) -> tuple[str, ...]:
+    """Which of some factors clients hold their own of, between rounds."""
+    apart = {
+        "A": method.keeps_apart("A"),
+        "B": method.keeps_apart("B"),
+        "head": not config.federated.share_head,
+    }
+    return tuple(factor for factor in factors if apart[factor])

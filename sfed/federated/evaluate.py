@@ -107,7 +107,7 @@ def score_of_part(name: str, part: str) -> str:
     return f"{name}_{part}"
 
 
-def evaluate(run: Run, stop: StopRequest, *, untrained: bool = False) -> Evaluation | None:
+def evaluate(run: Run, stop: StopRequest, finished_rounds: int) -> Evaluation | None:
     """Evaluate all clients, whoever trained last. Collective.
 
     Under a sharded backbone all processes make equally many passes. Where every client has the same
@@ -116,12 +116,15 @@ def evaluate(run: Run, stop: StopRequest, *, untrained: bool = False) -> Evaluat
     Args:
         run: the run.
         stop: asks before each pass whether to stop here.
-        untrained: B = 0 on all clients, so that every adapter is the backbone itself and one
-            measurement serves all of them.
+        finished_rounds: before the first one B = 0 on all clients that start afresh, so that every
+            adapter is the backbone itself and one measurement serves all of them. Where clients
+            start with an A of their own each, there is no global adapter yet.
 
     Returns:
         None on every process, where somebody asked to stop before all was measured.
     """
+    own = run.own_factors(finished_rounds)
+    is_untrained = finished_rounds == 0 and run.origin is None
     run.backbone.evaluating()
     run.adapters.context.dropout_seeds = None
     kinds: dict[str, Measured] = {}
@@ -130,12 +133,14 @@ def evaluate(run: Run, stop: StopRequest, *, untrained: bool = False) -> Evaluat
         if "personal" in run.config.evaluation.adapters:
             kinds["personal"] = Measuring(run, None).measure(stop, writes=True)
         wants_global = "global" in run.config.evaluation.adapters and run.method.has_global_adapter
+        if run.origin is not None and "A" in own:
+            wants_global = False
         if any(measured.was_stopped for measured in kinds.values()):
             wants_global = False
-        if wants_global and kinds and (untrained or not run.own_factors):
+        if wants_global and kinds and (is_untrained or not own):
             kinds["global"] = kinds["personal"]
         elif wants_global:
-            weights, own = run.weights(run.everyone), run.own_factors
+            weights = run.weights(run.everyone)
             row = aggregation.global_row(run.world, run.clients, weights, own)
             communicated = aggregation.message_bytes(run.clients.layout, own)
             # Samples are shown of the first kind only; answers that are scored, of both.

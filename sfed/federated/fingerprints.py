@@ -21,6 +21,8 @@ from sfed.distributed.sync import gather_json
 from sfed.distributed.world import World
 from sfed.federated.context import Run
 from sfed.files.listing import SPLITS, list_files
+from sfed.lora.quantized import quantised_layers
+from sfed.models.deepspeed import own_share
 from sfed.utils import versions
 from sfed.utils.errors import DivergedError
 
@@ -72,20 +74,35 @@ def at_start(config: Config) -> dict[str, Any]:
     return {**flatten(config), **own, **listed, **versions.of_libraries(*versions.LIBRARIES)}
 
 
-def of_backbone(model: nn.Module, settings: Mapping[str, Any]) -> str:
-    """A digest of a frozen model: shapes and, of a replica, the bits; before adapters are attached.
+def of_backbone(world: World, model: nn.Module, settings: Mapping[str, Any]) -> str:
+    """A digest of a frozen model: its shapes and bits, before adapters are attached.
 
-    Shares of ZeRO-3 differ by nature, and all come from what process 0 has read.
+    The same of a replica and of shards, whose sums are added up; scales of quantised weights, which
+    each process has made itself, count as they are. Collective where it is sharded.
 
     Args:
+        world: the processes.
         model: the model.
         settings: its configuration.
     """
-    weights = [
-        (name, list(parameter.ds_shape))
-        if hasattr(parameter, "ds_shape")
-        else (name, list(parameter.shape), str(parameter.dtype), bit_sum(parameter))
-        for name, parameter in sorted(model.named_parameters())
+    named = sorted(model.named_parameters())
+    shares = [own_share(parameter, world.rank) for _, parameter in named]
+    held = [one if share is None else share for (_, one), share in zip(named, shares, strict=True)]
+    sums = [bit_sum(values) for values in held]
+    if any(share is not None for share in shares):
+        told = gather_json(world, "digest of the backbone", sums)
+        added = [sum(some) % 2**64 for some in zip(*told, strict=True)]
+        sums = [
+            own if share is None else whole
+            for own, share, whole in zip(sums, shares, added, strict=True)
+        ]
+    weights: list[tuple[Any, ...]] = [
+        (name, list(getattr(one, "ds_shape", one.shape)), str(one.dtype), total)
+        for (name, one), total in zip(named, sums, strict=True)
+    ]
+    weights += [
+        (f"{name}.scales", list(layer.dequantise.scales.shape), bit_sum(layer.dequantise.scales))
+        for name, layer in sorted(quantised_layers(model))
     ]
     kept = {key: value for key, value in settings.items() if key != "_name_or_path"}
     return digest(json.dumps([weights, kept], sort_keys=True, default=str))
@@ -108,4 +125,5 @@ def when_built(run: Run, tokenizer: str) -> dict[str, Any]:
         "examples of each client": digest(json.dumps(counts)),
         "layout of the adapters": digest(repr(run.clients.layout.pieces)),
         "gamma": run.gamma,
+        "adapters that the run starts from": run.origin and run.origin.digest,
     }

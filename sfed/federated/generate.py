@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from sfed.data import scores
-from sfed.data.forms import chat
 from sfed.data.forms.text import TextForms
 from sfed.data.tokenize import Row
 from sfed.distributed.shutdown import StopRequest
 from sfed.distributed.sync import gather_json
+from sfed.distributed.world import World
 from sfed.federated.context import Group, Run
 from sfed.federated.lockstep import Lockstep
+from sfed.models.backbone import Backbone
+from sfed.storage.adapter_folder import end_marks
 
 _SAMPLES_PER_CLIENT = 2
 
@@ -109,40 +112,59 @@ def _answer(run: Run, group: Group, places: list[list[int]]) -> list[list[str]]:
 
 def _generate(run: Run, prompts: list[list[int]]) -> list[str]:
     """Return the greedy continuation of each prompt up to its end mark."""
-    longest, eos = max(map(len, prompts)), run.tokenizer.eos_token_id
-    pad = eos if run.tokenizer.pad_token_id is None else run.tokenizer.pad_token_id
-    # Padded at the left: what is written follows the prompt at once.
-    ids = torch.tensor([[pad or 0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    room = max(1, run.backbone.context_tokens - longest)
-    written = run.backbone.model.generate(
-        input_ids=ids.to(run.world.device),
-        attention_mask=mask.to(run.world.device),
-        generation_config=GenerationConfig(
-            do_sample=False,
-            max_new_tokens=min(run.config.evaluation.max_new_tokens, room),
-            eos_token_id=_end_marks(run) or None,
-            pad_token_id=pad or 0,
-        ),
-        synced_gpus=run.backbone.sharding.is_sharded and run.world.size > 1,
-    )
-    return [_text(run, answer) for answer in written[:, longest:].tolist()]
+    section = run.config.data
+    has_chat = section.is_text and TextForms.of(section).has_conversations(run.data.used_columns)
+    marks = end_marks(run.config, run.tokenizer, has_chat=has_chat)
+    writing = Writing(run.backbone, run.tokenizer, run.world, marks)
+    return writing.texts(prompts, run.config.evaluation.max_new_tokens)
 
 
-def _end_marks(run: Run) -> list[int]:
-    """The tokens that end an answer: eos, and what ends a turn of a conversation."""
-    marks, section = [run.tokenizer.eos_token_id], run.config.data
-    if section.is_text and TextForms.of(section).has_conversations(run.data.used_columns):
-        marks.append(chat.end_mark(section, run.tokenizer))
-    return [mark for mark in dict.fromkeys(marks) if mark is not None]
+@dataclass(frozen=True)
+class Writing:
+    """A model with adapters bound that writes texts."""
 
+    backbone: Backbone
+    tokenizer: PreTrainedTokenizerFast
+    world: World
+    marks: Sequence[int]
+    """The tokens that end a text."""
 
-def _text(run: Run, ids: list[int]) -> str:
-    """The text of some tokens up to the end mark, which need not be a special token."""
-    marks = _end_marks(run)
-    ids = ids[: next((i for i, one in enumerate(ids) if one in marks), None)]
-    text: str = run.tokenizer.decode(ids, skip_special_tokens=True)
-    return text
+    def texts(
+        self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0
+    ) -> list[str]:
+        """Return the continuation of each prompt up to its end mark.
+
+        Args:
+            prompts: tokens, at least one each; as many for each bound adapter, in their order.
+            max_new_tokens: most tokens of a text; fewer where the model's context ends before.
+            temperature: of the drawn tokens; 0 = always the likeliest one.
+        """
+        longest, eos = max(map(len, prompts)), self.tokenizer.eos_token_id
+        pad = eos if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        # Padded at the left: what is written follows the prompt at once.
+        ids = torch.tensor([[pad or 0] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        room = max(1, self.backbone.context_tokens - longest)
+        chance = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
+        written = self.backbone.model.generate(
+            input_ids=ids.to(self.world.device),
+            attention_mask=mask.to(self.world.device),
+            generation_config=GenerationConfig(
+                do_sample=temperature > 0,
+                max_new_tokens=min(max_new_tokens, room),
+                eos_token_id=list(self.marks) or None,
+                pad_token_id=pad or 0,
+                **chance,
+            ),
+            synced_gpus=self.backbone.sharding.is_sharded and self.world.size > 1,
+        )
+        return [self._text(answer) for answer in written[:, longest:].tolist()]
+
+    def _text(self, ids: list[int]) -> str:
+        """The text of some tokens up to the end mark, which need not be a special token."""
+        ids = ids[: next((i for i, one in enumerate(ids) if one in self.marks), None)]
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
 
 
 def _note(

@@ -15,7 +15,8 @@ from functools import partial
 
 import torch
 
-from sfed.clients.optimizer import StackedOptimizer, learning_rate
+from sfed.clients.optimizer import StackedOptimizer
+from sfed.clients.schedule import learning_rate
 from sfed.clients.state import PassState
 from sfed.data import batches
 from sfed.data.batches import Order
@@ -218,13 +219,10 @@ class LocalSteps:
 
     def _learning_rates(self, step: int) -> torch.Tensor:
         """(C,) learning rates: the schedule runs over the whole run, per client."""
-        config = self._run.config
+        run, begun = self._run, self.plan.round_index
+        total = run.course.num_rounds(begun)
         rates = [
-            learning_rate(
-                config.train,
-                config.federated.num_rounds,
-                self.plan.round_index + min(step / self.plan.steps[client], 1.0),
-            )
+            learning_rate(run.config.train, total, begun + min(step / self.plan.steps[client], 1.0))
             for client in self._clients
         ]
         return torch.tensor(rates, device=self._run.world.device)

@@ -5,6 +5,7 @@ They run before anything heavy is imported.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -21,7 +22,7 @@ from sfed.files.silos import least_rows, num_clients_of, silos_of
 from sfed.methods import method as methods
 from sfed.observability import trackers
 from sfed.privacy import refusals
-from sfed.storage import previous_run
+from sfed.storage import origin, previous_run
 from sfed.storage.run_record import REPORT_FILE
 from sfed.utils.errors import ConfigError, DataError, UserError
 from sfed.utils.launcher import launch
@@ -31,9 +32,10 @@ from sfed.utils.text import counted
 def check(config: Config, num_processes: int | None = None) -> str:
     """Check what needs neither torch nor a model, before anything is loaded.
 
-    That is: a method that is unstable with this scaling, more processes than clients, files that do
+    That is: a method that is unstable with this scaling, adapters to start from that are not there
+    or not plain LoRA, more processes than clients, files that do
     not exist, are of no known kind or hold what cannot be learned from, an ``output.resume`` that
-    is no folder, trackers that are not installed, what privacy cannot stand beside.
+    is no folder, trackers or bitsandbytes that are not installed, what privacy cannot stand beside.
 
     Args:
         config: the configuration.
@@ -49,6 +51,7 @@ def check(config: Config, num_processes: int | None = None) -> str:
     mistakes: list[str] = []
     try:
         mistakes += refusals.mistakes(config, methods.resolve(config))
+        _check_origin(config)
     except UserError as mistake:
         mistakes.append(str(mistake))
     num_processes = num_processes or launch().size
@@ -65,6 +68,7 @@ def check(config: Config, num_processes: int | None = None) -> str:
             f"output.resume = {config.output.resume!r}: neither auto nor never nor a folder"
         )
     mistakes += trackers.mistakes(config.output.trackers)
+    mistakes += _missing_quantization(config)
     mistakes += _unwritable(Path(config.output.dir))
     if (prom := config.output.prometheus_file) and not _can_write(Path(prom).parent):
         mistakes.append(
@@ -79,6 +83,26 @@ def check(config: Config, num_processes: int | None = None) -> str:
     if faults:
         raise DataError("\n".join(faults))
     return checked.summary if files else ""
+
+
+def _missing_quantization(config: Config) -> list[str]:
+    """What is missing of the packages that quantise weights."""
+    scheme = config.model.quantization
+    if scheme == "none" or importlib.util.find_spec("bitsandbytes") is not None:
+        return []
+    return [
+        f"model.quantization = {scheme}: the package bitsandbytes is not installed; "
+        "pip install 'sfed[quantization]', or set model.quantization=none"
+    ]
+
+
+def _check_origin(config: Config) -> None:
+    """Check what the run starts from, where that is on disk and the run begins."""
+    origin.adopted(config)
+    if config.federated.join is not None and not origin.is_resumed(config):
+        found = origin.source(config)
+        assert found.run_config is not None
+        methods.check_joinable(found.run_config, found.path)
 
 
 def _of_clients(config: Config, num_processes: int) -> list[str]:

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
+from sfed.clients.schedule import learning_rate
 from sfed.config import own_method
 from sfed.data.placement import by_number
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.evaluate import Evaluation, Measured, score_names
 from sfed.federated.round_stats import RoundStats
+from sfed.lora.quantized import quantised_layers
+from sfed.lora.targets import last_parts
 from sfed.methods import aggregation, by_layer
 from sfed.models.hf_config import dtype_name
 from sfed.observability import metrics
@@ -26,6 +29,7 @@ from sfed.observability.trackers import MetricLogger
 from sfed.privacy import mean as private_mean
 from sfed.storage.checkpoint_writer import Writer
 from sfed.utils import versions
+from sfed.utils.text import counted
 
 _MOST_NAMED = 8
 
@@ -33,29 +37,29 @@ _MOST_NAMED = 8
 def header(run: Run) -> list[str]:
     """What this run is, in plain words, a line each."""
     method, layout, world = run.method, run.clients.layout, run.world
-    of_clients, of_rank = method.exponents
     plan = run.plan(0)
-    start = "independent, averaged before the first step" if method.independent_init else "shared"
     return [
         f"{_method_name(run)}: {run.num_clients} clients on {world.size} "
         f"process{'es' if world.size > 1 else ''} ({world.device.type}), "
         f"{sum(run.data.train_counts):,} training and {sum(run.data.eval_counts):,} held-out "
         "examples",
         *run.data.lines,
-        f"gamma = {method.alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gamma:.4g} with "
-        f"N = {run.num_clients}, r = {run.config.lora.rank}; A starts {start}",
-        f"adapter: {layout.size:,} parameters per client; a round sends "
+        *_start(run),
+        f"adapter: {layout.size:,} parameters per client on {_adapted(run)}; a round sends "
         f"{' and '.join(plan.averaged) or 'nothing'} ({_message_bytes(run, plan):,} bytes)",
         *_privacy(run),
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
+        *_quantization(run),
+        f"attention: {_attention(run)}",
         *_placement(run),
         f"rows: padded ({run.why_padded})"
         if run.why_padded
         else "rows: short sequences share one where that is cheaper",
         *_passes(run),
         *_classes(run),
-        f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data, "
-        "global = A with the mean of B on everybody's",
+        *filter(None, [run.course.line(run.config.train)]),
+        f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data"
+        + ("" if method.is_alone else ", global = A with the mean of B on everybody's"),
     ]
 
 
@@ -90,6 +94,50 @@ def _method_name(run: Run) -> str:
     if not own_method.is_own(name):
         return name
     return f"{run.method.name} ({name}, source {own_method.OwnMethod.parse(name).digest()})"
+
+
+def _quantization(run: Run) -> list[str]:
+    """The line about weights that are stored as codes."""
+    layers = [layer for _, layer in quantised_layers(run.backbone.model)]
+    if not layers:
+        return []
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    dtype = str(run.backbone.model.dtype).removeprefix("torch.")
+    return [
+        f"quantization: {run.config.model.quantization} codes for the {weights:,} weights of "
+        f"{len(layers)} linear layers, {dtype} for all others"
+    ]
+
+
+def _start(run: Run) -> list[str]:
+    """The lines about gamma and about what A and B start from."""
+    method, lora_rank = run.method, run.config.lora.rank
+    if run.origin is not None:
+        loaded = " and ".join(run.origin.factors)
+        return [
+            run.origin.line,
+            f"gamma = {run.gamma:.4g} of the adapters, r = {lora_rank}; loaded: {loaded}; no mean "
+            "before the first step",
+        ]
+    of_clients, of_rank = method.exponents
+    start = "independent, averaged before the first step" if method.independent_init else "shared"
+    return [
+        f"gamma = {method.alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gamma:.4g} with "
+        f"N = {run.num_clients}, r = {lora_rank}; A starts {start}"
+    ]
+
+
+def _adapted(run: Run) -> str:
+    """The layers that are adapted, by the names that they have in their parents."""
+    layers = run.adapters.layers
+    return f"{counted(len(layers), 'layer')} ({', '.join(sorted(last_parts(layers)))})"
+
+
+def _attention(run: Run) -> str:
+    """The attention that is used, and why where the model left no choice."""
+    used, kind = run.backbone.attention, type(run.backbone.model).__name__
+    is_forced = run.config.model.attention == "auto" and used != "sdpa"
+    return f"{used} ({kind} has no sdpa in transformers)" if is_forced else used
 
 
 def _placement(run: Run) -> list[str]:
@@ -140,15 +188,15 @@ def describe_run(run: Run) -> dict[str, Any]:
         "resolved": {
             "num_clients": run.num_clients,
             "gamma": run.gamma,
-            "alpha": run.method.alpha,
-            "scaling_exponents": list(run.method.exponents),
-            "independent_init": run.method.independent_init,
+            **_start_as_data(run),
             "method": own_method.identity(run.config.federated.method),
             "scores": list(score_names(run)),
             "classes": list(run.task.classes) if run.task.classes else None,
+            "labels": list(run.task.labels) if run.task.labels else None,
             "class_weights": None if run.class_weights is None else run.class_weights.tolist(),
             "loss_unit": run.task.loss_unit,
             "dtype": dtype_name(run.config, run.world),
+            "attention": run.backbone.attention,
             "sharding": run.backbone.sharding.kind,
             "sharding_reason": run.backbone.sharding.reason,
             "backbone_digest": run.backbone.weights_digest,
@@ -158,16 +206,32 @@ def describe_run(run: Run) -> dict[str, Any]:
             "clients_per_pass": run.clients.clients_per_pass,
             "clients_per_pass_reason": run.sharing.reason,
             "padded_reason": run.why_padded,
+            "schedule_rounds": [
+                {"from_round": first + 1, "rounds": total} for first, total in run.course.parts
+            ],
             "adapter_parameters": run.clients.layout.size,
             "own_parameters": {
                 factor: aggregation.message_bytes(run.clients.layout, (factor,)) // 4
-                for factor in run.own_factors
+                for factor in run.own_factors(run.config.federated.num_rounds)
             },
             "world_size": run.world.size,
             "device": str(run.world.device.type),
             "privacy": None if run.privacy is None else run.privacy.guarantee.facts,
         },
         "versions": versions.of_libraries(*versions.RECORDED),
+    }
+
+
+def _start_as_data(run: Run) -> dict[str, Any]:
+    """What gamma follows from, and what A and B started from."""
+    if run.origin is not None:
+        nothing = dict.fromkeys(("alpha", "scaling_exponents", "independent_init"))
+        return {**nothing, "origin": run.origin.as_record()}
+    return {
+        "alpha": run.method.alpha,
+        "scaling_exponents": list(run.method.exponents),
+        "independent_init": run.method.independent_init,
+        "origin": None,
     }
 
 
@@ -257,9 +321,10 @@ def round_event(
     """
     event: dict[str, Any] = {"event": "round", "round": finished_rounds}
     if run.privacy is not None:
-        event |= _spent(run.privacy)
+        event |= run.privacy.spent()
         stats = None  # losses, norms and counts of a cohort are not noised, and say who is in it
     event.update(_training(run, stats))
+    event.update(_schedule(run, finished_rounds))
     event.update(_held_out(run, evaluation))
     if evaluation is not None and run.task.classes and finished_rounds == _last_round(run):
         event[metrics.CONFUSION] = {
@@ -293,16 +358,6 @@ def round_event(
         _client(run, client, stats, evaluation) for client in range(run.num_clients)
     ]
     return event
-
-
-def _spent(private: private_mean.PrivateMean) -> dict[str, Any]:
-    """What the releases so far have cost; an infinite epsilon is written as null."""
-    secret = private.secret
-    return {
-        metrics.EPSILON: private.spent(),
-        metrics.DELTA: private.guarantee.delta,
-        metrics.RELEASES: None if secret is None else len(secret.ledger.rounds),
-    }
 
 
 def _last_round(run: Run) -> int:
@@ -343,6 +398,18 @@ def _training(run: Run, stats: RoundStats | None) -> dict[str, Any]:
         metrics.TRAIN_LOSS: float(healthy.loss_sum.sum() / supervised) if supervised else None,
         metrics.GRAD_NORM: float(healthy.norm_sum.sum() / steps) if steps else None,
         metrics.FIRST_GRAD_NORM: float(healthy.first_norm.sum() / num) if num else None,
+    }
+
+
+def _schedule(run: Run, finished_rounds: int) -> dict[str, Any]:
+    """The learning rate with which the round began, and over how many rounds it is computed."""
+    section, begun = run.config.train, finished_rounds - 1
+    if begun < 0:
+        return {metrics.LEARNING_RATE: None, metrics.SCHEDULE_ROUNDS: None}
+    total = run.course.num_rounds(begun)
+    return {
+        metrics.LEARNING_RATE: learning_rate(section, total, begun),
+        metrics.SCHEDULE_ROUNDS: None if section.schedule == "constant" else total,
     }
 
 

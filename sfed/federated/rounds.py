@@ -18,6 +18,7 @@ from sfed.federated.round_metrics import RoundLog, RoundMeasurements
 from sfed.federated.round_stats import RoundStats
 from sfed.methods import aggregation
 from sfed.methods.by_layer import ByLayer
+from sfed.storage import origin_rows
 from sfed.storage.checkpoint import State
 from sfed.storage.checkpoint_writer import Writer
 from sfed.utils.errors import TrainingFailedError
@@ -79,10 +80,15 @@ def _begin(run: Run) -> State:
 def prepare(run: Run) -> int:
     """Draw every client's A and take the mean over all N before the first step ("round 0").
 
+    Adapters on disk are taken as they are, without a mean.
+
     Returns:
         Bytes of the message. Collective.
     """
     seed, method = run.config.seed, run.method
+    if run.origin is not None:
+        origin_rows.start(run.origin, run.clients, run.adapters, run.world)
+        return 0
     draw_initial(
         run.clients,
         run.adapters,
@@ -108,7 +114,8 @@ def _compare_clients(run: Run, plan: RoundPlan, log: RoundLog) -> None:
     under privacy, since it carries no noise.
     """
     is_due = run.is_due(plan.finished_rounds, run.config.evaluation.every_rounds)
-    if is_due and run.privacy is None and "global" in run.config.evaluation.adapters:
+    may_send = run.privacy is None and not run.method.is_alone
+    if is_due and may_send and "global" in run.config.evaluation.adapters:
         with log.timed("evaluate"):
             log.measured.similarity = aggregation.similarity(run.world, run.clients)
         both = aggregation.message_bytes(run.clients.layout, ("A", "B"))
@@ -179,7 +186,7 @@ def _evaluate_and_report(run: Run, state: State, log: RoundLog, stop: StopReques
     run.world.watch.at(f"the end of round {finished}")
     if run.is_due(finished, run.config.evaluation.every_rounds):
         with log.timed("evaluate"):
-            evaluation = evaluate.evaluate(run, stop, untrained=finished == 0)
+            evaluation = evaluate.evaluate(run, stop, finished)
         if evaluation is None:
             return False
     stats = None if state.stats is None else RoundStats(state.stats)

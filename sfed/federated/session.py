@@ -24,7 +24,8 @@ from sfed.federated.export import export_adapters
 from sfed.federated.round_metrics import RoundLog
 from sfed.observability import metrics
 from sfed.observability.console import Console
-from sfed.storage import checkpoint, resume
+from sfed.storage import checkpoint, origin, resume
+from sfed.storage.card_facts import privacy_of
 from sfed.storage.checkpoint import State
 from sfed.storage.checkpoint_folder import CheckpointRef
 from sfed.storage.checkpoint_writer import RunIdentity, Writer
@@ -117,6 +118,7 @@ def run_session(
     Raises:
         UserError, TrainingFailedError, DivergedError, MissingProcessError: as of ``fit``.
     """
+    config = origin.adopted(config)
     world = distributed.start(config.federated.deadline_seconds)
     stop = StopRequest(world)
     console = Console(is_main=world.is_main, import_seconds=import_seconds)
@@ -160,6 +162,7 @@ def train_among(world: World, config: Config, stop: StopRequest) -> RunRecord | 
         UserError, TrainingFailedError, DivergedError, MissingProcessError: as of ``fit``.
     """
     preflight.check(config, world.size)
+    config = origin.adopted(config)
     console = Console(is_main=world.is_main)
     folder = RunFolder(config, one_of_many=True)
     try:
@@ -214,6 +217,8 @@ def _train_and_export(
         run.sharing.clients_per_pass,
         run.data.digests,
         run.placement,
+        run.course,
+        None if run.origin is None else run.origin.as_record(),
     )
     with Writer(identity, world, run.clients, folder.path, found) as writer:
         finished = rounds.train(run, state, writer, RoundLog(run, console, log), stop)
@@ -251,8 +256,8 @@ def _close(run: Run, folder: Path, console: Console) -> None:
         console.closing_table(before, evaluated[-1], names)
     console.say(f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)")
     console.say(f"metrics    {folder / METRICS_FILE}")
-    if run.privacy is not None:
-        console.say(f"privacy    of what was sent: {run.privacy.told()}")
+    if told := privacy_of(open_run(folder).config, events[-1]):
+        console.say(f"privacy    {told}")
     console.where_the_time_went(events)
     console.where_processes_waited(events)
 

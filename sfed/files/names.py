@@ -10,6 +10,10 @@ from pathlib import Path
 
 from sfed.files.kinds import stem_of
 
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""The two files of a PEFT adapter."""
+CLIENT_FILE = "client.json"
+"""Beside the adapter of a client with a name: its number and that name, as it was given."""
 GLOBAL = "global"
 """The folder of the global adapter, which no client's may be called."""
 _LONGEST_FOLDER = 60

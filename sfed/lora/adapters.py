@@ -12,27 +12,32 @@ import dataclasses
 import enum
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from sfed.lora import targets
 from sfed.lora.factors import Factors, PassRows
 from sfed.lora.head import Head
 from sfed.lora.layout import Layout, Piece
 from sfed.lora.linear import PassContext, Siblings, StackedLoraLinear
+from sfed.lora.quantized import QuantisedLinear
 from sfed.lora.tensor_files import save_tensors
 from sfed.utils.errors import UserError
 from sfed.utils.files import replacing
+from sfed.utils.text import counted, one_line
 
-_SUPPORTED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+_WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
 
 
 def _siblings(
@@ -117,6 +122,34 @@ class Adapters:
         names = [piece.layer for piece in self.layout.pieces if piece.factor == "head"]
         return torch.cat([self.head.initial[name].flatten() for name in names])
 
+    def tensor_shapes(self, factors: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of some factors, by its name in PEFT's files without prefix."""
+        return {self._peft_name(p): p.shape for p in self.layout.pieces if p.factor in factors}
+
+    def read_factors(self, folder: Path, factors: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Read some factors of a stock PEFT adapter.
+
+        Args:
+            folder: of adapter_model.safetensors, with tensors of the shapes of ``tensor_shapes``.
+            factors: some of A, B and head.
+
+        Returns:
+            (parameters of the factor,) fp32 on CPU by factor.
+
+        Raises:
+            OSError, SafetensorError: where it cannot be read.
+            ValueError: where it holds no finite numbers.
+        """
+        tensors = load_file(folder / _WEIGHTS)
+        found: dict[str, torch.Tensor] = {}
+        for factor in factors:
+            names = [self._peft_name(p) for p in self.layout.pieces if p.factor == factor]
+            flat = [tensors[f"{_PREFIX}{name}"].float().flatten() for name in names]
+            found[factor] = torch.cat(flat)
+            if not torch.isfinite(found[factor]).all():
+                raise ValueError(f"{factor} holds numbers that are not finite")
+        return found
+
     def write_peft_folder(self, folder: Path, row: torch.Tensor) -> None:
         """Write one client's row as a stock PEFT adapter, whole or not at all.
 
@@ -132,13 +165,13 @@ class Adapters:
         """
         row = row.detach().cpu()
         tensors = {
-            f"base_model.model.{self._peft_name(piece)}": row[piece.start : piece.end]
+            f"{_PREFIX}{self._peft_name(piece)}": row[piece.start : piece.end]
             .view(piece.shape)
             .clone()
             for piece in self.layout.pieces
         }
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "adapter_model.safetensors") as temporary:
+        with replacing(folder / _WEIGHTS) as temporary:
             save_tensors(tensors, temporary, {"format": "pt"})
         settings = {**self.peft_config.to_dict(), "inference_mode": True}
         if self.head is not None:
@@ -148,7 +181,44 @@ class Adapters:
             settings["lora_alpha"] = int(settings["lora_alpha"])
         plain = {key: plain_json(key, value) for key, value in settings.items()}
         text = json.dumps(plain, indent=2, sort_keys=True, allow_nan=False)
-        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        (folder / _SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+    def read_peft_folder(self, folder: Path) -> torch.Tensor:
+        """Read a row from a folder that ``write_peft_folder`` wrote, or stock PEFT.
+
+        Args:
+            folder: of adapter_model.safetensors.
+
+        Returns:
+            (layout.size,) fp32 on the CPU.
+
+        Raises:
+            UserError: where the file cannot be read, or holds other tensors than the adapted layers
+                of this model have.
+        """
+        file = folder / _WEIGHTS
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read ({one_line(error)})") from None
+        row = torch.empty(self.layout.size)
+        for piece in self.layout.pieces:
+            name = f"{_PREFIX}{self._peft_name(piece)}"
+            tensor = tensors.pop(name, None)
+            if tensor is None or tuple(tensor.shape) != piece.shape:
+                found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+                raise UserError(
+                    f"{file}: the tensor {name} is {found}; on this base model it has the shape "
+                    f"{piece.shape}. The adapter belongs to another base model, or is of a kind "
+                    "that sfed does not know"
+                )
+            row[piece.start : piece.end] = tensor.flatten()
+        if tensors:
+            raise UserError(
+                f"{file}: {counted(len(tensors), 'tensor')}, such as {next(iter(tensors))}, "
+                "have no place on this base model"
+            )
+        return row
 
     def _peft_name(self, piece: Piece) -> str:
         if piece.factor == "head" and self.head is not None:
@@ -166,26 +236,26 @@ class LoraSpec:
     """gamma."""
     dropout: float
     """Probability on the adapters' input."""
-    target_modules: tuple[str, ...] | str
+    target_modules: targets.Targets
     """Names as PEFT takes them, or "all-linear"."""
     base_name: str
     """Written into exported adapters as the name of their base model."""
 
     def for_peft(self, model: PreTrainedModel) -> LoraConfig:
         """Return the equivalent PEFT configuration."""
-        targets = self.target_modules
+        names = self.target_modules
         return LoraConfig(
             r=self.lora_rank,
             lora_alpha=peft_alpha(self.lora_scaling, self.lora_rank),
             lora_dropout=self.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
+            target_modules=names if isinstance(names, str) else list(names),
             # A classifier's type would make PEFT copy the head, which is not its business here.
             task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         )
 
 
 def attach(model: PreTrainedModel, spec: LoraSpec, head: Head | None = None) -> Adapters:
-    """Replace the layers that PEFT chooses by stacked LoRA layers.
+    """Replace the layers that are asked for by stacked LoRA layers.
 
     Call it after the backbone is sharded: what DeepSpeed has not seen stays on this process.
 
@@ -199,14 +269,14 @@ def attach(model: PreTrainedModel, spec: LoraSpec, head: Head | None = None) -> 
     """
     request = spec.for_peft(model)
     module_names = [name for name, _ in model.named_modules()]
-    found, changed = _choose_layers(model, request)
+    found, changed = _wrapped(model, spec.target_modules, request)
     if head is not None:
         module_names += head.module_names()
     # Not as PEFT changed it: it names the model and rewrites the targets of mixtures of experts.
     peft_config = dataclasses.replace(
         request,
-        target_modules=_short_names(found, set(module_names).difference(found)),
-        fan_in_fan_out=changed.fan_in_fan_out,
+        target_modules=targets.shortened(found, set(module_names).difference(found)),
+        fan_in_fan_out=changed.fan_in_fan_out or _were_transposed(found),
         base_model_name_or_path=spec.base_name,
     )
     context = PassContext(dtype=model.dtype)
@@ -224,57 +294,86 @@ def attach(model: PreTrainedModel, spec: LoraSpec, head: Head | None = None) -> 
     return Adapters(layers, layout, peft_config, context, head)
 
 
-def _choose_layers(
-    model: PreTrainedModel, request: LoraConfig
+def _wrapped(
+    model: PreTrainedModel, asked: targets.Targets, request: LoraConfig
 ) -> tuple[dict[str, LoraLayer], LoraConfig]:
-    """Insert PEFT's layers; returns them by name, and the request as PEFT changed it.
+    """Let PEFT wrap the layers that are asked for; returns them by name, and what PEFT was asked.
 
     Raises:
-        UserError: where a target does not exist or is not a linear layer.
+        UserError: where a target is no linear layer, or PEFT would not adapt these layers alone.
     """
-    targets = request.target_modules
+    names, known = targets.chosen(model, asked), targets.linear_layers(model)
+    is_transposed = all(targets.is_transposed(model.get_submodule(name)) for name in names)
+    own = dataclasses.replace(request, target_modules=names, fan_in_fan_out=is_transposed)
     try:
-        matched = _matched(model, targets)
-        own = dataclasses.replace(request, target_modules=sorted(matched) or targets)
         # On the meta device: the factors that train are rows of our own buffers.
         get_peft_model(model, own, low_cpu_mem_usage=True)
-    except (ValueError, re.error) as error:
-        raise _wrong_targets(model, targets, str(error).splitlines()[0]) from None
+    except ValueError as error:
+        left = {name for name in known if repr(name.rpartition(".")[2]) not in str(error)}
+        raise targets.wrong(
+            asked, f"PEFT refuses it ({one_line(error).rstrip('.')})", left
+        ) from None
     found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    for target in () if isinstance(targets, str) else targets:  # PEFT is content with one of them
-        if not any(f".{name}".endswith(f".{target}") for name in found):
-            raise _wrong_targets(model, targets, f"{target!r} is no layer of this model.")
+    if less := targets.last_parts(set(names).difference(found)):
+        reason = f"PEFT reads {', '.join(sorted(less))} as names of fused experts"
+        left = {name for name in known if name.rpartition(".")[2] not in less}
+        raise targets.wrong(asked, reason, left)
+    if more := sorted(found.keys() - names):
+        raise targets.wrong(asked, f"PEFT would adapt {more[0]} too", known)
     for name, layer in found.items():
-        if not _is_linear(layer.get_base_layer()):
-            kind = type(layer.get_base_layer()).__name__
-            raise _wrong_targets(model, targets, f"{name} is a {kind}, not a linear layer.")
-        if matched and name not in matched:
-            raise _wrong_targets(model, targets, f"PEFT would adapt {name} too.")
         if (layer.r["default"], layer.scaling["default"]) != _rank_and_scaling(request):
             raise AssertionError(f"PEFT gives {name} a rank or a scaling of its own")
     return found, own
 
 
-def _matched(model: PreTrainedModel, targets: object) -> set[str]:
-    """The modules that a pattern names; none where the targets are no pattern.
-
-    PEFT itself keeps only the last parts of what a pattern matches in a mixture of experts, and so
-    would adapt the layers of that name in all blocks.
-    """
-    if not isinstance(targets, str) or targets.lower() == "all-linear":
-        return set()
-    return {name for name, _ in model.named_modules() if re.fullmatch(targets, name)}
+def _were_transposed(found: Mapping[str, LoraLayer]) -> bool:
+    """Whether quantised layers, which PEFT has seen, are Conv1D in the model that users load."""
+    layers = (layer.get_base_layer() for layer in found.values())
+    return any(isinstance(layer, QuantisedLinear) and layer.was_transposed for layer in layers)
 
 
 def _rank_and_scaling(request: LoraConfig) -> tuple[int, float]:
     return request.r, request.lora_alpha / request.r
 
 
-def _short_names(found: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Names with which PEFT finds these layers and no others: last parts where those suffice."""
-    elsewhere = {name.rpartition(".")[2] for name in others}
-    last_parts = {name: name.rpartition(".")[2] for name in found}
-    return sorted({name if last in elsewhere else last for name, last in last_parts.items()})
+def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Add an adapter to the weights of its base model, layer by layer, through stock PEFT.
+
+    No second model is made: beside the model there is the change of one layer at a time, computed
+    in fp32 and rounded to the dtype of the weights. A head in the folder takes the place of the
+    model's.
+
+    Args:
+        model: the base model; changed in place.
+        folder: of an adapter that ``write_peft_folder`` wrote.
+
+    Returns:
+        The model without PEFT's wrappers.
+
+    Raises:
+        UserError: where a weight is stored quantised, or is the weight of another layer too.
+    """
+    wrapped = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
+    adapted = {n: m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
+    for name, layer in adapted.items():
+        _refuse_unmergeable(wrapped, name.removeprefix(_PREFIX), layer)
+    plain: PreTrainedModel = wrapped.merge_and_unload()
+    return plain
+
+
+def _refuse_unmergeable(model: nn.Module, name: str, layer: LoraLayer) -> None:
+    weight = layer.get_base_layer().weight
+    if not weight.is_floating_point():
+        raise UserError(
+            f"--merge: {name} is stored as {weight.dtype}; an adapter is merged into weights of "
+            "16 or 32 bits only. Load the adapter beside its base model instead"
+        )
+    holders = [n for n, one in model.named_parameters(remove_duplicate=False) if one is weight]
+    if len(holders) > 1:
+        raise UserError(
+            f"--merge: the weight of {name} is that of the embedding too (tie_word_embeddings), so "
+            "it cannot be changed alone. Load the adapter beside its base model instead"
+        )
 
 
 def plain_json(key: str, value: Any) -> Any:
@@ -300,34 +399,6 @@ def plain_json(key: str, value: Any) -> Any:
     if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
         return {name: plain_json(f"{key}.{name}", item) for name, item in value.items()}
     raise TypeError(f"{key} = {value!r} of an adapter's configuration has no form in JSON")
-
-
-def _wrong_targets(model: PreTrainedModel, targets: object, reason: str) -> UserError:
-    known = sorted(_names_of_linear(model))
-    return UserError(
-        f"lora.target_modules = {_plain(targets)!r}: {reason} The linear layers of this model are "
-        f"{', '.join(known)}; name some of them, or choose another model.name"
-    )
-
-
-def _names_of_linear(model: PreTrainedModel) -> set[str]:
-    """The last parts of the names of linear layers, as the model has them without PEFT."""
-    wrapped = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    kept = {
-        name
-        for name, module in model.named_modules()
-        if _is_linear(module) and not any(name.startswith(f"{one}.") for one in wrapped)
-    }
-    inside = {name for name in wrapped if _is_linear(model.get_submodule(name).get_base_layer())}
-    return {name.rpartition(".")[2] for name in kept - set(wrapped) | inside}
-
-
-def _plain(targets: object) -> object:
-    return targets if isinstance(targets, str) else sorted(targets)  # type: ignore[call-overload]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module).__name__ in _SUPPORTED_LAYERS
 
 
 def peft_alpha(gamma: float, lora_rank: int) -> float:

@@ -7,6 +7,7 @@ only. Kept as the parameter itself, it is wherever ZeRO-3 has gathered it by the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,23 +32,46 @@ class _FrozenForward:
         self._module = module
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = _FrozenLinear.apply(  # type: ignore[no-untyped-call]
-            x, self._module.weight, self._module.bias
-        )
-        return output
+        return product(x, self._module.weight, self._module.bias)
+
+
+def product(
+    x: torch.Tensor,
+    stored: torch.Tensor,
+    bias: torch.Tensor | None,
+    read: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Return W x + b of frozen W and b; the backward pass keeps what is stored and nothing else.
+
+    Args:
+        x: (..., in).
+        stored: W, (out, in), or what it is made of.
+        bias: (out,).
+        read: makes W of what is stored, in each pass; None = it is W.
+    """
+    output: torch.Tensor = _FrozenLinear.apply(x, stored, bias, read)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _FrozenLinear(Function):
-    """Saves W; grad x = grad W."""
+    """Saves what W is made of; grad x = grad W."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        stored: torch.Tensor,
+        bias: torch.Tensor | None,
+        read: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        return functional.linear(x, weight, bias)
+        ctx.save_for_backward(stored)
+        ctx.read = read
+        return functional.linear(x, stored if read is None else read(stored), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,), (weight,) = grads, ctx.saved_tensors
-        return grad.matmul(weight) if ctx.needs_input_grad[0] else None, None, None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        weight = weight if ctx.read is None else ctx.read(weight)
+        return grad.matmul(weight), None, None, None

@@ -261,12 +261,12 @@ class _AddLora(Function):
             *(kept if ctx.factors.grad_a is not None else ()),
         )
         # A frozen layer keeps its input and weight and not its output: it may be written over.
-        return tuple(
-            _by_client(y.detach(), b)
-            .baddbmm_(part, b.transpose(1, 2), alpha=ctx.lora_scaling)
-            .view(y.shape)
-            for y, b, part in zip(ys, b_COR, xa_CMR.chunk(num_layers, dim=2), strict=True)
-        )
+        outputs = tuple(y.detach().contiguous() for y in ys)
+        for y, b, part in zip(outputs, b_COR, xa_CMR.chunk(num_layers, dim=2), strict=True):
+            rows = y.view(len(b), -1, y.shape[-1])
+            rows.baddbmm_(part, b.transpose(1, 2), alpha=ctx.lora_scaling)
+        # To autograd these are no views, so that a model may write over them in turn (Falcon).
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

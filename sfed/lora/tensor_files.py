@@ -20,4 +20,9 @@ def save_tensors(
     server under another name could load an adapter, nor a colleague resume from a checkpoint.
     """
     save_file(dict(tensors), file, metadata=metadata)
+    readable_as_its_folder(file)
+
+
+def readable_as_its_folder(file: Path) -> None:
+    """Let those read a file who may read its folder."""
     file.chmod(file.parent.stat().st_mode & _NEVER_MORE_THAN)

@@ -114,7 +114,7 @@ def estimate(
     known = gather_json(world, "rows and memory", [longest, _free(world)])
     work = work_of(config, own_clients, max(tokens for tokens, _ in known))
     carefree = _CAREFREE_SHARE * min(free for _, free in known)
-    if _generous_bytes(config, meta.config, work) <= carefree:
+    if _generous_bytes(config, meta, work) <= carefree:
         return None
     dtype = DTYPES[dtype_name(config, world)]
     costs: Costs | None = None
@@ -182,20 +182,23 @@ def _free(world: World) -> int:
     return free_bytes(world.device) // world.processes_per_device
 
 
-def _generous_bytes(config: Config, model_config: PreTrainedConfig, work: Work) -> int:
+def _generous_bytes(config: Config, meta: MetaModel, work: Work) -> int:
     """More than all clients of a process need in one pass, whatever the architecture."""
-    text = model_config.get_text_config()
+    text = meta.config.get_text_config()
     hidden, layers = _told(text, "hidden_size"), _told(text, "num_hidden_layers")
-    width = hidden + int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    width = hidden + (max(inner) if isinstance(inner, list | tuple) else int(inner))
     tokens = max(work.train_rows, work.eval_rows) * (work.tokens + work.new_tokens)
     # Attention without a fused kernel keeps a square of scores for each head, else a mask; and
     # all of a client may be packed into one row.
-    is_eager = config.model.attention == "eager"
-    scores = tokens * (_told(text, "num_attention_heads") if is_eager else 1)
+    heads = getattr(text, "num_attention_heads", 1)  # a model without attention has no scores
+    scores = tokens * (heads if meta.may_be_eager else 1)
     per_token = layers * (_GENEROUS_PER_UNIT * width + 16 * scores)
     per_token += 16 * _told(text, "vocab_size")
     numbers = layers * 8 * width * config.lora.rank
-    return work.round_clients * (tokens * per_token + _GENEROUS_PER_NUMBER * numbers)
+    dequantised = 0 if config.model.quantization == "none" else 4 * hidden * width
+    of_clients = work.round_clients * (tokens * per_token + _GENEROUS_PER_NUMBER * numbers)
+    return of_clients + dequantised
 
 
 def _told(text: PreTrainedConfig, key: str) -> int:

@@ -12,6 +12,7 @@ from sfed.config.schema import Config
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.head import Head
+from sfed.lora.quantized import Stored
 from sfed.models import heads, synthetic
 from sfed.models.hf_config import MetaModel
 
@@ -21,6 +22,8 @@ class ModelCounts:
     """A model and the adapters on it, in numbers."""
 
     num_weights: int
+    stored: Stored
+    """What the weights take."""
     matmul_weights: int
     """P_mm: of all matrix products of a pass, the vocabulary's head included."""
     a_numbers: int
@@ -45,7 +48,7 @@ def counts_of(config: Config, meta: MetaModel) -> ModelCounts:
     Raises:
         UserError: where a target of the adapters does not exist.
     """
-    num_weights, model = meta.num_weights, meta.model
+    num_weights, stored, model = meta.num_weights, meta.stored, meta.model
     matmul_weights = synthetic.matmul_weights(model)
     head_numbers = 0
     for name in heads.modules_of(config, model):  # as if they had been taken off
@@ -57,7 +60,13 @@ def counts_of(config: Config, meta: MetaModel) -> ModelCounts:
     a_numbers, b_numbers = (some.stop - some.start for some in columns)
     targets = {re.sub(r"^.*\.\d+\.", "", name) for name in attached.layers}
     return ModelCounts(
-        num_weights, matmul_weights, a_numbers, b_numbers, head_numbers, tuple(sorted(targets))
+        num_weights,
+        stored,
+        matmul_weights,
+        a_numbers,
+        b_numbers,
+        head_numbers,
+        tuple(sorted(targets)),
     )
 
 

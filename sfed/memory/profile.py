@@ -59,14 +59,15 @@ def measure(config: Config, frozen: Frozen, say: Callable[[str], None]) -> Costs
 
 def _costs(config: Config, frozen: Frozen, fake: FakeFloats | None) -> Costs:
     """The costs, with fake tensors or with real ones."""
-    lora_rank, num_layers = config.lora.rank, int(frozen.config.num_hidden_layers)
+    text = frozen.config.get_text_config()
+    lora_rank, num_layers = config.lora.rank, int(text.num_hidden_layers)
     one, two = (Trial(config, frozen, count, lora_rank, fake) for count in (1, 2))
     # With the smallest adapters next to nothing is a client's and all is a token's.
     thin = Trial(config, frozen, 1, _SMALLEST_RANK, fake)
     of_one, of_two = (_cost([trial.kept(load) for load in _LOADS]) for trial in (one, two))
     of_layer = of_two.plus(of_one, -1)
     long = min(one.backbone.context_tokens // 2, _LONG_COMPUTED if fake is None else _LONG)
-    words = 0 if task_of(config).is_classification else int(frozen.config.vocab_size)
+    words = 0 if task_of(config).is_classification else int(text.vocab_size)
     in_chunks = one.backbone.logits_at_a_time(words)
     return Costs(
         kept=of_one.plus(of_layer, num_layers - 1),
@@ -75,7 +76,7 @@ def _costs(config: Config, frozen: Frozen, fake: FakeFloats | None) -> Costs:
         forward=_most(one.evaluated, thin.evaluated, long),
         logits_per_token=words * _bytes_per_logit(frozen.dtype, in_chunks=in_chunks is not None),
         logits_at_a_time=in_chunks or _ALL,
-        cache_per_token=num_layers * _keys_and_values(frozen.config) * frozen.dtype.itemsize,
+        cache_per_token=num_layers * _keys_and_values(text) * frozen.dtype.itemsize,
         optimizer_per_number=one.optimised(),
         packing=one.packing,
     )
@@ -89,7 +90,9 @@ def _bytes_per_logit(dtype: torch.dtype, *, in_chunks: bool) -> int:
 
 def _keys_and_values(model_config: PreTrainedConfig) -> int:
     """Numbers that a layer remembers of a token while answers are written."""
-    query_heads = model_config.num_attention_heads
+    query_heads = getattr(model_config, "num_attention_heads", None)
+    if query_heads is None:  # a model without attention remembers a state, and nothing of a token
+        return 0
     num_heads = getattr(model_config, "num_key_value_heads", None) or query_heads
     width = getattr(model_config, "head_dim", None) or model_config.hidden_size // query_heads
     return 2 * int(num_heads) * int(width)

@@ -22,13 +22,14 @@ from sfed.data.batches import Batch
 from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
 from sfed.lora.hf_blocks import patch_blocks
+from sfed.lora.quantized import put_stand_ins
 from sfed.memory.costs import Load
 from sfed.memory.counts import attach
 from sfed.memory.fake import FakeFloats
 from sfed.memory.live_bytes import LiveBytes
 from sfed.models import heads, synthetic
 from sfed.models.backbone import Backbone
-from sfed.models.hf_config import Sharding, from_config
+from sfed.models.hf_config import Sharding, asked_attention, from_config
 from sfed.models.losses import Traits
 from sfed.models.objective import objective_of, why_padded
 
@@ -60,8 +61,9 @@ class Frozen:
     def small(self, num_layers: int) -> PreTrainedConfig:
         """Return the same configuration with few layers and a small vocabulary."""
         small = copy.deepcopy(synthetic.with_layers(self.config, num_layers))
-        small.vocab_size = _WORDS
-        small.pad_token_id = None if self.config.pad_token_id is None else 0
+        for part in (small, small.get_text_config()):
+            part.vocab_size = _WORDS
+            part.pad_token_id = None if self.config.pad_token_id is None else 0
         return small
 
 
@@ -173,17 +175,19 @@ class Trial:
 
 def _backbone(config: Config, frozen: Frozen, num_layers: int) -> Backbone:
     """The frozen model as ``models.backbone.load`` makes it, but with zeros for weights."""
-    eager = config.model.attention == "eager"
+    asked = asked_attention(config)
     with no_init_weights():
         model = from_config(
             config,
             # flash-attn, which needs a GPU, keeps what the fused kernel of torch keeps.
             frozen.small(num_layers),
             dtype=frozen.dtype,
-            attn_implementation="eager" if eager else "sdpa",
+            attn_implementation="sdpa" if asked == "flash_attention_2" else asked,
         )
     model.tie_weights()
     synthetic.fill_with_zeros(model)
+    if config.model.quantization != "none":
+        put_stand_ins(model, config.model.quantization, frozen.dtype)
     model.requires_grad_(False)
     patch_blocks(model)
     head = heads.detach_head(config, model, _ALL_FOUND, lambda _: nullcontext())

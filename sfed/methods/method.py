@@ -25,7 +25,7 @@ from typing import Literal
 
 from sfed.config.own_method import is_own
 from sfed.config.schema import Config
-from sfed.methods.own import load_own
+from sfed.methods.own import load_named
 from sfed.methods.scaling import EXPONENTS
 from sfed.methods.server import ServerStep
 from sfed.utils.errors import ConfigError, UserError
@@ -55,6 +55,9 @@ class Method:
     keeps_moments: bool = True
     """Whether the optimizer's moments survive the server step. They do not where it rotates or
     redraws the factors: they belong to a basis that is gone."""
+    is_alone: bool = False
+    """Whether clients have joined a finished federation, each by itself: nothing of an adapter is
+    sent, not even to evaluate."""
 
     def trained_in(self, round_index: int) -> Factors:
         """Factors that train in this 0-based round."""
@@ -85,8 +88,27 @@ class Method:
     @property
     def has_global_adapter(self) -> bool:
         """Whether (A, mean B) means something: A is the same on all clients between rounds."""
-        return any("A" in factors for factors in self.averaged) or not any(
-            "A" in factors for factors in self.trained
+        averages_a = any("A" in factors for factors in self.averaged)
+        trains_a = any("A" in factors for factors in self.trained)
+        return not self.is_alone and (averages_a or not trains_a)
+
+    @property
+    def needs_common_a(self) -> bool:
+        """Whether all clients have to start with the same A: its mean is not the first thing.
+
+        Such a method averages B at a time when A is taken to be the same on all clients.
+        """
+        return not self.keeps_apart("A") and "A" not in self.averaged_in(0) and not self.is_alone
+
+    @property
+    def common(self) -> Factors:
+        """The factors that are the same on all clients when a run is finished."""
+        return tuple(factor for factor in _AB if not self.keeps_apart(factor))
+
+    def joined(self) -> Method:
+        """What clients do that join a finished run of this method: A is frozen, B is their own."""
+        return replace(
+            self, trained=(("B",),), averaged=((),), independent_init=False, is_alone=True
         )
 
 
@@ -114,7 +136,7 @@ def _named(name: str) -> Method:
     """A method of the table, or one of the user's."""
     if not is_own(name):
         return METHODS[name]
-    method = load_own(name)
+    method = load_named(name, "federated.method")
     if not isinstance(method, Method):
         raise ConfigError(
             f"federated.method = {name!r}: it is a {type(method).__name__}, not a sfed.Method"
@@ -122,6 +144,21 @@ def _named(name: str) -> Method:
     if problem := _problem_of(method):
         raise ConfigError(f"federated.method = {name!r}: {problem}")
     return method
+
+
+def _refuse_against_step(config: Config, base: Method) -> None:
+    """Refuse overrides that a method's server step leaves without a meaning."""
+    if config.federated.averaged != "auto" and base.server_step is not None:
+        raise ConfigError(
+            f"federated.averaged={list(config.federated.averaged)}: the server step of "
+            f"{base.name} takes the factors that its record names; leave it at auto"
+        )
+    if config.federated.optimizer_state == "keep" and not base.keeps_moments:
+        raise ConfigError(
+            f"federated.optimizer_state=keep: the server step of {base.name} changes the basis "
+            "of the factors, so the moments of the optimizer mean nothing after it; leave it at "
+            "auto"
+        )
 
 
 def _problem_of(method: Method) -> str | None:
@@ -151,12 +188,16 @@ def _are_turns(turns: object) -> bool:
 def resolve(config: Config) -> Method:
     """Return the configured method with the overrides for ablations applied.
 
+    Adapters on disk (``lora.start_from``, ``federated.join``) bring their own A and gamma, so then
+    neither ``lora.init`` nor the exponents count.
+
     Raises:
         ConfigError: where an own method cannot be loaded or is no valid record.
         UserError: where gamma grows with N although no mean of independent A's shrinks with N:
             outputs would grow as N and gradients as sqrt(N).
     """
     base, lora = _named(config.federated.method), config.lora
+    _refuse_against_step(config, base)
     exponents = base.exponents
     if isinstance(lora.scaling, tuple):
         exponents = lora.scaling
@@ -164,11 +205,6 @@ def resolve(config: Config) -> Method:
         exponents = EXPONENTS[lora.scaling]
     averaged = base.averaged
     if config.federated.averaged != "auto":
-        if base.server_step is not None:
-            raise ConfigError(
-                f"federated.averaged={list(config.federated.averaged)}: the server step of "
-                f"{base.name} takes the factors that its record names; leave it at auto"
-            )
         averaged = (tuple(factor for factor in _AB if factor in config.federated.averaged),)
     method = replace(
         base,
@@ -179,12 +215,10 @@ def resolve(config: Config) -> Method:
         ),
         alpha=base.alpha if lora.alpha is None else lora.alpha,
     )
-    if config.federated.optimizer_state == "keep" and not method.keeps_moments:
-        raise ConfigError(
-            f"federated.optimizer_state=keep: the server step of {method.name} changes the basis "
-            "of the factors, so the moments of the optimizer mean nothing after it; leave "
-            "federated.optimizer_state=auto"
-        )
+    if config.federated.join is not None:
+        return method.joined()
+    if config.lora.start_from is not None:
+        return replace(method, independent_init=False)
     if exponents[0] > 0 and not method.averages_a_at_start and not lora.allow_unstable:
         what = "one shared draw" if not method.independent_init else "no mean of A at the start"
         key = "lora.init=shared" if not method.independent_init else "a method that keeps A apart"
@@ -195,3 +229,29 @@ def resolve(config: Config) -> Method:
             "average A, or set lora.scaling=rslora, or lora.allow_unstable=true to see it"
         )
     return method
+
+
+def check_joinable(run: Config, folder: str) -> Factors:
+    """Return what the clients of a finished run have in common: A, and perhaps B.
+
+    Args:
+        run: its configuration.
+        folder: of the run, for the error.
+
+    Raises:
+        ConfigError: where its clients have no A in common.
+    """
+    method = resolve(run)
+    if "A" in method.common:
+        return method.common
+    known = [name for name, one in METHODS.items() if "A" in one.common]
+    raise ConfigError(
+        f"federated.join = {folder!r}: federated.method={run.federated.method} with "
+        f"federated.averaged={_words(run.federated.averaged)} leaves each client an A of its own, "
+        "so there is none to join with; a client can join a run whose clients share A, such as one "
+        f"of {', '.join(known)}"
+    )
+
+
+def _words(averaged: str | tuple[str, ...]) -> str:
+    return averaged if isinstance(averaged, str) else f"[{', '.join(averaged)}]"

@@ -1,4 +1,4 @@
-"""Methods that a user defines: ``federated.method = FILE.py:NAME`` or ``package.module:NAME``."""
+"""What a user defines in a file or module: ``FILE.py:NAME`` or ``package.module:NAME``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from sfed.utils.errors import ConfigError
 from sfed.utils.text import one_line
 
 
-def load_own(spec: str) -> Any:
-    """Run the module of an own method and return what it calls by that name.
+def load_named(spec: str, what: str) -> Any:
+    """Run a module and return what it calls by a name.
 
     The code runs with all rights of the process.
 
     Args:
-        spec: as the key ``federated.method`` holds it.
+        spec: FILE.py:NAME or package.module:NAME.
+        what: asked for it, for messages.
 
     Raises:
         ConfigError: where the module is not found, fails, or has no such name.
@@ -32,10 +33,10 @@ def load_own(spec: str) -> Any:
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(
-            f"federated.method = {spec!r}: {own.source} cannot be imported ({reason})"
+            f"{what} = {spec!r}: {own.source} cannot be imported ({reason})"
         ) from error
     if not hasattr(module, own.name):
-        raise ConfigError(f"federated.method = {spec!r}: {own.source} defines no {own.name}")
+        raise ConfigError(f"{what} = {spec!r}: {own.source} defines no {own.name}")
     return getattr(module, own.name)
 
 

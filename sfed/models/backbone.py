@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from sfed.config.schema import Config
 from sfed.data.batches import Documents
 from sfed.data.packing import Packing
+from sfed.data.tasks import task_of
 from sfed.distributed.world import World
+from sfed.lora import quantized
 from sfed.lora.head import Head
 from sfed.lora.hf_blocks import patch_blocks
 from sfed.models import heads
@@ -28,6 +30,7 @@ from sfed.models.hf_config import (
     DTYPES,
     MetaModel,
     Sharding,
+    asked_attention,
     auto_class,
     cannot_load,
     choose_sharding,
@@ -68,6 +71,11 @@ class Backbone:
         return context_of(self.model)
 
     @property
+    def attention(self) -> str:
+        """The attention implementation of transformers that the language model uses."""
+        return str(self.model.config.get_text_config()._attn_implementation)
+
+    @property
     def vocabulary_size(self) -> int:
         """Rows of the embedding."""
         return int(self.model.config.get_text_config().vocab_size)
@@ -86,7 +94,7 @@ class Backbone:
         if self._losses is None or not self._losses.keeps_documents_apart:
             return None
         even = _EVEN_WIDTH_OF_HIDDEN * self.model.config.get_text_config().hidden_size
-        if self.model.config._attn_implementation == "flash_attention_2":
+        if self.attention == "flash_attention_2":
             even = math.inf
         return Packing(self.context_tokens, even)
 
@@ -185,12 +193,17 @@ def context_of(model: PreTrainedModel) -> int:
     return positions
 
 
-def device_map(device: torch.device, sharding: Sharding) -> dict[str, torch.device] | None:
+def device_map(
+    device: torch.device, sharding: Sharding, *, quantises: bool = False
+) -> dict[str, torch.device] | None:
     """Where ``from_pretrained`` puts each tensor as it reads it; None = as it does by itself.
 
     On a GPU a replica would otherwise lie in the memory of the host first, once for each process.
-    On a CPU the weights stay in the mapped file, which all processes share.
+    On a CPU the weights stay in the mapped file, which all processes share. A model that is
+    quantised while it is read lies whole where it is put, so one to be sharded is put on the host.
     """
+    if quantises and sharding.is_sharded:
+        return {"": torch.device("cpu")}
     return None if sharding.is_sharded or device.type == "cpu" else {"": device}
 
 
@@ -198,22 +211,31 @@ def _read(
     config: Config, name: str, meta: MetaModel, sharding: Sharding, world: World
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Read the weights; returns the model, and what transformers says of loading it."""
+    dtype, scheme = DTYPES[dtype_name(config, world)], config.model.quantization
+    into_shards = sharding.is_sharded and scheme == "none"
+    settings: dict[str, Any] = {}
+    if scheme != "none":
+        asked = quantized.loading_settings(meta.unquantised(), scheme, dtype)
+        settings["quantization_config"] = asked
     try:
         model, loading = auto_class(config).from_pretrained(
             name,
             config=meta.config,
-            dtype=DTYPES[dtype_name(config, world)],
-            attn_implementation=config.model.attention,
+            dtype=dtype,
+            attn_implementation=asked_attention(config),
             trust_remote_code=config.backbone.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # of a head with other classes; see heads.detach_head
-            key_mapping=heads.hide_mismatched_head(config, name) if sharding.is_sharded else None,
-            device_map=device_map(world.device, sharding),
+            key_mapping=heads.hide_mismatched_head(config, name) if into_shards else None,
+            device_map=device_map(world.device, sharding, quantises=scheme != "none"),
+            **settings,
         )
     except Exception as error:  # as of read_model_config
         if is_of_the_machine(error):
             raise
-        raise UserError(cannot_load(name, error)) from None
+        raise UserError(cannot_load(config, name, error)) from None
+    if scheme != "none":
+        quantized.take_over(model, world.device)
     return model, loading
 
 
@@ -240,12 +262,19 @@ def load(
     sharding = sharding or choose_sharding(config, meta, world)
     settings, into_shards = None, None
     if sharding.is_sharded:
+        settings = prepare_deepspeed(config, meta, DTYPES[dtype_name(config, world)])
+    if settings is not None and config.model.quantization == "none":
         from transformers.integrations import HfDeepSpeedConfig
 
-        settings = prepare_deepspeed(config, meta, DTYPES[dtype_name(config, world)])
         # While it lives, from_pretrained loads straight into shards; it must outlive the model.
         into_shards = HfDeepSpeedConfig(settings)
     model, loading = _read(config, name, meta, sharding, world)
+    if not task_of(config).is_classification and model.get_output_embeddings() is None:
+        raise UserError(
+            f"model.name = {name!r}: {type(model).__name__} does not tell its output layer "
+            "(get_output_embeddings gives None), so the losses of tokens cannot be computed; "
+            "choose another model.name"
+        )
     model.requires_grad_(False)
     patch_blocks(model)
     head = heads.detach_head(config, model, loading, gathered_whole)

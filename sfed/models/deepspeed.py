@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from sfed.config.schema import Config
 from sfed.lora.frozen import keep_weights_alone
+from sfed.lora.hf_blocks import num_weights, transformer_layers
+from sfed.lora.quantized import Stored
 from sfed.models.hf_config import MetaModel
 from sfed.utils.errors import UserError
 from sfed.utils.text import one_line
@@ -31,7 +33,7 @@ def deepspeed_settings(config: Config, meta: MetaModel, dtype: torch.dtype) -> d
     live, and DeepSpeed's count may miss one more; see ``most_gathered``.
     """
     layers = transformer_layers(meta.model)
-    total = meta.num_weights
+    total = num_weights(meta.model)
     layer = max(map(num_weights, layers), default=total // meta.num_layers)
     zero: dict[str, Any] = {
         "stage": 3,
@@ -58,9 +60,26 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def most_gathered(settings: Mapping[str, Any]) -> int:
-    """The most weights that are gathered at a time under these settings."""
+    """The most numbers that are gathered at a time under these settings; nf4 has two in one."""
     zero = settings["zero_optimization"]
     return int(zero["stage3_max_live_parameters"]) + int(zero["stage3_prefetch_bucket_size"])
+
+
+def most_gathered_bytes(
+    settings: Mapping[str, Any], model: PreTrainedModel, dtype: torch.dtype
+) -> int:
+    """The most bytes that are gathered at a time.
+
+    One of the weights is the largest outside of the layers, and the others are those of layers.
+    """
+    layers = transformer_layers(model)
+    count = most_gathered(settings)
+    outside = min(count, _largest_outside(model, layers))
+    bytes_per_number = max(
+        (Stored.of(layer).sharded_bytes(dtype) / num_weights(layer) for layer in layers),
+        default=dtype.itemsize,
+    )
+    return round(outside * dtype.itemsize + (count - outside) * bytes_per_number)
 
 
 def _largest_outside(model: nn.Module, layers: list[nn.Module]) -> int:
@@ -79,18 +98,17 @@ def _has_large_weights(layers: list[nn.Module]) -> bool:
     return sum(sizes) >= _LARGE_WEIGHT * max(1, len(sizes))
 
 
-def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that the transformer repeats; [] where the model has no list of so many."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList)]
-    within = {inner for one in lists for inner in one.modules() if inner is not one}
-    found = [list(one) for one in lists if len(one) == count and one not in within]
-    return max(found, key=lambda layers: sum(map(num_weights, layers)), default=[])
+def own_share(parameter: nn.Parameter, rank: int) -> torch.Tensor | None:
+    """What a process holds of a sharded weight, flat; None of a weight that is not sharded.
 
-
-def num_weights(module: nn.Module) -> int:
-    """Weights of a module, sharded or not; those that it uses twice count once."""
-    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in module.parameters())
+    The last share is filled up with anything, which is left out.
+    """
+    share = getattr(parameter, "ds_tensor", None)
+    if share is None:
+        return None
+    of_weight = max(0, parameter.ds_numel - rank * share.ds_numel)  # type: ignore[attr-defined]
+    flat: torch.Tensor = share.view(-1)[:of_weight]
+    return flat
 
 
 def gathered_whole(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:

@@ -140,6 +140,33 @@ def detach_head(
     return Head(name, layers.pop(name), initial, layers, _is_replaced(loading, name))
 
 
+def outline_head(config: Config, model: PreTrainedModel, *, with_new_layers: bool) -> Head | None:
+    """Take the head off a model without weights, as ``detach_head`` does: its shapes alone.
+
+    Args:
+        config: of the run.
+        model: on torch's meta device; changed in place.
+        with_new_layers: whether the checkpoint lacks the layers that belong to a head only where
+            they are new, such as BERT's pooler.
+
+    Returns:
+        The head, whose first weights are on the meta device; None for tasks without one.
+    """
+    everything = {name for name, _ in model.named_parameters()} if with_new_layers else set[str]()
+    modules = modules_of(config, model, everything)
+    if not modules:
+        return None
+    layers: dict[str, StackedHead] = {}
+    shapes: dict[str, torch.Tensor] = {}
+    for module in modules:
+        template = model.get_submodule(module)
+        prefix = "" if module == modules[0] else f"{module}."
+        shapes |= {prefix + key: weight for key, weight in template.named_parameters()}
+        layers[module] = StackedHead(template)
+        model.set_submodule(module, layers[module])
+    return Head(modules[0], layers.pop(modules[0]), shapes, layers)
+
+
 def _draw(weights: Mapping[str, torch.Tensor], std: float, generator: torch.Generator) -> None:
     """Draw new weights in place as transformers does: biases begin at 0."""
     for _, weight in sorted(weights.items()):

@@ -27,6 +27,8 @@ from sfed.data.tasks import task_of
 from sfed.distributed.shutdown import is_lost_contact
 from sfed.distributed.sync import gather_json
 from sfed.distributed.world import World
+from sfed.lora import quantized
+from sfed.lora.quantized import Stored
 from sfed.utils.errors import ConfigError, UserError
 from sfed.utils.text import one_line, size_text
 
@@ -35,6 +37,10 @@ _BF16_CAPABILITY = (8, 0)  # of Ampere, the first GPUs that compute bf16 themsel
 # A replica may take this share of the memory that is free when the run starts; the rest is for
 # adapters, activations and logits.
 _REPLICA_SHARE = 0.5
+# What transformers says where a model has no such attention, or a package for it is missing.
+_OF_ATTENTION = re.compile(
+    r"scaled_dot_product|attn_implementation|attention implementation|flash.?att", re.IGNORECASE
+)
 # Words in the names of probabilities with which a model in training mode leaves things to chance.
 _OF_CHANCE = ("dropout", "pdrop", "layerdrop", "drop_path", "stochastic_depth", "jitter")
 
@@ -62,6 +68,18 @@ def dtype_name(config: Config, world: World) -> str:
     return "bf16" if is_native else "fp32"
 
 
+def precision(config: Config, world: World) -> str:
+    """The dtype of the backbone, and how its weights are stored where that is another form."""
+    scheme, dtype = config.model.quantization, dtype_name(config, world)
+    return dtype if scheme == "none" else f"{scheme}, computed in {dtype}"
+
+
+def asked_attention(config: Config) -> str | None:
+    """``model.attention`` as transformers takes it; None = sdpa if the model has it, else eager."""
+    asked = config.model.attention
+    return None if asked == "auto" else asked
+
+
 def auto_class(config: Config) -> Any:
     """The kind of model that the task needs."""
     is_classification = task_of(config).is_classification
@@ -69,7 +87,11 @@ def auto_class(config: Config) -> Any:
 
 
 def from_config(config: Config, model_config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
-    """A model of this shape without its weights, on torch's present default device."""
+    """A model of this shape without its weights, on torch's present default device.
+
+    Its attention is the one of ``settings``, not one that the model's own configuration names.
+    """
+    settings = {"attn_implementation": None, **settings}
     model: PreTrainedModel = auto_class(config).from_config(
         model_config, trust_remote_code=config.backbone.trust_remote_code, **settings
     )
@@ -95,19 +117,45 @@ class MetaModel:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model without memory for its weights. Read ``num_weights`` before it is changed."""
+        """The model without memory for its weights, with codes in the place of quantised ones.
+
+        Read ``num_weights`` and ``stored`` before it is changed.
+
+        Raises:
+            UserError: where its weights cannot be quantised as asked for.
+        """
+        model, scheme = self.unquantised(), self._run_config.model.quantization
+        if scheme != "none":
+            quantized.put_stand_ins(model, scheme, model.dtype)
+        return model
+
+    def unquantised(self) -> PreTrainedModel:
+        """The model without memory for its weights, as transformers builds it."""
         with torch.device("meta"):
             return from_config(self._run_config, copy.deepcopy(self.config))
 
     @cached_property
     def num_weights(self) -> int:
         """Weights of the whole backbone; those that two layers share count once."""
-        return sum(weight.numel() for weight in self.model.parameters())
+        return quantized.total_weights(self.model)
+
+    @cached_property
+    def stored(self) -> Stored:
+        """What the whole backbone stores."""
+        return Stored.of(self.model)
 
     @property
     def num_layers(self) -> int:
         """Layers of the transformer; 1 where its configuration does not tell."""
-        return max(1, getattr(self.config, "num_hidden_layers", 1))
+        return max(1, getattr(self.config.get_text_config(), "num_hidden_layers", 1))
+
+    @property
+    def may_be_eager(self) -> bool:
+        """Whether attention may keep a matrix of scores: eager, or a model without sdpa."""
+        if self._run_config.model.attention != "auto":
+            return self._run_config.model.attention == "eager"
+        kind = auto_class(self._run_config)._model_mapping.get(type(self.config), None)
+        return not getattr(kind, "_supports_sdpa", False)
 
 
 def read_model_config(config: Config, name: str) -> PreTrainedConfig:
@@ -117,7 +165,7 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
     shares its pass. ``lora.dropout`` regularises the adapters.
 
     Raises:
-        UserError: where it cannot be found.
+        UserError: where it cannot be found, or its files are quantised already.
     """
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path and not (Path(name) / "config.json").is_file():
@@ -129,26 +177,82 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
         model_config: PreTrainedConfig = AutoConfig.from_pretrained(
             name, trust_remote_code=config.backbone.trust_remote_code
         )
-        return fitted(config, model_config)
+        model_config = fitted(config, model_config)
     except Exception as error:
         if is_of_the_machine(error):
             raise
-        raise UserError(cannot_load(name, error)) from None
+        raise UserError(cannot_load(config, name, error)) from None
+    _refuse_quantised_files(config, name, model_config)
+    return model_config
+
+
+def _refuse_quantised_files(config: Config, name: str, model_config: PreTrainedConfig) -> None:
+    """Refuse files that hold codes of bitsandbytes, or any codes that would be quantised again."""
+    stored = getattr(model_config, "quantization_config", None)
+    if stored is None:
+        return
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    method, scheme = str(settings.get("quant_method")), config.model.quantization
+    if scheme != "none" or "bitsandbytes" in method:
+        raise UserError(
+            f"model.name = {name!r}: its files are quantised already (quant_method {method!r} in "
+            "config.json); name the model that they were made from, and set "
+            f"model.quantization={'nf4' if scheme == 'none' else scheme}"
+        )
 
 
 def fitted(config: Config, model_config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set chance to 0 and as many outputs as the task needs, in place; returns it."""
-    for part in (model_config, model_config.get_text_config()):
+    """Set chance to 0 and as many outputs as the task needs, in place; returns it.
+
+    Raises:
+        ValueError: where sizes are missing, or the token of padding is outside of the vocabulary.
+    """
+    text, task = model_config.get_text_config(), task_of(config)
+    for part in (model_config, text):
         for key, value in part.to_dict().items():
             if isinstance(value, float) and any(word in key for word in _OF_CHANCE):
                 setattr(part, key, 0.0)
-    task = task_of(config)
+    _check_sizes(text)
+    for part in (model_config, text):
+        _check_padding(part, text.vocab_size)
     if task.is_classification:
         model_config.num_labels = task.num_outputs
-        if model_config.pad_token_id is None:  # LLaMA finds the end of a row by it
-            eos = model_config.eos_token_id
-            model_config.pad_token_id = eos[0] if isinstance(eos, list) else eos or 0
+        if text.pad_token_id is None:  # LLaMA finds the end of a row by it
+            text.pad_token_id = _end_token(text)
+        model_config.pad_token_id = text.pad_token_id
     return model_config
+
+
+def _check_sizes(text: PreTrainedConfig) -> None:
+    for key in ("vocab_size", "hidden_size"):
+        if getattr(text, key, None) is None:
+            raise ValueError(
+                f"its configuration ({type(text).__name__}) does not tell {key}; a configuration "
+                "with other names can give it in attribute_map"
+            )
+
+
+def _check_padding(part: PreTrainedConfig, num_words: int) -> None:
+    """Read a token below 0, such as -1, as none.
+
+    Raises:
+        ValueError: where it is none of the vocabulary.
+    """
+    pad = getattr(part, "pad_token_id", None)
+    if pad is not None and pad >= num_words:
+        raise ValueError(
+            f"its config.json says pad_token_id = {pad}, and its vocabulary has {num_words} "
+            "tokens; set it to one of these or to null"
+        )
+    if pad is not None and pad < 0:
+        part.pad_token_id = None
+
+
+def _end_token(text: PreTrainedConfig) -> int:
+    """The first eos that is a token of the vocabulary, or token 0."""
+    eos = getattr(text, "eos_token_id", None)
+    named = eos if isinstance(eos, list) else [eos]
+    return next((one for one in named if one is not None and 0 <= one < text.vocab_size), 0)
 
 
 def classes_of_checkpoint(config: Config, name: str) -> int:
@@ -165,20 +269,23 @@ def is_of_the_machine(error: Exception) -> bool:
 
 
 def told_by(error: Exception) -> str:
-    """What a library says, in one line; with the error's name, where that is no sentence."""
+    """What a library says, on one line; with the error's name, where that is no sentence."""
     logging.getLogger(__name__).debug("the error of the library", exc_info=error)
     text = one_line(error)
     return text if len(text.split()) > 2 else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-def cannot_load(name: str, error: Exception) -> str:
-    """The message of a model that transformers refuses, with its reason in one line."""
-    reason = told_by(error)
-    if re.search(r"scaled_dot_product|attn_implementation|attention implementation", str(error)):
-        reason = (
-            "transformers has no such attention for it (model.attention); set "
-            f"model.attention=eager. It says: {reason}"
+def cannot_load(config: Config, name: str, error: Exception) -> str:
+    """The message of a model that transformers refuses, with its reason on one line."""
+    reason, attention = told_by(error), config.model.attention
+    if attention != "auto" and _OF_ATTENTION.search(str(error)):
+        return (
+            f"model.attention = {attention!r} cannot be used for model.name = {name!r}; set "
+            "model.attention=auto, which takes one that the model supports. transformers says: "
+            f"{reason}"
         )
+    if "Unrecognized configuration class" in str(error):
+        reason = f"transformers has no {_kind_of_model(config)} of this architecture"
     if "trust_remote_code" in str(error):
         reason = (
             "it comes with Python code of its own, which is not run unless "
@@ -187,6 +294,11 @@ def cannot_load(name: str, error: Exception) -> str:
     if isinstance(error, UnpicklingError):
         reason = "its weights are a pickle that holds more than tensors; convert it to safetensors"
     return f"model.name = {name!r} cannot be loaded for this task: {reason}"
+
+
+def _kind_of_model(config: Config) -> str:
+    is_classification = task_of(config).is_classification
+    return "sequence classifier" if is_classification else "causal language model"
 
 
 def choose_sharding(config: Config, meta: MetaModel, world: World) -> Sharding:
@@ -203,7 +315,7 @@ def choose_sharding(config: Config, meta: MetaModel, world: World) -> Sharding:
     def sizes() -> tuple[int, int]:
         share = free_bytes(world.device) // world.processes_per_device
         free = min(gather_json(world, "free memory", share))
-        return DTYPES[dtype_name(config, world)].itemsize * meta.num_weights, free
+        return meta.stored.bytes(DTYPES[dtype_name(config, world)]), free
 
     return resolve_sharding(config.backbone, world.size, sizes)
 

@@ -50,11 +50,10 @@ def model_config(name: str, folder: Path | None, num_layers: int | None) -> PreT
 def with_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
     """Return the same shape with another number of layers."""
     changed = copy.deepcopy(config)
-    changed.num_hidden_layers = num_layers
-    if getattr(changed, "layer_types", None):  # named one by one in newer architectures
-        changed.layer_types = [
-            changed.layer_types[i % len(changed.layer_types)] for i in range(num_layers)
-        ]
+    text = changed.get_text_config()
+    text.num_hidden_layers = num_layers
+    if getattr(text, "layer_types", None):  # named one by one in newer architectures
+        text.layer_types = [text.layer_types[i % len(text.layer_types)] for i in range(num_layers)]
     return changed
 
 
@@ -77,7 +76,7 @@ def build(
     """
     with torch.device(device), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
+            config, dtype=dtype, attn_implementation=None
         )
     model.tie_weights()
     model.requires_grad_(False)

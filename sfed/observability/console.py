@@ -257,14 +257,19 @@ class Console:
         )
 
     def print_table(self, table: Table) -> None:
-        """Print a table; where there is no terminal that bounds it, as wide as it is, in ASCII."""
+        """Print a table on process 0; see ``print_table``."""
         if not self.is_main or logs.is_json() or not LOG.isEnabledFor(logging.INFO):
             return
-        if not self._rich.is_terminal:
-            table.box = box.ASCII2
-            self._rich.width = _WIDEST
-            self._rich.width = self._rich.measure(table).maximum
-        self._rich.print(table)
+        print_table(self._rich, table)
+
+
+def print_table(rich: RichConsole, table: Table) -> None:
+    """Print a table; where there is no terminal that bounds it, as wide as it is, in ASCII."""
+    if not rich.is_terminal:
+        table.box = box.ASCII2
+        rich.width = _WIDEST
+        rich.width = rich.measure(table).maximum
+    rich.print(table)
 
 
 def _best_and_worst(clients: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -2,7 +2,8 @@
 
 On a terminal a line is what it says. In a file, a Slurm log or a pod's log it begins with time and
 process; with ``--log-format json`` it is an object with the numbers beside the text. Every line
-goes to stdout at once, warnings of other libraries too, and none holds a secret.
+goes to stdout at once, warnings of other libraries too, and none holds a secret. A command whose
+results are for other programs sends them to stderr.
 """
 
 from __future__ import annotations
@@ -74,20 +75,21 @@ def is_json() -> bool:
     return _chosen("--log-format") == "json"
 
 
-def begin(process: int, run: str | None = None) -> None:
+def begin(process: int, run: str | None = None, *, to_stderr: bool = False) -> None:
     """Configure logging of this process by the options. A second call replaces the first.
 
     Args:
         process: number of this process.
         run: name of its run, for lines that are objects.
+        to_stderr: whether stdout is for results alone.
 
     Raises:
         UserError: where an option in the environment is unknown.
     """
     level = logging.getLevelName(_chosen("--log-level").upper())
-    handler = _Lines()
+    handler = _Lines("stderr" if to_stderr else "stdout")
     objects = _Objects(process, run)
-    handler.setFormatter(objects if is_json() else _Text(process))
+    handler.setFormatter(objects if is_json() else _Text(process, handler.stream_name))
     command.print_errors_as(objects.of_error if is_json() else str)
     root = logging.getLogger()
     for earlier in [one for one in root.handlers if isinstance(one, _Lines)]:
@@ -101,22 +103,27 @@ def begin(process: int, run: str | None = None) -> None:
 class _Lines(logging.Handler):
     """To whatever stdout is now: a progress bar takes it over for a while. Flushed at once."""
 
+    def __init__(self, stream_name: str) -> None:
+        super().__init__()
+        self.stream_name = stream_name
+
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stdout.write(self.format(record) + "\n")
-        sys.stdout.flush()
+        stream = getattr(sys, self.stream_name)
+        stream.write(self.format(record) + "\n")
+        stream.flush()
 
 
 class _Text(logging.Formatter):
-    def __init__(self, process: int) -> None:
+    def __init__(self, process: int, stream_name: str) -> None:
         super().__init__()
-        self._process = process
+        self._process, self._stream_name = process, stream_name
 
     def format(self, record: logging.LogRecord) -> str:
         text = printable(mask(_message(record)), keep="\n\t")
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
         prefix, lines = f"[process {self._process}] ", text.splitlines() or [""]
-        if not sys.stdout.isatty():
+        if not getattr(sys, self._stream_name).isatty():
             prefix = f"{datetime.fromtimestamp(record.created):%Y-%m-%d %H:%M:%S} {prefix}"
             return "\n".join(prefix + line for line in lines)
         prefix = "" if self._process == 0 else prefix

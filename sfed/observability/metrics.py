@@ -19,6 +19,10 @@ from sfed.utils.files import replacing
 from sfed.utils.redaction import masked
 
 TRAIN_LOSS = "train/loss"
+LEARNING_RATE = "train/learning_rate"
+"""Of A, with which the round begins."""
+SCHEDULE_ROUNDS = "train/schedule_rounds"
+"""Number of rounds with which it is computed; None where it does not depend on it."""
 EVAL_LOSS = "eval/loss"
 EVAL_PERPLEXITY = "eval/perplexity"
 GRAD_NORM = "adapter/grad_norm"

@@ -21,15 +21,18 @@ _HARMLESS_WARNINGS = (
 _OWN_HANDLERS = ("transformers", "datasets", "huggingface_hub", "DeepSpeed")
 
 
-def quieten(process: int, device_type: str, run: str | None = None) -> None:
+def quieten(
+    process: int, device_type: str, run: str | None = None, *, to_stderr: bool = False
+) -> None:
     """Only process 0 chats; a warning of any process is kept, with its number (``logs``)."""
-    logs.begin(process, run)
+    logs.begin(process, run, to_stderr=to_stderr)
     # DeepSpeed, which other libraries import too, otherwise announces its own guess.
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     transformers.utils.logging.disable_progress_bar()
-    # A table of weights that are new: a new head is expected, anything else is refused by name.
+    # A table of weights that are new: a new head is expected, anything else is refused by name. One
+    # of weights that could not be converted or quantised is the only place that says why.
     logging.getLogger("transformers.modeling_utils").addFilter(
-        lambda record: "LOAD REPORT" not in record.getMessage()
+        lambda record: "LOAD REPORT" not in (text := record.getMessage()) or "CONVERSION" in text
     )
     datasets.disable_progress_bars()
     for name in _OWN_HANDLERS:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from sfed.config import load as config_load
 from sfed.plan.checks import check_plan
 from sfed.plan.request import H100_FLOPS, LINKS, Machine, Pace
+from sfed.storage import origin
 from sfed.utils import command
 from sfed.utils.command import count
 from sfed.utils.text import parse_size
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     given = _parser().parse_intermixed_args(list(arguments))
     words = config_load.split(given.words)
     assert words is not None
-    config = config_load.load(*words)
+    config = origin.adopted(config_load.load(*words))
     check_plan(config, given.gpus)
     command.check_json(given.json)
     warnings.simplefilter("ignore")

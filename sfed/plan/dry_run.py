@@ -41,6 +41,7 @@ from sfed.observability.third_party import quieten
 from sfed.plan import estimate
 from sfed.plan.request import Machine, Pace
 from sfed.privacy import mean as private_mean
+from sfed.storage import origin
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask
 from sfed.utils.text import counted, duration, printable, size_text
@@ -137,7 +138,7 @@ def facts_of(config: Config, num_processes: int) -> Facts:
         placed.clients,
         {split: _columns(config, split) for split in _splits(config)},
         list(_some_examples(config, data, tokenizer)),
-        method_and_gamma(config, data, num_clients)[1],
+        method_and_gamma(config, data, num_clients, origin.gamma_of(config))[1],
         plan,
     )
 
@@ -259,6 +260,8 @@ def _heading(facts: Facts) -> Iterator[str]:
     )
     for split in ("train", "eval"):
         yield printable(_files(facts, split))
+    if place := origin.place_of(config):
+        yield printable(f"starts     {place[0]} = {place[1]}: gamma, r and targets are from there")
     for line in data.lines:
         name, _, said = line.partition(": ")
         yield printable(f"{name:<10} {said}")

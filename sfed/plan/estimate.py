@@ -24,6 +24,7 @@ from sfed.plan.checks import check_plan
 from sfed.plan.planner import CONTEXT_BYTES, MemoryPlan, Planner, remedies
 from sfed.plan.request import LINKS, Machine, Pace
 from sfed.privacy import mean as private_mean
+from sfed.storage import origin
 from sfed.utils.errors import ConfigError
 from sfed.utils.text import parse_size
 
@@ -108,6 +109,7 @@ def estimate(
         raise ConfigError(f"gpu_memory = {gpu_memory!r} is no size such as 80GiB")
     if link not in LINKS:
         raise ConfigError(f"link = {link!r}: it is one of {', '.join(LINKS)}")
+    config = origin.adopted(config)
     check_plan(config, gpus)
     return predict(config, Machine(gpus, memory_bytes, link), Pace(), lambda _: None)
 
@@ -232,14 +234,14 @@ def _round(config: Config, found: MemoryPlan, pace: Pace) -> dict[str, Any]:
 
 def _pass(config: Config, found: MemoryPlan, pace: Pace) -> Pass:
     """One pass of as many clients as share one."""
-    model_config, work = found.model_config, found.work
+    text, work = found.model_config.get_text_config(), found.work
     return Pass(
         rows=found.clients_per_pass * work.train_rows,
         tokens=min(pace.mean_tokens or work.tokens, work.tokens),
         matmul_weights=found.counts.matmul_weights,
         adapter_numbers=found.counts.a_numbers + found.counts.b_numbers,
-        hidden_size=int(model_config.hidden_size),
-        num_layers=int(model_config.num_hidden_layers),
+        hidden_size=int(text.hidden_size),
+        num_layers=int(text.num_hidden_layers),
         is_causal=not task_of(config).is_classification,
         recomputes=config.backbone.gradient_checkpointing,
     )

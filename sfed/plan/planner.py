@@ -19,7 +19,7 @@ from sfed.memory.costs import USABLE_SHARE, ClientState, Costs, Needs, Work, lar
 from sfed.memory.counts import ModelCounts
 from sfed.memory.trial import Frozen
 from sfed.models import shapes
-from sfed.models.deepspeed import deepspeed_settings, most_gathered
+from sfed.models.deepspeed import deepspeed_settings, most_gathered_bytes
 from sfed.models.hf_config import DTYPES, MetaModel, Sharding, resolve_sharding
 from sfed.plan.request import Machine
 
@@ -33,7 +33,7 @@ class BackboneBytes:
     """Where the frozen weights are."""
 
     stored: int
-    """Bytes of the whole backbone."""
+    """Bytes of the whole backbone; of a sharded one, those that are shared out."""
     device: int
     """Bytes of the backbone that stay on each GPU between passes."""
     gathered: int = 0
@@ -139,7 +139,7 @@ class Planner:
         """
         machine, dtype = self._machine, DTYPES[_dtype_name(config)]
         meta, counted = self._counted(config)
-        stored = counted.num_weights * dtype.itemsize
+        stored = counted.stored.bytes(dtype)
         sharding = resolve_sharding(
             config.backbone, machine.gpus, lambda: (stored, machine.memory_bytes - CONTEXT_BYTES)
         )
@@ -161,7 +161,7 @@ class Planner:
             clients_per_pass=1,
         )
         if sharding.is_sharded:
-            found = dataclasses.replace(found, backbone=_shards(config, meta, frozen, machine.gpus))
+            found = dataclasses.replace(found, backbone=_shards(config, meta, found))
         sharing = clients_per_pass.planned(
             config, Estimate(found.work, found.costs), counted.numbers, found.free_bytes
         )
@@ -204,16 +204,18 @@ def _positions(model_config: PreTrainedConfig) -> int:
     return int(getattr(model_config, "max_position_embeddings", None) or 2**31)
 
 
-def _shards(config: Config, meta: MetaModel, frozen: Frozen, gpus: int) -> BackboneBytes:
-    """Where the weights are that all GPUs share."""
-    size, stored = frozen.dtype.itemsize, meta.num_weights * frozen.dtype.itemsize
-    settings = deepspeed_settings(config, meta, frozen.dtype)
-    gathered = min(stored, most_gathered(settings) * size)
+def _shards(config: Config, meta: MetaModel, found: MemoryPlan) -> BackboneBytes:
+    """Where the weights are that all GPUs share; each has all scales of quantised ones."""
+    dtype, gpus = DTYPES[_dtype_name(config)], found.machine.gpus
+    stored, scales = found.counts.stored.sharded_bytes(dtype), found.counts.stored.scale_bytes
+    settings = deepspeed_settings(config, meta, dtype)
+    gathered = min(stored, most_gathered_bytes(settings, meta.model, dtype))
     share = -(-stored // gpus)
     secondary = min(gpus, int(settings["zero_optimization"].get("zero_hpz_partition_size", 1)))
     share += -(-stored // secondary) if secondary > 1 else 0
     on_host = config.backbone.offload == "cpu"
-    return BackboneBytes(stored, 0 if on_host else share, gathered, share if on_host else 0)
+    device, host = (0, share) if on_host else (share, 0)
+    return BackboneBytes(stored, device + scales, gathered, host)
 
 
 def remedies(config: Config, planner: Planner) -> list[str]:

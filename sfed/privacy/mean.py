@@ -23,6 +23,7 @@ from sfed.config.schema import Config
 from sfed.distributed.sync import gather_json, raise_everywhere
 from sfed.distributed.world import World, all_reduce_sum
 from sfed.methods.method import Method
+from sfed.observability import metrics
 from sfed.privacy import accounting, keys
 from sfed.privacy.accounting import Sampling
 from sfed.privacy.clipping import UNITS, clipped_sum
@@ -99,16 +100,17 @@ class PrivateMean:
         """Return the sorted clients of a 0-based round; of a Poisson cohort perhaps nobody."""
         return keys.draw_cohort(self.cohort_secret, round_index, self.guarantee.sampling)
 
-    def told(self) -> str | None:
-        """Say the guarantee of all releases so far; None but on process 0."""
-        if self.secret is None:
-            return None
-        rounds = self.secret.ledger.rounds
-        return f"{describe(self.guarantee, self.guarantee.epsilon(rounds))}, {len(rounds)} releases"
+    def spent(self) -> dict[str, Any]:
+        """What the releases so far have cost, under the names of metrics.
 
-    def spent(self) -> float | None:
-        """Return epsilon of all releases so far, infinite without noise; None but on process 0."""
-        return None if self.secret is None else self.guarantee.epsilon(self.secret.ledger.rounds)
+        Epsilon is infinite without noise; it and the number of releases are None but on process 0.
+        """
+        rounds = None if self.secret is None else self.secret.ledger.rounds
+        return {
+            metrics.EPSILON: None if rounds is None else self.guarantee.epsilon(rounds),
+            metrics.DELTA: self.guarantee.delta,
+            metrics.RELEASES: None if rounds is None else len(rounds),
+        }
 
     def share(
         self,

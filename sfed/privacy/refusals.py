@@ -50,6 +50,13 @@ def _reasons(config: Config, method: Method) -> Iterator[str]:
             "train.class_weights=balanced is computed from the labels of all clients, without "
             "noise; give weights as {label: weight}, or set it to none"
         )
+    origins = {"lora.start_from": config.lora.start_from, "federated.join": federated.join}
+    for key, folder in origins.items():
+        if folder is not None:
+            yield (
+                f"{key}={folder} may be adapters of these clients, whose releases would not be "
+                "counted; remove it"
+            )
     if config.output.resume not in ("auto", "never"):
         yield (
             f"output.resume={config.output.resume} may be a checkpoint of another run, whose "

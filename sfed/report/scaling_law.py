@@ -163,7 +163,8 @@ def laws(stories: Sequence[RunRecord]) -> list[ScalingFit]:
     The output is that of the last evaluated round that all of a method's runs have.
     """
     found = []
-    for sweep in sweeps(stories):
+    drawn = [story for story in stories if not story.started_from]  # the law is of a drawn A
+    for sweep in sweeps(drawn):
         members = [story for cell in sweep.cells.values() for story in cell.stories]
         theory = theory_of(members)
         rounds = [known for story in members if (known := _rounds_with_output(story))]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sfed.observability import metrics
 from sfed.report.series import last_samples
+from sfed.storage.card_facts import privacy_of
 from sfed.storage.run_record import (
     KINDS,
     LOSS,
@@ -174,7 +175,9 @@ def facts_table(story: RunRecord) -> Table:
     facts = {
         "rounds": story.progress,
         "model, data, partition": f"{model}, {task}, {kind}",
+        **({"started from": story.started_from} if story.started_from else {}),
         **_left_out(story),
+        **_schedule(story),
         "seed": show(number(config, "seed"), ".0f"),
         "training examples": show(float(sum(story.sizes.values())) or None, ",.0f"),
         "parameters of an adapter": show(number(config, "resolved.adapter_parameters"), ",.0f"),
@@ -193,18 +196,8 @@ def facts_table(story: RunRecord) -> Table:
 
 def _privacy(story: RunRecord) -> dict[str, str]:
     """The guarantee of what was sent, after the last round; nothing where privacy is off."""
-    facts, last = look(story.config, "resolved.privacy"), story.rounds[-1] if story.rounds else {}
-    if not isinstance(facts, dict):
-        return {}
-    epsilon = number(last, metrics.EPSILON)
-    told = "infinite or not known" if epsilon is None else show(epsilon, ".4g")
-    return {
-        "differential privacy of what is sent": f"epsilon {told} at delta "
-        f"{show(number(facts, 'delta'), 'g')} ({facts.get('neighbours') or NONE}); "
-        f"clip {show(number(facts, 'clip'), 'g')}, "
-        f"noise multiplier {show(number(facts, 'noise_multiplier'), '.4g')}, "
-        f"{show(number(last, metrics.RELEASES), '.0f')} releases"
-    }
+    told = privacy_of(story.config, story.rounds[-1] if story.rounds else None)
+    return {"differential privacy": told} if told else {}
 
 
 def _left_out(story: RunRecord) -> dict[str, str]:
@@ -212,6 +205,22 @@ def _left_out(story: RunRecord) -> dict[str, str]:
     names = look(story.config, "resolved.left_out_clients")
     shown = ", ".join(map(str, names)) if isinstance(names, list) else ""
     return {"left out, too few examples": shown} if shown else {}
+
+
+def _schedule(story: RunRecord) -> dict[str, str]:
+    """The schedule of the learning rate, where its number of rounds has changed."""
+    name, parts = (
+        look(story.config, "train.schedule"),
+        look(story.config, "resolved.schedule_rounds"),
+    )
+    if name in (None, "constant") or not isinstance(parts, list) or len(parts) < 2:
+        return {}
+    told = [
+        f"{show(number(part, 'rounds'), '.0f')} rounds from round "
+        f"{show(number(part, 'from_round'), '.0f')} on"
+        for part in parts
+    ]
+    return {"learning rate": f"{name} over {', '.join(told)}"}
 
 
 def _idle(story: RunRecord) -> dict[str, str]:

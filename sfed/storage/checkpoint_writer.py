@@ -21,7 +21,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from sfed.clients.schedule import Course
 from sfed.clients.store import ClientStore
 from sfed.config.diff import comparable
 from sfed.config.schema import Config
@@ -97,6 +98,10 @@ class RunIdentity:
     """Digest of the data of each client."""
     placement: Sequence[Sequence[int]]
     """The clients of each process."""
+    course: Course
+    """Of the learning rate."""
+    origin: Mapping[str, Any] | None = None
+    """What the adapters started from; None where A was drawn."""
 
 
 class Writer:
@@ -178,6 +183,8 @@ class Writer:
             "layout_size": self._clients.layout.size,
             "processes": world.size,
             "placement": [list(own) for own in identity.placement],
+            "course": [list(part) for part in identity.course.parts],
+            "origin": identity.origin,
             "clients_per_pass": identity.clients_per_pass,
             "data_digests": list(identity.data_digests),
             "config": comparable(identity.config, identity.num_clients),

@@ -9,10 +9,10 @@ from typing import Any
 
 from sfed.config.diff import comparable, differences, flatten
 from sfed.config.schema import Config
+from sfed.files.names import ADAPTER_FILE
 from sfed.storage.checkpoint_folder import CheckpointRef, by_age, metadata_of
-from sfed.storage.resume import refuse_other_run
+from sfed.storage.resume import refuse_fewer_rounds, refuse_other_run
 from sfed.storage.run_record import (
-    ADAPTER_FILE,
     CONFIG_FILE,
     METRICS_FILE,
     ForeignFileError,
@@ -92,6 +92,15 @@ def mark_finished(folder: Path, rounds: int) -> None:
         temporary.write_text(json.dumps({"rounds": rounds}) + "\n", encoding="utf-8")
 
 
+def finished_rounds(folder: Path) -> int | None:
+    """Of how many rounds the adapters of a run folder are; None where they are not whole."""
+    try:
+        rounds = json_text.read(folder / FINISHED_FILE)["rounds"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return rounds if type(rounds) is int else None
+
+
 def is_finished(folder: Path, config: Config) -> bool:
     """Whether a start with this configuration would find every round done and every file written.
 
@@ -136,6 +145,7 @@ def refuse_other_settings(folder: Path, config: Config) -> None:
         return
     for ref, num_clients in zip(found, before, strict=True):
         refuse_other_run(ref, config, config.federated.num_clients or num_clients)
+        refuse_fewer_rounds(ref, config)
 
 
 def read_attempt(folder: Path) -> Attempt:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sfed.clients.schedule import Course, course_of
 from sfed.config.diff import comparable, differences
 from sfed.config.schema import Config
 from sfed.storage.checkpoint_folder import (
@@ -59,8 +60,7 @@ def find(run_folder: Path, resume: str) -> tuple[CheckpointRef | None, list[str]
             read.
     """
     if resume != "auto":
-        problem, _ = _look_at(Path(resume))
-        if problem:
+        if problem := problem_of(Path(resume)):
             raise CheckpointError(f"output.resume = {resume!r}: {problem}")
         return CheckpointRef(Path(resume), metadata_of(Path(resume))), []
     try:
@@ -124,6 +124,7 @@ def refuse_other_run(found: CheckpointRef, config: Config, num_clients: int) -> 
     """
     # Keys that an older version did not have are at their defaults.
     before = comparable(Config(), num_clients) | found.metadata["config"]
+    before.pop("federated.num_rounds", None)  # of an older version, which refused another number
     changed = differences(before, comparable(config, num_clients))
     if changed:
         raise CheckpointError(
@@ -132,6 +133,42 @@ def refuse_other_run(found: CheckpointRef, config: Config, num_clients: int) -> 
             + "\nset them back, or choose another output.name, or set output.resume=never to begin "
             "anew"
         )
+
+
+def refuse_fewer_rounds(found: CheckpointRef, config: Config) -> None:
+    """Refuse to end before a round that has begun.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    begun, asked = begun_rounds(found), config.federated.num_rounds
+    if asked < begun:
+        raise CheckpointError(
+            f"federated.num_rounds = {asked}: the run in {found.folder.parent.parent} has finished "
+            f"{found.metadata['finished_rounds']} rounds and begun {begun}; set it to at least "
+            f"{begun}, or choose another output.name, or set output.resume=never to begin anew"
+        )
+
+
+def begun_rounds(found: CheckpointRef) -> int:
+    """How many rounds have begun: the finished ones, and one that was stopped within."""
+    finished, is_within = age_of(found.metadata)
+    return finished + is_within
+
+
+def course_from(found: CheckpointRef | None, config: Config) -> Course:
+    """The course of the learning rate of a start.
+
+    Args:
+        found: the checkpoint that is resumed; None where the run begins.
+        config: of the start.
+    """
+    total = config.federated.num_rounds
+    if found is None:
+        return course_of(None, total)
+    planned = found.metadata["config"].get("federated.num_rounds", total)
+    before = course_of(found.metadata.get("course"), planned)
+    return before.resumed(begun_rounds(found), total)
 
 
 def refuse_other_data(found: CheckpointRef, digests: Sequence[str]) -> None:
@@ -158,6 +195,14 @@ def refuse_other_data(found: CheckpointRef, digests: Sequence[str]) -> None:
 
 class _UnknownFormatError(Exception):
     """A checkpoint is of a format that this version does not know."""
+
+
+def problem_of(folder: Path) -> str | None:
+    """What keeps a folder from being a whole checkpoint that can be read; None where nothing does.
+
+    Every byte is compared with its digest.
+    """
+    return _look_at(folder)[0]
 
 
 def _look_at(folder: Path) -> tuple[str | None, bool]:
@@ -224,6 +269,8 @@ def _wrong_details(facts: Mapping[str, Any]) -> str | None:
     for name, value in counts.items():
         if type(value) is not int or not 0 <= value < 2**63:
             return f"{name} is {shown(value)}, not a count"
+    if not _is_course(facts.get("course")):
+        return "course is no list of rounds"
     if not isinstance(facts.get("unreported"), dict | NoneType):
         return "unreported is not an object"
     if not all(isinstance(one, str) for one in facts.get("data_digests") or ()):
@@ -231,6 +278,23 @@ def _wrong_details(facts: Mapping[str, Any]) -> str | None:
     if facts["ledger"] is not None and np.asarray(facts["ledger"], dtype=np.float64).ndim != 2:
         return "ledger is no table"
     return _wrong_files(facts["files"])
+
+
+def _is_course(parts: Any) -> bool:
+    """Whether these are parts of a course, as ``clients/schedule`` has them, or None."""
+    if parts is None:
+        return True
+    try:
+        firsts = [first for first, total in parts if 0 < total < 2**63]
+    except (TypeError, ValueError):
+        return False
+    whole = all(type(number) is int for part in parts for number in part)
+    return (
+        whole
+        and firsts[:1] == [0]
+        and firsts == sorted(set(firsts))
+        and (len(firsts) == len(parts))
+    )
 
 
 def _wrong_files(files: Mapping[str, Any]) -> str | None:

@@ -176,6 +176,7 @@ class RunFolder:
             num_clients = self._count_clients(found, world, console)
             if found is not None:
                 resume.refuse_other_run(found, self._config, num_clients)
+                resume.refuse_fewer_rounds(found, self._config)
             if world.is_main and not self._is_anew:
                 self._refuse_to_overwrite(found, num_clients, console)
         return found, num_clients

@@ -15,11 +15,11 @@ from typing import Any
 
 from sfed.config import load as config_load
 from sfed.config.schema import Config
-from sfed.files.names import adapter_folder
+from sfed.files.names import ADAPTER_FILE, adapter_folder
 from sfed.observability import metrics
 from sfed.utils import json_text
 from sfed.utils.errors import UserError
-from sfed.utils.text import printable
+from sfed.utils.text import printable, some_of
 
 Event = Mapping[str, Any]
 KINDS = {
@@ -29,9 +29,6 @@ KINDS = {
 LOSS = "loss"
 CONFIG_FILE, METRICS_FILE, PARTITION_FILE = "config.json", "metrics.jsonl", "partition.json"
 REPORT_FILE = "report.html"
-ADAPTER_FILE = "adapter_model.safetensors"
-CLIENT_FILE = "client.json"
-"""Beside the adapter of a client with a name: its number and that name, as it was given."""
 _SQUARED_ERROR_SCORES = ("pearson", "spearman")
 
 
@@ -70,6 +67,8 @@ class RunRecord:
     """What was passed over while reading; None where nothing was."""
     names: Mapping[int, str] = field(default_factory=dict)
     """Names of the clients that have one."""
+    columns: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    """The columns in use of the rows that a client's were read from; an older version says none."""
     adapter_folders: Mapping[int, str] = field(default_factory=dict)
     """Name of the folder of each client's adapter, where it is not client-0000 and so on."""
 
@@ -103,6 +102,23 @@ class RunRecord:
         """
         found = (self.folder / "adapters").glob(f"*/{ADAPTER_FILE}")
         return {file.parent.name: file.parent for file in sorted(found)}
+
+    def client_named(self, name: str) -> int:
+        """The number of a client that is named by its name, its adapter's folder or its number.
+
+        Raises:
+            UserError: where there is none, with those that there are.
+        """
+        known = sorted(self.sizes)
+        folders = {self.adapter_folders.get(c) or adapter_folder(c): c for c in known}
+        numbers = {str(client): client for client in known}
+        for names in ({n: c for c, n in self.names.items()}, folders, numbers):
+            if name in names:
+                return names[name]
+        raise UserError(
+            f"--client {printable(name)}: {self.folder} has no such client; there are "
+            f"{some_of(list(folders))}"
+        )
 
     @property
     def scores(self) -> dict[str, float]:
@@ -154,6 +170,14 @@ class RunRecord:
     def method(self) -> str:
         """Name of the federated method."""
         return str(look(self.config, "federated.method") or "method unknown")
+
+    @property
+    def started_from(self) -> str:
+        """What the adapters started from, with a digest of its files; empty where A was drawn."""
+        key, path, digest = (
+            look(self.config, f"resolved.origin.{name}") for name in ("named_by", "path", "digest")
+        )
+        return "" if key is None else f"{key} = {path} (digest {digest})"
 
     @property
     def num_clients(self) -> float | None:
@@ -350,6 +374,11 @@ def open_run(folder: Path | str) -> RunRecord:
         | {entry["client"]: int(n) for entry in last if (n := number(entry, "examples"))},
         note=found.note,
         names=_texts(parts, "name"),
+        columns={
+            part["client"]: frozenset(filter(_is_text, some))
+            for part in parts
+            if isinstance(some := part.get("columns"), list)
+        },
         adapter_folders=_texts(parts, "adapter"),
     )
 
@@ -378,6 +407,10 @@ def _counts(part: Event) -> dict[str, int]:
         if isinstance(count, int) and count > 0:
             counts[printable(label)] += count
     return dict(counts)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _texts(parts: Sequence[Event], key: str) -> dict[int, str]:

@@ -21,6 +21,7 @@ from sfed.sweep.leader import LONGEST_REASON, follow, lead
 from sfed.sweep.workers import Workers
 from sfed.utils import command
 from sfed.utils.errors import UserError
+from sfed.utils.text import one_line
 
 USAGE = """usage: python -m sfed.sweep GRID.yaml [key=value ...]
        torchrun --nproc_per_node 8 -m sfed.sweep GRID.yaml [key=value ...]
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     except RuntimeError as error:
         if not party.is_lost(error):
             raise
-        reason = str(error).strip().splitlines()[0][:LONGEST_REASON]
+        reason = one_line(error, LONGEST_REASON)
         sys.exit(
             f"sfed: process {party.rank} of the sweep stops: {reason}. Start the same command "
             "again: it skips complete runs and resumes the others"

@@ -20,6 +20,7 @@ from sfed.config import load as config_load
 from sfed.config.diff import flatten
 from sfed.config.schema import Config
 from sfed.files.silos import num_clients_of
+from sfed.storage import origin
 from sfed.sweep.cell_names import Choice, name_cells
 from sfed.utils.errors import UserError
 
@@ -266,7 +267,7 @@ def _cell(common: dict[str, Any], choice: Choice, name: str, sweep_name: str, ch
     check(config)
     folder = str(Path(config.output.dir) / sweep_name)
     output = config.output.model_copy(update={"dir": folder, "name": name})
-    return Cell(name, config.model_copy(update={"output": output}))
+    return Cell(name, origin.adopted(config.model_copy(update={"output": output})))
 
 
 def _duplicates(cells: Sequence[Cell], num_processes: int) -> dict[str, list[str]]:

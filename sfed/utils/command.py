@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import stat
@@ -82,6 +83,8 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
     """
     os.umask(os.umask(0) | stat.S_IWOTH)
     sys.excepthook = print_masked
+    # PEFT imports bitsandbytes where that is installed, which asks for a kernel of no use here.
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     try:
         command(sys.argv[1:])
     except UserError as mistake:

@@ -28,6 +28,8 @@ _SECRET_WORDS |= {"credential", "credentials", "bearer"}
 _RUN_TOGETHER = ("token", "apikey", "accesskey", "secretkey", "privatekey", "password", "secret")
 # Words beside "token" where it is a piece of text: eos_token, token_id, per_token.
 _OF_TEXT = {"eos", "bos", "pad", "unk", "sep", "cls", "mask", "per", "id", "ids", "type", "special"}
+_OF_SHELLS = ("PWD", "OLDPWD")
+"""Working directories, not passwords."""
 _OURS = ("partition.key", "by_key", "partition.by_key")
 # What is shorter is no secret, and as a word it would be masked wherever it stands.
 _SHORTEST = 8
@@ -78,7 +80,7 @@ def _secrets_of_environment() -> list[str]:
     found = {
         value
         for name, value in os.environ.items()
-        if is_secret_name(name) and len(value) >= _SHORTEST
+        if name not in _OF_SHELLS and is_secret_name(name) and len(value) >= _SHORTEST
     }
     return sorted(found, key=len, reverse=True)
 

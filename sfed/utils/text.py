@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 _MOST_NAMED = 8
+_LONGEST_SENTENCE = 3  # times the length that is asked for
+# A full stop is one where a capital letter or something quoted follows: not in "e.g. this".
+_SENTENCE_END = re.compile(r"[.!?][)\"'`\]]?(?= [A-Z\"'`(\[])")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT]i?B)")
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -26,13 +29,24 @@ def counted(count: int, noun: str) -> str:
 
 
 def one_line(error: object, most: int = 300) -> str:
-    """Return a text, such as that of an error, on one line and cut to ``most`` characters."""
-    return " ".join(str(error).split())[:most]
+    """Return a text, such as that of an error, on one line and without what makes it too long.
+
+    It ends with a sentence where one ends within ``most`` characters, else with the first sentence.
+    A sentence that is several times longer ends after a word, with an ellipsis.
+    """
+    whole = " ".join(str(error).split())
+    if len(whole) <= most:
+        return whole
+    ends = [match.end() for match in _SENTENCE_END.finditer(whole)] + [len(whole)]
+    end = max((end for end in ends if end <= most), default=ends[0])
+    if end <= _LONGEST_SENTENCE * most:
+        return whole[:end]
+    return f"{whole[:most].rsplit(' ', 1)[0]} ..."
 
 
-def some_of(values: Sequence[object]) -> str:
-    """Name the first few values: 'a', 'b' and 3 more."""
-    listed = [repr(value) for value in values]
+def some_of(values: Sequence[object], form: Callable[[object], str] = repr) -> str:
+    """Name the first few values, each in a form: 'a', 'b' and 3 more."""
+    listed = [form(value) for value in values]
     more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
     return ", ".join(listed[:_MOST_NAMED]) + more
 

@@ -44,6 +44,7 @@ SCENARIOS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "generation": {"evaluation": {"generate": True, "max_new_tokens": 3}},
     "fp32": {"model": {"dtype": "fp32"}, "train": {"optimizer": "sgd"}},
+    "int8 codes": {"model": {"quantization": "int8"}},
     "offload": {"backbone": {**ZERO3, "offload": "cpu"}},
 }
 IN_FULL = ("two of five", "llama")

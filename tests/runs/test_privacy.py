@@ -66,10 +66,10 @@ def test_a_run_tells_what_its_releases_cost(done: Path) -> None:
     assert facts == {name: ledger.start[name] for name in facts}
     rows = dict(facts_table(open_run(done)).rows)
     told = f"epsilon {expected[-1]:.4g} at delta 1e-05 (add or remove one client)"
-    assert told in rows["differential privacy of what is sent"]
+    assert told in rows["differential privacy"]
     for folder in (done / "adapters").iterdir():
         card = (folder / "README.md").read_text()
-        assert f"of A: {told}" in card and "B in this folder carries no noise" in card
+        assert f"| differential privacy | {told}" in card
 
 
 def test_the_folder_holds_neither_the_key_nor_who_took_part(done: Path) -> None:

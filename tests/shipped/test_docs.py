@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import shlex
 import sys
@@ -12,11 +13,14 @@ from pathlib import Path
 import pytest
 
 from sfed.bench import __main__ as bench
+from sfed.chat import __main__ as chat
 from sfed.config import load as config_load
 from sfed.config import own_method
 from sfed.config.schema import Config
 from sfed.data.forms.prompts import INSTRUCTION, INSTRUCTION_WITH_INPUT, PAIR, QUESTION, TEXT
 from sfed.doctor import __main__ as doctor
+from sfed.eval import __main__ as evaluation
+from sfed.export import __main__ as export
 from sfed.methods import method as methods
 from sfed.observability import logs
 from sfed.plan import __main__ as plan
@@ -109,7 +113,13 @@ def check_config(config: Config, processes: int) -> None:
     assert num_clients >= processes, "every process holds at least one client"
 
 
-PARSERS = {"sfed.bench": bench._parser, "sfed.doctor": doctor._parser}
+PARSERS = {
+    "sfed.bench": bench._parser,
+    "sfed.chat": chat._parser,
+    "sfed.doctor": doctor._parser,
+    "sfed.eval": evaluation._parser,
+    "sfed.export": export._parser,
+}
 
 
 def check(call: Call) -> None:
@@ -118,7 +128,7 @@ def check(call: Call) -> None:
     Raises:
         UserError: as the command itself would.
     """
-    words = list(call.words)
+    words = list(itertools.takewhile(lambda word: word != "<", call.words))
     if call.module in ("sfed.train", "sfed.sweep"):
         rest = [word for word in logs.take_options(words) if word != "--dry-run"]
         found = config_load.split(rest)
@@ -136,7 +146,7 @@ def check(call: Call) -> None:
         path, *overrides = given.words
         check_config(config_load.load(str(ROOT / path), overrides), given.gpus)
     elif call.module in PARSERS:
-        PARSERS[call.module]().parse_args(words)
+        PARSERS[call.module]().parse_intermixed_args(words)
     elif call.module == "sfed.report":
         assert report._parser().parse_args(words).runs
     elif call.module in ("sfed.--help", "sfed.--version"):

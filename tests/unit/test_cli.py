@@ -53,8 +53,8 @@ def test_an_unknown_command_is_one_line_with_the_known_ones():
     ended = sfed("trian", "configs/demo.yaml")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
-        "sfed: unknown command 'trian'; the commands are train, sweep, report, plan, bench, "
-        "doctor; did you mean train?\n"
+        "sfed: unknown command 'trian'; the commands are train, sweep, report, export, eval, "
+        "chat, plan, bench, conformance, doctor; did you mean train?\n"
     )
     with pytest.raises(UserError, match=r"doctor$"):
         cli.main(["configs/demo.yaml"])

@@ -67,6 +67,14 @@ class ChatTemplate:
             return Pair(text, "", is_chat=True)
         return conversation(text, spans)
 
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """Render a conversation up to where the assistant answers.
+
+        Raises:
+            ValueError: where the template refuses it.
+        """
+        return self._text(turns, None, add_generation_prompt=True)
+
     def end_of_turn(self) -> str:
         """What follows an answer within what is learned, such as <|im_end|>; "" for nothing."""
         try:

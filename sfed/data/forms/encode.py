@@ -126,6 +126,34 @@ def _completions(pairs: list[Pair], tokenizer: PreTrainedTokenizerFast) -> Itera
         yield Encoded(ids, prompt_length, [], len(ids), 0)
 
 
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerFast, *, is_chat: bool) -> list[int]:
+    """The tokens of a prompt that is to be answered, as they begin a row in training.
+
+    Args:
+        prompt: as it is written; empty where a text is begun.
+        tokenizer: of the model.
+        is_chat: whether a chat template has set all marks.
+
+    Returns:
+        Tokens without a closing mark; at least one, which is bos or eos for an empty prompt.
+    """
+    encoded = tokenizer(
+        prompt,
+        add_special_tokens=not is_chat,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    if not is_chat:
+        last = max((i for i, (start, end) in enumerate(offsets) if end > start), default=-1)
+        opening = next((i for i, (start, end) in enumerate(offsets) if end > start), len(ids))
+        ids = ids[: last + 1] if prompt else ids[: min(opening, 1)]
+        ids = ids[_repeats(ids, tokenizer.bos_token_id) :]
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+    return ids or [next(mark for mark in marks if mark is not None)]
+
+
 def _repeats(ids: list[int], mark: int | None) -> int:
     """How often a mark stands at the start of some tokens, beyond once."""
     count = next((i for i, one in enumerate(ids) if one != mark), len(ids))

@@ -29,6 +29,8 @@ from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
+# PEFT imports it. Where a GPU seems to be there, it asks torch for functions that a CPU's lacks.
+import bitsandbytes  # noqa: F401
 import torch
 
 from tests.support.pretended_gpu import cuda_api

@@ -8,8 +8,6 @@ from contextlib import closing
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sfed.clients import optimizer
 from sfed.clients.state import MOMENTS
@@ -231,56 +229,3 @@ def test_only_the_client_whose_gradient_is_too_long_is_clipped():
     take_step(rows, grads_CN, settings, torch.ones(2))
     moved = (before - rows.values)[:, :2]
     torch.testing.assert_close(moved, torch.tensor([[0.3, 0.4], [0.6, 0.8]]), rtol=1e-5, atol=0)
-
-
-# --- the course of the learning rate --------------------------------------------------------------
-
-
-def rate(progress, num_rounds=10, **values):
-    return optimizer.learning_rate(section(lr=1.0, **values), num_rounds, progress)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "points"),
-    [
-        ("constant", {0: 1, 2.5: 1, 5: 1, 10: 1}),
-        ("linear", {0: 1, 2.5: 0.75, 5: 0.5, 10: 0}),
-        ("cosine", {0: 1, 2.5: (1 + math.sqrt(0.5)) / 2, 5: 0.5, 10: 0}),
-    ],
-)
-def test_the_schedule_runs_over_the_whole_run(schedule, points):
-    for progress, expected in points.items():
-        assert rate(progress, schedule=schedule) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "middle"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)]
-)
-def test_a_warm_up_rises_linearly_and_the_schedule_takes_what_is_left(schedule, middle):
-    values = {"schedule": schedule, "warmup_rounds": 2.0}
-    assert [rate(progress, **values) for progress in (0, 0.5, 1, 2)] == [0, 0.25, 0.5, 1]
-    assert rate(6, **values) == pytest.approx(middle)
-    assert rate(10, **values) == pytest.approx(1.0 if schedule == "constant" else 0.0, abs=1e-12)
-
-
-def test_the_rate_is_a_multiple_of_the_configured_one():
-    settings = section(lr=3e-4, schedule="linear")
-    assert optimizer.learning_rate(settings, 4, 1.0) == pytest.approx(3e-4 * 0.75)
-
-
-@given(
-    st.sampled_from(["constant", "linear", "cosine"]),
-    st.integers(1, 100),
-    st.floats(0, 120),
-    st.floats(0, 1),
-)
-def test_the_rate_never_leaves_its_range_and_never_rises_after_the_warm_up(
-    schedule, num_rounds, warmup_rounds, fraction
-):
-    values = {"schedule": schedule, "warmup_rounds": warmup_rounds, "num_rounds": num_rounds}
-    course = [rate(num_rounds * (fraction + i) / 11, **values) for i in range(11)]
-    assert all(0 <= one <= 1 for one in course)
-    after = [rate(min(warmup_rounds + i, num_rounds), **values) for i in range(5)]
-    if warmup_rounds <= num_rounds:
-        assert after == sorted(after, reverse=True)
-        assert after[0] == 1 or warmup_rounds == num_rounds

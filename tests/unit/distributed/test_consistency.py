@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -45,13 +47,14 @@ def test_models_with_other_weights_settings_or_shapes_have_other_digests():
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
     settings = {"hidden_size": 4, "_name_or_path": "here"}
-    known = fingerprints.of_backbone(model, settings)
-    assert fingerprints.of_backbone(model, {**settings, "_name_or_path": "there"}) == known
-    assert fingerprints.of_backbone(model, {**settings, "hidden_size": 5}) != known
-    assert fingerprints.of_backbone(torch.nn.Linear(3, 4), settings) != known
+    alone: Any = SimpleNamespace(rank=0)
+    known = fingerprints.of_backbone(alone, model, settings)
+    assert fingerprints.of_backbone(alone, model, {**settings, "_name_or_path": "there"}) == known
+    assert fingerprints.of_backbone(alone, model, {**settings, "hidden_size": 5}) != known
+    assert fingerprints.of_backbone(alone, torch.nn.Linear(3, 4), settings) != known
     with torch.no_grad():
         model.bias[1] += 1e-7
-    assert fingerprints.of_backbone(model, settings) != known
+    assert fingerprints.of_backbone(alone, model, settings) != known
 
 
 def train(settings: dict, change: str) -> None:

@@ -171,6 +171,20 @@ def test_an_exported_folder_in_stock_peft_is_what_the_trainer_computed(
     torch.testing.assert_close(merged(ids).logits, ours, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("family", "targets"), CASES)
+def test_a_model_without_weights_gives_the_same_layout(
+    family: str, targets: tuple[str, ...] | str
+) -> None:
+    """So an export knows the places of a checkpoint's numbers."""
+    with torch.device("meta"):
+        empty = FAMILIES[family][0]()
+    own, other = attach(empty, targets), attach(FAMILIES[family][0](), targets)
+    assert own.layout == other.layout
+    for adapted in (own, other):
+        adapted.peft_config.task_type = None
+    assert own.peft_config.to_dict() == other.peft_config.to_dict()
+
+
 def _is_deprecation(one: warnings.WarningMessage) -> bool:
     return issubclass(one.category, DeprecationWarning | FutureWarning)
 

@@ -50,6 +50,30 @@ def test_a_pass_of_many_clients_gives_each_the_outputs_and_gradients_of_its_own(
         torch.testing.assert_close(b.grad[client], own_b.grad)
 
 
+class Transposed(nn.Linear):
+    """Gives out what does not lie in memory as it is read."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight @ x.transpose(1, 2)).transpose(1, 2) + 0.0
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Transposed])
+def test_a_model_may_write_over_what_the_layer_gives_out(kind: type[nn.Linear]) -> None:
+    layer, a, b = stacked()
+    layer.base_layer = kind(IN, OUT, bias=kind is nn.Linear).requires_grad_(False)
+    x = torch.randn(CLIENTS * ROWS, TOKENS, IN, requires_grad=True)
+
+    def of_pass(*, writes: bool) -> list[torch.Tensor]:
+        for tensor in (a, b, x):
+            tensor.grad = None if tensor is x else tensor.grad.zero_()
+        y = layer(x)
+        doubled = y.mul_(2) if writes else y * 2
+        doubled.square().sum().backward()
+        return [doubled.detach(), *(tensor.grad.clone() for tensor in (a, b, x))]
+
+    torch.testing.assert_close(of_pass(writes=True), of_pass(writes=False))
+
+
 def test_no_gradient_crosses_from_one_client_to_another() -> None:
     layer, a, b = stacked()
     x = torch.randn(CLIENTS * ROWS, TOKENS, IN)

@@ -22,7 +22,7 @@ from sfed.memory.costs import Load
 from sfed.memory.fake import FakeFloats
 from sfed.memory.trial import Frozen, Trial
 from sfed.models import losses, synthetic
-from sfed.models.hf_config import MetaModel, fitted, from_config
+from sfed.models.hf_config import MetaModel, asked_attention, fitted, from_config
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ALL, QV = "all-linear", ["q_proj", "v_proj"]
@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any], torch.dtype, dict[str, Any]]] = {
     "llama with dropout": ("Llama", DECODER, BF16, {**DROPOUT, **SGD}),
     "llama, checkpointed": ("Llama", DECODER, BF16, CHECKPOINTED),
     "llama, all at once": ("Llama", DECODER, FP32, {**CHECKPOINTED, **DROPOUT, **EAGER}),
+    "llama of nf4 codes": ("Llama", DECODER, BF16, {"model": {"quantization": "nf4"}}),
     "llama classifier": ("Llama", DECODER, BF16, {"data": GLUE}),
     "mistral with a window": ("Mistral", {**DECODER, "sliding_window": 8}, BF16, {}),
     "qwen 3": ("Qwen3", HEAD, BF16, {}),
@@ -57,6 +58,7 @@ CASES: dict[str, tuple[str, dict[str, Any], torch.dtype, dict[str, Any]]] = {
     "gemma 3": ("Gemma3Text", {**HEAD, "sliding_window": 8}, FP32, {}),
     "granite": ("Granite", {**DECODER, "logits_scaling": 8.0}, BF16, {}),
     "gpt 2": ("GPT2", GPT2, FP32, {}),
+    "gpt 2 of int8 codes": ("GPT2", GPT2, FP32, {"model": {"quantization": "int8"}}),
     "opt": ("OPT", OPT, BF16, CHECKPOINTED),
     "mixtral": ("Mixtral", {**DECODER, **EXPERTS}, BF16, {"lora": {"target_modules": QV}}),
     "roberta": ("Roberta", ENCODER, FP32, {"data": GLUE}),
@@ -160,7 +162,7 @@ def test_whether_logits_are_made_in_chunks_is_told_as_by_a_model_with_weights(na
     family, settings, dtype, said = CASES[name]
     config = run_config(said)
     frozen = frozen_of(config, family, settings, dtype)
-    attention = config.model.attention
+    attention = asked_attention(config)
     torch.manual_seed(0)
     model = from_config(config, frozen.config, dtype=FP32, attn_implementation=attention)
     probed = losses.TokenLosses(model.eval()).logits_at_a_time(96)

@@ -4,8 +4,8 @@ import pytest
 
 from sfed.config import load as config_load
 from sfed.config import own_method
-from sfed.methods.method import METHODS, resolve
-from sfed.utils.errors import UserError
+from sfed.methods.method import METHODS, check_joinable, resolve
+from sfed.utils.errors import ConfigError, UserError
 
 AB, A, B, NONE = ("A", "B"), ("A",), ("B",), ()
 LORA, RSLORA, SFED = (0.0, -1.0), (0.0, -0.5), (0.5, -0.5)
@@ -142,3 +142,49 @@ def test_ablations_change_what_is_kept_apart():
     assert not resolve(config_load.validate(own)).keeps_apart("A"), "averaged before the first step"
     own = {"federated": {"method": "local"}, "lora": {"init": "independent"}}
     assert resolve(config_load.validate(own)).keeps_apart("A")
+
+
+# --- adapters on disk -----------------------------------------------------------------------------
+
+COMMON = dict.fromkeys(("sfed", "fedsa", "fedsa-rslora"), A)
+COMMON |= dict.fromkeys(("rolora", "ffa", "fedit"), AB) | {"local": NONE}
+
+
+def with_keys(**federated):
+    return config_load.validate({"federated": federated})
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_what_clients_have_in_common_in_the_end(name):
+    assert METHODS[name].common == COMMON[name]
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_who_joins_trains_b_alone_and_has_no_global_adapter(name):
+    method = resolve(with_keys(method=name, join="runs/demo"))
+    assert [method.trained_in(i) for i in range(4)] == [B] * 4
+    assert [method.averaged_in(i) for i in range(4)] == [NONE] * 4
+    assert not method.has_global_adapter
+    assert not method.needs_common_a
+    assert method.common == A, "others can join those who have joined"
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_adapters_on_disk_bring_their_a_and_gamma(name):
+    method = resolved(name, start_from="adapters", init="shared")
+    assert not method.independent_init
+    assert not method.averages_a_at_start
+    assert (method.trained, method.averaged) == (METHODS[name].trained, METHODS[name].averaged)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_who_averages_b_before_a_needs_the_same_a(name):
+    assert METHODS[name].needs_common_a == (name in ("rolora", "ffa"))
+
+
+def test_a_run_whose_clients_keep_a_cannot_be_joined():
+    for federated in ({"method": "local"}, {"method": "fedsa", "averaged": ["B"]}):
+        with pytest.raises(ConfigError, match="leaves each client an A of its own"):
+            check_joinable(with_keys(**federated), "runs/x")
+    assert check_joinable(with_keys(method="fedit"), "runs/x") == AB
+    assert check_joinable(with_keys(method="local", averaged=["A"]), "runs/x") == A

@@ -15,14 +15,14 @@ import transformers
 from sfed.distributed import world as distributed
 from sfed.lora import adapters
 from sfed.lora.adapters import LoraSpec
+from sfed.lora.hf_blocks import num_weights, transformer_layers
 from sfed.models import backbone, synthetic
 from sfed.models.backbone import Backbone
 from sfed.models.deepspeed import (
     deepspeed_settings,
     most_gathered,
-    num_weights,
+    own_share,
     prepare_deepspeed,
-    transformer_layers,
 )
 from sfed.models.hf_config import MetaModel, Sharding
 from sfed.utils.errors import UserError
@@ -404,3 +404,12 @@ def test_large_weights_are_gathered_one_by_one_and_small_ones_together(
     meta = MetaModel(tiny.config(tiny_folder), synthetic.model_config(shape, None, 2))
     settings = deepspeed_settings(tiny.config(tiny_folder), meta, torch.float32)
     assert settings["zero_optimization"]["stage3_allgather_sequential"] is is_large
+
+
+def test_what_fills_up_the_last_share_is_not_of_the_weight():
+    weight = torch.nn.Parameter(torch.empty(0))
+    assert own_share(weight, 0) is None
+    weight.ds_numel, weight.ds_tensor = 6, torch.arange(4.0)
+    weight.ds_tensor.ds_numel = 4
+    shares = [own_share(weight, rank).tolist() for rank in range(3)]
+    assert shares == [[0, 1, 2, 3], [0, 1], []]

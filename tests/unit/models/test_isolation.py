@@ -57,7 +57,7 @@ def check(tried: Subject, *, shares_passes: bool = True) -> Isolation:
 
 
 HARMLESS = [strange.BatchStatistics, strange.Jitter, strange.LayerDrop, strange.LooksAtDtype]
-HARMLESS += [strange.Twice]
+HARMLESS += [strange.Twice, strange.InPlace]
 MIXES_CLIENTS = [
     (strange.Experts, r"experts\.\d"),
     (strange.RelativePositions, "position_proj"),
@@ -71,7 +71,6 @@ REFUSED = [
     (strange.AlwaysJitter, "random"),
     (strange.Counter, "calls"),
     (strange.ReadsWeight, r"lora\.target_modules.*mlp\.read_proj"),
-    (strange.InPlace, "InPlace"),
     (strange.SeesLaterTokens, "sees the tokens after it"),
 ]
 

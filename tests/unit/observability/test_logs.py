@@ -292,3 +292,12 @@ def test_a_table_shows_names_as_they_are_and_printable(capsys):
     names = {0: "[/b] :smile: \x1b]0;\x07\n$x$"}
     Console(is_main=True).closing_table(None, event(1) | {"clients": [entry]}, names)
     assert r"[/b] :smile: \x1b]0;\x07\n$x$" in capsys.readouterr().out
+
+
+def test_a_command_whose_results_are_for_programs_logs_to_stderr(capsys):
+    for to_stderr in (True, False):
+        logs.begin(0, to_stderr=to_stderr)
+        logging.getLogger("other.library").warning("careful")
+        shown = capsys.readouterr()
+        quiet, loud = (shown.out, shown.err) if to_stderr else (shown.err, shown.out)
+        assert quiet == "" and "warning: other.library: careful" in loud

@@ -45,6 +45,7 @@ def test_a_method_that_is_a_mean_is_not_refused() -> None:
             },
             "train.class_weights=balanced",
         ),
+        ({"lora": {"start_from": "runs/other"}}, "lora.start_from=runs/other"),
         ({"output": {"resume": "runs/other/checkpoints/round-000001"}}, "output.resume="),
     ],
 )

@@ -47,6 +47,12 @@ def test_settings_of_the_environment_are_no_secrets(monkeypatch):
     assert mask("a long setting, short") == "a long setting, short"
 
 
+def test_the_working_directory_of_a_shell_is_no_password(monkeypatch):
+    for name in ("PWD", "OLDPWD"):
+        monkeypatch.setenv(name, "/home/somebody/work")
+    assert mask("/home/somebody/work/runs/demo") == "/home/somebody/work/runs/demo"
+
+
 def test_values_under_secret_keys_and_secrets_anywhere_are_masked_the_rest_is_kept():
     value = {"comet": {"api_key": "plain", "on": True}, "files": [TOKEN, 1, None], TOKEN: 2.5}
     expected = {"comet": {"api_key": MASK, "on": True}, "files": [MASK, 1, None], MASK: 2.5}

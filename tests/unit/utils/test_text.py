@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sfed.utils.text import counted, duration, parse_size, printable, shown, size_text
+from sfed.utils.text import (
+    counted,
+    duration,
+    one_line,
+    parse_size,
+    printable,
+    shown,
+    size_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -62,3 +72,40 @@ def test_printable_writes_out_what_a_terminal_would_obey(text, expected):
 def test_shown_is_cut():
     assert shown("ab") == "'ab'"
     assert len(shown("x" * 5000)) < 250
+
+
+SENTENCES = (
+    "The layer is missing. It has 3 weights, e.g. one of q_proj. Ask `them` for more! (See b.) End"
+)
+
+
+@pytest.mark.parametrize(
+    ("most", "text"),
+    [
+        (200, SENTENCES),
+        (60, "The layer is missing. It has 3 weights, e.g. one of q_proj."),
+        (59, "The layer is missing. It has 3 weights, e.g. one of q_proj."),
+        (58, "The layer is missing."),
+        (12, "The layer is missing."),  # the first sentence, whole
+        (80, "The layer is missing. It has 3 weights, e.g. one of q_proj. Ask `them` for more!"),
+    ],
+)
+def test_a_text_that_is_too_long_ends_with_a_sentence(most: int, text: str) -> None:
+    assert one_line(SENTENCES, most) == text
+
+
+def test_a_sentence_that_is_far_too_long_ends_after_a_word_with_an_ellipsis() -> None:
+    assert one_line("word " * 40, 12) == "word word ..."
+    assert one_line("x" * 90, 12) == "x" * 12 + " ..."
+
+
+@given(st.text(alphabet="aA. !(`\n", max_size=80), st.integers(1, 40))
+def test_one_line_is_the_beginning_of_the_text_and_not_much_longer_than_asked(
+    text: str, most: int
+) -> None:
+    whole, found = " ".join(text.split()), one_line(text, most)
+    assert whole.startswith(found.removesuffix(" ..."))
+    assert "\n" not in found
+    assert len(found) <= max(3 * most, most + 4)
+    if len(whole) <= most:
+        assert found == whole

@@ -1,0 +1,135 @@
+"""The adapters of a checkpoint, one client at a time: without the run, its data or its processes.
+
+Which rounds a run has on disk follows from ``output.checkpoint_every_rounds`` and
+``output.keep_checkpoints``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sfed.lora.layout import Layout
+from sfed.methods.aggregation import weighted_sum
+from sfed.storage.checkpoint import file_of
+from sfed.storage.checkpoint_folder import COMMON, CheckpointRef, age_of_name, by_age, metadata_of
+from sfed.storage.resume import problem_of
+from sfed.utils.errors import CheckpointError
+from sfed.utils.text import one_line
+
+
+def whole_rounds(run_folder: Path) -> dict[int, Path]:
+    """Finished rounds -> the checkpoint after them, in order; what was stopped within one is none.
+
+    Raises:
+        CheckpointError: where the folder of the checkpoints cannot be read.
+    """
+    try:
+        folders = by_age(run_folder / "checkpoints")
+    except OSError as error:
+        raise CheckpointError(
+            f"{run_folder / 'checkpoints'} cannot be read ({error.strerror})"
+        ) from None
+    ages = [(age_of_name(folder.name), folder) for folder in folders]
+    return {age[0]: folder for age, folder in ages if age is not None and not age[1]}
+
+
+def checkpoint_after(run_folder: Path, finished_rounds: int | None) -> CheckpointRef:
+    """Return the checkpoint after so many rounds; None = the newest.
+
+    Every byte of it is compared with its digest.
+
+    Raises:
+        CheckpointError: where there is none, with those that are there; or where it is damaged.
+    """
+    there = whole_rounds(run_folder)
+    if not there:
+        raise CheckpointError(
+            f"{run_folder / 'checkpoints'} holds no checkpoint of a finished round; the first is "
+            "written after output.checkpoint_every_rounds rounds"
+        )
+    wanted = max(there) if finished_rounds is None else finished_rounds
+    if wanted not in there:
+        raise CheckpointError(
+            f"--round {wanted}: {run_folder} keeps no checkpoint of that round; there are "
+            f"{', '.join(map(str, there))} (output.keep_checkpoints says how many are kept)"
+        )
+    if problem := problem_of(there[wanted]):
+        others = ", ".join(str(number) for number in there if number != wanted)
+        raise CheckpointError(
+            f"the checkpoint {there[wanted]} cannot be used: {problem}"
+            + (f"; --round {others} may be whole" if others else "")
+        )
+    return CheckpointRef(there[wanted], metadata_of(there[wanted]))
+
+
+@dataclass(frozen=True)
+class CheckpointRows:
+    """Adapters of a checkpoint as rows: A, B and head of a client in a vector."""
+
+    found: CheckpointRef
+    layout: Layout
+
+    def row(self, client: int) -> torch.Tensor:
+        """One client's adapter, (layout.size,) fp32: what is its own, else what is shared.
+
+        Raises:
+            CheckpointError: where the files do not hold it.
+        """
+        row = torch.empty(self.layout.size)
+        own = self._own_file(client)
+        for factor in self.layout.factors:
+            name, values = factor.lower(), None
+            if own is not None:
+                values = self._read(own, f"clients/{client:04d}/{name}", factor)
+            if values is None:
+                values = self._read(COMMON, f"common/{name}", factor)
+            if values is None:
+                raise CheckpointError(f"{self.found.folder / COMMON} lacks common/{name}")
+            row[self.layout.columns(factor)] = values
+        return row
+
+    def global_row(self, weights: Sequence[float], own_factors: Sequence[str]) -> torch.Tensor:
+        """The global adapter (A, mean B, mean head), (layout.size,); see ``aggregation``.
+
+        One client's adapter is in memory at a time.
+
+        Args:
+            weights: (N,) of all clients, summing to 1.
+            own_factors: what clients hold their own of; the rest is the same on all of them.
+        """
+        row = self.row(0)
+        if own_factors:
+            mean = weighted_sum(self._rows(len(weights)), weights)
+            for factor in own_factors:
+                columns = self.layout.columns(factor)
+                row[columns] = mean[columns]
+        return row
+
+    def _rows(self, num_clients: int) -> Iterator[torch.Tensor]:
+        return (self.row(client) for client in range(num_clients))
+
+    def _own_file(self, client: int) -> str | None:
+        name = file_of(client)
+        return name if name in self.found.metadata["files"] else None
+
+    def _read(self, file: str, key: str, factor: str) -> torch.Tensor | None:
+        """A tensor of a file; None where the file holds none of that name."""
+        path, columns = self.found.folder / file, self.layout.columns(factor)
+        try:
+            with safe_open(path, framework="pt") as opened:
+                if key not in opened.keys():  # noqa: SIM118  (it is no mapping)
+                    return None
+                tensor: torch.Tensor = opened.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read ({one_line(error)})") from None
+        if tensor.shape != (columns.stop - columns.start,):
+            raise CheckpointError(
+                f"{path}: {key} has the shape {tuple(tensor.shape)} and this model needs "
+                f"({columns.stop - columns.start},); it belongs to another model"
+            )
+        return tensor

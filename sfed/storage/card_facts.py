@@ -1,0 +1,119 @@
+"""What a model card says of a run and of an adapter, in words. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sfed.config.schema import Config
+from sfed.observability import metrics
+from sfed.storage.run_record import (
+    Event,
+    RunRecord,
+    clients_of,
+    held_out,
+    look,
+    number,
+    words_of,
+)
+from sfed.utils.redaction import mask
+from sfed.utils.text import counted
+
+Facts = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a run was, as far as the configuration does not say it."""
+
+    method: str
+    num_clients: int
+    gamma: float
+    finished_rounds: int
+    started_from: str = ""
+    """What the adapters started from, as of ``RunRecord.started_from``; empty where A was drawn."""
+    privacy: str = ""
+    """The guarantee of what was sent, as ``privacy_of`` says it; empty where there is none."""
+
+
+def of_run(config: Config, course: Course) -> Facts:
+    """What is the same of all adapters of a run."""
+    planned = config.federated.num_rounds
+    rounds = str(course.finished_rounds)
+    return [
+        ("federated method", course.method),
+        ("clients (N)", str(course.num_clients)),
+        ("rounds", rounds if course.finished_rounds == planned else f"{rounds} of {planned}"),
+        ("LoRA rank (r)", str(config.lora.rank)),
+        ("scaling (gamma = lora_alpha / r)", f"{course.gamma:.6g}"),
+        *([("started from", course.started_from)] if course.started_from else []),
+        *([("differential privacy", course.privacy)] if course.privacy else []),
+    ]
+
+
+def privacy_of(config: Mapping[str, Any], event: Event | None) -> str:
+    """Say what a run guarantees of what was sent; empty where privacy is off.
+
+    Args:
+        config: content of ``config.json``.
+        event: of the round; None = it has none.
+    """
+    facts = look(config, "resolved.privacy")
+    if not isinstance(facts, dict):
+        return ""
+    spent = {} if event is None else event
+    epsilon, releases = number(spent, metrics.EPSILON), number(spent, metrics.RELEASES)
+    known = {name: number(facts, name) for name in ("delta", "clip", "noise_multiplier")}
+    numbers = {name: "unknown" if one is None else f"{one:.4g}" for name, one in known.items()}
+    told = "unknown" if epsilon is None else f"{epsilon:.4g}"
+    if known["noise_multiplier"] == 0:
+        told = "infinite (no noise)"
+    counted_as = "" if releases is None else f", {counted(int(releases), 'release')}"
+    return (
+        f"epsilon {told} at delta {numbers['delta']} ({facts.get('neighbours')}), clip "
+        f"{numbers['clip']}, noise multiplier {numbers['noise_multiplier']}{counted_as}; of the "
+        "shared factors only: what is a client's own carries no noise"
+    )
+
+
+def of_client(client: int, name: str, examples: int) -> Facts:
+    """Whose adapter it is, and the size of its data."""
+    whose = f"client {client}" + (f", {mask(name)}" if name else "")
+    return [("adapter of", whose), ("training examples of the client", f"{examples:,}")]
+
+
+def of_global(train_counts: Sequence[int]) -> Facts:
+    """That it is the global adapter, and the size of the data of all clients."""
+    clients = counted(len(train_counts), "client")
+    return [
+        ("adapter of", f"all {clients} together: A with the mean of B"),
+        ("training examples of all clients", f"{sum(train_counts):,}"),
+    ]
+
+
+def scores_of(run: RunRecord, event: Event | None, client: int | None) -> Facts:
+    """Held-out losses and scores of a round.
+
+    Args:
+        run: the record.
+        event: of the round; None = it has none.
+        client: number; None = of the global adapter on the data of all clients.
+    """
+    if event is None:
+        return []
+    if client is None:
+        values = {what: held_out(event, "global", what, "") for what in run.held}
+    else:
+        entry = next((one for one in clients_of(event) if one["client"] == client), {})
+        values = {what: number(entry, f"personal_{what}") for what in run.held}
+    data = "all held-out data" if client is None else "the client's own held-out data"
+    return [
+        (f"{words_of(what)} on {data}", _measured(run, what, value))
+        for what, value in values.items()
+        if value is not None
+    ]
+
+
+def _measured(run: RunRecord, what: str, value: float) -> str:
+    return f"{value:.4f} {run.unit}" if what == "loss" else f"{value:.4f}"
