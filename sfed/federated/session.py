@@ -256,7 +256,8 @@ def _close(run: Run, folder: Path, console: Console) -> None:
         console.closing_table(before, evaluated[-1], names)
     console.say(f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)")
     console.say(f"metrics    {folder / METRICS_FILE}")
-    if told := privacy_of(open_run(folder).config, events[-1]):
+    if run.privacy is not None:
+        told = privacy_of(open_run(folder).config, events[-1] if events else None)
         console.say(f"privacy    {told}")
     console.where_the_time_went(events)
     console.where_processes_waited(events)

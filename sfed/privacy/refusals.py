@@ -22,18 +22,19 @@ def mistakes(config: Config, method: Method) -> list[str]:
                 "mean is fixed; set privacy.clip, or leave it at auto"
             ]
         return []
-    return [f"privacy.clip={config.privacy.clip:g}: {one}" for one in _reasons(config, method)]
+    reasons = [*_of_noise(config), *_of_method(config, method), *_of_data(config)]
+    reasons += _of_earlier_releases(config)
+    return [f"privacy.clip={config.privacy.clip:g}: {one}" for one in reasons]
 
 
-def _reasons(config: Config, method: Method) -> Iterator[str]:
-    federated = config.federated
+def _of_noise(config: Config) -> Iterator[str]:
     if config.privacy.noise_multiplier != 0 and (lacking := accounting.problem()):
         yield lacking
-    if federated.weighting == "examples":
-        yield (
-            "federated.weighting=examples weighs clients by their data, which no clip bounds; set "
-            "it to uniform"
-        )
+
+
+def _of_method(config: Config, method: Method) -> Iterator[str]:
+    """Where the release would be no function of the clipped noisy sum, or there is none."""
+    federated = config.federated
     if method.server_step is not None:
         yield (
             f"the server step of federated.method={federated.method} gets each client's factors, "
@@ -45,12 +46,25 @@ def _reasons(config: Config, method: Method) -> Iterator[str]:
             f"federated.method={federated.method} with federated.averaged={federated.averaged!r} "
             "shares nothing, so there is nothing to protect; remove the section privacy"
         )
+
+
+def _of_data(config: Config) -> Iterator[str]:
+    """What brings the data of all clients into a run beside the sum."""
+    if config.federated.weighting == "examples":
+        yield (
+            "federated.weighting=examples weighs clients by their data, which no clip bounds; set "
+            "it to uniform"
+        )
     if config.train.class_weights == "balanced":
         yield (
             "train.class_weights=balanced is computed from the labels of all clients, without "
             "noise; give weights as {label: weight}, or set it to none"
         )
-    origins = {"lora.start_from": config.lora.start_from, "federated.join": federated.join}
+
+
+def _of_earlier_releases(config: Config) -> Iterator[str]:
+    """What the ledger would not count."""
+    origins = {"lora.start_from": config.lora.start_from, "federated.join": config.federated.join}
     for key, folder in origins.items():
         if folder is not None:
             yield (
