@@ -111,6 +111,8 @@ def build(
     loaded = fingerprints.when_built(run, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
     run = _as_far_as_right(run, console.warn)
+    if config.federated.scaffold:
+        run.clients.keep_controls(run.received)
     for line in round_metrics.header(run):
         console.say(line)
     return run

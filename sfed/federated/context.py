@@ -49,6 +49,8 @@ class RoundPlan:
     what the method's server step makes of them."""
     stepped: tuple[str, ...] = ()
     """Those of them that the server step gets."""
+    received: tuple[str, ...] = ()
+    """Factors that train and were the same on all clients at the start of the round."""
 
     @property
     def finished_rounds(self) -> int:
@@ -100,16 +102,25 @@ class Run:
             self.config.seed, round_index, self.num_clients, federated.clients_per_round
         )
         head = () if self.adapters.head is None else ("head",)
+        shared_head = head if federated.share_head else ()
+        trained = self.method.trained_in(round_index) + head
         averaged = self.method.averaged_in(round_index)
         return RoundPlan(
             round_index,
             cohort,
             {client: self.local_steps(client) for client in cohort},
             self.groups(cohort),
-            self.method.trained_in(round_index) + head,
-            averaged + (head if federated.share_head else ()),
+            trained,
+            averaged + shared_head,
             averaged if self.method.server_step is not None else (),
+            tuple(factor for factor in trained if factor in self.received),
         )
+
+    @property
+    def received(self) -> tuple[str, ...]:
+        """Factors that train and are the same on all clients at the start of every round."""
+        shares_head = self.config.federated.share_head and self.adapters.head is not None
+        return self.method.received + (("head",) if shares_head else ())
 
     def senders(self, weights: Sequence[float]) -> list[list[int]]:
         """The clients of each process that have a weight above 0 in the mean."""

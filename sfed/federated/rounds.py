@@ -11,13 +11,16 @@ from dataclasses import asdict, replace
 
 from sfed.clients.store import draw_initial, initial_a
 from sfed.distributed.shutdown import StopRequest
+from sfed.distributed.sync import raise_everywhere
 from sfed.federated import evaluate, local
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.fingerprints import require_same_mean
 from sfed.federated.round_metrics import RoundLog, RoundMeasurements
 from sfed.federated.round_stats import RoundStats
 from sfed.methods import aggregation
+from sfed.methods.aggregation import ServerSide
 from sfed.methods.by_layer import ByLayer
+from sfed.methods.server_optimizer import ServerOptimizer
 from sfed.storage import origin_rows
 from sfed.storage.checkpoint import State
 from sfed.storage.checkpoint_writer import Writer
@@ -40,6 +43,9 @@ def train(
         Whether all rounds are done; False after a request to stop. The last checkpoint may still be
         under way.
     """
+    if run.method.local_term is not None:
+        with raise_everywhere(run.world, "trying the local term"):
+            local.try_method_term(run)
     state = _begin(run) if state is None else state
     if state.unreported is not None:
         log.measured = RoundMeasurements(**state.unreported)
@@ -127,11 +133,23 @@ def _average(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> int:
     if run.method.server_step is not None and plan.stepped:
         layers = ByLayer(run.world, run.clients, run.senders(weights), weights, run.gamma)
         num_bytes += layers.share(run.method.server_step, plan.stepped)
-    num_bytes += aggregation.share(run.world, run.clients, plan.means, weights)
+    server = _server_side(run, plan, healthy)
+    num_bytes += aggregation.share(run.world, run.clients, plan.means, weights, server)
     require_same_mean(run.world, run.clients, plan.averaged, plan.finished_rounds)
     if run.resets_moments:
         run.clients.reset_optimizer()
     return num_bytes
+
+
+def _server_side(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> ServerSide:
+    """What the server does beside the mean over these clients."""
+    optimizer = ServerOptimizer.of(run.config.federated)
+    if not run.config.federated.scaffold:
+        return ServerSide(optimizer)
+    # The server's variate is the mean of all clients' variates, whoever takes part.
+    of_all = run.weights(run.everyone)
+    of_senders = [of_all[client] * (client in healthy) for client in run.everyone]
+    return ServerSide(optimizer, plan.received, of_senders)
 
 
 def _exclude_nonfinite(
