@@ -163,6 +163,13 @@ def _origin(run: Run, source: Source | None, found: CheckpointRef | None) -> Ori
             "averages A before it takes it to be the same on all; start from one adapter for all, "
             "or choose a method that averages A"
         )
+    apart = set(looked.own_factors) & set(run.received)
+    if apart and (keys := methods.keys_of_received(run.config)):
+        raise ConfigError(
+            f"{source.said}: clients start with {' and '.join(sorted(apart))} of their own, so "
+            f"there is no common value in the first round, and {keys[0]} is about one; start from "
+            "one adapter for all, or remove the key"
+        )
     return looked
 
 

@@ -271,8 +271,10 @@ def check_joinable(run: Config, folder: str) -> Factors:
 
 def _words(averaged: str | tuple[str, ...]) -> str:
     return averaged if isinstance(averaged, str) else f"[{', '.join(averaged)}]"
-def _require_received(config: Config, method: Method) -> None:
-    """Refuse terms and optimizers of received factors with a method that they mean nothing for."""
+
+
+def keys_of_received(config: Config) -> list[str]:
+    """The keys that are set and compare what a client has received with what it holds."""
     federated = config.federated
     asked = {
         f"federated.prox_mu={federated.prox_mu:g}": federated.prox_mu > 0,
@@ -281,7 +283,12 @@ def _require_received(config: Config, method: Method) -> None:
             federated.server_optimizer != "none"
         ),
     }
-    keys = [key for key, is_set in asked.items() if is_set]
+    return [key for key, is_set in asked.items() if is_set]
+
+
+def _require_received(config: Config, method: Method) -> None:
+    """Refuse terms and optimizers of received factors with a method that they mean nothing for."""
+    federated, keys = config.federated, keys_of_received(config)
     if keys and not method.received and not federated.share_head:
         raise ConfigError(
             f"{keys[0]}: no factor that trains with {method.name} is the same on all clients at "
