@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sfed.utils.version import __version__
 
 if TYPE_CHECKING:
+    from sfed.clients.local_layer import LocalLayer
     from sfed.config.load import load as load_config
     from sfed.config.schema import Config
     from sfed.federated.preflight import check
@@ -42,6 +43,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DivergedError",
+    "LocalLayer",
     "Method",
     "MissingProcessError",
     "RunRecord",
@@ -68,6 +70,7 @@ PLACES = {
     "METHODS": "sfed.methods.method",
     "Method": "sfed.methods.method",
     "CommonLayer": "sfed.methods.server",
+    "LocalLayer": "sfed.clients.local_layer",
     "SentLayer": "sfed.methods.server",
     "effective_clients": "sfed.methods.scaling",
     "lora_scaling": "sfed.methods.scaling",

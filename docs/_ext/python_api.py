@@ -25,7 +25,7 @@ GROUPS = {
     "Configurations": ("load_config", "Config", "check"),
     "Runs": ("fit", "open_run", "RunRecord", "ClientRecord"),
     "Methods": (
-        *("METHODS", "Method", "SentLayer", "CommonLayer"),
+        *("METHODS", "Method", "SentLayer", "CommonLayer", "LocalLayer"),
         *("lora_scaling", "effective_clients"),
     ),
     "Plans and reports": ("estimate", "write_report"),

@@ -17,7 +17,16 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 import torch
 
 from sfed.clients.offload import HostOffload
-from sfed.clients.state import DRAWN, FACTORS, Parts, PassState, part_widths
+from sfed.clients.state import (
+    CONTROL,
+    DRAWN,
+    FACTORS,
+    GRADIENT,
+    STEPS,
+    Parts,
+    PassState,
+    part_widths,
+)
 from sfed.lora.adapters import Adapters
 from sfed.lora.layout import Layout
 from sfed.utils.rng import Stream, derive
@@ -56,6 +65,8 @@ class ClientStore:
         self._grads = torch.zeros(self.clients_per_pass, layout.size, device=device)
         self._places: list[PassState] = []
         """Memory of the device for groups that come and go: one, or two where there are several."""
+        self.controlled: tuple[str, ...] = ()
+        """Factors that have control variates."""
         self._stay = self._new_rows() if self.clients_per_pass == len(own) else None
         self.widths = part_widths(layout, moments)
         self._common: Parts = {}
@@ -64,7 +75,18 @@ class ClientStore:
         self._parts: dict[int, Parts] = {client: {} for client in own}
         self.server_state: Parts = {}
         """What the method's server step keeps for the layers of this process: LAYER/NAME."""
+        self.common_state: Parts = {}
+        """What the server keeps that is the same on every process: a_m, a_v, a_control, ..."""
         self._changed: set[int] = set()
+
+    def keep_controls(self, factors: Sequence[str]) -> None:
+        """Keep control variates of some factors (SCAFFOLD), zero at first. Before any pass."""
+        self.controlled = tuple(factors)
+        for factor in factors:
+            for name in (CONTROL, GRADIENT):
+                self.widths[f"{factor.lower()}_{name}"] = self.widths[factor.lower()]
+        if self._stay is not None:
+            self._stay.controls = self._new_controls()
 
     def passes(
         self, groups_of_clients: Sequence[tuple[int, ...]], trained: Sequence[str]
@@ -136,10 +158,31 @@ class ClientStore:
             if parts.pop(factor.lower(), None) is not None:
                 self._changed.add(client)
 
+    def control_change(self, client: int, factor: str) -> torch.Tensor:
+        """The mean gradient of the round without the client's control variate, where they rest."""
+        parts, short = self._parts[client], factor.lower()
+        return parts[f"{short}_{GRADIENT}"] - parts[f"{short}_{CONTROL}"]
+
+    def take_controls(self, clients: Iterable[int]) -> None:
+        """Let the mean gradients of the round be these clients' control variates; drop the rest."""
+        for client in self.own:
+            for short in map(str.lower, self.controlled):
+                gradient = self._parts[client].pop(f"{short}_{GRADIENT}", None)
+                if gradient is None:
+                    continue
+                self._changed.add(client)
+                if client in clients and self._stay is None:
+                    self._parts[client][f"{short}_{CONTROL}"] = gradient
+                elif client in clients:
+                    self.set_own(client, {f"{short}_{CONTROL}": gradient})
+
     def reset_optimizer(self) -> None:
         """Forget all moments."""
+        of_optimizer = {STEPS} | {
+            f"{factor.lower()}_{moment}" for factor in FACTORS for moment in self.moments
+        }
         for client, parts in self._parts.items():
-            for name in parts.keys() - self._common.keys():
+            for name in parts.keys() & of_optimizer:
                 del parts[name]
                 self._changed.add(client)
         if self._stay is not None:
@@ -148,9 +191,10 @@ class ClientStore:
 
     def memory(self) -> Iterator[torch.Tensor]:
         """All tensors of the clients, where they rest and where they are in a pass."""
-        yield from self._common.values()
+        yield from (*self._common.values(), *self.common_state.values())
         for rows in self._places if self._stay is None else (self._stay, *self._places):
             yield from (rows.values, rows.grads, *rows.moments.values(), rows.optimizer_steps)
+            yield from rows.controls.values()
         for parts in self._parts.values():
             yield from parts.values()
 
@@ -177,6 +221,7 @@ class ClientStore:
             self._changed |= {client for client in self.own if self._parts[client] or drawn[client]}
         with self._ferry.aside():
             common = {name: self._at_rest(part) for name, part in self._common.items()}
+            common |= {name: self._ferry.keep(part) for name, part in self.common_state.items()}
             changed = {
                 client: {name: self._at_rest(part) for name, part in self._parts[client].items()}
                 for client in sorted(self._changed)
@@ -194,11 +239,14 @@ class ClientStore:
         """Restore the state that ``collect_changes`` returned.
 
         Args:
-            common: what the clients share.
+            common: what the clients share, and what the server keeps.
             held: what clients hold of their own; those that are not named hold nothing.
         """
         for factor in self.layout.factors:
             self.set_shared(factor, common[factor.lower()])
+        self.common_state = {
+            name: part.to(self._device) for name, part in common.items() if name not in self._common
+        }
         for client, parts in held.items():
             self.examples_drawn[client] = int(parts[DRAWN])
             self.set_own(client, {name: part for name, part in parts.items() if name != DRAWN})
@@ -221,7 +269,15 @@ class ClientStore:
             self._grads,
             {name: torch.zeros(shape, device=self._device) for name in self.moments},
             torch.zeros(self.clients_per_pass, len(FACTORS), device=self._device),
+            self._new_controls(),
         )
+
+    def _new_controls(self) -> Parts:
+        return {
+            name: torch.zeros(self.clients_per_pass, self.widths[name], device=self._device)
+            for factor in self.controlled
+            for name in (f"{factor.lower()}_{CONTROL}", f"{factor.lower()}_{GRADIENT}")
+        }
 
     def _bring(
         self, clients: tuple[int, ...], place: int

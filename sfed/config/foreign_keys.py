@@ -9,6 +9,7 @@ _BATCH = "train.batch_size is the batch of an optimizer step, train.micro_batch_
 _CLIENTS_PER_ROUND = "federated.clients_per_round (a number of clients, not a fraction)"
 _WARMUP = "train.warmup_rounds (in rounds)"
 _EVERY = "evaluation.every_rounds (in rounds)"
+_PROX = "federated.prox_mu"
 
 FOREIGN_KEYS = {
     # federated
@@ -35,8 +36,19 @@ FOREIGN_KEYS = {
     "local_update_steps": "train.local_steps",
     "local_updates": "train.local_steps",
     "local_ep": "train.local_epochs",
-    "prox_mu": "no proximal term (FedProx)",
-    "proximal_mu": "no proximal term (FedProx)",
+    "proximal_mu": _PROX,
+    "fedprox_mu": _PROX,
+    "mu": _PROX,
+    "server_learning_rate": "federated.server_lr",
+    "server_momentum": "federated.server_beta1",
+    "eta": "federated.server_lr",
+    "beta_1": "federated.server_beta1",
+    "beta_2": "federated.server_beta2",
+    "tau": "federated.server_tau",
+    "fedopt_eta": "federated.server_lr",
+    "fedopt_beta1": "federated.server_beta1",
+    "fedopt_beta2": "federated.server_beta2",
+    "fedopt_tau": "federated.server_tau",
     "split_strategy": "partition.kind",
     "dirichlet_alpha": "partition.concentration",
     # optimizer and schedule

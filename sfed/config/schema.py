@@ -52,6 +52,16 @@ DEAD_DEEPSPEED_KEYS = {
 }
 
 
+# What each server optimizer reads.
+SERVER_KEYS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "fedavgm": ("server_lr", "server_beta1"),
+    "fedadam": ("server_lr", "server_beta1", "server_beta2", "server_tau"),
+    "fedyogi": ("server_lr", "server_beta1", "server_beta2", "server_tau"),
+    "fedadagrad": ("server_lr", "server_beta1", "server_tau"),
+}
+
+
 class ModelSection(Section):
     """The frozen backbone."""
 
@@ -157,6 +167,25 @@ class FederatedSection(Section):
     """keep = the moments of a client's optimizer are kept from round to round; reset = each round
     starts with new moments; auto = keep, unless the method's server step changes the basis of the
     factors."""
+    prox_mu: float = Field(default=0.0, ge=0, le=1e6)
+    """FedProx: adds prox_mu / 2 * ||w - w_received||^2 to the loss of a client, over the factors
+    that it receives and trains; at least 0 and at most 1e6. 0 = no such term."""
+    scaffold: bool = False
+    """SCAFFOLD: corrects each gradient of the received factors by control variates of the client
+    and of the server, before clipping and before the optimizer. A round sends twice the bytes."""
+    server_optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = "none"
+    """Optimizer of the averaged factors: it steps from the values of the round before along the
+    difference between the mean and them. none = the mean itself."""
+    server_lr: float | None = Field(default=None, gt=0, le=1e3)
+    """Learning rate of the server optimizer, above 0 and at most 1000. null = 1 with fedavgm, 1e-3
+    with the others, where it is about the most that a number moves in a round."""
+    server_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the server optimizer's momentum, at least 0 and below 1."""
+    server_beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of the second moment of fedadam and fedyogi, at least 0 and below 1."""
+    server_tau: float = Field(default=1e-3, ge=1e-12, le=1e3)
+    """Degree of adaptivity of fedadam, fedyogi and fedadagrad, between 1e-12 and 1000: added to the
+    root of the second moment, which starts at its square."""
     max_bad_rounds: NonNegativeInt = 3
     """Maximum number of rounds, at least 0, in which a client's loss, gradient or adapter is not
     finite. Such a client is reset to the start of the round and excluded from the mean; one more
@@ -164,6 +193,18 @@ class FederatedSection(Section):
     deadline_seconds: float = Field(default=600.0, gt=0, le=1e7)
     """Maximum time in seconds to wait for another process, above 0 and at most 1e7. After it the
     run stops and names the missing process."""
+
+    @model_validator(mode="after")
+    def _refuse_unread_server_keys(self) -> FederatedSection:
+        read, fields = SERVER_KEYS[self.server_optimizer], type(self).model_fields
+        for key in SERVER_KEYS["fedadam"]:
+            if key not in read and (value := getattr(self, key)) != fields[key].default:
+                kinds = ", ".join(kind for kind, keys in SERVER_KEYS.items() if key in keys)
+                raise ValueError(
+                    f"{key}={value:g} has no effect with server_optimizer="
+                    f"{self.server_optimizer}; remove it, or set server_optimizer to {kinds}"
+                )
+        return self
 
 
 class TrainSection(Section):

@@ -114,6 +114,8 @@ def build(
     loaded = fingerprints.when_built(run, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
     run = _as_far_as_right(run, console.warn)
+    if config.federated.scaffold:
+        run.clients.keep_controls(run.received)
     for line in round_metrics.header(run):
         console.say(line)
     return run
@@ -163,6 +165,13 @@ def _origin(run: Run, source: Source | None, found: CheckpointRef | None) -> Ori
             f"{source.said}: the clients' A differ, and federated.method={run.method.name} never "
             "averages A before it takes it to be the same on all; start from one adapter for all, "
             "or choose a method that averages A"
+        )
+    apart = set(looked.own_factors) & set(run.received)
+    if apart and (keys := methods.keys_of_received(run.config)):
+        raise ConfigError(
+            f"{source.said}: clients start with {' and '.join(sorted(apart))} of their own, so "
+            f"there is no common value in the first round, and {keys[0]} is about one; start from "
+            "one adapter for all, or remove the key"
         )
     return looked
 

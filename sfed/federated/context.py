@@ -50,6 +50,8 @@ class RoundPlan:
     what the method's server step makes of them."""
     stepped: tuple[str, ...] = ()
     """Those of them that the server step gets."""
+    received: tuple[str, ...] = ()
+    """Factors that train and were the same on all clients at the start of the round."""
 
     @property
     def finished_rounds(self) -> int:
@@ -100,15 +102,18 @@ class Run:
         """What a 0-based round does; the same on every process, without communication."""
         cohort = self._cohort(round_index)
         head = () if self.adapters.head is None else ("head",)
+        shared_head = head if self.config.federated.share_head else ()
+        trained = self.method.trained_in(round_index) + head
         averaged = self.method.averaged_in(round_index)
         return RoundPlan(
             round_index,
             cohort,
             {client: self.local_steps(client) for client in cohort},
             self.groups(cohort),
-            self.method.trained_in(round_index) + head,
-            averaged + (head if self.config.federated.share_head else ()),
+            trained,
+            averaged + shared_head,
             averaged if self.method.server_step is not None else (),
+            tuple(factor for factor in trained if factor in self.received),
         )
 
     def _cohort(self, round_index: int) -> tuple[int, ...]:
@@ -116,6 +121,12 @@ class Run:
             return self.privacy.cohort(round_index)
         size = self.config.federated.clients_per_round
         return sampling.cohort(self.config.seed, round_index, self.num_clients, size)
+
+    @property
+    def received(self) -> tuple[str, ...]:
+        """Factors that train and are the same on all clients at the start of every round."""
+        shares_head = self.config.federated.share_head and self.adapters.head is not None
+        return self.method.received + (("head",) if shares_head else ())
 
     def senders(self, weights: Sequence[float]) -> list[list[int]]:
         """The clients of each process that have a weight above 0 in the mean."""

@@ -30,7 +30,9 @@ from sfed.utils.errors import DivergedError
 def require_same_mean(
     world: World, clients: ClientStore, factors: Sequence[str], finished_rounds: int
 ) -> None:
-    """Compare what was averaged with all other processes: 8 bytes each. Collective.
+    """Compare what was averaged, and what the server keeps, with all other processes. Collective.
+
+    8 bytes each are sent.
 
     Args:
         world: the processes.
@@ -45,6 +47,7 @@ def require_same_mean(
         return
     row = clients.row(clients.own[0])
     sums = {factor: bit_sum(row[clients.layout.columns(factor)]) for factor in factors}
+    sums |= {name: bit_sum(part) for name, part in sorted(clients.common_state.items())}
     found = gather_json(world, "comparing the mean", list(sums.values()))
     lines = [
         f"  {factor}: {values}"

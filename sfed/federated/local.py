@@ -15,9 +15,10 @@ from functools import partial
 
 import torch
 
+from sfed.clients.local_terms import LocalTerms, MethodTerm, mean_weights
 from sfed.clients.optimizer import StackedOptimizer
 from sfed.clients.schedule import learning_rate
-from sfed.clients.state import PassState
+from sfed.clients.state import CONTROL, PassState
 from sfed.data import batches
 from sfed.data.batches import Order
 from sfed.data.tokenize import Row
@@ -51,10 +52,11 @@ def train(run: Run, plan: RoundPlan, stats: RoundStats, stop: StopRequest, on_st
     phase = f"round {plan.finished_rounds}, step"
     schedule = Lockstep(run, stop, phase, plan.groups, partial(plan.steps_left, stats))
     run.backbone.training()
+    terms = _terms(run, plan)
     with closing(run.clients.passes(schedule.groups, plan.trained)) as passes:
         for rows in passes:
             run.adapters.bind(rows.values, rows.grads, plan.trained)
-            steps = LocalSteps(run, plan, rows, stats)
+            steps = LocalSteps(run, plan, rows, stats, terms)
             for step in schedule.units(rows.clients):
                 steps.make(step)
                 on_step(step + 1, steps.last, steps.latest_loss, steps.latest_tokens)
@@ -95,6 +97,51 @@ def gather(
     return [(float(rows[-1, 0]), float(rows[-1, 1])) for rows in gathered]
 
 
+def _terms(run: Run, plan: RoundPlan) -> LocalTerms | None:
+    """What joins the gradients of the round; None where nothing does.
+
+    What was received rests beside the clients until the round ends, over an interruption too.
+    """
+    federated, clients, device = run.config.federated, run.clients, run.world.device
+    of_method = _method_term(run, plan.trained)
+    if federated.prox_mu == 0 and not federated.scaffold and of_method is None:
+        return None
+    values = {factor: clients.shared(factor).to(device) for factor in plan.received}
+    controls = {
+        factor: clients.common_state.get(f"{factor.lower()}_{CONTROL}", torch.zeros_like(one))
+        for factor, one in values.items()
+    }
+    return LocalTerms(
+        clients.layout,
+        federated.prox_mu,
+        values,
+        controls if federated.scaffold else {},
+        of_method,
+    )
+
+
+def _method_term(run: Run, trained: tuple[str, ...]) -> MethodTerm | None:
+    term = run.method.local_term
+    return None if term is None else MethodTerm(term, trained, run.gamma)
+
+
+def try_method_term(run: Run) -> None:
+    """Call the method's local term once for each turn of its rounds, and forget what it gives.
+
+    Raises:
+        UserError: where it fails. In a round the other processes would wait for this one.
+    """
+    clients, first = run.clients, run.clients.own[:1]
+    for factors in run.method.trained:
+        if (term := _method_term(run, factors)) is not None:
+            received = {f: clients.shared(f).to(run.world.device) for f in run.method.received}
+            values = clients.load_values(first)[:1].clone()
+            rows = PassState(first, values, torch.zeros_like(values), {}, values)
+            term.add_to(
+                rows, clients.layout, {f: one for f, one in received.items() if f in factors}
+            )
+
+
 def _shadow_step(run: Run, trained: tuple[str, ...]) -> None:
     """The passes of an optimizer step that touches no client: its gradients go to a spare row."""
     device = run.world.device
@@ -112,7 +159,14 @@ class LocalSteps:
     Suffix: C clients of the pass.
     """
 
-    def __init__(self, run: Run, plan: RoundPlan, rows: PassState, stats: RoundStats) -> None:
+    def __init__(
+        self,
+        run: Run,
+        plan: RoundPlan,
+        rows: PassState,
+        stats: RoundStats,
+        terms: LocalTerms | None,
+    ) -> None:
         """Resume from the sums of these clients.
 
         Args:
@@ -120,6 +174,7 @@ class LocalSteps:
             plan: of the round.
             rows: the clients, on the device; their values move.
             stats: what is counted on the host grows with each step, the rest when this is closed.
+            terms: what joins the gradients of the round.
         """
         self.plan = plan
         self._run, self._rows, self._stats = run, rows, stats
@@ -137,6 +192,11 @@ class LocalSteps:
         self._latest_losses_C = torch.zeros(len(rows.clients), device=run.world.device)
         self._latest_taken_C = torch.zeros_like(self._latest_losses_C, dtype=torch.bool)
         self._start = rows.values.clone()
+        self._terms = terms
+        self._mean_weights = {
+            c: mean_weights([self._rate(c, step) for step in range(plan.steps[c])])
+            for c in (rows.clients if terms and terms.controls else ())
+        }
         self.latest_tokens = 0
 
     def latest_loss(self) -> float:
@@ -151,8 +211,10 @@ class LocalSteps:
         drawn = [self._draw(c, step) if on else [] for c, on in zip(clients, active, strict=True)]
         supervised_C = torch.tensor(list(map(batches.supervised_count, drawn)), device=device)
         losses_C = self._backward(drawn, supervised_C, step)
-        norms_C = self._optimizer.gradient_norms(self._rows)
         active_C = torch.tensor(active, device=device)
+        if self._terms is not None:
+            self._terms.add_to(self._rows, self._weights_of_means(step), active_C)
+        norms_C = self._optimizer.gradient_norms(self._rows)
         finite_C = torch.isfinite(losses_C) & torch.isfinite(norms_C)
         # A client that turned non-finite rests until the round ends.
         self._is_bad_C |= active_C & ~finite_C
@@ -219,13 +281,21 @@ class LocalSteps:
 
     def _learning_rates(self, step: int) -> torch.Tensor:
         """(C,) learning rates: the schedule runs over the whole run, per client."""
-        run, begun = self._run, self.plan.round_index
-        total = run.course.num_rounds(begun)
-        rates = [
-            learning_rate(run.config.train, total, begun + min(step / self.plan.steps[client], 1.0))
-            for client in self._clients
-        ]
+        rates = [self._rate(client, step) for client in self._clients]
         return torch.tensor(rates, device=self._run.world.device)
+
+    def _rate(self, client: int, step: int) -> float:
+        run, begun = self._run, self.plan.round_index
+        done = min(step / self.plan.steps[client], 1.0)
+        return learning_rate(run.config.train, run.course.num_rounds(begun), begun + done)
+
+    def _weights_of_means(self, step: int) -> torch.Tensor | None:
+        """(C,) weights of this step's gradients in the mean gradients; None without controls."""
+        if not self._mean_weights:
+            return None
+        weights = [self._mean_weights[client] for client in self._clients]
+        of_step = [some[step] if step < len(some) else 0.0 for some in weights]
+        return torch.tensor(of_step, device=self._run.world.device)
 
     def close(self) -> None:
         """Write the sums down; a client that turned non-finite is back where the round began."""

@@ -15,6 +15,7 @@ import torch
 
 from sfed.clients.schedule import learning_rate
 from sfed.config import own_method
+from sfed.config.schema import SERVER_KEYS
 from sfed.data.placement import by_number
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.evaluate import Evaluation, Measured, score_names
@@ -22,6 +23,7 @@ from sfed.federated.round_stats import RoundStats
 from sfed.lora.quantized import quantised_layers
 from sfed.lora.targets import last_parts
 from sfed.methods import aggregation, by_layer
+from sfed.methods.server_optimizer import ServerOptimizer
 from sfed.models.hf_config import dtype_name
 from sfed.observability import metrics
 from sfed.observability.console import Console
@@ -48,6 +50,7 @@ def header(run: Run) -> list[str]:
         f"adapter: {layout.size:,} parameters per client on {_adapted(run)}; a round sends "
         f"{' and '.join(plan.averaged) or 'nothing'} ({_message_bytes(run, plan):,} bytes)",
         *_privacy(run),
+        *_terms(run, plan),
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
         *_quantization(run),
         f"attention: {_attention(run)}",
@@ -70,7 +73,26 @@ def _message_bytes(run: Run, plan: RoundPlan) -> int:
         return private_mean.message_bytes(aggregation.message_bytes(layout, plan.averaged) // 4)
     senders = run.senders(run.weights(plan.cohort))
     of_step = by_layer.message_bytes(layout, plan.stepped, senders) if plan.stepped else 0
-    return of_step + aggregation.message_bytes(layout, plan.means)
+    controlled = plan.received if run.config.federated.scaffold else ()
+    return of_step + aggregation.message_bytes(layout, (*plan.means, *controlled))
+
+
+def _terms(run: Run, plan: RoundPlan) -> list[str]:
+    """The lines about what joins the clients' losses, and about the server's optimizer."""
+    lines, mu = [], run.config.federated.prox_mu
+    if mu > 0:
+        of = " and ".join(plan.received) or "nothing"
+        lines.append(f"loss: {mu:g} / 2 * ||w - w_received||^2 over {of} is added (FedProx)")
+    if run.method.local_term is not None:
+        lines.append(f"loss: the local term of {run.method.name} is added")
+    if run.config.federated.scaffold:
+        of = " and ".join(plan.received) or "nothing"
+        lines.append(f"gradients: of {of} corrected by control variates, which are sent (SCAFFOLD)")
+    if optimizer := ServerOptimizer.of(run.config.federated):
+        read = SERVER_KEYS[optimizer.kind]
+        values = [f"{key} {getattr(optimizer, key.removeprefix('server_')):g}" for key in read]
+        lines.append(f"server: {optimizer.kind} on the mean ({', '.join(values)})")
+    return lines
 
 
 def _privacy(run: Run) -> list[str]:

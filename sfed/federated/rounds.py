@@ -11,13 +11,16 @@ from dataclasses import asdict, replace
 
 from sfed.clients.store import draw_initial, initial_a
 from sfed.distributed.shutdown import StopRequest
+from sfed.distributed.sync import raise_everywhere
 from sfed.federated import evaluate, local
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.fingerprints import require_same_mean
 from sfed.federated.round_metrics import RoundLog, RoundMeasurements
 from sfed.federated.round_stats import RoundStats
 from sfed.methods import aggregation
+from sfed.methods.aggregation import ServerSide
 from sfed.methods.by_layer import ByLayer
+from sfed.methods.server_optimizer import ServerOptimizer
 from sfed.storage import origin_rows
 from sfed.storage.checkpoint import State
 from sfed.storage.checkpoint_writer import Writer
@@ -40,6 +43,9 @@ def train(
         Whether all rounds are done; False after a request to stop. The last checkpoint may still be
         under way.
     """
+    if run.method.local_term is not None:
+        with raise_everywhere(run.world, "trying the local term"):
+            local.try_method_term(run)
     state = _begin(run) if state is None else state
     if state.unreported is not None:
         log.measured = RoundMeasurements(**state.unreported)
@@ -126,7 +132,7 @@ def _average(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> int:
     """Take the federated mean of the round over these clients; returns the bytes of the message."""
     run.world.watch.at(f"round {plan.finished_rounds}, the mean")
     if run.privacy is None:
-        num_bytes = _share(run, plan, run.weights(healthy))
+        num_bytes = _share(run, plan, healthy)
     else:
         finished = plan.finished_rounds
         num_bytes = run.privacy.share(run.world, run.clients, plan.averaged, healthy, finished)
@@ -136,13 +142,25 @@ def _average(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> int:
     return num_bytes
 
 
-def _share(run: Run, plan: RoundPlan, weights: list[float]) -> int:
+def _share(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> int:
     """The server step and the weighted mean; returns the bytes of the messages."""
-    num_bytes = 0
+    weights, num_bytes = run.weights(healthy), 0
     if run.method.server_step is not None and plan.stepped:
         layers = ByLayer(run.world, run.clients, run.senders(weights), weights, run.gamma)
         num_bytes += layers.share(run.method.server_step, plan.stepped)
-    return num_bytes + aggregation.share(run.world, run.clients, plan.means, weights)
+    server = _server_side(run, plan, healthy)
+    return num_bytes + aggregation.share(run.world, run.clients, plan.means, weights, server)
+
+
+def _server_side(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> ServerSide:
+    """What the server does beside the mean over these clients."""
+    optimizer = ServerOptimizer.of(run.config.federated)
+    if not run.config.federated.scaffold:
+        return ServerSide(optimizer)
+    # The server's variate is the mean of all clients' variates, whoever takes part.
+    of_all = run.weights(run.everyone)
+    of_senders = [of_all[client] * (client in healthy) for client in run.everyone]
+    return ServerSide(optimizer, plan.received, of_senders)
 
 
 def _exclude_nonfinite(

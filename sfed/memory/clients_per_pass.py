@@ -163,7 +163,9 @@ def _in_round(config: Config) -> int:
 
 def state_of(config: Config, numbers: int) -> ClientState:
     """What the trainer holds of a client whose row has so many numbers."""
-    return ClientState(numbers, len(MOMENTS) if config.train.optimizer == "adamw" else 0)
+    buffers = len(MOMENTS) if config.train.optimizer == "adamw" else 0
+    # Control variate and mean gradient: as long as the row at most.
+    return ClientState(numbers, buffers + 2 * config.federated.scaffold)
 
 
 def work_of(config: Config, own_clients: int, tokens: int) -> Work:

@@ -123,7 +123,7 @@ class ClientState:
     numbers: int
     """A, B and head, in fp32."""
     moments: int
-    """Buffers of the optimizer, as long as the row each."""
+    """Buffers of the optimizer and of SCAFFOLD, as long as the row each."""
 
     @property
     def row_bytes(self) -> int:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
+from sfed.clients.state import CONTROL, SERVER
 from sfed.clients.store import ClientStore
 from sfed.distributed.world import World, all_reduce_sum
 from sfed.lora.layout import Layout
+from sfed.methods.server_optimizer import ServerOptimizer
 
 
 def normalised_weights(
@@ -68,10 +72,29 @@ def mean_over_clients(world: World, sums: Sequence[torch.Tensor]) -> list[torch.
     return list(torch.split(flat, [len(one) for one in sums]))
 
 
+@dataclass(frozen=True)
+class ServerSide:
+    """What the server does beside the mean."""
+
+    optimizer: ServerOptimizer | None = None
+    """None = the mean itself is what all clients get."""
+    controlled: Sequence[str] = ()
+    """Factors whose control variates move in this round (SCAFFOLD)."""
+    control_weights: Sequence[float] = ()
+    """(N,) p_i, which sum to 1 over all N clients; 0 for who sends nothing in this round."""
+
+
 def share(
-    world: World, clients: ClientStore, factors: Sequence[str], weights: Sequence[float]
+    world: World,
+    clients: ClientStore,
+    factors: Sequence[str],
+    weights: Sequence[float],
+    server: ServerSide = ServerSide(),
 ) -> int:
     """Replace the given factors of every client by their weighted mean. Collective.
+
+    Or by what a server optimizer makes of it. The changes of control variates travel in the same
+    message. What the server keeps is in ``clients.common_state``.
 
     Who did not take part receives the mean too, and keeps what is not averaged.
 
@@ -80,16 +103,56 @@ def share(
         clients: of this process.
         factors: what is averaged: some of A, B and head, or nothing.
         weights: (N,) of all clients, summing to 1.
+        server: what the server does beside the mean.
 
     Returns:
         Bytes of the message.
     """
     if not factors:
         return 0
-    means = mean_over_clients(world, [_own_sum(clients, f, weights) for f in factors])
-    for factor, mean in zip(factors, means, strict=True):
+    sums = [_own_sum(clients, factor, weights) for factor in factors]
+    sums += [_control_sum(clients, f, server.control_weights) for f in server.controlled]
+    found = mean_over_clients(world, sums)
+    for factor, mean in zip(factors, found, strict=False):
+        if server.optimizer is not None:
+            mean = _stepped(clients, factor, mean, server.optimizer)
         clients.set_shared(factor, mean)
-    return message_bytes(clients.layout, factors)
+    if server.controlled:
+        _take_controls(clients, server, found[len(factors) :])
+    return message_bytes(clients.layout, (*factors, *server.controlled))
+
+
+def _stepped(
+    clients: ClientStore, factor: str, mean: torch.Tensor, optimizer: ServerOptimizer
+) -> torch.Tensor:
+    """What a server optimizer makes of a factor's mean; its state moves on."""
+    before, prefix = clients.shared(factor).to(mean.device), f"{factor.lower()}_"
+    kept = {name: clients.common_state.get(prefix + name) for name in SERVER}
+    state = {name: tensor for name, tensor in kept.items() if tensor is not None}
+    values, state = optimizer.step(before, mean, state)
+    clients.common_state |= {prefix + name: tensor for name, tensor in state.items()}
+    return values
+
+
+def _control_sum(
+    clients: ClientStore, factor: str, control_weights: Sequence[float]
+) -> torch.Tensor:
+    """The weighted sum of the changes of this process's control variates."""
+    senders = [client for client in clients.own if control_weights[client] > 0]
+    changes = (clients.control_change(client, factor) for client in senders)
+    nothing = torch.zeros_like(clients.shared(factor))
+    return weighted_sum(chain([nothing], changes), [0.0, *(control_weights[c] for c in senders)])
+
+
+def _take_controls(
+    clients: ClientStore, server: ServerSide, changes: Sequence[torch.Tensor]
+) -> None:
+    """Move the control variates of the server and of the clients that sent."""
+    for factor, change in zip(server.controlled, changes, strict=True):
+        name = f"{factor.lower()}_{CONTROL}"
+        before = clients.common_state.get(name, torch.zeros_like(change))
+        clients.common_state[name] = before + change
+    clients.take_controls({client for client in clients.own if server.control_weights[client] > 0})
 
 
 def share_draws(

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from sfed.clients.local_layer import LocalTerm
 from sfed.config.own_method import is_own
 from sfed.config.schema import Config
 from sfed.methods.own import load_named
@@ -59,6 +60,9 @@ class Method:
     """Whether clients have joined a finished federation, each by itself: nothing of an adapter is
     sent, not even to evaluate."""
 
+    local_term: LocalTerm | None = None
+    """The gradient of a further term of each client's loss; None = the loss of the data alone."""
+
     def trained_in(self, round_index: int) -> Factors:
         """Factors that train in this 0-based round."""
         return self.trained[round_index % len(self.trained)]
@@ -79,6 +83,15 @@ class Method:
         return any(
             factor in self.trained_in(i) and factor not in self.averaged_in(i) for i in in_turns
         )
+
+    @property
+    def received(self) -> Factors:
+        """Factors that train and are the same on all clients at the start of every round.
+
+        They have a value that was received; what a client keeps apart has none.
+        """
+        trained = {factor for factors in self.trained for factor in factors}
+        return tuple(f for f in _AB if f in trained and not self.keeps_apart(f))
 
     @property
     def averages_a_at_start(self) -> bool:
@@ -216,9 +229,12 @@ def resolve(config: Config) -> Method:
         alpha=base.alpha if lora.alpha is None else lora.alpha,
     )
     if config.federated.join is not None:
-        return method.joined()
-    if config.lora.start_from is not None:
-        return replace(method, independent_init=False)
+        method = method.joined()
+    elif config.lora.start_from is not None:
+        method = replace(method, independent_init=False)
+    _require_received(config, method)
+    if config.federated.join is not None or config.lora.start_from is not None:
+        return method
     if exponents[0] > 0 and not method.averages_a_at_start and not lora.allow_unstable:
         what = "one shared draw" if not method.independent_init else "no mean of A at the start"
         key = "lora.init=shared" if not method.independent_init else "a method that keeps A apart"
@@ -255,3 +271,42 @@ def check_joinable(run: Config, folder: str) -> Factors:
 
 def _words(averaged: str | tuple[str, ...]) -> str:
     return averaged if isinstance(averaged, str) else f"[{', '.join(averaged)}]"
+
+
+def keys_of_received(config: Config) -> list[str]:
+    """The keys that are set and compare what a client has received with what it holds."""
+    federated = config.federated
+    asked = {
+        f"federated.prox_mu={federated.prox_mu:g}": federated.prox_mu > 0,
+        "federated.scaffold=true": federated.scaffold,
+        f"federated.server_optimizer={federated.server_optimizer}": (
+            federated.server_optimizer != "none"
+        ),
+    }
+    return [key for key, is_set in asked.items() if is_set]
+
+
+def _require_received(config: Config, method: Method) -> None:
+    """Refuse terms and optimizers of received factors with a method that they mean nothing for."""
+    federated, keys = config.federated, keys_of_received(config)
+    if keys and not method.received and not federated.share_head:
+        raise ConfigError(
+            f"{keys[0]}: no factor that trains with {method.name} is the same on all clients at "
+            "the start of a round, and the key is about such factors; remove it, or set "
+            "federated.method or federated.averaged to one that averages"
+        )
+    of_means = [key for key in keys if "prox_mu" not in key]
+    if of_means and method.server_step is not None:
+        raise ConfigError(
+            f"{of_means[0]}: {method.name} has a server step of its own, and this needs weighted "
+            "means; remove it"
+        )
+    if federated.server_optimizer == "none":
+        return
+    averaged = {factor for factors in method.averaged for factor in factors}
+    if apart := sorted(factor for factor in averaged if method.keeps_apart(factor)):
+        raise ConfigError(
+            f"{keys[-1]}: {method.name} averages {apart[0]} in some rounds only, and clients hold "
+            "their own before, so there is no common value that a server optimizer could step "
+            "from; set federated.server_optimizer=none"
+        )

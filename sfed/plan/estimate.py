@@ -188,13 +188,16 @@ def _host_bytes(found: MemoryPlan) -> int:
 
 def _upload(config: Config, found: MemoryPlan) -> dict[str, Any]:
     """What a process sends in the first round."""
-    factors: list[str] = list(methods.resolve(config).averaged_in(0))
-    counted = found.counts
+    method, counted = methods.resolve(config), found.counts
+    factors: list[str] = list(method.averaged_in(0))
     numbers = {"A": counted.a_numbers, "B": counted.b_numbers, "head": counted.head_numbers}
     factors += ["head"] if config.federated.share_head and counted.head_numbers else []
-    parameters = sum(numbers[factor] for factor in factors)
+    controlled = [
+        f for f in factors if config.federated.scaffold and f in (*method.received, "head")
+    ]
+    parameters = sum(numbers[factor] for factor in (*factors, *controlled))
     sent = private_mean.message_bytes(parameters) if config.privacy.is_on else 4 * parameters
-    return {"factors": factors, "bytes": sent}
+    return {"factors": [*factors, *["control variates"] * bool(controlled)], "bytes": sent}
 
 
 def _round(config: Config, found: MemoryPlan, pace: Pace) -> dict[str, Any]:

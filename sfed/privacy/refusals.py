@@ -41,6 +41,16 @@ def _of_method(config: Config, method: Method) -> Iterator[str]:
             "and what it makes of them is no function of a noisy sum of clipped changes; choose a "
             "method without one"
         )
+    if federated.server_optimizer != "none":
+        yield (
+            f"federated.server_optimizer={federated.server_optimizer} steps on the plain mean and "
+            "not on the noisy sum; set it to none"
+        )
+    if federated.scaffold:
+        yield (
+            "federated.scaffold=true sends control variates beside the changes, which no clip "
+            "bounds; set it to false"
+        )
     if not any(method.averaged) and not federated.share_head:
         yield (
             f"federated.method={federated.method} with federated.averaged={federated.averaged!r} "

@@ -63,7 +63,7 @@ def prepare() -> None:
     ended; it inherits this from here.
     """
     handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    mp.set_forkserver_preload(["sfed.federated.session", "sfed.observability.third_party"])
+    mp.set_forkserver_preload(["sfed.sweep.preload"])
     forkserver.ensure_running()
     signal.signal(signal.SIGTERM, handler)
 

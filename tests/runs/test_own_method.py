@@ -12,6 +12,7 @@ import torch
 from sfed.storage.run_record import open_run
 from sfed.sweep import __main__ as sweep
 from tests.support import runs, tiny
+from tests.support.processes import ends_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -107,3 +108,38 @@ def test_it_stands_beside_the_methods_of_the_program_in_a_sweep(
     assert len(folders) == 2 and "sfed" in folders
     rows = (tmp_path / "own" / "sweep.csv").read_text()
     assert rows.count("complete") == 2 and "Median" in rows
+
+
+PROXIMAL = """
+from sfed import Method
+
+def proximal(held):
+    return {f: 3.0 * (held.factors[f] - one) for f, one in held.received.items()}
+
+def wrong(held):
+    return {"A": held.factors["B"]}
+
+FORM = (("A", "B"),), (("A",),), (0.0, -1.0), False, 16.0
+Proximal = Method("proximal", *FORM, local_term=proximal)
+Wrong = Method("wrong", *FORM, local_term=wrong)
+"""
+
+
+def test_a_local_term_of_its_own_is_that_of_the_key(tiny_folder: Path, tmp_path: Path) -> None:
+    """FedProx written as a function, against ``prox_mu``; and one that fails, on all processes."""
+    path = tmp_path / "proximal.py"
+    path.write_text(PROXIMAL)
+    sgd = {**TRAIN, "optimizer": "sgd", "lr": 0.05, "local_steps": 5, "max_grad_norm": None}
+    own = settings(tiny_folder, tmp_path, f"{path}:Proximal", "own")
+    key = settings(tiny_folder, tmp_path, "fedsa", "key", prox_mu=3.0)
+    plain = settings(tiny_folder, tmp_path, "fedsa", "plain")
+    found = [
+        runs.adapters(runs.run(number, {**one, "train": sgd}))
+        for number, one in ((2, own), (1, key), (1, plain))
+    ]
+    assert runs.relative_difference(found[0], found[1]) < 5e-6
+    assert runs.relative_difference(found[0], found[2]) > 1e-4
+    broken = settings(tiny_folder, tmp_path, f"{path}:Wrong", "broken")
+    ends = ends_of(2, runs.train_or_leave, broken)
+    assert [end.code for end in ends] == [2, 2]
+    assert "the local term wrong of federated.method, layer model.layers.0" in ends[0].said

@@ -42,6 +42,9 @@ SCENARIOS: dict[str, dict[str, dict[str, Any]]] = {
     "rolora": {
         "federated": {"clients_per_pass": 2, "method": "rolora", "optimizer_state": "reset"}
     },
+    "local terms, server optimizer": {
+        "federated": {"prox_mu": 0.1, "scaffold": True, "server_optimizer": "fedadam", **IN_TURNS}
+    },
     "generation": {"evaluation": {"generate": True, "max_new_tokens": 3}},
     "fp32": {"model": {"dtype": "fp32"}, "train": {"optimizer": "sgd"}},
     "int8 codes": {"model": {"quantization": "int8"}},

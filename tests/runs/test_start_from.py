@@ -358,6 +358,16 @@ def test_a_method_that_never_averages_a_needs_the_same_a(
     assert train(tiny_folder, tmp_path, lora=own, federated=federated).is_dir()
 
 
+def test_what_needs_a_common_value_needs_one_at_the_start(
+    tiny_folder: Path, tmp_path: Path, base: Path
+):
+    """The clients of ``base`` hold a B of their own, which fedit averages."""
+    own = {"method": "fedit", "server_optimizer": "fedavgm"}
+    start = {"start_from": str(base / "adapters")}
+    with pytest.raises(ConfigError, match=r"federated\.server_optimizer=fedavgm is about one"):
+        train(tiny_folder, tmp_path, lora=start, federated=own)
+
+
 def test_an_adapter_of_another_model_is_refused(tiny_folder: Path, tmp_path: Path):
     tiny.save_model(tmp_path / "model", hidden=48)
     adapter = save_stock(tmp_path, tmp_path / "stock")

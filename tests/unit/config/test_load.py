@@ -416,7 +416,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(wrong, suggestion)
         (["fraction_train=0.1"], "unknown key; in sfed: federated.clients_per_round (a number"),
         (["model.load_in_4bit=true"], "unknown key; in sfed: model.quantization=nf4"),
         (["model.load_in_8bit=true"], "unknown key; in sfed: model.quantization=int8"),
-        (["prox_mu=0.01"], "unknown key; in sfed: no proximal term"),
+        (["proximal_mu=0.01"], "unknown key; in sfed: federated.prox_mu"),
+        (["prox_mu=0.01"], "unknown key; did you mean federated.prox_mu?"),
         (["num_server_rounds=3"], "unknown key; in sfed: federated.num_rounds"),
         (["train.weight_deacy=0.1"], "did you mean train.weight_decay?"),
         (["--config", "x.yaml"], "the configuration file stands by itself: x.yaml"),
@@ -436,7 +437,7 @@ def test_keys_of_others_are_none_of_ours_and_name_ours():
     leaves = {key.rpartition(".")[2] for key in known}
     assert not leaves & FOREIGN_KEYS.keys()
     for theirs, ours in FOREIGN_KEYS.items():
-        named = set(re.findall(r"[a-z]+\.[a-z_]+", ours))
+        named = set(re.findall(r"[a-z]+\.[a-z_0-9]+", ours))
         assert named <= known, theirs
         assert named or ours.startswith("no "), theirs
 

@@ -26,11 +26,14 @@ def predicted(config, gpus=1, link="nvlink", pace=Pace()):  # noqa: B008  (froze
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("method", ["sfed", "fedit", "local"])
+@pytest.mark.parametrize(
+    ("method", "scaffold"), [("sfed", False), ("fedit", False), ("local", False), ("sfed", True)]
+)
 def test_bytes_per_round_are_those_that_a_run_sends(
-    tiny_folder: Path, tmp_path: Path, method: str
+    tiny_folder: Path, tmp_path: Path, method: str, scaffold: bool
 ) -> None:
-    own = tiny.settings(tiny_folder, federated={"method": method, "num_rounds": 1})
+    federated = {"method": method, "num_rounds": 1, "scaffold": scaffold}
+    own = tiny.settings(tiny_folder, federated=federated)
     own["output"] = {"dir": str(tmp_path), "name": method}
     uploaded = runs.rounds(runs.run(1, own))[-1]["comm/uploaded_bytes"]
     assert predicted(config_load.validate(own))["upload"]["bytes"] == uploaded

@@ -35,6 +35,8 @@ def test_a_method_that_is_a_mean_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("sections", "named"),
     [
+        ({"federated": {"server_optimizer": "fedavgm"}}, "federated.server_optimizer=fedavgm"),
+        ({"federated": {"scaffold": True}}, "federated.scaffold=true"),
         ({"federated": {"weighting": "examples"}}, "federated.weighting=examples"),
         ({"federated": {"method": "local"}}, "federated.method=local"),
         ({"federated": {"method": "fedsa", "averaged": []}}, "shares nothing"),

@@ -251,7 +251,7 @@ def test_what_the_fork_server_imports_leaves_cuda_alone() -> None:
         "def refuse(*_): raise SystemExit('CUDA was asked for')\n"
         "torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = refuse\n"
         "torch.cuda._lazy_init = refuse\n"
-        "import sfed.federated.session\n"
+        "import sfed.sweep.preload\n"
     )
     done = launchers.python("-c", program)
     assert done.returncode == 0, done.stderr
