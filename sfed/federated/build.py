@@ -30,6 +30,7 @@ from sfed.methods.method import Method
 from sfed.models import backbone, hf_config
 from sfed.models import demo as demo_model
 from sfed.models.backbone import Backbone
+from sfed.models.changed_weights import ChangedWeights
 from sfed.models.hf_config import MetaModel
 from sfed.models.isolation import check
 from sfed.models.tokenizer import load_tokenizer
@@ -107,6 +108,8 @@ def build(
     clients = _clients(config, world, attached, placed[world.rank], sharing)
     rest = (resume.course_from(found, config), None, _class_weights(config, world, held))
     run = Run(*of_config, frozen, attached, held, clients, sharing, *rest)
+    changed = _changed_weights(method, world, frozen, attached)
+    run = dataclasses.replace(run, changed=changed)
     run = dataclasses.replace(run, origin=_origin(run, source, found))
     loaded = fingerprints.when_built(run, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
@@ -278,6 +281,16 @@ def _attached(
             ),
             frozen.head,
         )
+
+
+def _changed_weights(
+    method: Method, world: World, frozen: Backbone, attached: adapters.Adapters
+) -> ChangedWeights | None:
+    """The frozen weights that the method changes. Collective where there are any."""
+    if not method.changes_base:
+        return None
+    with sync.raise_everywhere(world, "the weights that the method changes"):
+        return ChangedWeights(frozen, attached.layers, world)
 
 
 def model_folder(config: Config) -> str:

@@ -23,6 +23,7 @@ from sfed.methods import sampling
 from sfed.methods.aggregation import normalised_weights
 from sfed.methods.method import Method
 from sfed.models.backbone import Backbone
+from sfed.models.changed_weights import ChangedWeights
 from sfed.models.objective import Objective, objective_of, why_padded
 from sfed.storage.origin import Origin
 
@@ -94,6 +95,8 @@ class Run:
     """What the adapters started from; None where A was drawn."""
     class_weights: torch.Tensor | None = None
     """(classes,) fp32 on the device; None where all classes count the same."""
+    changed: ChangedWeights | None = None
+    """The frozen weights that the method changes; None where it changes none."""
 
     def plan(self, round_index: int) -> RoundPlan:
         """What a 0-based round does; the same on every process, without communication."""
