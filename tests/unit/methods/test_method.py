@@ -152,6 +152,7 @@ def test_ablations_change_what_is_kept_apart():
 
 COMMON = dict.fromkeys(("sfed", "fedsa", "fedsa-rslora"), A)
 COMMON |= dict.fromkeys(("rolora", "ffa", "fedit"), AB) | {"local": NONE}
+COMMON |= dict.fromkeys(("flexlora", "fedex", "flora", "hetlora"), AB)
 
 
 def with_keys(**federated):
@@ -191,6 +192,8 @@ def test_a_run_whose_clients_keep_a_cannot_be_joined():
         with pytest.raises(ConfigError, match="leaves each client an A of its own"):
             check_joinable(with_keys(**federated), "runs/x")
     assert check_joinable(with_keys(method="fedit"), "runs/x") == AB
+    with pytest.raises(ConfigError, match="fedex has changed the frozen weights"):
+        check_joinable(with_keys(method="fedex"), "runs/x")
     assert check_joinable(with_keys(method="local", averaged=["A"]), "runs/x") == A
 
 
