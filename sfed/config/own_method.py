@@ -11,7 +11,10 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-METHOD_NAMES = ("sfed", "fedsa", "fedsa-rslora", "rolora", "ffa", "fedit", "local")
+METHOD_NAMES = (
+    *("sfed", "fedsa", "fedsa-rslora", "rolora", "ffa", "fedit", "local"),
+    *("flexlora", "fedex", "flora", "hetlora"),
+)
 """The methods of the program."""
 _FORM = "FILE.py:NAME or package.module:NAME for one of your own"
 

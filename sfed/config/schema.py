@@ -132,8 +132,8 @@ class FederatedSection(Section):
 
     method: Annotated[str, BeforeValidator(at_home), AfterValidator(own_method.checked)] = "sfed"
     """Federated method: the factors that are trained and averaged, gamma and the initialization of
-    A. One of sfed, fedsa, fedsa-rslora, rolora, ffa, fedit, local; or FILE.py:NAME or
-    package.module:NAME, a method of your own, whose code is run."""
+    A. One of sfed, fedsa, fedsa-rslora, rolora, ffa, fedit, local, flexlora, fedex, flora,
+    hetlora; or FILE.py:NAME or package.module:NAME, a method of your own, whose code is run."""
     averaged: Literal["auto"] | tuple[Literal["A", "B"], ...] = "auto"
     """Factors that are averaged after each round, for ablations: [A], [B], [A, B] or []. auto = the
     method's own."""

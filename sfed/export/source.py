@@ -102,6 +102,12 @@ def read(run_folder: Path, finished_rounds: int | None) -> Source:
     )
     facts = found.metadata
     method = methods.resolve(config)
+    if method.changes_base:
+        raise CheckpointError(
+            f"{record.folder}: {method.name} has changed frozen weights, which sfed export does "
+            "not read from checkpoints; use the adapters that the run wrote at its end, which hold "
+            "the changes"
+        )
     course = card_facts.Course(
         method.name,
         facts["num_clients"],

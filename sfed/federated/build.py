@@ -30,6 +30,7 @@ from sfed.methods.method import Method
 from sfed.models import backbone, hf_config
 from sfed.models import demo as demo_model
 from sfed.models.backbone import Backbone
+from sfed.models.changed_weights import ChangedWeights
 from sfed.models.hf_config import MetaModel
 from sfed.models.isolation import check
 from sfed.models.tokenizer import load_tokenizer
@@ -110,7 +111,8 @@ def build(
     finished = 0 if found is None else found.metadata["finished_rounds"]
     private = private_mean.open_mean(asked, world, method, num_clients, finished)
     run = Run(*of_config, frozen, attached, held, clients, sharing, *rest, private)
-    run = dataclasses.replace(run, origin=_origin(run, source, found))
+    changed = _changed_weights(method, world, frozen, attached)
+    run = dataclasses.replace(run, changed=changed, origin=_origin(run, source, found))
     loaded = fingerprints.when_built(run, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
     run = _as_far_as_right(run, console.warn)
@@ -281,6 +283,16 @@ def _attached(
             ),
             frozen.head,
         )
+
+
+def _changed_weights(
+    method: Method, world: World, frozen: Backbone, attached: adapters.Adapters
+) -> ChangedWeights | None:
+    """The frozen weights that the method changes. Collective where there are any."""
+    if not method.changes_base:
+        return None
+    with sync.raise_everywhere(world, "the weights that the method changes"):
+        return ChangedWeights(frozen, attached.layers, world)
 
 
 def model_folder(config: Config) -> str:

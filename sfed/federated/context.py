@@ -23,6 +23,7 @@ from sfed.methods import sampling
 from sfed.methods.aggregation import normalised_weights
 from sfed.methods.method import Method
 from sfed.models.backbone import Backbone
+from sfed.models.changed_weights import ChangedWeights
 from sfed.models.objective import Objective, objective_of, why_padded
 from sfed.privacy.mean import PrivateMean
 from sfed.storage.origin import Origin
@@ -97,6 +98,8 @@ class Run:
     """(classes,) fp32 on the device; None where all classes count the same."""
     privacy: PrivateMean | None = None
     """Clips and noises what is shared; None where privacy is off."""
+    changed: ChangedWeights | None = None
+    """The frozen weights that the method changes; None where it changes none."""
 
     def plan(self, round_index: int) -> RoundPlan:
         """What a 0-based round does; the same on every process, without communication."""

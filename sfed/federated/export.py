@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,11 +16,21 @@ from sfed.methods import aggregation
 from sfed.storage import card_facts
 from sfed.storage.adapter_folder import Described, FolderWriter, Trained
 from sfed.utils.errors import UserError
+from sfed.utils.text import size_text
 
 
-def export_adapters(run: Run, folder: Path) -> None:
-    """Write every client's adapter, and the global one where it was asked for. Collective."""
-    row_of_all, writer, data = None, writer_of(run, _privacy(run)), run.data
+def export_adapters(run: Run, folder: Path) -> str:
+    """Write every client's adapter, and the global one where it was asked for. Collective.
+
+    Where the method has changed frozen weights, an adapter holds the change too, so that it is
+    loaded on the original backbone.
+
+    Returns:
+        What there is to say of their size, a line; "" where they are as large as those that train.
+    """
+    row_of_all, data = None, run.data
+    changes = {} if run.changed is None else run.changed.factors()
+    writer = replace(writer_of(run, _privacy(run)), changes=changes)
     if "global" in run.config.evaluation.adapters and run.method.has_global_adapter:
         weights = run.weights(run.everyone)
         own = run.own_factors(run.config.federated.num_rounds)
@@ -39,6 +51,20 @@ def export_adapters(run: Run, folder: Path) -> None:
             f"output.dir: the adapters cannot be written below {folder} ({error}); make room, "
             "then start again: the run is whole in its last checkpoint"
         ) from None
+    first = run.data.adapter_folders[run.clients.own[0]]
+    return _size_of(folder / "adapters" / first) if changes else ""
+
+
+def _size_of(adapter: Path) -> str:
+    """Rank and size of an adapter that holds a change of the frozen weights."""
+    facts = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    ranks = {facts["r"], *facts["rank_pattern"].values()}
+    told = " to ".join(str(rank) for rank in sorted({min(ranks), max(ranks)}))
+    size = (adapter / "adapter_model.safetensors").stat().st_size
+    return (
+        "each adapter holds the change of the frozen weights, for the original backbone: rank "
+        f"{told}, {size_text(size)}"
+    )
 
 
 def _privacy(run: Run) -> str:

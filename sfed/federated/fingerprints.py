@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from sfed.clients.store import ClientStore
@@ -22,13 +23,18 @@ from sfed.distributed.world import World
 from sfed.federated.context import Run
 from sfed.files.listing import SPLITS, list_files
 from sfed.lora.quantized import quantised_layers
+from sfed.methods.by_layer import BaseChanges
 from sfed.models.deepspeed import own_share
 from sfed.utils import versions
 from sfed.utils.errors import DivergedError
 
 
 def require_same_mean(
-    world: World, clients: ClientStore, factors: Sequence[str], finished_rounds: int
+    world: World,
+    clients: ClientStore,
+    factors: Sequence[str],
+    changes: BaseChanges,
+    finished_rounds: int,
 ) -> None:
     """Compare what was averaged, and what the server keeps, with all other processes. Collective.
 
@@ -38,6 +44,7 @@ def require_same_mean(
         world: the processes.
         clients: of this process.
         factors: what was averaged.
+        changes: of the frozen weights.
         finished_rounds: including the round of this mean.
 
     Raises:
@@ -48,6 +55,9 @@ def require_same_mean(
     row = clients.row(clients.own[0])
     sums = {factor: bit_sum(row[clients.layout.columns(factor)]) for factor in factors}
     sums |= {name: bit_sum(part) for name, part in sorted(clients.common_state.items())}
+    if changes:
+        terms = [one.flatten() for pair in changes.values() for one in pair]
+        sums["change of the frozen weights"] = bit_sum(torch.cat(terms))
     found = gather_json(world, "comparing the mean", list(sums.values()))
     lines = [
         f"  {factor}: {values}"

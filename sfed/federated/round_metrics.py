@@ -48,7 +48,9 @@ def header(run: Run) -> list[str]:
         *run.data.lines,
         *_start(run),
         f"adapter: {layout.size:,} parameters per client on {_adapted(run)}; a round sends "
-        f"{' and '.join(plan.averaged) or 'nothing'} ({_message_bytes(run, plan):,} bytes)",
+        f"{' and '.join(plan.averaged) or 'nothing'}"
+        f"{', and changes of the frozen weights' if run.method.changes_base else ''} "
+        f"({_message_bytes(run, plan):,} bytes)",
         *_privacy(run),
         *_terms(run, plan),
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
@@ -73,6 +75,9 @@ def _message_bytes(run: Run, plan: RoundPlan) -> int:
         return private_mean.message_bytes(aggregation.message_bytes(layout, plan.averaged) // 4)
     senders = run.senders(run.weights(plan.cohort))
     of_step = by_layer.message_bytes(layout, plan.stepped, senders) if plan.stepped else 0
+    if run.method.changes_base and plan.stepped:
+        rows = run.config.lora.rank * sum(map(len, senders))
+        of_step += by_layer.base_change_bytes(layout, plan.stepped, rows, run.world.size)
     controlled = plan.received if run.config.federated.scaffold else ()
     return of_step + aggregation.message_bytes(layout, (*plan.means, *controlled))
 

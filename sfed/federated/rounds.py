@@ -19,12 +19,13 @@ from sfed.federated.round_metrics import RoundLog, RoundMeasurements
 from sfed.federated.round_stats import RoundStats
 from sfed.methods import aggregation
 from sfed.methods.aggregation import ServerSide
-from sfed.methods.by_layer import ByLayer
+from sfed.methods.by_layer import BaseChanges, ByLayer
 from sfed.methods.server_optimizer import ServerOptimizer
 from sfed.storage import origin_rows
 from sfed.storage.checkpoint import State
 from sfed.storage.checkpoint_writer import Writer
-from sfed.utils.errors import TrainingFailedError
+from sfed.utils.errors import TrainingFailedError, UserError
+from sfed.utils.rng import Stream, derive
 
 
 def train(
@@ -131,25 +132,39 @@ def _compare_clients(run: Run, plan: RoundPlan, log: RoundLog) -> None:
 def _average(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> int:
     """Take the federated mean of the round over these clients; returns the bytes of the message."""
     run.world.watch.at(f"round {plan.finished_rounds}, the mean")
+    changes: BaseChanges = {}
     if run.privacy is None:
-        num_bytes = _share(run, plan, healthy)
+        num_bytes, changes = _share(run, plan, healthy)
     else:
         finished = plan.finished_rounds
         num_bytes = run.privacy.share(run.world, run.clients, plan.averaged, healthy, finished)
-    require_same_mean(run.world, run.clients, plan.averaged, plan.finished_rounds)
+    require_same_mean(run.world, run.clients, plan.averaged, changes, plan.finished_rounds)
+    _change_weights(run, changes)
     if run.resets_moments:
         run.clients.reset_optimizer()
     return num_bytes
 
 
-def _share(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> int:
-    """The server step and the weighted mean; returns the bytes of the messages."""
+def _share(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> tuple[int, BaseChanges]:
+    """The server step and the weighted mean.
+
+    Returns:
+        Bytes of the messages; what the server step adds to frozen weights.
+    """
     weights, num_bytes = run.weights(healthy), 0
+    if run.method.weighed_by is not None:
+        weights = aggregation.measured_weights(
+            run.world, run.clients, run.num_clients, healthy, run.method.weighed_by
+        )
+    changes: BaseChanges = {}
     if run.method.server_step is not None and plan.stepped:
-        layers = ByLayer(run.world, run.clients, run.senders(weights), weights, run.gamma)
-        num_bytes += layers.share(run.method.server_step, plan.stepped)
+        seed = derive(Stream.SERVER_STEP, run.config.seed, plan.round_index)
+        layers = ByLayer(run.world, run.clients, run.senders(weights), weights, run.gamma, seed)
+        shared = layers.share(run.method.server_step, plan.stepped)
+        num_bytes, changes = num_bytes + shared.num_bytes, shared.base_changes
     server = _server_side(run, plan, healthy)
-    return num_bytes + aggregation.share(run.world, run.clients, plan.means, weights, server)
+    num_bytes += aggregation.share(run.world, run.clients, plan.means, weights, server)
+    return num_bytes, changes
 
 
 def _server_side(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> ServerSide:
@@ -161,6 +176,18 @@ def _server_side(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> ServerS
     of_all = run.weights(run.everyone)
     of_senders = [of_all[client] * (client in healthy) for client in run.everyone]
     return ServerSide(optimizer, plan.received, of_senders)
+
+
+def _change_weights(run: Run, changes: BaseChanges) -> None:
+    """Add what the server step says to the frozen weights, and keep it for checkpoints."""
+    if run.changed is not None:
+        run.changed.add(changes)
+        run.clients.server_state |= run.changed.stored()
+    elif changes:
+        raise UserError(
+            f"federated.method: the server step of {run.method.name} returned a base_change, but "
+            "its record does not say changes_base=True"
+        )
 
 
 def _exclude_nonfinite(

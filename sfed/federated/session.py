@@ -195,10 +195,7 @@ def _train_and_export(
     world, total = run.world, run.config.federated.num_rounds
     state: State | None = None
     if found is not None:
-        resume.refuse_other_data(found, run.data.digests)
-        state = checkpoint.load(found, world, run.clients)
-        within = " and a part of the next" if state.is_within else ""
-        console.say(f"resuming after round {state.finished_rounds}{within} ({found.folder})")
+        state = _resume(run, found, console)
     with sync.raise_everywhere(world, "making the run folder"):
         log = None
         if world.is_main:
@@ -225,12 +222,7 @@ def _train_and_export(
         writer.finish()
     console.end_rounds()
     if finished:
-        world.watch.at("writing the adapters")
-        with sync.raise_everywhere(world, "writing the adapters"):
-            export_adapters(run, folder.path)
-        if world.is_main:
-            with suppress(OSError):  # without the mark the next start looks at everything
-                mark_finished(folder.path, total)
+        _write_adapters(run, folder.path, console)
     else:
         console.say(
             f"stopped as asked; the same command resumes from {folder.path / 'checkpoints'}"
@@ -239,6 +231,30 @@ def _train_and_export(
     if log is not None:
         log.close()
     return finished
+
+
+def _write_adapters(run: Run, folder: Path, console: Console) -> None:
+    """Write the adapters of a run whose rounds are all done, and note that they are whole."""
+    run.world.watch.at("writing the adapters")
+    with sync.raise_everywhere(run.world, "writing the adapters"):
+        written = export_adapters(run, folder)
+    if written:
+        console.say(written)
+    if run.world.is_main:
+        with suppress(OSError):  # without the mark the next start looks at everything
+            mark_finished(folder, run.config.federated.num_rounds)
+
+
+def _resume(run: Run, found: CheckpointRef, console: Console) -> State:
+    """Take the state of a checkpoint: clients, and changes of the frozen weights. Collective."""
+    resume.refuse_other_data(found, run.data.digests)
+    state = checkpoint.load(found, run.world, run.clients)
+    if run.changed is not None:
+        with sync.raise_everywhere(run.world, "changing the frozen weights"):
+            run.changed.restore(run.clients.server_state)
+    within = " and a part of the next" if state.is_within else ""
+    console.say(f"resuming after round {state.finished_rounds}{within} ({found.folder})")
+    return state
 
 
 def _close(run: Run, folder: Path, console: Console) -> None:

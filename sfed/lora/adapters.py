@@ -150,7 +150,12 @@ class Adapters:
                 raise ValueError(f"{factor} holds numbers that are not finite")
         return found
 
-    def write_peft_folder(self, folder: Path, row: torch.Tensor) -> None:
+    def write_peft_folder(
+        self,
+        folder: Path,
+        row: torch.Tensor,
+        changes: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> None:
         """Write one client's row as a stock PEFT adapter, whole or not at all.
 
         ``PeftModel.from_pretrained(base, folder)`` then computes what the trainer computed, and so
@@ -159,21 +164,30 @@ class Adapters:
         Args:
             folder: of adapter_config.json and adapter_model.safetensors; parents are made.
             row: (layout.size,) of any device.
+            changes: U (out, q) and V (q, in) by layer, where U V was added to a frozen weight. The
+                adapter then is [gamma B | U] and [A; V] with the factor 1, of a rank of its own in
+                each layer, for the weights as they were loaded.
 
         Raises:
             OSError, SafetensorError: where a file cannot be written.
         """
         row = row.detach().cpu()
-        tensors = {
-            f"{_PREFIX}{self._peft_name(piece)}": row[piece.start : piece.end]
-            .view(piece.shape)
-            .clone()
+        by_piece = {
+            piece: row[piece.start : piece.end].view(piece.shape).clone()
             for piece in self.layout.pieces
+        }
+        settings = {**self.peft_config.to_dict(), "inference_mode": True}
+        if changes:
+            gamma = self.peft_config.lora_alpha / self.peft_config.r
+            by_piece, ranks = _with_changes(by_piece, gamma, changes)
+            settings |= _patterns(ranks)
+        tensors = {
+            f"base_model.model.{self._peft_name(piece)}": values
+            for piece, values in by_piece.items()
         }
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / _WEIGHTS) as temporary:
             save_tensors(tensors, temporary, {"format": "pt"})
-        settings = {**self.peft_config.to_dict(), "inference_mode": True}
         if self.head is not None:
             settings["task_type"] = "SEQ_CLS"
             settings["modules_to_save"] = self.head.modules
@@ -224,6 +238,50 @@ class Adapters:
         if piece.factor == "head" and self.head is not None:
             return self.head.full_name(piece.layer)
         return f"{piece.layer}.lora_{piece.factor}.weight"
+
+
+def _with_changes(
+    by_piece: Mapping[Piece, torch.Tensor],
+    gamma: float,
+    changes: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[dict[Piece, torch.Tensor], dict[str, int]]:
+    """Factors with the factor 1 that hold changes of the weights too, and each layer's rank.
+
+    Where B is zero, as after a round of FLoRA, only the change is left.
+    """
+    unused = {
+        piece.layer
+        for piece, values in by_piece.items()
+        if piece.factor == "B" and piece.layer in changes and not values.any()
+    }
+    become: dict[Piece, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    for piece, values in by_piece.items():
+        if piece.factor in ("A", "B"):
+            is_a, parts = piece.factor == "A", []
+            if piece.layer not in unused:
+                parts.append(values if is_a else gamma * values)
+            if piece.layer in changes:
+                parts.append(changes[piece.layer][1 if is_a else 0])
+            values = torch.cat(parts, dim=0 if is_a else 1).contiguous()
+            ranks[piece.layer] = values.shape[0 if is_a else 1]
+        become[piece] = values
+    return become, ranks
+
+
+def _patterns(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """PEFT's settings of layers with ranks of their own and the factor 1.
+
+    ``lora_alpha / r`` is 1 as well, for readers that do not know patterns.
+    """
+    largest = max(ranks.values())
+    others = {layer: lora_rank for layer, lora_rank in ranks.items() if lora_rank != largest}
+    return {
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+    }
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.head import Head
 from sfed.lora.quantized import Stored
+from sfed.methods.by_layer import layer_shapes
 from sfed.models import heads, synthetic
 from sfed.models.hf_config import MetaModel
 
@@ -31,6 +32,8 @@ class ModelCounts:
     b_numbers: int
     head_numbers: int
     """Parameters of a classification head; 0 where there is none."""
+    adapted_weights: int
+    """Weights of the adapted layers."""
     targets: tuple[str, ...]
     """Names of the adapted layers, without the number of the transformer's layer."""
 
@@ -59,6 +62,7 @@ def counts_of(config: Config, meta: MetaModel) -> ModelCounts:
     columns = [attached.layout.columns(factor) for factor in ("A", "B")]
     a_numbers, b_numbers = (some.stop - some.start for some in columns)
     targets = {re.sub(r"^.*\.\d+\.", "", name) for name in attached.layers}
+    adapted = sum(out * width for out, width in layer_shapes(attached.layout).values())
     return ModelCounts(
         num_weights,
         stored,
@@ -66,6 +70,7 @@ def counts_of(config: Config, meta: MetaModel) -> ModelCounts:
         a_numbers,
         b_numbers,
         head_numbers,
+        adapted,
         tuple(sorted(targets)),
     )
 

@@ -14,9 +14,12 @@ import torch
 
 from sfed.clients.state import CONTROL, SERVER
 from sfed.clients.store import ClientStore
+from sfed.distributed.sync import gather_json, raise_everywhere
 from sfed.distributed.world import World, all_reduce_sum
 from sfed.lora.layout import Layout
+from sfed.methods.server import ClientMeasure
 from sfed.methods.server_optimizer import ServerOptimizer
+from sfed.utils.errors import UserError
 
 
 def normalised_weights(
@@ -34,6 +37,52 @@ def normalised_weights(
         weights[client] = 1.0 if example_counts is None else float(example_counts[client])
     total = sum(weights)
     return [weight / total for weight in weights]
+
+
+def measured_weights(
+    world: World,
+    clients: ClientStore,
+    num_clients: int,
+    participants: Sequence[int],
+    measure: ClientMeasure,
+) -> list[float]:
+    """Return each client's weight in proportion to a measure of it: (N,), sum 1. Collective.
+
+    Equal weights where the measure of every participant is 0.
+
+    Args:
+        world: the processes.
+        clients: of this process.
+        num_clients: N.
+        participants: the clients of the mean.
+        measure: of a client's factors.
+
+    Raises:
+        UserError: on every process, where a measure is no number >= 0.
+    """
+    own = [client for client in participants if client in clients.lines]
+    with raise_everywhere(world, "the weights of the clients"):
+        pairs = [(client, _measured(measure, clients, client)) for client in own]
+    weights = [0.0] * num_clients
+    for some in gather_json(world, "weights of the clients", pairs):
+        for client, value in some:
+            weights[client] = value
+    total = math.fsum(weights)
+    if total == 0:
+        return normalised_weights(num_clients, participants, None)
+    return [weight / total for weight in weights]
+
+
+def _measured(measure: ClientMeasure, clients: ClientStore, client: int) -> float:
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for piece in clients.layout.pieces:
+        if piece.factor in ("A", "B"):
+            values = piece.within(clients.layout, clients.factor(client, piece.factor))
+            layers.setdefault(piece.layer, {})[piece.factor] = values
+    value = float(measure(layers))
+    if not 0 <= value < math.inf:
+        raise UserError(f"the weight of client {client} by federated.method is {value}")
+    return value
 
 
 def weighted_sum(rows: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

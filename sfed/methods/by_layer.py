@@ -15,11 +15,12 @@ import torch
 
 from sfed.clients.store import ClientStore
 from sfed.data.placement import by_work
-from sfed.distributed.sync import raise_everywhere
+from sfed.distributed.sync import gather_json, raise_everywhere
 from sfed.distributed.world import World, all_gather_rows, all_to_all
 from sfed.lora.layout import Layout, Piece
 from sfed.methods.server import CommonLayer, SentLayer, ServerStep
 from sfed.utils.errors import UserError
+from sfed.utils.rng import Stream, derive
 from sfed.utils.text import one_line
 
 
@@ -60,6 +61,20 @@ class Dealt:
         return sum(map(_numbers, self.of_process(rank)))
 
 
+BaseChanges = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""U (out, q) and V (q, in), fp32 on the host, of the layers whose frozen weight becomes W + U V."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a server step over all layers did beside the factors."""
+
+    num_bytes: int
+    """Bytes of the messages of the process that sends most."""
+    base_changes: BaseChanges
+    """The same on every process."""
+
+
 @dataclass(frozen=True)
 class ByLayer:
     """One server step over all layers, on all processes."""
@@ -73,8 +88,10 @@ class ByLayer:
     """(N,) of all clients, summing to 1 over those that send."""
     gamma: float
     """The factor of B A x."""
+    seed: int = 0
+    """Of the round, for what a step draws."""
 
-    def share(self, step: ServerStep, factors: Sequence[str]) -> int:
+    def share(self, step: ServerStep, factors: Sequence[str]) -> Shared:
         """Replace factors of every client by what a server step makes of them. Collective.
 
         Who did not take part receives the result too. The state of the step for the layers that
@@ -84,9 +101,6 @@ class ByLayer:
             step: of the method.
             factors: what is sent: A, B or both.
 
-        Returns:
-            Bytes of the messages of the process that sends most.
-
         Raises:
             UserError: on every process, where the step fails, or returns what it must not.
         """
@@ -94,18 +108,20 @@ class ByLayer:
         dealt = Dealt.of(self.clients.layout, factors, world.size)
         received = self._exchange(dealt)
         before = {factor: self.clients.shared(factor).to(world.device) for factor in factors}
-        results: dict[str, CommonLayer] = {}
+        results, shapes = dict[str, CommonLayer](), layer_shapes(self.clients.layout)
         with raise_everywhere(world, "the server step"):
             for layer in dealt.layers[world.rank]:
                 sent = self._sent(layer, _views(dealt, layer, world.rank, received), before)
-                results[layer] = _result_of(step, sent)
+                results[layer] = _result_of(step, sent, shapes[layer])
         self.clients.server_state = {
             f"{layer}/{name}": tensor.detach().to("cpu", copy=True)
             for layer, result in results.items()
             for name, tensor in result.state.items()
         }
         self._give_to_all(dealt, results, before)
-        return message_bytes(self.clients.layout, factors, self.senders)
+        changes, num_bytes = self._base_changes(dealt, results)
+        num_bytes += message_bytes(self.clients.layout, factors, self.senders)
+        return Shared(num_bytes, changes)
 
     def _exchange(self, dealt: Dealt) -> torch.Tensor:
         """Send every layer to who has it; returns (n, width) of all senders, in their order."""
@@ -150,7 +166,9 @@ class ByLayer:
             if name.startswith(f"{layer}/")
         }
         weights_n = torch.tensor(weights, dtype=torch.float64, device=device)
-        return SentLayer(layer, numbers, factors, weights_n, self.gamma, of_layer, state)
+        number = [piece.layer for piece in layout.pieces].index(layer)
+        seed = derive(Stream.SERVER_STEP, self.seed, number)
+        return SentLayer(layer, numbers, factors, weights_n, self.gamma, of_layer, state, seed)
 
     def _give_to_all(
         self,
@@ -176,6 +194,62 @@ class ByLayer:
                 position = end
         for factor, values in common.items():
             self.clients.set_shared(factor, values)
+
+    def _base_changes(
+        self, dealt: Dealt, results: Mapping[str, CommonLayer]
+    ) -> tuple[BaseChanges, int]:
+        """The changes of all layers, and the bytes of the process that sends most of them."""
+        world, shapes = self.world, layer_shapes(self.clients.layout)
+        own = {
+            layer: (u.float(), v.float())
+            for layer, result in results.items()
+            if result.base_change is not None
+            for u, v in [result.base_change]
+        }
+        ranks: dict[str, int] = {}
+        said = {layer: len(v) for layer, (_, v) in own.items()}
+        for some in gather_json(world, "changes of the frozen weights", said):
+            ranks |= some
+        if not ranks:
+            return {}, 0
+        sizes = [
+            {layer: ranks[layer] * sum(shapes[layer]) for layer in layers if layer in ranks}
+            for layers in dealt.layers
+        ]
+        most = max(sum(some.values()) for some in sizes)
+        sent = torch.zeros(most, device=world.device)
+        flat = [one.flatten() for layer in sizes[world.rank] for one in own[layer]]
+        if flat:
+            sent[: sum(map(len, flat))] = torch.cat(flat)
+        changes = {}
+        for some, values in zip(sizes, all_gather_rows(world, sent), strict=True):
+            parts = torch.split(values[: sum(some.values())], list(some.values()))
+            for layer, part in zip(some, parts, strict=True):
+                out, width = shapes[layer]
+                u, v = torch.split(part, [ranks[layer] * out, ranks[layer] * width])
+                changes[layer] = (u.view(out, -1), v.view(-1, width))
+        return changes, 4 * most
+
+
+def layer_shapes(layout: Layout) -> dict[str, tuple[int, int]]:
+    """(out, in) of each adapted layer."""
+    widths = {piece.layer: piece.shape[1] for piece in layout.pieces if piece.factor == "A"}
+    heights = {piece.layer: piece.shape[0] for piece in layout.pieces if piece.factor == "B"}
+    return {layer: (heights[layer], width) for layer, width in widths.items()}
+
+
+def base_change_bytes(layout: Layout, factors: Sequence[str], change_rank: int, size: int) -> int:
+    """Bytes that the process with most layers sends of changes of rank q of all frozen weights.
+
+    Args:
+        layout: of a client's row.
+        factors: that are sent.
+        change_rank: q.
+        size: number of processes.
+    """
+    shapes = layer_shapes(layout)
+    dealt = Dealt.of(layout, factors, size)
+    return max(4 * change_rank * sum(sum(shapes[one]) for one in own) for own in dealt.layers)
 
 
 def message_bytes(layout: Layout, factors: Sequence[str], senders: Sequence[Sequence[int]]) -> int:
@@ -206,8 +280,13 @@ def _views(dealt: Dealt, layer: str, rank: int, received: torch.Tensor) -> dict[
     return views
 
 
-def _result_of(step: ServerStep, sent: SentLayer) -> CommonLayer:
+def _result_of(step: ServerStep, sent: SentLayer, shape: tuple[int, int]) -> CommonLayer:
     """Call a server step, which may be a user's, and check what it returns.
+
+    Args:
+        step: of the method.
+        sent: what it gets.
+        shape: (out, in) of the layer.
 
     Raises:
         UserError: naming the step, the layer, and what is wrong.
@@ -235,4 +314,24 @@ def _result_of(step: ServerStep, sent: SentLayer) -> CommonLayer:
             )
         if not bool(torch.isfinite(values).all()):
             raise UserError(f"{what}: {factor} holds numbers that are not finite")
+    if problem := _wrong_base_change(result, shape):
+        raise UserError(f"{what}: {problem}")
     return result
+
+
+def _wrong_base_change(result: CommonLayer, shape: tuple[int, int]) -> str | None:
+    """What is wrong with the change of the frozen weight that a step returns."""
+    if result.base_change is None:
+        return None
+    try:
+        u, v = result.base_change
+        shapes = (u.ndim, v.ndim, u.shape[1], u.isfinite().all() and v.isfinite().all())
+    except (TypeError, ValueError, AttributeError, IndexError):
+        return "base_change is no pair of matrices U (out, q) and V (q, in)"
+    out, width = shape
+    if shapes[:2] != (2, 2) or (len(u), len(v), v.shape[1]) != (out, shapes[2], width):
+        return (
+            f"base_change has the shapes {tuple(u.shape)} and {tuple(v.shape)}; expected "
+            f"({out}, q) and (q, {width})"
+        )
+    return None if shapes[3] else "base_change holds numbers that are not finite"

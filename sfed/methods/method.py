@@ -10,11 +10,16 @@ rolora     B, then A, in turns         what was trained alpha/r           shared
 ffa        B                           B                alpha/r           shared
 fedit      A, B                        A, B             alpha/r           shared
 local      A, B                        nothing          alpha/r           shared
+flexlora   A, B                        SVD of product   alpha/r           shared
+fedex      A, B                        A, B, rest in W0 alpha/r           shared
+flora      A, B, new in each round     product in W0    alpha/r           shared
+hetlora    A, B                        A, B             alpha/r           shared
 ========== =========================== ================ ================= ============
 
 SFed-LoRA arXiv 2603.08058; FedSA-LoRA 2410.01463; RoLoRA 2502.01755; FFA-LoRA 2403.12313;
-FedIT 2305.05644. Exact definitions in the tests. A method of one's own is such a record in a file
-of one's own: ``federated.method = FILE.py:NAME``.
+FedIT 2305.05644; FlexLoRA 2402.11505; FedEx-LoRA 2410.09432; FLoRA 2409.05976; HetLoRA 2401.06432.
+Exact definitions in the tests. A method of one's own is such a record in a file of one's own:
+``federated.method = FILE.py:NAME``.
 """
 
 from __future__ import annotations
@@ -27,8 +32,9 @@ from sfed.clients.local_layer import LocalTerm
 from sfed.config.own_method import is_own
 from sfed.config.schema import Config
 from sfed.methods.own import load_named
+from sfed.methods.product import fedex, flexlora, flora, norm_of_products
 from sfed.methods.scaling import EXPONENTS
-from sfed.methods.server import ServerStep
+from sfed.methods.server import ClientMeasure, ServerStep
 from sfed.utils.errors import ConfigError, UserError
 
 Factor = Literal["A", "B"]
@@ -59,9 +65,13 @@ class Method:
     is_alone: bool = False
     """Whether clients have joined a finished federation, each by itself: nothing of an adapter is
     sent, not even to evaluate."""
-
     local_term: LocalTerm | None = None
     """The gradient of a further term of each client's loss; None = the loss of the data alone."""
+    weighed_by: ClientMeasure | None = None
+    """Clients count in proportion to this measure of what they have trained; None = as
+    ``federated.weighting`` says."""
+    changes_base: bool = False
+    """Whether the server step returns changes of the frozen weights (``base_change``)."""
 
     def trained_in(self, round_index: int) -> Factors:
         """Factors that train in this 0-based round."""
@@ -140,6 +150,18 @@ METHODS: dict[str, Method] = {
         Method("ffa", (("B",),), (("B",),), _LORA, independent_init=False, alpha=16.0),
         Method("fedit", (_AB,), (_AB,), _LORA, independent_init=False, alpha=16.0),
         Method("local", (_AB,), ((),), _LORA, independent_init=False, alpha=16.0),
+        Method("flexlora", (_AB,), (_AB,), _LORA, False, 16.0, flexlora, keeps_moments=False),
+        Method(
+            *("fedex", (_AB,), (_AB,), _LORA, False, 16.0, fedex),
+            keeps_moments=False,
+            changes_base=True,
+        ),
+        Method(
+            *("flora", (_AB,), (_AB,), _LORA, False, 16.0, flora),
+            keeps_moments=False,
+            changes_base=True,
+        ),
+        Method("hetlora", (_AB,), (_AB,), _LORA, False, 16.0, weighed_by=norm_of_products),
     )
 }
 """The methods by name, as ``federated.method`` takes them."""
@@ -205,7 +227,8 @@ def resolve(config: Config) -> Method:
     neither ``lora.init`` nor the exponents count.
 
     Raises:
-        ConfigError: where an own method cannot be loaded or is no valid record.
+        ConfigError: where an own method cannot be loaded or is no valid record, or where a key
+            contradicts the method.
         UserError: where gamma grows with N although no mean of independent A's shrinks with N:
             outputs would grow as N and gradients as sqrt(N).
     """
@@ -228,6 +251,7 @@ def resolve(config: Config) -> Method:
         ),
         alpha=base.alpha if lora.alpha is None else lora.alpha,
     )
+    _refuse_contradictions(config, method)
     if config.federated.join is not None:
         method = method.joined()
     elif config.lora.start_from is not None:
@@ -258,6 +282,11 @@ def check_joinable(run: Config, folder: str) -> Factors:
         ConfigError: where its clients have no A in common.
     """
     method = resolve(run)
+    if method.changes_base:
+        raise ConfigError(
+            f"federated.join = {folder!r}: federated.method={run.federated.method} has changed the "
+            "frozen weights, and a client that joins trains on the original ones"
+        )
     if "A" in method.common:
         return method.common
     known = [name for name, one in METHODS.items() if "A" in one.common]
@@ -310,3 +339,36 @@ def _require_received(config: Config, method: Method) -> None:
             "their own before, so there is no common value that a server optimizer could step "
             "from; set federated.server_optimizer=none"
         )
+
+
+def _refuse_contradictions(config: Config, method: Method) -> None:
+    """Refuse keys that ask for what the record of the method excludes."""
+    if config.federated.weighting != "uniform" and method.weighed_by is not None:
+        raise ConfigError(
+            f"federated.weighting={config.federated.weighting}: {method.name} weights its clients "
+            "by what they have trained, not by their examples; leave federated.weighting=uniform"
+        )
+    if method.changes_base and (key := _keeps_weights_elsewhere(config)):
+        raise ConfigError(
+            f"{key}: {method.name} changes the frozen weights, which is not supported there; leave "
+            "the key out, or choose a method that changes no weight, such as flexlora"
+        )
+
+
+_ZERO_KEYS_OF_COPIES = (
+    "offload_param",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+)
+"""Keys of DeepSpeed with which weights are not, or not only, in the shards on the device."""
+
+
+def _keeps_weights_elsewhere(config: Config) -> str | None:
+    """The key with which frozen weights are somewhere else than in replicas or plain shards."""
+    if config.backbone.offload != "none":
+        return f"backbone.offload={config.backbone.offload}"
+    zero = config.backbone.deepspeed.get("zero_optimization")
+    keys = zero if isinstance(zero, dict) else {}
+    found = [key for key in _ZERO_KEYS_OF_COPIES if keys.get(key)]
+    return f"backbone.deepspeed.zero_optimization.{found[0]}" if found else None

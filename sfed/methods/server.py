@@ -33,6 +33,8 @@ class SentLayer:
     """What was common of the sent factors before the round: "A" (r, in), "B" (out, r)."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """What the step returned as its state of this layer in the round before; at first nothing."""
+    seed: int = 0
+    """For what the step draws at random: a function of the run's seed, the round and the layer."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,13 @@ class CommonLayer:
     """Each of the sent factors: "A" (r, in), "B" (out, r)."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Tensors of any shape that the step wants to see again in the next round."""
+    base_change: tuple[torch.Tensor, torch.Tensor] | None = None
+    """U (out, q) and V (q, in): the frozen weight of the layer becomes W + U V on all processes.
+    Only of a method whose record says ``changes_base``."""
 
+
+ClientMeasure = Callable[[Mapping[str, Mapping[str, "torch.Tensor"]]], float]
+"""A number >= 0 of a client from its "A" (r, in) and "B" (out, r) of each layer."""
 
 ServerStep = Callable[[SentLayer], CommonLayer]
 """Depends on its argument alone, and not on the order of the clients."""

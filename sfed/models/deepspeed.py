@@ -121,6 +121,38 @@ def gathered_whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Non
     return gathered
 
 
+def whole_shape(weight: nn.Parameter) -> tuple[int, ...]:
+    """Shape of a weight, sharded or not."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def held_share(weight: Any) -> tuple[torch.Tensor, int]:
+    """Return this process's share of a weight, flat, and the position of its first number.
+
+    Of a replica it is the whole weight.
+    """
+    if not hasattr(weight, "ds_id"):
+        return weight.detach().flatten(), 0
+    size, total = weight.ds_tensor.ds_numel, weight.ds_numel
+    start = min(total, size * dist.get_rank(weight.ds_process_group))
+    share: torch.Tensor = weight.ds_tensor.detach()[: min(size, total - start)]
+    return share, start
+
+
+def set_share(weight: Any, values: torch.Tensor) -> None:
+    """Set what ``held_share`` returns, between passes; a replica gets the tensor itself.
+
+    Numbers that ZeRO-3 keeps gathered from an earlier pass are released.
+    """
+    if not hasattr(weight, "ds_id"):
+        weight.data = values.view(weight.shape)
+        return
+    if weight.ds_status.name == "AVAILABLE":  # a small weight stays gathered between passes
+        weight.ds_active_sub_modules.clear()
+        weight.partition()
+    weight.ds_tensor.data[: len(values)].copy_(values)
+
+
 def prepare_deepspeed(config: Config, meta: MetaModel, dtype: torch.dtype) -> dict[str, Any]:
     """Initialise DeepSpeed in the existing process group; returns its checked settings."""
     import deepspeed  # heavy, and only needed here

@@ -38,7 +38,7 @@ from sfed.models.backbone import context_of
 from sfed.models.hf_config import MetaModel
 from sfed.models.tokenizer import load_tokenizer
 from sfed.observability.third_party import quieten
-from sfed.plan import estimate
+from sfed.plan import estimate, tables
 from sfed.plan.request import Machine, Pace
 from sfed.privacy import mean as private_mean
 from sfed.storage import origin
@@ -358,7 +358,7 @@ def _costs(facts: Facts) -> Iterator[str]:
     plan, rounds = facts.plan, facts.config.federated.num_rounds
     upload, total = plan["upload"], size_text(plan["gpu_memory_bytes"])
     yield (
-        f"sends      {' and '.join(upload['factors']) or 'nothing'}: {upload['bytes']:,} bytes per "
+        f"sends      {tables.sent(upload)}: {upload['bytes']:,} bytes per "
         "process and round; no rows, no tokens"
     )
     method, wanted = methods.resolve(facts.config), facts.config.evaluation.adapters

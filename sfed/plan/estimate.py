@@ -132,7 +132,7 @@ def predict(
     found = planner.outlook(config)
     return {
         **_asked(config, found),
-        **_memory(found),
+        **_memory(config, found),
         "upload": _upload(config, found),
         "round": _round(config, found, pace),
         "remedies": [] if found.fits else remedies(config, planner),
@@ -153,9 +153,9 @@ def _asked(config: Config, found: MemoryPlan) -> dict[str, Any]:
     }
 
 
-def _memory(found: MemoryPlan) -> dict[str, Any]:
+def _memory(config: Config, found: MemoryPlan) -> dict[str, Any]:
     """Bytes by part, and what fits."""
-    needs, backbone = found.needs, found.backbone
+    needs, backbone, change = found.needs, found.backbone, _change_bytes(config, found)
     return {
         "work": dataclasses.asdict(found.work),
         "clients_per_pass": found.clients_per_pass,
@@ -170,8 +170,8 @@ def _memory(found: MemoryPlan) -> dict[str, Any]:
         "fits": found.fits,
         "most_clients_per_pass": found.most_clients,
         "most_rows_per_client_and_pass": found.most_rows(found.clients_per_pass),
-        "host_bytes": _host_bytes(found),
-        "checkpoint_bytes": found.num_clients * found.state.resting_bytes,
+        "host_bytes": _host_bytes(found) + _original_bytes(config, found) + change,
+        "checkpoint_bytes": found.num_clients * found.state.resting_bytes + change,
     }
 
 
@@ -186,18 +186,54 @@ def _host_bytes(found: MemoryPlan) -> int:
     return found.backbone.host + (held * found.state.resting_bytes if rests else 0)
 
 
+def _cohort(config: Config, found: MemoryPlan) -> int:
+    """Clients that train in a round, on all processes."""
+    return min(config.federated.clients_per_round or found.num_clients, found.num_clients)
+
+
+def _change_bytes(config: Config, found: MemoryPlan) -> int:
+    """At most what has been added to frozen weights in all rounds: factors, or matrices."""
+    if not methods.resolve(config).changes_base:
+        return 0
+    counted = found.counts
+    of_round = _cohort(config, found) * (counted.a_numbers + counted.b_numbers)
+    return 4 * min(config.federated.num_rounds * of_round, counted.adapted_weights)
+
+
+def _original_bytes(config: Config, found: MemoryPlan) -> int:
+    """Host memory of the original weights that a method changes."""
+    if not methods.resolve(config).changes_base:
+        return 0
+    size = found.backbone.stored // found.counts.num_weights
+    processes = found.machine.gpus if found.sharding.is_sharded else 1
+    return found.counts.adapted_weights * size // processes
+
+
 def _upload(config: Config, found: MemoryPlan) -> dict[str, Any]:
-    """What a process sends in the first round."""
-    method, counted = methods.resolve(config), found.counts
+    """What a process sends in the first round: bytes, and the seconds that it takes."""
+    method, counted, machine = methods.resolve(config), found.counts, found.machine
+    numbers = {"A": counted.a_numbers, "B": counted.b_numbers}
     factors: list[str] = list(method.averaged_in(0))
-    numbers = {"A": counted.a_numbers, "B": counted.b_numbers, "head": counted.head_numbers}
-    factors += ["head"] if config.federated.share_head and counted.head_numbers else []
-    controlled = [
-        f for f in factors if config.federated.scaffold and f in (*method.received, "head")
-    ]
-    parameters = sum(numbers[factor] for factor in (*factors, *controlled))
-    sent = private_mean.message_bytes(parameters) if config.privacy.is_on else 4 * parameters
-    return {"factors": [*factors, *["control variates"] * bool(controlled)], "bytes": sent}
+    adapter = 4 * sum(numbers[factor] for factor in factors)
+    has_head = config.federated.share_head and counted.head_numbers > 0
+    head = 4 * counted.head_numbers if has_head else 0
+    has_controls = config.federated.scaffold
+    controls = sum(4 * numbers[f] for f in factors if f in method.received) + head
+    mean, exchanged, given = adapter + head + controls * has_controls, 0, 0
+    if method.server_step is not None:
+        mean, exchanged, given = head, found.work.round_clients * adapter, adapter
+        if method.changes_base:  # of rank n r, so as large as the adapters of n clients
+            given += _cohort(config, found) * 4 * (counted.a_numbers + counted.b_numbers)
+    if config.privacy.is_on:
+        mean = private_mean.message_bytes((adapter + head) // 4)
+    bandwidth = LINKS[machine.link]
+    others = (machine.gpus - 1) / machine.gpus / bandwidth
+    return {
+        "factors": [*factors, *["head"] * has_head, *["control variates"] * has_controls],
+        "changes_weights": method.changes_base,
+        "bytes": mean + exchanged + -(-given // machine.gpus),
+        "seconds": reduce_seconds(mean, machine.gpus, bandwidth) + (exchanged + given) * others,
+    }
 
 
 def _round(config: Config, found: MemoryPlan, pace: Pace) -> dict[str, Any]:
@@ -215,8 +251,7 @@ def _round(config: Config, found: MemoryPlan, pace: Pace) -> dict[str, Any]:
     groups = -(-work.round_clients // found.clients_per_pass)
     passes = groups * -(-train.batch_size // work.train_rows)
     steps = None if train.local_epochs else train.local_steps or DEFAULT_LOCAL_STEPS
-    uploaded = _upload(config, found)["bytes"]
-    mean = reduce_seconds(uploaded, machine.gpus, bandwidth)
+    mean = _upload(config, found)["seconds"]
     per_step = passes * max(computing, gathering)
     return {
         "tokens_per_row": one.tokens,

@@ -106,7 +106,7 @@ def _round(results: Json) -> list[str]:
     if one["seconds"] is not None:
         whole = f"a round of {one['steps']} steps {one['seconds']:,.2f} s, without evaluation"
     return [
-        f"sends    {' and '.join(upload['factors']) or 'nothing'}: {upload['bytes']:,} bytes per "
+        f"sends    {sent(upload)}: {upload['bytes']:,} bytes per "
         f"process and round, {1e3 * one['mean_seconds']:.2f} ms over {one['link']}",
         f"time     {whole}: a pass {one['compute_seconds_per_pass']:.3f} s{gather}, "
         f"{one['passes_per_step']} passes a step; assuming {rate}, rows of {one['tokens_per_row']} "
@@ -114,3 +114,9 @@ def _round(results: Json) -> list[str]:
         f"host     {size_text(results['host_bytes'])} a process for what rests there; a checkpoint "
         f"has at most {size_text(results['checkpoint_bytes'])}",
     ]
+
+
+def sent(upload: Json) -> str:
+    """What a round sends, in words."""
+    factors = " and ".join(upload["factors"]) or "nothing"
+    return factors + (", and changes of the frozen weights" if upload["changes_weights"] else "")

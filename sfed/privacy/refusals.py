@@ -41,6 +41,11 @@ def _of_method(config: Config, method: Method) -> Iterator[str]:
             "and what it makes of them is no function of a noisy sum of clipped changes; choose a "
             "method without one"
         )
+    if method.weighed_by is not None:
+        yield (
+            f"federated.method={federated.method} weighs clients by what they have trained, which "
+            "no clip bounds; choose a method without such weights"
+        )
     if federated.server_optimizer != "none":
         yield (
             f"federated.server_optimizer={federated.server_optimizer} steps on the plain mean and "

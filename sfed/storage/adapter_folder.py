@@ -179,6 +179,8 @@ class FolderWriter:
     trained: Trained
     facts: Facts
     """What the model card says of every adapter."""
+    changes: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """What a method has added to frozen weights: layer -> (U, V), W += U V."""
     _known: dict[frozenset[str], tuple[dict[str, str], Use]] = field(default_factory=dict)
 
     def write(
@@ -196,7 +198,7 @@ class FolderWriter:
             OSError, SafetensorError: where a file cannot be written.
         """
         self.write_prompting(folder, described)
-        self.adapters.write_peft_folder(folder, row)
+        self.adapters.write_peft_folder(folder, row, self.changes)
         self.card(described).write(folder, title)
 
     def write_prompting(self, folder: Path, described: Described) -> dict[str, str]:

@@ -22,6 +22,7 @@ class Stream(IntEnum):
     INIT_A = 6
     DROPOUT = 7
     INIT_HEAD = 8
+    SERVER_STEP = 9
 
 
 def generator(stream: Stream, *words: int) -> np.random.Generator:

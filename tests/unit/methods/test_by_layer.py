@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +15,7 @@ from sfed.distributed import sync
 from sfed.distributed import world as distributed
 from sfed.lora.layout import Layout
 from sfed.methods import by_layer
-from sfed.methods.by_layer import ByLayer, Dealt
+from sfed.methods.by_layer import BaseChanges, ByLayer, Dealt
 from sfed.methods.server import CommonLayer, SentLayer
 from sfed.utils.errors import UserError
 from tests.support.deadlines import RUN_SECONDS
@@ -72,6 +74,27 @@ def nothing(sent: SentLayer) -> None:
     return None
 
 
+def folds(sent: SentLayer) -> CommonLayer:
+    """Changes of the weight of other ranks in each layer, and none of one of them."""
+    factors = {factor: values[0] for factor, values in sent.factors.items()}
+    common = CommonLayer(factors, {"seed": torch.tensor([sent.seed])})
+    if sent.layer == "y.o_proj":
+        return common
+    (_, width), (out, _) = (sent.before[factor].shape for factor in ("A", "B"))
+    draw = torch.Generator().manual_seed(sent.seed)
+    q = len(sent.layer) % 5
+    u, v = torch.randn(out, q, generator=draw), torch.randn(q, width, generator=draw)
+    return dataclasses.replace(common, base_change=(u.double(), v))
+
+
+def changes_of(change: object) -> object:
+    def changes(sent: SentLayer) -> CommonLayer:
+        common = {factor: values[0] for factor, values in sent.factors.items()}
+        return CommonLayer(common, base_change=change)
+
+    return changes
+
+
 def stepped(step, factors: tuple[str, ...], rounds: int = 1):
     """Each own client's row, the bytes, and the state of the layers that this process has."""
     world = distributed.start(RUN_SECONDS)
@@ -89,20 +112,30 @@ def stepped(step, factors: tuple[str, ...], rounds: int = 1):
             for client in own:
                 parts = {f: ROWS[client][LAYOUT.columns(f)] for f in ("A", "B")}
                 clients.set_own(client, {name.lower(): part for name, part in parts.items()})
-            layers = ByLayer(world, clients, senders, WEIGHTS, 0.5)
-            sent = layers.share(step, factors)
+            layers = ByLayer(world, clients, senders, WEIGHTS, 0.5, seed=11)
+            shared = layers.share(step, factors)
         sync.barrier(world, "end")
         sync.leave_store_last(world)
-        return {c: clients.row(c) for c in own}, sent, dict(clients.server_state)
+        kept = {**clients.server_state, **flat(shared.base_changes)}
+        return {c: clients.row(c) for c in own}, shared.num_bytes, kept
     finally:
         distributed.stop(world)
+
+
+def flat(changes: BaseChanges) -> dict[str, torch.Tensor]:
+    return {
+        f"change/{name}/{i}": one for name, pair in changes.items() for i, one in enumerate(pair)
+    }
 
 
 def after(num: int, *arguments: object) -> tuple[dict[int, torch.Tensor], list[int], dict]:
     rows, state, sent = {}, {}, []
     for held, num_bytes, kept in on_processes(num, stepped, *arguments):
         rows.update(held)
-        assert not state.keys() & kept.keys(), "a layer is on one process"
+        changes = {name for name in kept if name.startswith("change/")}
+        assert not (state.keys() & kept.keys()) - changes, "a layer is on one process"
+        assert not state or changes == {name for name in state if name in changes}
+        assert all(torch.equal(state.get(name, kept[name]), kept[name]) for name in changes)
         state.update(kept)
         sent.append(num_bytes)
     return rows, sent, state
@@ -175,3 +208,49 @@ def test_the_message_is_the_factors_of_the_senders_and_a_share_of_the_result() -
     assert by_layer.message_bytes(LAYOUT, ("A", "B"), [[0, 2, 3]]) == 4 * (3 * size + size)
     two = by_layer.message_bytes(LAYOUT, ("A", "B"), [[0], [2, 3]])
     assert 4 * (2 * size + size / 2) <= two < 4 * (2 * size + size)
+
+
+@pytest.mark.dist
+def test_changes_of_weights_reach_every_process_the_same_on_any_number_of_them() -> None:
+    _, sent_alone, alone = after(1, folds, ("A", "B"))
+    changes = {name for name in alone if name.startswith("change/")}
+    assert {n.split("/")[1] for n in changes} == {name for name, _, _ in SHAPES} - {"y.o_proj"}
+    for name, width, out in SHAPES:
+        if name != "y.o_proj":
+            u, v = (alone[f"change/{name}/{i}"] for i in (0, 1))
+            assert (u.shape, v.shape) == ((out, len(name) % 5), (len(name) % 5, width))
+            assert u.dtype == v.dtype == torch.float32
+    seeds = {int(alone[f"{name}/seed"]) for name, _, _ in SHAPES}
+    assert len(seeds) == len(SHAPES), "each layer has a seed of its own"
+    numbers = sum(alone[name].numel() for name in changes)
+    assert sent_alone == [by_layer.message_bytes(LAYOUT, ("A", "B"), [[0, 2, 3, 4]]) + 4 * numbers]
+    for num_processes in (2, 4):
+        _, _, others = after(num_processes, folds, ("A", "B"))
+        assert others.keys() == alone.keys()
+        assert all(torch.equal(others[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ((torch.ones(5, 2), torch.ones(3, 3)), "the shapes (5, 2) and (3, 3); expected (5, q)"),
+        ((torch.ones(3, 2), torch.ones(2, 5)), "expected (5, q) and (q, 3)"),
+        ((torch.ones(5, 2), torch.full((2, 3), float("nan"))), "not finite"),
+        (torch.ones(5, 3), "no pair of matrices"),
+        ((1.0, 2.0), "no pair of matrices"),
+    ],
+)
+@pytest.mark.dist
+def test_a_wrong_change_of_a_weight_is_said_with_its_layer(change: object, part: str) -> None:
+    """A transposed one among them, which a square layer would not show."""
+    with pytest.raises(UserError) as caught:
+        stepped(changes_of(change), ("A", "B"))
+    assert "layer x." in str(caught.value) or "layer y." in str(caught.value)
+    assert part in str(caught.value)
+
+
+def test_the_bytes_of_changes_are_those_of_the_process_with_most_of_them() -> None:
+    total = sum(width + out for _, width, out in SHAPES)
+    assert by_layer.base_change_bytes(LAYOUT, ("A", "B"), 6, 1) == 4 * 6 * total
+    two = by_layer.base_change_bytes(LAYOUT, ("A", "B"), 6, 2)
+    assert 4 * 3 * total <= two < 4 * 6 * total

@@ -19,6 +19,10 @@ TABLE = {
     "ffa": ([B] * 4, [B] * 4, LORA, False),
     "fedit": ([AB] * 4, [AB] * 4, LORA, False),
     "local": ([AB] * 4, [NONE] * 4, LORA, False),
+    "flexlora": ([AB] * 4, [AB] * 4, LORA, False),
+    "fedex": ([AB] * 4, [AB] * 4, LORA, False),
+    "flora": ([AB] * 4, [AB] * 4, LORA, False),
+    "hetlora": ([AB] * 4, [AB] * 4, LORA, False),
 }
 
 
@@ -148,6 +152,7 @@ def test_ablations_change_what_is_kept_apart():
 
 COMMON = dict.fromkeys(("sfed", "fedsa", "fedsa-rslora"), A)
 COMMON |= dict.fromkeys(("rolora", "ffa", "fedit"), AB) | {"local": NONE}
+COMMON |= dict.fromkeys(("flexlora", "fedex", "flora", "hetlora"), AB)
 
 
 def with_keys(**federated):
@@ -187,4 +192,47 @@ def test_a_run_whose_clients_keep_a_cannot_be_joined():
         with pytest.raises(ConfigError, match="leaves each client an A of its own"):
             check_joinable(with_keys(**federated), "runs/x")
     assert check_joinable(with_keys(method="fedit"), "runs/x") == AB
+    with pytest.raises(ConfigError, match="fedex has changed the frozen weights"):
+        check_joinable(with_keys(method="fedex"), "runs/x")
     assert check_joinable(with_keys(method="local", averaged=["A"]), "runs/x") == A
+
+
+@pytest.mark.parametrize("name", ["flexlora", "fedex", "flora"])
+def test_moments_of_a_basis_that_is_gone_are_not_kept(name):
+    assert not resolved(name).keeps_moments
+    config = {"federated": {"method": name, "optimizer_state": "keep"}}
+    with pytest.raises(UserError, match=f"optimizer_state=keep: the server step of {name}"):
+        resolve(config_load.validate(config))
+
+
+def test_a_method_with_weights_of_its_own_takes_no_others():
+    assert resolved("hetlora").keeps_moments
+    config = {"federated": {"method": "hetlora", "weighting": "examples"}}
+    with pytest.raises(UserError, match=r"federated\.weighting=examples: hetlora weights its"):
+        resolve(config_load.validate(config))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "key"),
+    [
+        ({"offload": "cpu", "sharding": "zero3"}, "backbone.offload=cpu"),
+        *(
+            (
+                {"sharding": "zero3", "deepspeed": {"zero_optimization": {name: value}}},
+                f"backbone.deepspeed.zero_optimization.{name}",
+            )
+            for name, value in (
+                ("zero_hpz_partition_size", 2),
+                ("zero_quantized_weights", True),
+                ("offload_param", {"device": "cpu"}),
+            )
+        ),
+    ],
+)
+def test_weights_that_are_elsewhere_too_are_changed_by_no_method(backbone, key):
+    for name in ("fedex", "flora"):
+        with pytest.raises(UserError, match="changes the frozen weights") as caught:
+            resolve(config_load.validate({"federated": {"method": name}, "backbone": backbone}))
+        assert str(caught.value).startswith(key)
+        assert "flexlora" in str(caught.value)
+    resolve(config_load.validate({"federated": {"method": "flexlora"}, "backbone": backbone}))

@@ -27,7 +27,11 @@ def predicted(config, gpus=1, link="nvlink", pace=Pace()):  # noqa: B008  (froze
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("method", "scaffold"), [("sfed", False), ("fedit", False), ("local", False), ("sfed", True)]
+    ("method", "scaffold"),
+    [
+        *((name, False) for name in ("sfed", "fedit", "local", "flexlora", "fedex", "hetlora")),
+        ("sfed", True),
+    ],
 )
 def test_bytes_per_round_are_those_that_a_run_sends(
     tiny_folder: Path, tmp_path: Path, method: str, scaffold: bool
@@ -65,6 +69,26 @@ def test_host_memory_holds_what_rests_and_what_a_checkpoint_still_reads(tiny_fol
     assert host_bytes() == (6 + 6) * state
     assert host_bytes(clients_per_round=2) == (6 + 2) * state
     assert host_bytes(clients_per_pass=6) == 0
+
+
+def test_host_memory_holds_original_weights_and_what_is_added_to_them(tiny_folder: Path) -> None:
+    """q, k, v, o, gate, up, down of two layers; 4 clients of rank 2 in each round."""
+
+    def plan_of(method: str, num_rounds: int) -> dict:
+        federated = {"method": method, "num_clients": 4, "num_rounds": num_rounds}
+        own = {"federated": federated, "lora": {"rank": 2}}
+        return predicted(
+            tiny.config(tiny_folder, **own, model={"name": str(tiny_folder / "model")})
+        )
+
+    weights = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 72)
+    numbers = 2 * 2 * (2 * 64 + 2 * 48 + 3 * 104)  # of A and B
+    few, many, plain = plan_of("flora", 1), plan_of("flora", 100), plan_of("flexlora", 1)
+    size = plain["backbone_bytes"] // plain["weights"]
+    assert size in (2, 4)
+    for found, change in ((few, 4 * 4 * numbers), (many, 4 * weights)):
+        assert found["host_bytes"] - plain["host_bytes"] == size * weights + change
+        assert found["checkpoint_bytes"] - plain["checkpoint_bytes"] == change
 
 
 @pytest.mark.slow

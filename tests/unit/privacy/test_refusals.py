@@ -26,7 +26,7 @@ def refused(**sections: dict) -> list[str]:
 
 
 def test_a_method_that_is_a_mean_is_not_refused() -> None:
-    for name in METHODS.keys() - {"local"}:
+    for name in METHODS.keys() - {"local", "flexlora", "fedex", "flora", "hetlora"}:
         assert not refused(federated={"method": name})
     shared = {"method": "local", "share_head": True}
     assert not refused(federated=shared, data={"task": "glue", "name": "sst2"})
@@ -39,6 +39,8 @@ def test_a_method_that_is_a_mean_is_not_refused() -> None:
         ({"federated": {"scaffold": True}}, "federated.scaffold=true"),
         ({"federated": {"weighting": "examples"}}, "federated.weighting=examples"),
         ({"federated": {"method": "local"}}, "federated.method=local"),
+        ({"federated": {"method": "flexlora"}}, "the server step of federated.method=flexlora"),
+        ({"federated": {"method": "hetlora"}}, "federated.method=hetlora weighs clients"),
         ({"federated": {"method": "fedsa", "averaged": []}}, "shares nothing"),
         (
             {
