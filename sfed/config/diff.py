@@ -60,7 +60,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     values = {
         key: (before.get(key, defaults.get(key)), now.get(key, defaults.get(key)))
         for key in sorted({*before, *now})
-        if not _is_free(key)
+        if key in now or not _is_free(key)
     }
     return [
         f"{key}: {old!r} there, {new!r} now" for key, (old, new) in values.items() if old != new

@@ -29,7 +29,10 @@ PREFIX = "base_model.model."
 _MOST_BYTES = 2**22
 """Of a configuration: the names of a hundred thousand layers fit."""
 _MOST_NAMED = 8
-_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules")
+_READ = (
+    *("peft_type", "r", "lora_alpha", "use_rslora"),
+    *("target_modules", "exclude_modules", "layers_to_transform"),
+)
 _WITHOUT_EFFECT = (
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type"),
     *("lora_dropout", "fan_in_fan_out", "modules_to_save", "peft_version", "megatron_core"),
@@ -162,7 +165,8 @@ def read(folder: Path, key: str = "") -> PeftFolder:
         raise ConfigError(f"{said}: {one_line(error)}") from None
     targets = settings.get("target_modules")
     is_list = isinstance(targets, list) and all(isinstance(one, str) for one in targets)
-    if settings.get("exclude_modules") or not (is_list or isinstance(targets, str)) or not targets:
+    is_narrowed = settings.get("exclude_modules") or settings.get("layers_to_transform") is not None
+    if is_narrowed or not (is_list or isinstance(targets, str)) or not targets:
         targets = list(found.layers)
     names = targets if isinstance(targets, str) else tuple(sorted(targets))
     return PeftFolder(**{**vars(found), "targets": names})

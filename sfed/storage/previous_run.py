@@ -120,8 +120,9 @@ def is_finished(folder: Path, config: Config) -> bool:
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return False
     written = {file.parent.name for file in (folder / "adapters").glob(f"*/{ADAPTER_FILE}")}
-    expected = expected_adapters(folder, saved.num_clients)
-    return is_done and rounds == config.federated.num_rounds and expected <= written
+    if not is_done or rounds != config.federated.num_rounds or saved.num_clients > len(written):
+        return False
+    return expected_adapters(folder, saved.num_clients) <= written
 
 
 def _written(config: Config) -> dict[str, Any]:

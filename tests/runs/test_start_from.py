@@ -283,7 +283,7 @@ def test_the_head_of_a_classifier_is_loaded_too(glue_folder: Path, tmp_path: Pat
     record = open_run(second).config["resolved"]["origin"]
     assert record["factors"] == ["A", "B", "head"]
     card = next((second / "adapters").glob("*/README.md")).read_text()
-    assert f"Training started from {first / 'adapters'}: an adapter for each client" in card
+    assert f"| started from | lora.start_from = {first / 'adapters'} (digest " in card
 
 
 # --- what is refused ------------------------------------------------------------------------------

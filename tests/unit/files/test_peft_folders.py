@@ -56,7 +56,6 @@ def test_whatever_stock_peft_writes_of_plain_lora_is_read(tmp_path: Path):
         ("use_dora", True),
         ("rank_pattern", {"q_proj": 4}),
         ("alpha_pattern", {"q_proj": 4}),
-        ("layers_to_transform", [0]),
         ("init_lora_weights", "pissa"),
         ("trainable_token_indices", [3]),
         ("layer_replication", [[0, 1]]),
