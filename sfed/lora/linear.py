@@ -20,6 +20,10 @@ from torch.autograd import Function
 from sfed.lora.factors import Factors
 from sfed.lora.ops import Recipe, recipe_of
 
+_TOKENS_DRAWN = 64
+"""Tokens of a sequence whose dropout masks are drawn at once."""
+_FACTOR_OF_SEEDS = 0x9E3779B97F4A7C15
+
 
 @dataclass
 class PassContext:
@@ -109,20 +113,43 @@ class StackedLoraLinear(nn.Module):
         return y
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
-        """Inverted dropout whose masks are a function of each client's seed and this layer only.
+        """Inverted dropout; masks are a function of a client's seed, layer, sequence and token.
 
-        So a client's masks do not depend on who shares the pass, and a recomputation under
-        gradient checkpointing draws the same ones. Without seeds nothing is dropped.
+        So a client's masks do not depend on who shares the pass, and with that on how far its
+        sequences are padded; and a recomputation under gradient checkpointing draws the same ones.
+        Without seeds nothing is dropped.
+
+        Args:
+            x: (C * B, T, I); of another shape, in which a layer does not tell sequences apart, a
+                client's mask depends on the shape too.
         """
         seeds = self.context.dropout_seeds
         if seeds is None:
             return x
         keep = torch.empty_like(x)
         generator = torch.Generator(device=x.device)
-        for seed, rows in zip(seeds, keep.view(len(seeds), -1), strict=True):
-            generator.manual_seed((seed + 0x9E3779B97F4A7C15 * (self._layer_index + 1)) % 2**63)
-            rows.bernoulli_(1.0 - self.dropout, generator=generator)
+        if x.dim() != 3:
+            for seed, rows in zip(seeds, keep.view(len(seeds), -1), strict=True):
+                generator.manual_seed(_mixed(seed, self._layer_index))
+                rows.bernoulli_(1.0 - self.dropout, generator=generator)
+            return x * keep / (1.0 - self.dropout)
+        # Pieces of one shape, since what a device draws may depend on how much is drawn.
+        drawn = x.new_empty(_TOKENS_DRAWN, x.shape[2])
+        sequences = len(x) // len(seeds)
+        for number, row in enumerate(keep):
+            seed = _mixed(seeds[number // sequences], self._layer_index, number % sequences)
+            for place, piece in enumerate(row.split(_TOKENS_DRAWN)):
+                generator.manual_seed(_mixed(seed, place))
+                drawn.bernoulli_(1.0 - self.dropout, generator=generator)
+                piece.copy_(drawn[: len(piece)])
         return x * keep / (1.0 - self.dropout)
+
+
+def _mixed(seed: int, *words: int) -> int:
+    """A seed for what these words number, within the seeds that generators take."""
+    for word in words:
+        seed = (seed * _FACTOR_OF_SEEDS + word + 1) % 2**63
+    return seed
 
 
 class Siblings:

@@ -108,6 +108,22 @@ def test_dropout_masks_are_a_function_of_the_client_and_the_layer() -> None:
     assert not torch.equal(again, layer(x))
 
 
+@pytest.mark.parametrize("tokens", [3, 70, 200])
+def test_dropout_masks_do_not_depend_on_who_shares_the_pass(tokens: int) -> None:
+    """More clients, more sequences of others, and sequences that are padded further."""
+    layer, _, _ = stacked(dropout=0.5)
+    layer.context.dropout_seeds = (5, 6, 7)
+    ones = torch.ones(CLIENTS * (ROWS + 1), tokens + 90, IN)
+    masks = layer.drop(ones).view(CLIENTS, ROWS + 1, tokens + 90, IN)
+    for client, seed in enumerate((5, 6, 7)):
+        layer.context.dropout_seeds = (seed,)
+        alone = layer.drop(torch.ones(ROWS, tokens, IN))
+        assert torch.equal(alone, masks[client, :ROWS, :tokens])
+    pieces = masks.flatten(0, 1)
+    assert not torch.equal(pieces[0], pieces[1]), "each sequence has its own"
+    assert not torch.equal(pieces[0, :26], pieces[0, 64:90]), "and each of its pieces"
+
+
 def test_dropout_keeps_the_expected_value() -> None:
     layer, _, _ = stacked(dropout=0.25)
     x = torch.ones(CLIENTS, 1, IN)
