@@ -96,13 +96,13 @@ def build(
     loading = f"loading {config.model.name} ({hf_config.dtype_name(config, world)})"
     console.enter(metrics.LOADING_SECONDS, loading)
     frozen = _backbone(start, name, meta, held)
-    method, gamma = method_and_gamma(config, held, num_clients)
-    _warn_of_alpha(config, gamma, console)
-    attached = _attached(config, world, frozen, gamma, name)
+    method, gammas = method_and_gammas(config, held, num_clients)
+    _warn_of_alpha(config, held, gammas, console)
+    attached = _attached(world, frozen, _spec(config, held, gammas, name))
     sharing = clients_per_pass.agree(start, estimate, attached.layout.size)
     if sharing.is_doubtful:
         console.warn(f"memory may not suffice: {sharing.reason}")
-    of_config = (asked, world, task_of(config), tokenizer, method, num_clients, gamma)
+    of_config = (asked, world, task_of(config), tokenizer, method, num_clients, gammas)
     clients = _clients(config, world, attached, placed[world.rank], sharing)
     weights = _class_weights(config, world, held)
     run = Run(*of_config, frozen, attached, held, clients, sharing, weights)
@@ -139,18 +139,24 @@ def _class_weights(config: Config, world: World, held: Data) -> torch.Tensor | N
     return None if weights is None else torch.tensor(weights, device=world.device)
 
 
-def method_and_gamma(config: Config, held: Data, num_clients: int) -> tuple[Method, float]:
-    """The method and its gamma, which may depend on the weights of the clients."""
+def method_and_gammas(
+    config: Config, held: Data, num_clients: int
+) -> tuple[Method, tuple[float, ...]]:
+    """The method and each client's gamma, which may depend on the weights of the clients.
+
+    Raises:
+        ConfigError: where the clients have different LoRA ranks and the method takes one only.
+    """
     method = methods.resolve(config)
     weights = context.client_weights(config, held, num_clients, tuple(range(num_clients)))
-    effective = scaling.effective_clients(weights)
-    gamma = scaling.lora_scaling(method.alpha, config.lora.rank, effective, method.exponents)
-    return method, gamma
+    return method, method.gammas([one.lora_rank for one in held.settings], weights)
 
 
-def _warn_of_alpha(config: Config, gamma: float, console: Console) -> None:
+def _warn_of_alpha(config: Config, held: Data, gammas: Sequence[float], console: Console) -> None:
+    """Warn of an alpha that seems to be made for another formula, by the smallest rank."""
+    lora_rank, gamma = min(zip((one.lora_rank for one in held.settings), gammas, strict=True))
     given = config.lora.alpha
-    if given and (doubt := scaling.alpha_of_another_formula(given, config.lora.rank, gamma)):
+    if given and (doubt := scaling.alpha_of_another_formula(given, lora_rank, gamma)):
         console.warn(doubt)
 
 
@@ -187,18 +193,24 @@ def _tokenizer(
     return tokenizer, consistency.digest(identity_of(tokenizer))
 
 
-def _attached(
-    config: Config, world: World, frozen: Backbone, gamma: float, name: str
-) -> adapters.Adapters:
+def _attached(world: World, frozen: Backbone, spec: LoraSpec) -> adapters.Adapters:
     """The adapters on the frozen backbone. Collective."""
     with sync.raise_everywhere(world, "attaching the adapters"):
-        return adapters.attach(
-            frozen.model,
-            LoraSpec(
-                config.lora.rank, gamma, config.lora.dropout, config.lora.target_modules, mask(name)
-            ),
-            frozen.head,
-        )
+        return adapters.attach(frozen.model, spec, frozen.head)
+
+
+def _spec(config: Config, held: Data, gammas: Sequence[float], name: str) -> LoraSpec:
+    """Which layers are adapted, and how; with room for the largest rank."""
+    ranks = tuple(one.lora_rank for one in held.settings)
+    is_mixed = len(set(ranks)) > 1
+    return LoraSpec(
+        max(ranks),
+        1.0 if is_mixed else gammas[0],
+        config.lora.dropout,
+        config.lora.target_modules,
+        mask(name),
+        ranks if is_mixed else (),
+    )
 
 
 def model_folder(config: Config) -> str:

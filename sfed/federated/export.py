@@ -31,12 +31,14 @@ def export_adapters(run: Run, folder: Path) -> None:
     row_of_all, prompting = None, _prompting(run)
     if "global" in run.config.evaluation.adapters and run.method.has_global_adapter:
         weights = run.weights(run.everyone)
-        row_of_all = aggregation.global_row(run.world, run.clients, weights, run.own_factors)
+        row_of_all = aggregation.global_row(
+            run.world, run.clients, weights, run.own_factors, run.gammas
+        )
     try:
         for client in run.clients.own:
             path = folder / "adapters" / run.data.adapter_folders[client]
             _write_prompting(path, prompting)
-            _write(run, path, run.clients.row(client))
+            _write(run, path, run.clients.row(client), client)
             _remove_former(run, folder, client)
             if name := run.data.names[client]:  # the folder's may lack letters of it
                 facts = json.dumps({"client": client, "name": mask(name)}, ensure_ascii=False)
@@ -87,9 +89,13 @@ def _write_prompting(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _write(run: Run, folder: Path, row: torch.Tensor) -> None:
-    """Write an adapter, and for a classifier its labels and how it is loaded."""
-    run.adapters.write_peft_folder(folder, row)
+def _write(run: Run, folder: Path, row: torch.Tensor, client: int | None = None) -> None:
+    """Write an adapter, a client's with its own rank; for a classifier how it is loaded."""
+    if client is not None and run.has_mixed_ranks:
+        lora_rank = run.clients.layout.rank_of(client)
+        run.adapters.write_peft_folder(folder, row, lora_rank, run.gammas[client])
+    else:
+        run.adapters.write_peft_folder(folder, row)
     head, settings = run.adapters.head, run.backbone.model.config
     if head is None:
         return

@@ -41,8 +41,7 @@ def require_same_mean(
     """
     if not factors or world.size == 1:
         return
-    row = clients.row(clients.own[0])
-    sums = {factor: bit_sum(row[clients.layout.columns(factor)]) for factor in factors}
+    sums = {factor: bit_sum(clients.shared(factor)) for factor in factors}
     found = gather_json(world, "comparing the mean", list(sums.values()))
     lines = [
         f"  {factor}: {values}"
@@ -107,5 +106,6 @@ def when_built(run: Run, tokenizer: str) -> dict[str, Any]:
         "backbone": run.backbone.weights_digest,
         "examples of each client": digest(json.dumps(counts)),
         "layout of the adapters": digest(repr(run.clients.layout.pieces)),
+        "LoRA ranks": list(run.clients.layout.ranks),
         "gamma": run.gamma,
     }

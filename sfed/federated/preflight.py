@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sfed.config.clients import settings_of
 from sfed.config.schema import Config
 from sfed.data.forms.pair import Pair
 from sfed.data.partition import value_of
@@ -29,9 +30,10 @@ from sfed.utils.text import counted
 def check(config: Config, num_processes: int | None = None) -> str:
     """Check what needs neither torch nor a model, before anything is loaded.
 
-    That is: a method that is unstable with this scaling, more processes than clients, files that do
-    not exist, are of no known kind or hold what cannot be learned from, an ``output.resume`` that
-    is no folder, trackers that are not installed.
+    That is: a method that is unstable with this scaling, settings of clients that are not there or
+    do not go with the method, more processes than clients, files that do not exist, are of no known
+    kind or hold what cannot be learned from, an ``output.resume`` that is no folder, trackers that
+    are not installed.
 
     Args:
         config: the configuration.
@@ -50,6 +52,8 @@ def check(config: Config, num_processes: int | None = None) -> str:
     except UserError as mistake:
         mistakes.append(str(mistake))
     num_processes = num_processes or launch().size
+    if not mistakes:
+        mistakes += _of_settings(config, num_processes)
     listings = [list_files(config, split) for split in ("train", "eval")]
     unlisted = [problem for listing in listings for problem in listing.problems]
     mistakes += unlisted or _of_clients(config, num_processes)
@@ -72,6 +76,27 @@ def check(config: Config, num_processes: int | None = None) -> str:
     if faults:
         raise DataError("\n".join(faults))
     return checked.summary if files else ""
+
+
+def _of_settings(config: Config, num_processes: int) -> list[str]:
+    """What is wrong with the settings of single clients, as far as their names are known.
+
+    The values of a column are known when the data are read.
+    """
+    if config.partition.kind == "by_key":
+        return []
+    try:
+        num_clients = num_clients_of(config) or num_processes
+        names: Sequence[str] = [""] * num_clients
+        if config.partition.kind == "by_file":
+            names = silos_of(config, num_clients).names
+        ranks = [one.lora_rank for one in settings_of(config, names)]
+        methods.resolve(config).gammas(ranks, [1.0] * num_clients)
+    except ConfigError as mistake:
+        return [str(mistake)]
+    except DataError:  # said with the files
+        return []
+    return []
 
 
 def _of_clients(config: Config, num_processes: int) -> list[str]:

@@ -25,6 +25,7 @@ from sfed.observability.console import Console
 from sfed.observability.trackers import MetricLogger
 from sfed.storage.checkpoint_writer import Writer
 from sfed.utils import versions
+from sfed.utils.text import counted, printable
 
 _MOST_NAMED = 8
 
@@ -32,7 +33,6 @@ _MOST_NAMED = 8
 def header(run: Run) -> list[str]:
     """What this run is, in plain words, a line each."""
     method, layout, world = run.method, run.clients.layout, run.world
-    of_clients, of_rank = method.exponents
     plan = run.plan(0)
     start = "independent, averaged before the first step" if method.independent_init else "shared"
     return [
@@ -41,8 +41,8 @@ def header(run: Run) -> list[str]:
         f"{sum(run.data.train_counts):,} training and {sum(run.data.eval_counts):,} held-out "
         "examples",
         *run.data.lines,
-        f"gamma = {method.alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gamma:.4g} with "
-        f"N = {run.num_clients}, r = {run.config.lora.rank}; A starts {start}",
+        f"{_gamma(run)}; A starts {start}",
+        *_settings(run),
         f"adapter: {layout.size:,} parameters per client; a round sends "
         f"{' and '.join(plan.averaged) or 'nothing'} ({_message_bytes(run, plan):,} bytes)",
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
@@ -55,6 +55,33 @@ def header(run: Run) -> list[str]:
         f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data, "
         "global = A with the mean of B on everybody's",
     ]
+
+
+def _gamma(run: Run) -> str:
+    """gamma, and gamma of each LoRA rank where there are several."""
+    alpha, (of_clients, of_rank) = run.method.alpha, run.method.exponents
+    layout = run.clients.layout
+    if not run.has_mixed_ranks:
+        return (
+            f"gamma = {alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gammas[0]:.4g} with "
+            f"N = {run.num_clients}, r = {layout.lora_rank}"
+        )
+    gammas = dict(sorted(zip(layout.ranks, run.gammas, strict=True)))
+    told = [
+        f"{gamma:.4g} (r = {lora_rank}, {counted(layout.ranks.count(lora_rank), 'client')})"
+        for lora_rank, gamma in gammas.items()
+    ]
+    more = f" and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
+    formula = "alpha / sqrt(sum over rows of 1/N_row)" if of_clients else f"alpha * r^{of_rank:g}"
+    return f"gamma = {formula} with alpha = {alpha:g}: {', '.join(told[:_MOST_NAMED])}{more}"
+
+
+def _settings(run: Run) -> list[str]:
+    """The line about clients that train with other settings than the rest."""
+    own = list(run.config.clients)
+    more = f" and {len(own) - _MOST_NAMED} more" if len(own) > _MOST_NAMED else ""
+    named = ", ".join(printable(name) for name in own[:_MOST_NAMED])
+    return [f"settings of their own (clients): {named}{more}"] if own else []
 
 
 def _message_bytes(run: Run, plan: RoundPlan) -> int:
@@ -120,6 +147,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "resolved": {
             "num_clients": run.num_clients,
             "gamma": run.gamma,
+            "ranks": [one.lora_rank for one in run.data.settings],
             "alpha": run.method.alpha,
             "scaling_exponents": list(run.method.exponents),
             "independent_init": run.method.independent_init,

@@ -119,7 +119,7 @@ def _average(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> int:
     run.world.watch.at(f"round {plan.finished_rounds}, the mean")
     weights, num_bytes = run.weights(healthy), 0
     if run.method.server_step is not None and plan.stepped:
-        layers = ByLayer(run.world, run.clients, run.senders(weights), weights, run.gamma)
+        layers = ByLayer(run.world, run.clients, run.senders(weights), weights, run.gammas)
         num_bytes += layers.share(run.method.server_step, plan.stepped)
     num_bytes += aggregation.share(run.world, run.clients, plan.means, weights)
     require_same_mean(run.world, run.clients, plan.averaged, plan.finished_rounds)

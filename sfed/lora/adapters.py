@@ -68,6 +68,7 @@ class Adapters:
         values: torch.Tensor,
         grads: torch.Tensor | None = None,
         trained: Sequence[str] = (),
+        gammas: Sequence[float] | None = None,
     ) -> None:
         """Point all layers at the rows of ``values``.
 
@@ -75,8 +76,9 @@ class Adapters:
             values: (C, layout.size) fp32 rows of the clients of the coming passes.
             grads: same shape; backward adds to it in place. None where nothing trains.
             trained: factors that get gradients.
+            gammas: (C,) of each client, where their LoRA ranks differ; None = the one of all.
         """
-        rows = PassRows(values, grads, self.context.dtype)
+        rows = PassRows(values, grads, self.context.dtype, gammas)
         for siblings, a_pieces, b_pieces in self._siblings:
             siblings.bind(Factors.of(rows, a_pieces, b_pieces, trained))
         if self.head is not None:
@@ -95,19 +97,26 @@ class Adapters:
                     weights[piece.layer].grad = piece.of(grads)
         return weights
 
-    def initial_a(self, generator: torch.Generator) -> torch.Tensor:
+    def initial_a(self, generator: torch.Generator, lora_rank: int | None = None) -> torch.Tensor:
         """Draw all A factors of one client as PEFT does: kaiming_uniform(a = sqrt 5).
 
         In the sorted order of the layers' names, wherever they stand in a row.
 
+        Args:
+            generator: on CPU.
+            lora_rank: of the client; None = the largest. The draw is that of a run of this rank.
+
         Returns:
-            (parameters of A,) fp32 on CPU; each A is uniform in +-1/sqrt(in).
+            (parameters of A,) fp32 on CPU; each A is uniform in +-1/sqrt(in), and 0 in the rows
+            beyond the rank.
         """
-        row = torch.empty(self.layout.columns("A").stop)
+        row = torch.zeros(self.layout.columns("A").stop)
         a_pieces = [piece for piece in self.layout.pieces if piece.factor == "A"]
         for piece in sorted(a_pieces, key=lambda piece: piece.layer):
-            bound = 1.0 / math.sqrt(piece.shape[1])
-            row[piece.start : piece.end].uniform_(-bound, bound, generator=generator)
+            largest, in_features = piece.shape
+            bound = 1.0 / math.sqrt(in_features)
+            end = piece.start + (lora_rank or largest) * in_features
+            row[piece.start : end].uniform_(-bound, bound, generator=generator)
         return row
 
     def initial_head(self) -> torch.Tensor:
@@ -117,7 +126,13 @@ class Adapters:
         names = [piece.layer for piece in self.layout.pieces if piece.factor == "head"]
         return torch.cat([self.head.initial[name].flatten() for name in names])
 
-    def write_peft_folder(self, folder: Path, row: torch.Tensor) -> None:
+    def write_peft_folder(
+        self,
+        folder: Path,
+        row: torch.Tensor,
+        lora_rank: int | None = None,
+        gamma: float | None = None,
+    ) -> None:
         """Write one client's row as a stock PEFT adapter, whole or not at all.
 
         ``PeftModel.from_pretrained(base, folder)`` then computes what the trainer computed, and so
@@ -126,21 +141,26 @@ class Adapters:
         Args:
             folder: of adapter_config.json and adapter_model.safetensors; parents are made.
             row: (layout.size,) of any device.
+            lora_rank: of the adapter, without the zeros beyond it; None = the largest.
+            gamma: of the adapter; None = the one of all.
 
         Raises:
             OSError, SafetensorError: where a file cannot be written.
         """
-        row = row.detach().cpu()
+        row, kept = row.detach().cpu(), slice(lora_rank)
+        places = {"A": (kept, slice(None)), "B": (slice(None), kept)}
         tensors = {
             f"base_model.model.{self._peft_name(piece)}": row[piece.start : piece.end]
-            .view(piece.shape)
-            .clone()
+            .view(piece.shape)[places.get(piece.factor, ...)]
+            .clone(memory_format=torch.contiguous_format)
             for piece in self.layout.pieces
         }
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "adapter_model.safetensors") as temporary:
             save_tensors(tensors, temporary, {"format": "pt"})
         settings = {**self.peft_config.to_dict(), "inference_mode": True}
+        if lora_rank is not None and gamma is not None:
+            settings |= {"r": lora_rank, "lora_alpha": peft_alpha(gamma, lora_rank)}
         if self.head is not None:
             settings["task_type"] = "SEQ_CLS"
             settings["modules_to_save"] = self.head.modules
@@ -161,15 +181,17 @@ class LoraSpec:
     """Which layers are adapted, and how."""
 
     lora_rank: int
-    """r."""
+    """r, the largest where they differ."""
     lora_scaling: float
-    """gamma."""
+    """gamma; 1 where the ranks of the clients differ, who have each their own then."""
     dropout: float
     """Probability on the adapters' input."""
     target_modules: tuple[str, ...] | str
     """Names as PEFT takes them, or "all-linear"."""
     base_name: str
     """Written into exported adapters as the name of their base model."""
+    client_ranks: tuple[int, ...] = ()
+    """(N,) r of each client; empty where all are the same."""
 
     def for_peft(self, model: PreTrainedModel) -> LoraConfig:
         """Return the equivalent PEFT configuration."""
@@ -221,6 +243,7 @@ def attach(model: PreTrainedModel, spec: LoraSpec, head: Head | None = None) -> 
     shapes = [(name, found[name].in_features, found[name].out_features) for name in layers]
     weights = None if head is None else {n: tuple(w.shape) for n, w in head.initial.items()}
     layout = Layout.of(shapes, spec.lora_rank, weights)
+    layout = dataclasses.replace(layout, ranks=spec.client_ranks)
     return Adapters(layers, layout, peft_config, context, head)
 
 

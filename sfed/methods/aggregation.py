@@ -1,6 +1,9 @@
 """The federated mean: one flat buffer, one collective, nothing else leaves a client.
 
 mean = sum_i p_i x_i,   sum_i p_i = 1 over the clients of the round          (FedAvg, 1602.05629)
+
+Of clients with different LoRA ranks, a row of A and a column of B is the mean over those that hold
+it. A mean with zeros for the others would shrink it in every round.
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ def share(
         return 0
     means = mean_over_clients(world, [_own_sum(clients, f, weights) for f in factors])
     for factor, mean in zip(factors, means, strict=True):
-        clients.set_shared(factor, mean)
+        clients.set_shared(factor, _over_holders(clients, factor, mean, weights))
     return message_bytes(clients.layout, factors)
 
 
@@ -108,16 +111,59 @@ def share_draws(
     """
     own_weights = [weights[client] for client in clients.own]
     [mean] = mean_over_clients(world, [weighted_sum(draws, own_weights)])
-    clients.set_shared("A", mean)
+    clients.set_shared("A", _over_holders(clients, "A", mean, weights))
     return message_bytes(clients.layout, ("A",))
+
+
+def _over_holders(
+    clients: ClientStore, factor: str, total: torch.Tensor, weights: Sequence[float]
+) -> torch.Tensor:
+    """The mean over those who hold a row of A, or a column of B: sum_i p_i x_i / sum_i p_i.
+
+    Ranks and weights are known to all processes, so nothing is communicated. What none of the
+    clients of the mean holds keeps its value.
+
+    Args:
+        clients: of this process.
+        factor: A, B or head.
+        total: (parameters of the factor,) sum over all clients, zeros beyond their ranks; changed.
+        weights: (N,) of all clients, summing to 1.
+    """
+    layout = clients.layout
+    if not layout.has_mixed_ranks:
+        return total
+    held_R = _sums_by_rank(layout, weights).to(total.device, total.dtype)
+    before = clients.shared(factor).to(total.device)
+    views = layout.along_rank(factor, total[None])
+    for view, former in zip(views, layout.along_rank(factor, before[None]), strict=True):
+        view.copy_(torch.where(held_R > 0, view / held_R, former))
+    return total
+
+
+def _sums_by_rank(layout: Layout, weights: Sequence[float]) -> torch.Tensor:
+    """(R,) fp64: sums of weights over those clients that hold a row of A."""
+    clients = range(len(weights))
+    sums = [
+        math.fsum(weights[client] for client in clients if layout.rank_of(client) > row)
+        for row in range(layout.lora_rank)
+    ]
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def _held(clients: ClientStore, factor: str) -> list[list[int]]:
+    """This process's clients, with those together that hold the same values of a factor."""
+    holders = clients.owners(factor)
+    sharers: dict[int, list[int]] = {}
+    for client in sorted(set(clients.own) - set(holders)):
+        sharers.setdefault(clients.layout.rank_of(client), []).append(client)
+    return [*sharers.values(), *([client] for client in holders)]
 
 
 def _own_sum(clients: ClientStore, factor: str, weights: Sequence[float]) -> torch.Tensor:
     """The weighted sum over this process's clients; those that hold nothing cost nothing."""
-    holders = clients.owners(factor)
-    rest = math.fsum(weights[client] for client in set(clients.own) - set(holders))
-    rows = [clients.shared(factor), *(clients.factor(client, factor) for client in holders)]
-    return weighted_sum(rows, [rest, *(weights[client] for client in holders)])
+    held = _held(clients, factor)
+    rows = (clients.factor(some[0], factor) for some in held)
+    return weighted_sum(rows, [math.fsum(weights[client] for client in some) for some in held])
 
 
 def message_bytes(layout: Layout, factors: Sequence[str]) -> int:
@@ -126,12 +172,19 @@ def message_bytes(layout: Layout, factors: Sequence[str]) -> int:
 
 
 def global_row(
-    world: World, clients: ClientStore, weights: Sequence[float], own_factors: Sequence[str]
+    world: World,
+    clients: ClientStore,
+    weights: Sequence[float],
+    own_factors: Sequence[str],
+    gammas: Sequence[float] = (),
 ) -> torch.Tensor:
     """Return the global adapter (A, mean B, mean head): (layout.size,). Collective.
 
-    Exact once A is the same on all clients: mean_i(B_i A) = (mean_i B_i) A. The mean of the heads
-    is FedAvg's, which is not exact. Only evaluation and export ask for it; training never does.
+    Exact once A is the same on all clients: mean_i(B_i A) = (mean_i B_i) A. Where LoRA ranks
+    differ, B is sum_i p_i gamma_i B_i, with zeros beyond each client's rank, and gamma is 1: the
+    mean of gamma_i B_i A_i over clients whose A_i are the first rows of one A. The mean of the
+    heads is FedAvg's, which is not exact. Only evaluation and export ask for it; training never
+    does.
 
     Args:
         world: the processes.
@@ -139,12 +192,22 @@ def global_row(
         weights: (N,) of all clients, summing to 1.
         own_factors: what clients hold their own of. The rest is on every process already, so
             nothing of it is communicated.
+        gammas: (N,) of all clients; read where their ranks differ.
     """
-    row = clients.row(clients.own[0]).to(world.device)
+    layout = clients.layout
+    row = torch.cat([clients.shared(factor).to(world.device) for factor in layout.factors])
+    is_mixed = layout.has_mixed_ranks
+    of_b = [w * g for w, g in zip(weights, gammas, strict=True)] if is_mixed else weights
     if own_factors:
-        means = mean_over_clients(world, [_own_sum(clients, f, weights) for f in own_factors])
-        for factor, mean in zip(own_factors, means, strict=True):
-            row[clients.layout.columns(factor)] = mean
+        sums = [_own_sum(clients, f, of_b if f == "B" else weights) for f in own_factors]
+        for factor, mean in zip(own_factors, mean_over_clients(world, sums), strict=True):
+            if factor == "A":
+                mean = _over_holders(clients, factor, mean, weights)
+            row[layout.columns(factor)] = mean
+    if is_mixed and "B" not in own_factors:
+        factor_R = _sums_by_rank(layout, of_b).to(row.device, row.dtype)
+        for view in layout.along_rank("B", row[None, layout.columns("B")]):
+            view.mul_(factor_R)
     return row
 
 
@@ -157,16 +220,13 @@ def similarity(world: World, clients: ClientStore) -> dict[str, float | None]:
     """
     sums: list[torch.Tensor] = []
     for factor in ("A", "B"):
-        holders = clients.owners(factor)
         units, num = torch.zeros_like(clients.shared(factor)), 0
-        # Those with nothing of their own are all alike.
-        walk = [(clients.shared(factor), len(clients.own) - len(holders))]
-        walk += [(clients.factor(client, factor), 1) for client in holders]
-        for row, times in walk:
+        for some in _held(clients, factor):
+            row = clients.factor(some[0], factor)
             norm = float(torch.linalg.vector_norm(row))
             if 0 < norm < math.inf:
-                units.add_(row / norm, alpha=times)
-                num += times
+                units.add_(row / norm, alpha=len(some))
+                num += len(some)
         sums += [units, torch.full_like(units[:1], num)]
     flat = all_reduce_sum(torch.cat(sums).to(world.device))
     found: dict[str, float | None] = {}

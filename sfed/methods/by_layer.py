@@ -71,8 +71,8 @@ class ByLayer:
     """The clients of each process that send, in ascending order."""
     weights: Sequence[float]
     """(N,) of all clients, summing to 1 over those that send."""
-    gamma: float
-    """The factor of B A x."""
+    gammas: Sequence[float]
+    """(N,) of all clients: the factor of B A x."""
 
     def share(self, step: ServerStep, factors: Sequence[str]) -> int:
         """Replace factors of every client by what a server step makes of them. Collective.
@@ -150,7 +150,10 @@ class ByLayer:
             if name.startswith(f"{layer}/")
         }
         weights_n = torch.tensor(weights, dtype=torch.float64, device=device)
-        return SentLayer(layer, numbers, factors, weights_n, self.gamma, of_layer, state)
+        gammas = [self.gammas[client] for client in numbers]
+        gammas_n = torch.tensor(gammas, dtype=torch.float64, device=device)
+        ranks = tuple(layout.rank_of(client) for client in numbers)
+        return SentLayer(layer, numbers, factors, weights_n, gammas_n, ranks, of_layer, state)
 
     def _give_to_all(
         self,

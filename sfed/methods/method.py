@@ -26,7 +26,7 @@ from typing import Literal
 from sfed.config.own_method import is_own
 from sfed.config.schema import Config
 from sfed.methods.own import load_own
-from sfed.methods.scaling import EXPONENTS
+from sfed.methods.scaling import EXPONENTS, client_scalings
 from sfed.methods.server import ServerStep
 from sfed.utils.errors import ConfigError, UserError
 
@@ -55,6 +55,9 @@ class Method:
     keeps_moments: bool = True
     """Whether the optimizer's moments survive the server step. They do not where it rotates or
     redraws the factors: they belong to a basis that is gone."""
+    mixed_ranks: bool = False
+    """Whether the server step takes clients of different LoRA ranks, with zeros beyond them. The
+    weighted mean does."""
 
     def trained_in(self, round_index: int) -> Factors:
         """Factors that train in this 0-based round."""
@@ -76,6 +79,23 @@ class Method:
         return any(
             factor in self.trained_in(i) and factor not in self.averaged_in(i) for i in in_turns
         )
+
+    def gammas(self, ranks: Sequence[int], client_weights: Sequence[float]) -> tuple[float, ...]:
+        """Gamma of each client.
+
+        Args:
+            ranks: (N,) LoRA rank of each client.
+            client_weights: (N,) of the mean over all of them.
+
+        Raises:
+            ConfigError: where the ranks differ and the method does not say what follows.
+        """
+        if len(set(ranks)) > 1 and self.server_step is not None and not self.mixed_ranks:
+            raise ConfigError(
+                f"federated.method = {self.name!r}: its server step does not say that it takes "
+                "clients of different LoRA ranks (Method.mixed_ranks); set one rank for all clients"
+            )
+        return client_scalings(self.alpha, ranks, client_weights, self.exponents)
 
     @property
     def averages_a_at_start(self) -> bool:

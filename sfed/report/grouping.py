@@ -11,7 +11,7 @@ from typing import Any
 from sfed.observability.metrics import deviation
 from sfed.report.plotting import Curve
 from sfed.report.series import Reader
-from sfed.storage.run_record import RunRecord, number
+from sfed.storage.run_record import RunRecord, look, number
 
 CLIENTS, RANK = "federated.num_clients", "lora.rank"
 # What moves work around and leaves the numbers as they are.
@@ -154,8 +154,14 @@ class Sweep:
 
 
 def sweeps(stories: Sequence[RunRecord]) -> list[Sweep]:
-    """Sort the runs with a known N and r by all other settings, then by (N, r)."""
-    placed = [s for s in stories if s.num_clients and number(s.config, RANK)]
+    """Sort the runs with a known N and one r by all other settings, then by (N, r)."""
+    placed = [
+        story
+        for story in stories
+        if story.num_clients
+        and number(story.config, RANK)
+        and not isinstance(look(story.config, "resolved.gamma"), list)
+    ]
     found = []
     for one in group(placed, ignored=(CLIENTS, RANK, *_PLACEMENT)):
         cells: dict[tuple[float, float], list[RunRecord]] = {}

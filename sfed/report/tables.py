@@ -20,7 +20,7 @@ from sfed.storage.run_record import (
     number,
     words_of,
 )
-from sfed.utils.text import duration
+from sfed.utils.text import duration, span
 
 MEANS = {
     "unweighted": metrics.UNWEIGHTED,
@@ -51,6 +51,23 @@ def show(value: float | None, form: str = ".4f") -> str:
     if value is None:
         return NONE
     return f"{value:.4g}" if form == ".4f" and abs(value) >= 1e4 else f"{value:{form}}"
+
+
+def lora_facts(story: RunRecord) -> tuple[str, str]:
+    """LoRA rank and gamma of a run; the least and the most where clients have their own."""
+    gammas, ranks = look(story.config, "resolved.gamma"), look(story.config, "resolved.ranks")
+    if not _are_numbers(gammas) or not _are_numbers(ranks):
+        rank, gamma = number(story.config, "lora.rank"), number(story.config, "resolved.gamma")
+        return show(rank, "g"), show(gamma, ".4g")
+    return span(ranks), span(gammas, ".4g")
+
+
+def _are_numbers(values: object) -> bool:
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    )
 
 
 def what_of(story: RunRecord, what: str) -> str:

@@ -91,7 +91,8 @@ class RunIdentity:
 
     config: Config
     num_clients: int
-    gamma: float
+    gamma: float | Sequence[float]
+    """Of all clients, or of each."""
     clients_per_pass: int
     data_digests: Sequence[str]
     """Digest of the data of each client."""

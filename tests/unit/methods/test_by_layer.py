@@ -89,7 +89,7 @@ def stepped(step, factors: tuple[str, ...], rounds: int = 1):
             for client in own:
                 parts = {f: ROWS[client][LAYOUT.columns(f)] for f in ("A", "B")}
                 clients.set_own(client, {name.lower(): part for name, part in parts.items()})
-            layers = ByLayer(world, clients, senders, WEIGHTS, 0.5)
+            layers = ByLayer(world, clients, senders, WEIGHTS, [0.5] * N)
             sent = layers.share(step, factors)
         sync.barrier(world, "end")
         sync.leave_store_last(world)
