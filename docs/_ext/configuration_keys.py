@@ -85,7 +85,8 @@ def _described_list(kind: dict[str, Any]) -> str:
     if "prefixItems" in kind:
         return f"list of {len(kind['prefixItems'])} {_described(kind['prefixItems'][0])}s"
     items = _described(kind["items"])
-    return f"list of {items}{'' if items.startswith('`') else 's'}"
+    noun, space, bounds = items.partition(" ")
+    return f"list of {items}" if items.startswith("`") else f"list of {noun}s{space}{bounds}"
 
 
 def _insert(_: Sphinx, page: str, source: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -109,6 +110,49 @@ def test_paged_clients_are_bit_for_bit_those_that_stay(per_pass: int, course: li
             assert torch.equal(*rows)
             assert aggregation.similarity(world, paged) == aggregation.similarity(world, staying)
             assert_same(paged, staying)
+    finally:
+        distributed.stop(world)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    ranks=st.lists(st.integers(1, 3), min_size=N, max_size=N),
+    per_pass=st.integers(1, N),
+    cohorts=st.lists(st.sets(st.integers(0, N - 1), min_size=1), min_size=1, max_size=3),
+    averaged=st.sampled_from([("A",), ("B",), ("A", "B"), ()]),
+)
+def test_clients_of_a_smaller_rank_have_zeros_beyond_it_wherever_they_are(
+    ranks: list[int], per_pass: int, cohorts: list, averaged: tuple
+) -> None:
+    """In a pass, at rest, alone on the device, and in what is exported."""
+    layout = Layout.of([("q", 5, 7), ("v", 3, 4)], lora_rank=max(ranks))
+    layout = dataclasses.replace(layout, ranks=tuple(ranks))
+    world = distributed.start(RUN_SECONDS)
+
+    def assert_padded(client: int, row: torch.Tensor) -> None:
+        for factor in ALL:
+            for view in layout.along_rank(factor, row[None, layout.columns(factor)]):
+                assert not view[..., ranks[client] :].any()
+                assert view[..., : ranks[client]].all()
+
+    try:
+        clients = ClientStore(range(N), layout, CPU, clients_per_pass=per_pass, moments=MOMENTS)
+        for factor in ALL:
+            clients.set_shared(factor, torch.ones(clients.widths[factor.lower()]))
+        for cohort in cohorts:
+            some = sorted(cohort)
+            with closing(clients.passes(list(groups(some, per_pass)), ALL)) as passes:
+                for rows in passes:
+                    for position, client in enumerate(rows.clients):
+                        assert_padded(client, rows.values[position])
+                        rows.values[position] *= 1.0 + client
+            weights = aggregation.normalised_weights(N, some, None)
+            aggregation.share(world, clients, averaged, weights)
+        together = clients.load_values(clients.own)
+        for client in clients.own:
+            assert_padded(client, together[client])
+            assert_padded(client, clients.load_values([client])[0])
+            assert_padded(client, clients.row(client))
     finally:
         distributed.stop(world)
 

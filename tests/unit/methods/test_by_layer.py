@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -42,6 +44,7 @@ def first(sent: SentLayer) -> CommonLayer:
     """The factors of the first client that sent, and where the step has its facts from."""
     assert sent.clients == (0, 2, 3, 4)
     assert sent.gamma == 0.5
+    assert sent.ranks == (2, 2, 2, 2)
     assert torch.equal(sent.weights, torch.tensor([0.1, 0.3, 0.4, 0.2], dtype=torch.float64))
     for values in sent.before.values():
         assert (values == 7.0).all()
@@ -175,3 +178,31 @@ def test_the_message_is_the_factors_of_the_senders_and_a_share_of_the_result() -
     assert by_layer.message_bytes(LAYOUT, ("A", "B"), [[0, 2, 3]]) == 4 * (3 * size + size)
     two = by_layer.message_bytes(LAYOUT, ("A", "B"), [[0], [2, 3]])
     assert 4 * (2 * size + size / 2) <= two < 4 * (2 * size + size)
+
+
+def test_clients_of_different_ranks_are_sent_with_zeros_beyond_them() -> None:
+    layout = dataclasses.replace(LAYOUT, ranks=(2, 1, 1))
+    world = distributed.start(RUN_SECONDS)
+    seen: list[SentLayer] = []
+
+    def step(sent: SentLayer) -> CommonLayer:
+        seen.append(sent)
+        return CommonLayer({factor: values[0] for factor, values in sent.factors.items()})
+
+    try:
+        cpu = torch.device("cpu")
+        clients = ClientStore(range(3), layout, cpu, clients_per_pass=1, moments=())
+        for factor in ("A", "B"):
+            clients.set_shared(factor, torch.ones(clients.widths[factor.lower()]))
+        layers = ByLayer(world, clients, [[0, 2]], [0.5, 0.0, 0.5], [0.5, 1.0, 2.0])
+        layers.share(step, ("A", "B"))
+    finally:
+        distributed.stop(world)
+    assert len(seen) == len(SHAPES)
+    for sent in seen:
+        assert sent.ranks == (2, 1) and sent.gammas.tolist() == [0.5, 2.0]
+        assert sent.factors["A"].sum(dim=2).gt(0).tolist() == [[True, True], [True, False]]
+        assert sent.factors["B"].sum(dim=1).gt(0).tolist() == [[True, True], [True, False]]
+        assert (sent.before["A"] == 1).all()
+        with pytest.raises(ValueError, match="different gammas"):
+            _ = sent.gamma

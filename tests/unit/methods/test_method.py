@@ -1,11 +1,13 @@
 """Tests of the methods: DESIGN section 2, row by row, and the overrides of the ``lora`` section."""
 
+from dataclasses import replace
+
 import pytest
 
 from sfed.config import load as config_load
 from sfed.config import own_method
 from sfed.methods.method import METHODS, resolve
-from sfed.utils.errors import UserError
+from sfed.utils.errors import ConfigError, UserError
 
 AB, A, B, NONE = ("A", "B"), ("A",), ("B",), ()
 LORA, RSLORA, SFED = (0.0, -1.0), (0.0, -0.5), (0.5, -0.5)
@@ -142,3 +144,12 @@ def test_ablations_change_what_is_kept_apart():
     assert not resolve(config_load.validate(own)).keeps_apart("A"), "averaged before the first step"
     own = {"federated": {"method": "local"}, "lora": {"init": "independent"}}
     assert resolve(config_load.validate(own)).keeps_apart("A")
+
+
+def test_a_server_step_says_whether_it_takes_clients_of_different_ranks() -> None:
+    stepped = replace(METHODS["fedsa"], server_step=lambda sent: sent, name="mine")
+    assert stepped.gammas([4, 4], [1.0, 1.0]) == (4.0, 4.0)
+    with pytest.raises(ConfigError, match=r"'mine': its server step does not say .*mixed_ranks"):
+        stepped.gammas([4, 8], [1.0, 1.0])
+    assert replace(stepped, mixed_ranks=True).gammas([4, 8], [1.0, 1.0]) == (4.0, 2.0)
+    assert METHODS["fedsa"].gammas([4, 8], [1.0, 1.0]) == (4.0, 2.0)
