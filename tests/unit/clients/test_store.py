@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -128,13 +128,6 @@ def test_clients_of_a_smaller_rank_have_zeros_beyond_it_wherever_they_are(
     layout = Layout.of([("q", 5, 7), ("v", 3, 4)], lora_rank=max(ranks))
     layout = dataclasses.replace(layout, ranks=tuple(ranks))
     world = distributed.start(RUN_SECONDS)
-
-    def assert_padded(client: int, row: torch.Tensor) -> None:
-        for factor in ALL:
-            for view in layout.along_rank(factor, row[None, layout.columns(factor)]):
-                assert not view[..., ranks[client] :].any()
-                assert view[..., : ranks[client]].all()
-
     try:
         clients = ClientStore(range(N), layout, CPU, clients_per_pass=per_pass, moments=MOMENTS)
         for factor in ALL:
@@ -143,18 +136,25 @@ def test_clients_of_a_smaller_rank_have_zeros_beyond_it_wherever_they_are(
             some = sorted(cohort)
             with closing(clients.passes(list(groups(some, per_pass)), ALL)) as passes:
                 for rows in passes:
-                    for position, client in enumerate(rows.clients):
-                        assert_padded(client, rows.values[position])
-                        rows.values[position] *= 1.0 + client
+                    assert_padded(layout, rows.clients, rows.values)
+                    rows.values.mul_(torch.tensor(rows.clients)[:, None] + 1.0)
             weights = aggregation.normalised_weights(N, some, None)
             aggregation.share(world, clients, averaged, weights)
-        together = clients.load_values(clients.own)
+        assert_padded(layout, clients.own, clients.load_values(clients.own))
         for client in clients.own:
-            assert_padded(client, together[client])
-            assert_padded(client, clients.load_values([client])[0])
-            assert_padded(client, clients.row(client))
+            assert_padded(layout, [client], clients.load_values([client]))
+            assert_padded(layout, [client], clients.row(client)[None])
     finally:
         distributed.stop(world)
+
+
+def assert_padded(layout: Layout, clients: Sequence[int], rows: torch.Tensor) -> None:
+    """Zeros beyond the rank of each client, and nothing else is zero."""
+    for factor in ALL:
+        for view in layout.along_rank(factor, rows[:, layout.columns(factor)]):
+            for client, values in zip(clients, view, strict=True):
+                rank = layout.rank_of(client)
+                assert values[:, :rank].all() and not values[:, rank:].any()
 
 
 def test_the_device_holds_two_groups_whatever_the_number_of_clients() -> None:
