@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sfed.config.schema import DEFAULT_LOCAL_STEPS, ClientSection, Config
 from sfed.utils.errors import ConfigError
-from sfed.utils.text import counted
+from sfed.utils.text import counted, printable
 
 _MOST_NAMED = 16
 
@@ -81,9 +81,11 @@ def _by_number(
         if client is None and key.isdecimal() and int(key) < len(names):
             client = int(key)
         if client is None:
-            mistakes.append(f"clients.{key}: no client has this name; {_known(key, names)}")
+            mistakes.append(
+                f"clients.{printable(key)}: no client has this name; {_known(key, names)}"
+            )
         elif client in found:
-            mistakes.append(f"clients.{key}: client {client} is named twice, by name and by number")
+            mistakes.append(f"clients.{printable(key)}: client {client} is named twice")
         else:
             found[client] = section
     if mistakes:
@@ -93,14 +95,14 @@ def _by_number(
 
 def _known(key: str, names: Sequence[str]) -> str:
     """Which clients there are."""
-    called = [name for name in names if name]
+    called, last = [name for name in names if name], len(names) - 1
     if not called:
-        last = len(names) - 1
         return f"the clients have no names: write their numbers, 0 to {last}"
-    shown = ", ".join(called[:_MOST_NAMED])
+    shown = ", ".join(map(printable, called[:_MOST_NAMED]))
     more = f" and {len(called) - _MOST_NAMED} more" if len(called) > _MOST_NAMED else ""
     near = difflib.get_close_matches(key, called, n=1)
-    return f"the clients are {shown}{more}" + (f"; did you mean {near[0]}?" if near else "")
+    hint = f"; did you mean {printable(near[0])}?" if near else ""
+    return f"the clients are {shown}{more}, or their numbers, 0 to {last}{hint}"
 
 
 def largest_rank(config: Config) -> int:

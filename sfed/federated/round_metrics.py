@@ -43,7 +43,8 @@ def header(run: Run) -> list[str]:
         *run.data.lines,
         f"{_gamma(run)}; A starts {start}",
         *_settings(run),
-        f"adapter: {layout.size:,} parameters per client; a round sends "
+        f"adapter: {'up to ' if run.has_mixed_ranks else ''}{layout.size:,} parameters per client; "
+        "a round sends "
         f"{' and '.join(plan.averaged) or 'nothing'} ({_message_bytes(run, plan):,} bytes)",
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
         *_placement(run),

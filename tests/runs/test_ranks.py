@@ -218,6 +218,9 @@ def test_a_run_of_mixed_ranks_equals_the_reference_and_stock_peft(
                 assert difference(found, getattr(layer, factor).data) < 1e-5
         loss = loss_of(tiny_folder, path, [rows[i] for i in parts[number]["eval"]])
         assert last["clients"][number]["personal_loss"] == pytest.approx(loss, rel=1e-5)
+    widths = sum(layer.base.in_features for layer in clients[0].layers.values())
+    if method == "sfed":
+        assert last["comm/uploaded_bytes"] == 4 * max(RANKS) * widths
     # The global adapter is the exact mean of the personal models.
     facts = json.loads((folder / "adapters" / "global" / "adapter_config.json").read_text())
     assert (facts["r"], facts["lora_alpha"]) == (max(RANKS), max(RANKS))

@@ -127,6 +127,16 @@ def test_a_run_becomes_a_page_with_its_figures(run: Path, capsys) -> None:
         assert len(png) > 10_000, "more than an empty page"
 
 
+def test_clients_of_different_ranks_are_told_by_the_least_and_the_most(run: Path) -> None:
+    """And are no point of a figure over r."""
+    path = run / "config.json"
+    facts = json.loads(path.read_text())
+    facts["resolved"] |= {"ranks": [64, 4], "gamma": [0.25, 1.5]}
+    path.write_text(json.dumps(facts))
+    assert "N = 2, r = 4 to 64, gamma = 0.25 to 1.5, 2 of 2" in text_of(make_report(run))
+    assert grouping.sweeps([run_record.open_run(run)]) == []
+
+
 def test_the_last_round_counts_and_the_best_is_named_so(run: Path) -> None:
     words = text_of(make_report(run))
     assert "Means over clients after round 2" in words
