@@ -23,7 +23,7 @@ from sfed.config import load as config_load
 from sfed.data.batches import Order
 from sfed.federated import session
 from sfed.utils.rng import Stream, derive
-from tests.support import runs, tiny
+from tests.support import glue, runs, tiny
 from tests.support.reference import Lora, cohorts_of, parts_of, shares, tokenised
 
 pytestmark = pytest.mark.slow
@@ -268,3 +268,37 @@ def test_mixed_ranks_depend_on_no_placement_and_no_resume(
     run(tiny_folder, tmp_path, "two", 2, federated={**two_of_three, "num_rounds": 2}, **sections)
     two = run(tiny_folder, tmp_path, "two", 2, federated=two_of_three, **sections)
     assert runs.relative_difference(runs.adapters(two), whole) < 1e-5
+
+
+@pytest.mark.dist
+@pytest.mark.full
+def test_mixed_ranks_batches_and_steps_keep_step_under_zero3(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Micro passes of the largest batch on every process, whatever its own clients have."""
+    sections: dict[str, Any] = {"clients": CLIENTS, "train": {"micro_batch_size": 2}}
+    whole = run(tiny_folder, tmp_path, "none", **sections)
+    sharded = run(tiny_folder, tmp_path, "zero3", 2, backbone={"sharding": "zero3"}, **sections)
+    assert runs.relative_difference(runs.adapters(sharded), runs.adapters(whole)) < 1e-4
+
+
+def test_a_classifier_has_a_head_beside_factors_of_its_own_rank(
+    glue_folder: Path, tmp_path: Path
+) -> None:
+    files = glue.save_rows(tmp_path / "rows.jsonl", "rte", 24)
+    folder = run(
+        tmp_path,
+        tmp_path,
+        "run",
+        model={"name": str(glue_folder / "roberta")},
+        data={"task": "glue", "name": "rte", "train_files": str(files)},
+        lora={"rank": RANKS, "target_modules": ["query", "value"]},
+        federated={"share_head": True, "clients_per_pass": 2, "num_rounds": 1},
+    )
+    found = runs.adapters(folder)
+    for name, rank in zip([*NAMES, "global"], [*RANKS, max(RANKS)], strict=True):
+        for key, tensor in found[name].items():
+            if "lora_" in key:
+                assert rank == tensor.shape["lora_B" in key]
+            else:
+                assert torch.equal(tensor, found["global"][key]) and tensor.any()
