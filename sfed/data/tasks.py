@@ -64,6 +64,12 @@ class Task:
         """What a loss is a mean over: a supervised token, or an example."""
         return "example" if self.is_classification else "token"
 
+    @property
+    def loss_in_words(self) -> str:
+        """What a loss is, for persons."""
+        regresses = self.is_classification and not self.classes
+        return "squared error" if regresses else f"nats per {self.loss_unit}"
+
 
 def _worked_answer(row: Row) -> Pair:
     pair = prompts.question(row)

@@ -49,18 +49,13 @@ def measure(loaded: Loaded, titles: Sequence[str]) -> dict[str, Any]:
         "base_model": loaded.config.model.name,
         "gamma": loaded.gamma,
         "examples": run.data.eval_counts[0],
-        "loss_unit": _unit(run),
+        "loss_unit": run.task.loss_in_words,
         "scores": list(names),
         "notes": list(run.data.notes),
         "adapters": [
             _entry(run, measured, number, title) for number, title in enumerate([BASE, *titles])
         ],
     }
-
-
-def _unit(run: Run) -> str:
-    regresses = run.task.is_classification and not run.task.classes
-    return "squared error" if regresses else f"nats per {run.task.loss_unit}"
 
 
 def _entry(run: Run, measured: Measured, number: int, title: str) -> dict[str, Any]:

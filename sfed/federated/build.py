@@ -108,11 +108,8 @@ def build(
     of_config = (asked, world, task_of(config), tokenizer, method, num_clients, gamma)
     clients = _clients(config, world, attached, placed[world.rank], sharing)
     rest = (resume.course_from(found, config), None, _class_weights(config, world, held))
-    finished = 0 if found is None else found.metadata["finished_rounds"]
-    private = private_mean.open_mean(asked, world, method, num_clients, finished)
-    run = Run(*of_config, frozen, attached, held, clients, sharing, *rest, private)
-    changed = _changed_weights(method, world, frozen, attached)
-    run = dataclasses.replace(run, changed=changed, origin=_origin(run, source, found))
+    run = Run(*of_config, frozen, attached, held, clients, sharing, *rest)
+    run = _with_options(run, source, found)
     loaded = fingerprints.when_built(run, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
     run = _as_far_as_right(run, console.warn)
@@ -121,6 +118,18 @@ def build(
     for line in round_metrics.header(run):
         console.say(line)
     return run
+
+
+def _with_options(run: Run, source: Source | None, found: CheckpointRef | None) -> Run:
+    """Add what few runs have: privacy, weights that change, adapters to start from. Collective."""
+    finished = 0 if found is None else found.metadata["finished_rounds"]
+    of_run = (run.config, run.world, run.method, run.num_clients)
+    return dataclasses.replace(
+        run,
+        privacy=private_mean.open_mean(*of_run, finished),
+        changed=_changed_weights(run.method, run.world, run.backbone, run.adapters),
+        origin=_origin(run, source, found),
+    )
 
 
 def _source(config: Config, world: World, found: CheckpointRef | None) -> Source | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from sfed.clients.round_stats import RoundStats
 from sfed.clients.schedule import Course
 from sfed.clients.store import ClientStore, groups
 from sfed.config.schema import Config
@@ -16,15 +17,15 @@ from sfed.data.packing import Packing
 from sfed.data.splits import Data
 from sfed.data.tasks import Task
 from sfed.distributed.world import World
-from sfed.federated.round_stats import RoundStats
 from sfed.lora.adapters import Adapters
 from sfed.memory.clients_per_pass import ClientsPerPass
-from sfed.methods import sampling
+from sfed.methods import aggregation, by_layer, sampling
 from sfed.methods.aggregation import normalised_weights
 from sfed.methods.method import Method
 from sfed.models.backbone import Backbone
 from sfed.models.changed_weights import ChangedWeights
 from sfed.models.objective import Objective, objective_of, why_padded
+from sfed.privacy import mean as private_mean
 from sfed.privacy.mean import PrivateMean
 from sfed.storage.origin import Origin
 
@@ -134,6 +135,20 @@ class Run:
     def senders(self, weights: Sequence[float]) -> list[list[int]]:
         """The clients of each process that have a weight above 0 in the mean."""
         return [[client for client in own if weights[client] > 0] for own in self.placement]
+
+    def message_bytes(self, plan: RoundPlan) -> int:
+        """Bytes that the mean and the server step of a round send."""
+        layout = self.clients.layout
+        if self.privacy is not None:
+            parameters = aggregation.message_bytes(layout, plan.averaged) // 4
+            return private_mean.message_bytes(parameters)
+        senders = self.senders(self.weights(plan.cohort))
+        of_step = by_layer.message_bytes(layout, plan.stepped, senders) if plan.stepped else 0
+        if self.method.changes_base and plan.stepped:
+            rows = self.config.lora.rank * sum(map(len, senders))
+            of_step += by_layer.base_change_bytes(layout, plan.stepped, rows, self.world.size)
+        controlled = plan.received if self.config.federated.scaffold else ()
+        return of_step + aggregation.message_bytes(layout, (*plan.means, *controlled))
 
     def groups(self, clients: Sequence[int]) -> list[list[Group]]:
         """Which of these clients share passes: the groups of each process, in order."""

@@ -17,6 +17,7 @@ import torch
 
 from sfed.clients.local_terms import LocalTerms, MethodTerm, mean_weights
 from sfed.clients.optimizer import StackedOptimizer
+from sfed.clients.round_stats import RoundStats
 from sfed.clients.schedule import learning_rate
 from sfed.clients.state import CONTROL, PassState
 from sfed.data import batches
@@ -27,7 +28,6 @@ from sfed.distributed.sync import barrier
 from sfed.distributed.world import all_gather_rows
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.lockstep import Lockstep
-from sfed.federated.round_stats import RoundStats
 from sfed.utils.rng import Stream, derive
 
 OnStep = Callable[[int, int, Callable[[], float], int], None]

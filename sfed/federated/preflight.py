@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sfed.config.schema import Config
+from sfed.config.schema import Config, OutputSection
 from sfed.data.forms.pair import Pair
 from sfed.data.partition import value_of
 from sfed.data.tasks import checked_pair, task_of
@@ -33,9 +33,9 @@ def check(config: Config, num_processes: int | None = None) -> str:
     """Check what needs neither torch nor a model, before anything is loaded.
 
     That is: a method that is unstable with this scaling, adapters to start from that are not there
-    or not plain LoRA, more processes than clients, files that do
-    not exist, are of no known kind or hold what cannot be learned from, an ``output.resume`` that
-    is no folder, trackers or bitsandbytes that are not installed, what privacy cannot stand beside.
+    or not plain LoRA, more processes than clients, files that do not exist, are of no known kind or
+    hold what cannot be learned from, an ``output.resume`` that is no folder, trackers or
+    bitsandbytes that are not installed, what privacy cannot stand beside.
 
     Args:
         config: the configuration.
@@ -63,18 +63,7 @@ def check(config: Config, num_processes: int | None = None) -> str:
         mistakes.append(
             f"data.chat_template: {template!r} is neither a file nor a template, which has braces"
         )
-    if config.output.resume not in ("auto", "never") and not Path(config.output.resume).is_dir():
-        mistakes.append(
-            f"output.resume = {config.output.resume!r}: neither auto nor never nor a folder"
-        )
-    mistakes += trackers.mistakes(config.output.trackers)
-    mistakes += _missing_quantization(config)
-    mistakes += _unwritable(Path(config.output.dir))
-    if (prom := config.output.prometheus_file) and not _can_write(Path(prom).parent):
-        mistakes.append(
-            f"output.prometheus_file = {prom!r}: {Path(prom).parent} is no folder that can be "
-            "written to; make it, or name a file in another one"
-        )
+    mistakes += [*_of_output(config.output), *_missing_quantization(config)]
     files = [name for listing in listings for name in listing.files if is_local(name)]
     checked = check_files(files, partial(_check_row, config))
     faults = _said(files, checked.faults + _too_few(config, files, checked))
@@ -83,6 +72,19 @@ def check(config: Config, num_processes: int | None = None) -> str:
     if faults:
         raise DataError("\n".join(faults))
     return checked.summary if files else ""
+
+
+def _of_output(output: OutputSection) -> Iterator[str]:
+    """What is wrong with the places that a run reads its checkpoints from and writes to."""
+    if output.resume not in ("auto", "never") and not Path(output.resume).is_dir():
+        yield f"output.resume = {output.resume!r}: neither auto nor never nor a folder"
+    yield from trackers.mistakes(output.trackers)
+    yield from _unwritable(Path(output.dir))
+    if (prom := output.prometheus_file) and not _can_write(Path(prom).parent):
+        yield (
+            f"output.prometheus_file = {prom!r}: {Path(prom).parent} is no folder that can be "
+            "written to; make it, or name a file in another one"
+        )
 
 
 def _missing_quantization(config: Config) -> list[str]:

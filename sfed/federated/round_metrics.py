@@ -13,22 +13,20 @@ from typing import Any
 
 import torch
 
+from sfed.clients.round_stats import RoundStats
 from sfed.clients.schedule import learning_rate
 from sfed.config import own_method
-from sfed.config.schema import SERVER_KEYS
 from sfed.data.placement import by_number
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.evaluate import Evaluation, Measured, score_names
-from sfed.federated.round_stats import RoundStats
-from sfed.lora.quantized import quantised_layers
+from sfed.lora import quantized
 from sfed.lora.targets import last_parts
-from sfed.methods import aggregation, by_layer
+from sfed.methods import aggregation
 from sfed.methods.server_optimizer import ServerOptimizer
 from sfed.models.hf_config import dtype_name
 from sfed.observability import metrics
 from sfed.observability.console import Console
 from sfed.observability.trackers import MetricLogger
-from sfed.privacy import mean as private_mean
 from sfed.storage.checkpoint_writer import Writer
 from sfed.utils import versions
 from sfed.utils.text import counted
@@ -50,11 +48,11 @@ def header(run: Run) -> list[str]:
         f"adapter: {layout.size:,} parameters per client on {_adapted(run)}; a round sends "
         f"{' and '.join(plan.averaged) or 'nothing'}"
         f"{', and changes of the frozen weights' if run.method.changes_base else ''} "
-        f"({_message_bytes(run, plan):,} bytes)",
-        *_privacy(run),
+        f"({run.message_bytes(plan):,} bytes)",
+        *([run.privacy.line(run.config, method)] if run.privacy and run.privacy.secret else []),
         *_terms(run, plan),
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
-        *_quantization(run),
+        *filter(None, [quantized.summary(run.backbone.model, run.config.model.quantization)]),
         f"attention: {_attention(run)}",
         *_placement(run),
         f"rows: padded ({run.why_padded})"
@@ -63,23 +61,9 @@ def header(run: Run) -> list[str]:
         *_passes(run),
         *_classes(run),
         *filter(None, [run.course.line(run.config.train)]),
-        f"losses: {_loss_unit(run)}; personal = each client's adapter on its own held-out data"
-        + ("" if method.is_alone else ", global = A with the mean of B on everybody's"),
+        f"losses: {run.task.loss_in_words}; personal = each client's adapter on its own held-out "
+        "data" + ("" if method.is_alone else ", global = A with the mean of B on everybody's"),
     ]
-
-
-def _message_bytes(run: Run, plan: RoundPlan) -> int:
-    """Bytes that the mean and the server step of a round send."""
-    layout = run.clients.layout
-    if run.privacy is not None:
-        return private_mean.message_bytes(aggregation.message_bytes(layout, plan.averaged) // 4)
-    senders = run.senders(run.weights(plan.cohort))
-    of_step = by_layer.message_bytes(layout, plan.stepped, senders) if plan.stepped else 0
-    if run.method.changes_base and plan.stepped:
-        rows = run.config.lora.rank * sum(map(len, senders))
-        of_step += by_layer.base_change_bytes(layout, plan.stepped, rows, run.world.size)
-    controlled = plan.received if run.config.federated.scaffold else ()
-    return of_step + aggregation.message_bytes(layout, (*plan.means, *controlled))
 
 
 def _terms(run: Run, plan: RoundPlan) -> list[str]:
@@ -94,25 +78,8 @@ def _terms(run: Run, plan: RoundPlan) -> list[str]:
         of = " and ".join(plan.received) or "nothing"
         lines.append(f"gradients: of {of} corrected by control variates, which are sent (SCAFFOLD)")
     if optimizer := ServerOptimizer.of(run.config.federated):
-        read = SERVER_KEYS[optimizer.kind]
-        values = [f"{key} {getattr(optimizer, key.removeprefix('server_')):g}" for key in read]
-        lines.append(f"server: {optimizer.kind} on the mean ({', '.join(values)})")
+        lines.append(optimizer.line)
     return lines
-
-
-def _privacy(run: Run) -> list[str]:
-    """The line about privacy: what the planned rounds come to, if none is repeated."""
-    if run.privacy is None or run.privacy.secret is None:
-        return []
-    guarantee, num_rounds = run.privacy.guarantee, run.config.federated.num_rounds
-    planned = private_mean.planned_releases(run.config, run.method, num_rounds)
-    told = private_mean.describe(guarantee, guarantee.epsilon(planned))
-    sampling = guarantee.sampling
-    kind = "Poisson, expected" if sampling.is_poisson else "fixed"
-    return [
-        f"privacy of what is sent, after {num_rounds} rounds: {told}; cohort {sampling.cohort} of "
-        f"{sampling.num_clients} ({kind}), from a secret key"
-    ]
 
 
 def _method_name(run: Run) -> str:
@@ -121,19 +88,6 @@ def _method_name(run: Run) -> str:
     if not own_method.is_own(name):
         return name
     return f"{run.method.name} ({name}, source {own_method.OwnMethod.parse(name).digest()})"
-
-
-def _quantization(run: Run) -> list[str]:
-    """The line about weights that are stored as codes."""
-    layers = [layer for _, layer in quantised_layers(run.backbone.model)]
-    if not layers:
-        return []
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
-    dtype = str(run.backbone.model.dtype).removeprefix("torch.")
-    return [
-        f"quantization: {run.config.model.quantization} codes for the {weights:,} weights of "
-        f"{len(layers)} linear layers, {dtype} for all others"
-    ]
 
 
 def _start(run: Run) -> list[str]:
@@ -201,11 +155,6 @@ def _classes(run: Run) -> list[str]:
     ]
     more = f" and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
     return [f"classes and training examples: {', '.join(told[:_MOST_NAMED])}{more}"]
-
-
-def _loss_unit(run: Run) -> str:
-    regresses = run.task.is_classification and not run.task.classes
-    return "squared error" if regresses else f"nats per {run.task.loss_unit}"
 
 
 def describe_run(run: Run) -> dict[str, Any]:
@@ -283,6 +232,19 @@ class RoundMeasurements:
     """How long it took, behind this round, to be whole; None where there was none or it is not."""
     round_seconds: float = 0.0
     """Sum of the phases: local, wait, aggregate, evaluate."""
+
+    @property
+    def seconds(self) -> dict[str, float | None]:
+        """The durations by their names in an event."""
+        return {
+            metrics.ROUND_SECONDS: self.round_seconds,
+            metrics.LOCAL_SECONDS: self.local_seconds,
+            metrics.WAIT_SECONDS: self.wait_seconds,
+            metrics.AGGREGATE_SECONDS: self.aggregate_seconds,
+            metrics.EVALUATE_SECONDS: self.evaluate_seconds,
+            metrics.CHECKPOINT_SECONDS: self.checkpoint_seconds,
+            metrics.CHECKPOINT_WRITE_SECONDS: self.checkpoint_write_seconds,
+        }
 
 
 class RoundLog:
@@ -365,13 +327,7 @@ def round_event(
     event[metrics.EVALUATION_BYTES] = measured.similarity_bytes + (
         evaluation.communicated_bytes if evaluation else 0
     )
-    event[metrics.ROUND_SECONDS] = measured.round_seconds
-    event[metrics.LOCAL_SECONDS] = measured.local_seconds
-    event[metrics.WAIT_SECONDS] = measured.wait_seconds
-    event[metrics.AGGREGATE_SECONDS] = measured.aggregate_seconds
-    event[metrics.EVALUATE_SECONDS] = measured.evaluate_seconds
-    event[metrics.CHECKPOINT_SECONDS] = measured.checkpoint_seconds
-    event[metrics.CHECKPOINT_WRITE_SECONDS] = measured.checkpoint_write_seconds
+    event |= measured.seconds
     tokens = 0.0 if stats is None else float(stats.tokens.sum())
     speed = tokens / measured.local_seconds if measured.local_seconds else None
     event[metrics.TOKENS_PER_SECOND] = speed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+from sfed.clients.round_stats import RoundStats
 from sfed.clients.store import draw_initial, initial_a
 from sfed.distributed.shutdown import StopRequest
 from sfed.distributed.sync import raise_everywhere
@@ -16,7 +17,6 @@ from sfed.federated import evaluate, local
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.fingerprints import require_same_mean
 from sfed.federated.round_metrics import RoundLog, RoundMeasurements
-from sfed.federated.round_stats import RoundStats
 from sfed.methods import aggregation
 from sfed.methods.aggregation import ServerSide
 from sfed.methods.by_layer import BaseChanges, ByLayer

@@ -143,12 +143,12 @@ def read(folder: Path, key: str = "") -> PeftFolder:
     try:
         settings = _mapping(folder / ADAPTER_CONFIG)
         _refuse_unknown(settings)
-        rank, gamma = _rank_and_gamma(settings)
+        lora_rank, gamma = _rank_and_gamma(settings)
         shapes = _shapes(folder)
-        _check_factors(shapes, rank)
+        _check_factors(shapes, lora_rank)
         found = PeftFolder(
             path=folder,
-            lora_rank=rank,
+            lora_rank=lora_rank,
             gamma=gamma,
             targets=(),
             base_name=mask(str(settings.get("base_model_name_or_path") or "")),
@@ -197,13 +197,13 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
 
 
 def _rank_and_gamma(settings: Mapping[str, Any]) -> tuple[int, float]:
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or not 0 < rank < 2**31:
-        raise ValueError(f"r = {shown(rank)} is no rank")
+    lora_rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(lora_rank) is not int or not 0 < lora_rank < 2**31:
+        raise ValueError(f"r = {shown(lora_rank)} is no rank")
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:  # type: ignore[operator]
         raise ValueError(f"lora_alpha = {shown(alpha)} is not a number above 0")
-    of_rank = math.sqrt(rank) if settings.get("use_rslora") else rank
-    return rank, float(alpha) / of_rank  # type: ignore[arg-type]
+    of_rank = math.sqrt(lora_rank) if settings.get("use_rslora") else lora_rank
+    return lora_rank, float(alpha) / of_rank  # type: ignore[arg-type]
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -223,7 +223,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_factors(shapes: Mapping[str, tuple[int, ...]], rank: int) -> None:
+def _check_factors(shapes: Mapping[str, tuple[int, ...]], lora_rank: int) -> None:
     """Check that each layer has A and B of this rank, and that there is no other tensor of LoRA."""
     layers: dict[str, set[str]] = {}
     for name, shape in shapes.items():
@@ -232,8 +232,8 @@ def _check_factors(shapes: Mapping[str, tuple[int, ...]], rank: int) -> None:
             if ".lora_" in name:
                 raise ValueError(f"tensor {shown(name)} is not supported: only A and B of layers")
             continue
-        if len(shape) != 2 or shape["AB".index(factor)] != rank:
-            raise ValueError(f"{name} has the shape {list(shape)} and r is {rank}")
+        if len(shape) != 2 or shape["AB".index(factor)] != lora_rank:
+            raise ValueError(f"{name} has the shape {list(shape)} and r is {lora_rank}")
         layers.setdefault(name.removesuffix(_FACTORS[factor]), set()).add(factor)
     odd = sorted(layer for layer, factors in layers.items() if len(factors) == 1)
     if odd or not layers:

@@ -292,6 +292,24 @@ def put_stand_ins(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype) ->
         model.set_submodule(name, layer)
 
 
+def summary(model: PreTrainedModel, scheme: str) -> str | None:
+    """Say which weights are stored as codes; None where none is.
+
+    Args:
+        model: the backbone.
+        scheme: nf4 or int8, or none.
+    """
+    layers = [layer for _, layer in quantised_layers(model)]
+    if not layers:
+        return None
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return (
+        f"quantization: {scheme} codes for the {weights:,} weights of {len(layers)} linear layers, "
+        f"{dtype} for all others"
+    )
+
+
 def quantised_layers(model: nn.Module) -> Iterator[tuple[str, QuantisedLinear]]:
     """The layers that store codes, by their names."""
     for name, module in model.named_modules():

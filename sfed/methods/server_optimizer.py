@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sfed.config.schema import FederatedSection
+from sfed.config.federated_section import SERVER_KEYS, FederatedSection
 
 _SecondMoment = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 _SECOND_MOMENTS: dict[str, _SecondMoment] = {
@@ -50,6 +50,15 @@ class ServerOptimizer:
         return ServerOptimizer(
             kind, lr, section.server_beta1, section.server_beta2, section.server_tau
         )
+
+    @property
+    def line(self) -> str:
+        """It and the constants that it reads, for persons."""
+        values = [
+            f"{key} {getattr(self, key.removeprefix('server_')):g}"
+            for key in SERVER_KEYS[self.kind]
+        ]
+        return f"server: {self.kind} on the mean ({', '.join(values)})"
 
     def step(
         self, before: torch.Tensor, mean: torch.Tensor, state: Mapping[str, torch.Tensor]

@@ -292,7 +292,7 @@ def _clients(facts: Facts, *, is_terminal: bool) -> Table:
         mixes = [""] * facts.num_clients
     if any(mixes):
         table.add_column("labels")
-    process_of = {c: rank for rank, own in enumerate(facts.placement) for c in own}
+    process_of = {c: process for process, own in enumerate(facts.placement) for c in own}
     shown = list(range(facts.num_clients))
     if len(shown) > _MOST_CLIENTS:
         shown = [*shown[: _MOST_CLIENTS // 2], *shown[-_MOST_CLIENTS // 2 :]]

@@ -96,6 +96,17 @@ class PrivateMean:
     secret: Secret | None
     """None on all processes but process 0."""
 
+    def line(self, config: Config, method: Method) -> str:
+        """What the planned rounds come to if none is repeated, for persons; on process 0."""
+        num_rounds, sampling = config.federated.num_rounds, self.guarantee.sampling
+        planned = planned_releases(config, method, num_rounds)
+        kind = "Poisson, expected" if sampling.is_poisson else "fixed"
+        return (
+            f"privacy of what is sent, after {num_rounds} rounds: "
+            f"{describe(self.guarantee, self.guarantee.epsilon(planned))}; cohort "
+            f"{sampling.cohort} of {sampling.num_clients} ({kind}), from a secret key"
+        )
+
     def cohort(self, round_index: int) -> tuple[int, ...]:
         """Return the sorted clients of a 0-based round; of a Poisson cohort perhaps nobody."""
         return keys.draw_cohort(self.cohort_secret, round_index, self.guarantee.sampling)

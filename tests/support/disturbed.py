@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sfed.clients.round_stats import RoundStats
 from sfed.distributed.shutdown import StopRequest
 from sfed.federated import local
 from sfed.federated.context import RoundPlan, Run
-from sfed.federated.round_stats import RoundStats
 from tests.support import runs
 
 

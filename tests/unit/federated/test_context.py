@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sfed.clients.round_stats import RoundStats
 from sfed.federated.context import RoundPlan
-from sfed.federated.round_stats import RoundStats
 
 STEPS = {0: 3, 2: 5}
 PLAN = RoundPlan(4, (0, 2), STEPS, [[(0, 2)]], ("A", "B"), ("A",))
