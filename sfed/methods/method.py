@@ -259,16 +259,33 @@ def resolve(config: Config) -> Method:
     _require_received(config, method)
     if config.federated.join is not None or config.lora.start_from is not None:
         return method
-    if exponents[0] > 0 and not method.averages_a_at_start and not lora.allow_unstable:
+    if not lora.allow_unstable:
+        _refuse_growing_gamma(method)
+    return method
+
+
+def _refuse_growing_gamma(method: Method) -> None:
+    """Refuse a gamma that grows with N where A is no mean of N independent draws."""
+    power = method.exponents[0]
+    if power <= 0:
+        return
+    law = (
+        f"with a gamma that grows with N (N^{power:g}): the factor makes up for the variance that "
+        "a mean of N independent draws of A loses"
+    )
+    if method.server_step is not None:
+        raise UserError(
+            f"federated.method={method.name} {law}, and here a server step makes A. Set "
+            "lora.scaling=rslora, or lora.allow_unstable=true to see it"
+        )
+    if not method.averages_a_at_start:
         what = "one shared draw" if not method.independent_init else "no mean of A at the start"
         key = "lora.init=shared" if not method.independent_init else "a method that keeps A apart"
         raise UserError(
-            f"{key} with a gamma that grows with N (N^{exponents[0]:g}): the factor makes up for "
-            f"the variance that a mean of N independent draws of A loses, and with {what} nothing "
-            "is lost, so the adapter's output would grow with N. Set lora.init=independent and "
-            "average A, or set lora.scaling=rslora, or lora.allow_unstable=true to see it"
+            f"{key} {law}, and with {what} nothing is lost, so the adapter's output would grow "
+            "with N. Set lora.init=independent and average A, or set lora.scaling=rslora, or "
+            "lora.allow_unstable=true to see it"
         )
-    return method
 
 
 def check_joinable(run: Config, folder: str) -> Factors:

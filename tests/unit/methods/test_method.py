@@ -125,6 +125,19 @@ def test_one_draw_of_a_with_a_growing_gamma_is_refused_unless_it_is_permitted(na
     assert permitted.exponents[0] > 0 and not permitted.independent_init
 
 
+@pytest.mark.parametrize("name", ["flexlora", "fedex", "flora"])
+def test_an_a_that_a_server_step_makes_is_refused_with_a_growing_gamma(name):
+    asked = {"init": "independent", "scaling": "sfed"}
+    with pytest.raises(
+        UserError, match=f"federated.method={name} with a gamma that grow"
+    ) as caught:
+        resolved(name, **asked)
+    for remedy in ("lora.scaling=rslora", "lora.allow_unstable=true"):
+        assert remedy in str(caught.value)
+    assert resolved(name, **asked, allow_unstable=True).exponents == SFED
+    assert resolved("hetlora", **asked).exponents == SFED, "its A is a weighted mean"
+
+
 @pytest.mark.parametrize("of_clients", [0.0, -0.5])
 def test_one_draw_of_a_with_a_gamma_that_does_not_grow_is_accepted(of_clients):
     assert resolved("sfed", init="shared", scaling=[of_clients, -0.5]).exponents[0] == of_clients
