@@ -20,7 +20,6 @@ from sfed.storage import adapter_ref
 from sfed.utils import command
 from sfed.utils.command import count
 from sfed.utils.errors import DataError, UserError
-from sfed.utils.redaction import mask
 from sfed.utils.text import printable, some_of
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
             raise UserError(f"{override!r}: after the adapter come key=value; see sfed chat --help")
     found = adapter_ref.find_adapters(given.adapter)
     folder = _one(adapter_ref.choose(found, [given.client] if given.client else [])).folder
-    _say("loading PyTorch and transformers ...")
+    command.tell("loading PyTorch and transformers ...")
     from sfed.chat import answers
     from sfed.federated.loaded import on_backbone, spec_of
     from sfed.storage import adapter_source
@@ -81,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     config = adapter_source.config_for(folder, spec.base_name, given.settings)
     decoding = answers.Decoding(given.max_new_tokens, given.temperature)
     is_terminal = given.prompt is None and sys.stdin.isatty()
-    _say(f"loading {config.model.name} with {folder} ...")
+    command.tell(f"loading {config.model.name} with {folder} ...")
     with on_backbone(config, spec, [folder]) as loaded:
         answer = answers.answerer(loaded, folder, decoding, keeps_turns=is_terminal)
         if given.prompt is not None:
@@ -107,7 +106,7 @@ def _talk(answer: Answer) -> None:
     """Answer what is typed until Ctrl-D or Ctrl-C."""
     with suppress(ImportError):
         import readline  # noqa: F401  (lines can be edited)
-    _say("Ctrl-D ends")
+    command.tell("Ctrl-D ends")
     while True:
         try:
             line = _whole(input("> ")).strip()
@@ -118,7 +117,7 @@ def _talk(answer: Answer) -> None:
         try:
             sys.stdout.write(f"{printable(answer(line), keep=_LAYOUT)}\n")
         except DataError as mistake:
-            _say(str(mistake))
+            command.tell(str(mistake))
 
 
 def _answer_lines(answer: Answer) -> None:
@@ -141,12 +140,6 @@ def _answer_lines(answer: Answer) -> None:
 def _whole(text: str) -> str:
     """A text without halves of surrogate pairs, which stand for bytes that are no UTF-8."""
     return text.encode("utf-8", "replace").decode()
-
-
-def _say(line: str) -> None:
-    """Tell who waits what is under way; the answers go to stdout."""
-    sys.stderr.write(f"{printable(mask(line))}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
             )
     command.check_json(given.json)
     chosen = adapter_ref.choose(adapter_ref.find_adapters(given.adapters), names)
-    _say("loading PyTorch and transformers ...")
+    command.tell("loading PyTorch and transformers ...")
     from sfed.eval import scores
     from sfed.federated import loaded as loading
     from sfed.federated.loaded import spec_of
@@ -73,9 +73,9 @@ def main(arguments: Sequence[str]) -> None:
     if config.data.eval_files is None and config.data.task != "demo":
         raise UserError("name the rows to score: data.eval_files=FILE")
     files_of(config, "eval")
-    _say(f"loading {config.model.name} ...")
+    command.tell(f"loading {config.model.name} ...")
     with loading.on_backbone(config, spec, folders) as loaded:
-        _say(f"scoring {counted(len(chosen), 'adapter')} and the base model ...")
+        command.tell(f"scoring {counted(len(chosen), 'adapter')} and the base model ...")
         results = scores.measure(loaded, [one.title for one in chosen])
     _show(results)
     command.write_json(given.json, results)
@@ -89,10 +89,10 @@ def _show(results: Mapping[str, Any]) -> None:
     from sfed.observability.console import print_table
 
     for note in results["notes"]:
-        _say(f"warning: {note}")
+        command.tell(f"warning: {note}")
     base = results["adapters"][0]["loss"]
     extra = [name for name in ("perplexity", *results["scores"]) if name in results["adapters"][0]]
-    title = f"{results['examples']:,} examples; losses in {results['loss_unit']}"
+    title = f"held-out examples: {results['examples']:,}; losses in {results['loss_unit']}"
     table = Table(title=title, title_justify="left")
     table.add_column("adapter")
     for column in ("loss", "change", *(name.replace("_", " ") for name in extra)):
@@ -107,12 +107,6 @@ def _show(results: Mapping[str, Any]) -> None:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _say(line: str) -> None:
-    """Tell who waits what is under way; the results go to stdout."""
-    sys.stderr.write(f"{printable(mask(line))}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

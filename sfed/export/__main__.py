@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     given = _parser().parse_args(list(arguments))
     open_run(given.run)
     warnings.simplefilter("ignore")
-    _say("loading PyTorch and transformers")
+    command.tell("loading PyTorch and transformers ...")
     from sfed.export import folders, hub, source
     from sfed.lora.card import is_hub_id
     from sfed.observability.third_party import quieten
@@ -73,12 +73,12 @@ def main(arguments: Sequence[str]) -> None:
     out = given.out or given.run / "export" / f"{kind}-{found.finished_rounds:06d}"
     _refuse_existing([out / one.name for one in chosen])
     for one in chosen:
-        _say(f"{'merging' if given.merge else 'writing'} {one.name}")
+        command.tell(f"{'merging' if given.merge else 'writing'} {one.name} ...")
         folders.write(found, one, out / one.name, is_merged=given.merge)
         what = "model" if given.merge else "adapter"
         sys.stdout.write(f"{what:<8} {out / one.name}\n")
     if given.push_to_hub:
-        _say(f"pushing to {given.push_to_hub}")
+        command.tell(f"pushing to {given.push_to_hub} ...")
         sys.stdout.write(f"pushed   {hub.push(out / chosen[0].name, given.push_to_hub)}\n")
         if not given.merge and not is_hub_id(found.base):
             _warn_of_local_base(found.base)
@@ -112,12 +112,6 @@ def _refuse_existing(targets: Sequence[Path]) -> None:
             f"--out: {there[0]} exists, and nothing is overwritten; remove it, or name another "
             "folder with --out"
         )
-
-
-def _say(line: str) -> None:
-    """Tell who waits what is under way; the results go to stdout."""
-    sys.stderr.write(f"{line} ...\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from torch.autograd import Function
 
 from sfed.lora.factors import Factors
 from sfed.lora.ops import Recipe, recipe_of
+from sfed.utils.rng import Stream, derive
 
 _TOKENS_DRAWN = 64
 """Tokens of a sequence whose dropout masks are drawn at once."""
-_FACTOR_OF_SEEDS = 0x9E3779B97F4A7C15
 
 
 @dataclass
@@ -130,26 +130,19 @@ class StackedLoraLinear(nn.Module):
         generator = torch.Generator(device=x.device)
         if x.dim() != 3:
             for seed, rows in zip(seeds, keep.view(len(seeds), -1), strict=True):
-                generator.manual_seed(_mixed(seed, self._layer_index))
+                generator.manual_seed(derive(Stream.DROPOUT, seed, self._layer_index))
                 rows.bernoulli_(1.0 - self.dropout, generator=generator)
             return x * keep / (1.0 - self.dropout)
         # Pieces of one shape, since what a device draws may depend on how much is drawn.
         drawn = x.new_empty(_TOKENS_DRAWN, x.shape[2])
         sequences = len(x) // len(seeds)
         for number, row in enumerate(keep):
-            seed = _mixed(seeds[number // sequences], self._layer_index, number % sequences)
+            words = (seeds[number // sequences], self._layer_index, number % sequences)
             for place, piece in enumerate(row.split(_TOKENS_DRAWN)):
-                generator.manual_seed(_mixed(seed, place))
+                generator.manual_seed(derive(Stream.DROPOUT, *words, place))
                 drawn.bernoulli_(1.0 - self.dropout, generator=generator)
                 piece.copy_(drawn[: len(piece)])
         return x * keep / (1.0 - self.dropout)
-
-
-def _mixed(seed: int, *words: int) -> int:
-    """A seed for what these words number, within the seeds that generators take."""
-    for word in words:
-        seed = (seed * _FACTOR_OF_SEEDS + word + 1) % 2**63
-    return seed
 
 
 class Siblings:

@@ -55,6 +55,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def tell(line: str) -> None:
+    """Tell who waits what is under way, on stderr; the results of a command go to stdout."""
+    sys.stderr.write(f"{printable(mask(line))}\n")
+    sys.stderr.flush()
+
+
 def check_json(path: Path | None) -> None:
     """Refuse a ``--json FILE`` in a folder that does not exist, before anything is computed."""
     if path is not None and not path.parent.is_dir():
