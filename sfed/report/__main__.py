@@ -6,6 +6,8 @@ on a run that is still running. Needs no torch.
 
 from __future__ import annotations
 
+import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +40,29 @@ def _parser() -> command.Parser:
         action="store_true",
         help="also write paper/: the figures as SVG and PDF, the tables as LaTeX and CSV",
     )
+    parser.add_argument(
+        "--reference",
+        metavar="ARM",
+        help="of several runs: the arm that others are compared with, such as fedsa; default: the "
+        "first one",
+    )
+    parser.add_argument(
+        "--target-loss",
+        metavar="LOSS",
+        type=_loss,
+        help="of several runs: count rounds and local steps to this held-out loss",
+    )
     return parser
+
+
+def _loss(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return value
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -56,7 +80,19 @@ def main(arguments: Sequence[str]) -> None:
         sys.stdout.write(f"drawing  {len(stories)} runs{each}\n")
         sys.stdout.flush()
     out = options.out or (Path("report") if len(given) > 1 else next(iter(given)))
-    path = write_report(stories, out, paper=options.paper)
+    for option, value in (
+        ("--reference", options.reference),
+        ("--target-loss", options.target_loss),
+    ):
+        if value is not None and len(stories) < 2:
+            raise UserError(f"{option} {value}: only one run is given; it compares several")
+    path = write_report(
+        stories,
+        out,
+        paper=options.paper,
+        reference=options.reference,
+        target_loss=options.target_loss,
+    )
     sys.stdout.write(f"report   {path}\nfigures  {path.parent / 'figures'}\n")
     if options.paper:
         sys.stdout.write(f"paper    {path.parent / 'paper'}\n")

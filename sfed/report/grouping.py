@@ -14,6 +14,7 @@ from sfed.report.series import Reader
 from sfed.storage.run_record import RunRecord, number
 
 CLIENTS, RANK = "federated.num_clients", "lora.rank"
+_LETTERS = {CLIENTS: "N", RANK: "r"}
 # What moves work around and leaves the numbers as they are.
 _PLACEMENT = (
     "federated.clients_per_pass",
@@ -77,15 +78,17 @@ def group(stories: Sequence[RunRecord], ignored: Sequence[str] = ()) -> list[Gro
                 break
         else:
             found.append((key, [story]))
-    differing = _differing([json.loads(key) for key, _ in found])
-    labels = [_label(members[0], differing) for _, members in found]
+    names = [n for n in differing([members[0] for _, members in found]) if n not in ignored]
+    labels = [label_of(members[0], names) for _, members in found]
     return [
         Group(label if labels.count(label) == 1 else f"{label}, {members[0].name}", members)
         for label, (_, members) in zip(labels, found, strict=True)
     ]
 
 
-def _differing(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def differing(stories: Sequence[RunRecord]) -> list[str]:
+    """The settings in which runs differ, beside the method, as dotted names."""
+    all_settings = [settings(story) for story in stories]
     names = dict.fromkeys(name for one in all_settings for name in one)
     return [
         name
@@ -95,16 +98,21 @@ def _differing(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _label(story: RunRecord, differing: Sequence[str]) -> str:
+def label_of(story: RunRecord, names: Sequence[str]) -> str:
+    """The method of a run and its values of the first three settings: sfed, N = 4, r = 8."""
+    first = sorted(names, key=lambda name: name not in _LETTERS)[:3]
+    return ", ".join([story.method, *phrases(story, first)])
+
+
+def phrases(story: RunRecord, names: Sequence[str]) -> list[str]:
+    """The values of settings, each with its name, such as r = 8; a word says what it is."""
     values = settings(story)
-    short = {CLIENTS: "N", RANK: "r"}
-    words = [
+    return [
         value
-        if isinstance(value := values.get(name), str)  # a word says what it is, as in "shared"
-        else f"{short.get(name, name.rpartition('.')[2])} = {_short(value)}"
-        for name in sorted(differing, key=lambda name: name not in short)[:3]
+        if isinstance(value := values.get(name), str)
+        else f"{_LETTERS.get(name, name.rpartition('.')[2])} = {_short(value)}"
+        for name in names
     ]
-    return ", ".join([story.method, *words])
 
 
 def _short(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sfed.report import comparison_tables, confusion, tables
+from sfed.report.arms.section import ArmsSection, Questions, arms_section
 from sfed.report.comparison_figures import comparisons, law_pictures
 from sfed.report.files import write_files
 from sfed.report.opening.picture import opening_of
@@ -30,7 +31,8 @@ MOST_SECTIONS = 16
 
 
 def page(title: str, **sections: Any) -> str:
-    """The whole page: ``runs``, and ``comparison`` and ``law`` or None. All text is escaped."""
+    """The whole page: ``runs``, and perhaps ``comparison``, ``arms``, ``law``. Text is escaped."""
+    sections = {**dict.fromkeys(("comparison", "arms", "law")), **sections}
     templates = Environment(
         loader=PackageLoader("sfed.report"),
         autoescape=True,
@@ -90,6 +92,11 @@ def comparison_section(stories: Sequence[RunRecord], pictures: Sequence[Picture]
     }
 
 
+def arms_part(found: ArmsSection) -> dict[str, Any]:
+    """Arms against each other, as ``arms.html.j2`` shows them."""
+    return {"intro": found.intro, "entries": found.entries, "figures": _folds(found.pictures)}
+
+
 def law_section(found: Sequence[ScalingFit], pictures: Sequence[Picture]) -> dict[str, Any]:
     """Growth with N and r beside what theory says, as ``law.html.j2`` shows it."""
     return {"rows": comparison_tables.law_rows(found), "figures": _folds(pictures)}
@@ -100,7 +107,14 @@ def _folds(pictures: Sequence[Picture]) -> list[tuple[str, list[Picture]]]:
     return [(folded, list(members)) for folded, members in groupby(pictures, lambda p: p.folded)]
 
 
-def write_report(stories: Sequence[RunRecord], out: Path | str, *, paper: bool = False) -> Path:
+def write_report(
+    stories: Sequence[RunRecord],
+    out: Path | str,
+    *,
+    paper: bool = False,
+    reference: str | None = None,
+    target_loss: float | None = None,
+) -> Path:
     """Write ``report.html`` and ``figures/`` into a folder; needs no torch.
 
     Figures that an earlier report has written there and this one lacks are removed.
@@ -109,16 +123,19 @@ def write_report(stories: Sequence[RunRecord], out: Path | str, *, paper: bool =
         stories: the runs, from ``open_run`` or ``fit``; several are compared.
         out: folder of the report; it is made where it does not exist.
         paper: also write ``paper/``: the figures as SVG and PDF, the tables as LaTeX and CSV.
+        reference: name of the arm that others are compared with, such as a method; None = the
+            first one.
+        target_loss: count rounds and local steps to this held-out loss.
 
     Returns:
         The page, one file that loads nothing.
 
     Raises:
-        UserError: where it cannot be written.
+        UserError: where it cannot be written, or no arm has the name of the reference.
     """
     out = Path(out)
     several = len(stories) > 1
-    comparison, law, runs = None, None, []
+    comparison, arms, law, runs = None, None, None, []
     drawn: dict[str, Picture] = {}
     shown: dict[str, tables.Table] = {}
     if several:
@@ -128,6 +145,10 @@ def write_report(stories: Sequence[RunRecord], out: Path | str, *, paper: bool =
         law = law_section(found, of_law) if found else None
         drawn |= {picture.name: picture for picture in (*compared, *of_law)}
         shown |= tables_of_several(stories, found)
+        if (compared_arms := arms_section(stories, Questions(reference, target_loss))) is not None:
+            arms = arms_part(compared_arms)
+            drawn |= {picture.name: picture for picture in compared_arms.pictures}
+            shown |= compared_arms.tables
     for i, story in enumerate(stories if len(stories) <= MOST_SECTIONS else (), start=1):
         matrix = confusion.picture_of(story)
         pictures = [*pictures_of(story), *([matrix] if matrix else [])]
@@ -136,7 +157,7 @@ def write_report(stories: Sequence[RunRecord], out: Path | str, *, paper: bool =
         drawn |= {prefix + picture.name: picture for picture in pictures}
         shown |= {prefix + name: one for name, one in tables_of_run(story).items()}
     title = f"{len(stories)} federated runs" if several else f"Federated run {stories[0].name}"
-    html = page(title, runs=runs, comparison=comparison, law=law)
+    html = page(title, runs=runs, comparison=comparison, arms=arms, law=law)
     try:
         pngs = {f"{name}.png": picture.png for name, picture in drawn.items()}
         write_files(out / "figures", pngs)

@@ -64,7 +64,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of one line, with one standard deviation to either side where there is one.
+    """Points of one line, with one standard deviation to either side or a band, where there is one.
 
     Curves with the same label look the same in all panels. ``role`` is mean (thick and black),
     client (thin), crowd (thin and grey, one legend entry for all), compared, ordered (as compared,
@@ -75,6 +75,8 @@ class Curve:
     points: Sequence[tuple[float, float]]
     spread: Sequence[float] = ()
     role: str = "compared"
+    band: Sequence[tuple[float, float]] = ()
+    """Lowest and highest of what the line is the mean of."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,30 @@ class Panel:
     always_log: bool = False
     x_label: str = "round"
     x_ticks: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A dot with two intervals, each where it is known."""
+
+    label: str
+    mean: float
+    inner: tuple[float, float] | None
+    """Drawn as a black line with ends."""
+    outer: tuple[float, float] | None
+    """Drawn wide and light, behind it."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """One pair of axes with a row per difference, and a line at 0."""
+
+    title: str
+    rows: Sequence[Difference]
+
+    def part(self, first: int, count: int) -> Differences:
+        """Some rows of it."""
+        return Differences(self.title, self.rows[first : first + count])
 
 
 @dataclass(frozen=True)
@@ -228,15 +254,45 @@ def _draw(axes: Axes, curve: Curve, look: Mapping[str, Any]) -> Any:
 
 def _draw_spread(axes: Axes, curve: Curve, color: str, *, band: bool) -> None:
     """A band along rounds; bars where nothing lies between the points, or there is only one."""
-    if not curve.spread:
-        return
     xs, ys = [x for x, _ in curve.points], [y for _, y in curve.points]
+    ends = curve.band or [(y - one, y + one) for y, one in zip(ys, curve.spread, strict=False)]
+    if not ends:
+        return
+    low, high = [a for a, _ in ends], [b for _, b in ends]
     if band and len(xs) > 1:
-        low = [y - one for y, one in zip(ys, curve.spread, strict=True)]
-        high = [y + one for y, one in zip(ys, curve.spread, strict=True)]
         axes.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
     else:
-        axes.errorbar(xs, ys, curve.spread, color=color, linestyle="", capsize=4, linewidth=1.2)
+        below = [y - a for y, a in zip(ys, low, strict=True)]
+        above = [b - y for y, b in zip(ys, high, strict=True)]
+        axes.errorbar(xs, ys, [below, above], color=color, linestyle="", capsize=4, linewidth=1.2)
+
+
+def differences(panels: Sequence[Differences], kind: str = "png") -> bytes:
+    """Draw differences below each other, the first one on top; panels stand side by side."""
+    with mpl.rc_context(_STYLE):
+        most = max(len(panel.rows) for panel in panels)
+        figure = Figure(figsize=(9, 1.2 + 0.34 * most), dpi=150, layout="constrained")
+        same = len({tuple(row.label for row in panel.rows) for panel in panels}) == 1
+        grid = figure.subplots(1, len(panels), squeeze=False, sharey=same)[0]
+        for axes, panel in zip(grid, panels, strict=True):
+            axes.axvline(0, color=_GREY, linewidth=1.0, zorder=1)
+            for place, row in enumerate(panel.rows):
+                _draw_difference(axes, place, row)
+            labels = [_plain(row.label, 34) for row in panel.rows]
+            axes.set_yticks(range(len(labels)), labels)
+            axes.set_ylim(len(labels) - 0.4, -0.6)
+            axes.grid(visible=False, axis="y")
+            axes.set(title=_plain(panel.title, _TITLE_WIDTHS[2]), xlabel="arm minus reference")
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+        return _written(figure, {}, kind)
+
+
+def _draw_difference(axes: Axes, place: int, row: Difference) -> None:
+    if row.outer:
+        axes.plot(row.outer, [place, place], color=LINES[5], linewidth=7, solid_capstyle="butt")
+    if row.inner:
+        axes.plot(row.inner, [place, place], color=_BLACK, linewidth=1.4, marker="|", markersize=8)
+    axes.plot([row.mean], [place], color=_BLACK, marker="o", markersize=5, zorder=3)
 
 
 def matrices(panels: Sequence[Matrix], kind: str = "png") -> bytes:

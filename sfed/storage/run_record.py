@@ -5,6 +5,7 @@ The report, sweeps, a start that may resume, and the public API read through it.
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from collections import Counter
@@ -28,7 +29,7 @@ KINDS = {
 }
 LOSS = "loss"
 CONFIG_FILE, METRICS_FILE, PARTITION_FILE = "config.json", "metrics.jsonl", "partition.json"
-REPORT_FILE = "report.html"
+REPORT_FILE, SWEEP_FILE = "report.html", "sweep.csv"
 _SQUARED_ERROR_SCORES = ("pearson", "spearman")
 
 
@@ -71,6 +72,8 @@ class RunRecord:
     """The columns in use of the rows that a client's were read from; an older version says none."""
     adapter_folders: Mapping[int, str] = field(default_factory=dict)
     """Name of the folder of each client's adapter, where it is not client-0000 and so on."""
+    digests: Mapping[int, str] = field(default_factory=dict)
+    """Of the tokens of each client's training and held-out examples; an older version says none."""
 
     @property
     def name(self) -> str:
@@ -380,6 +383,7 @@ def open_run(folder: Path | str) -> RunRecord:
             if isinstance(some := part.get("columns"), list)
         },
         adapter_folders=_texts(parts, "adapter"),
+        digests=_texts(parts, "digest"),
     )
 
 
@@ -434,12 +438,32 @@ def expected_adapters(folder: Path, num_clients: int) -> set[str]:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The folder itself, or the run folders in it; what a newer run put aside is left out."""
+    """The folder itself, or the run folders in it; what a newer run put aside is left out.
+
+    Runs of a sweep stand in the order of its ``sweep.csv``, others in that of their names.
+    """
     if (folder / METRICS_FILE).is_file():
         return [folder]
     inside = (path.parent for path in folder.glob(f"*/{METRICS_FILE}"))
     kept = [run for run in inside if not re.search(r"\.old-\d+$", run.name)]
-    return sorted(kept, key=lambda run: natural(run.name)) or [folder]
+    place = {name: i for i, name in enumerate(_cells_of_sweep(folder))}
+
+    def order(run: Path) -> tuple[int, list[tuple[int, str]]]:
+        return place.get(run.name, len(place)), natural(run.name)
+
+    return sorted(kept, key=order) or [folder]
+
+
+def _cells_of_sweep(folder: Path) -> list[str]:
+    """The runs that ``sweep.csv`` names, in its order; none where there is no such file."""
+    path = folder / SWEEP_FILE
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [row["cell"] for row in csv.DictReader(file) if row.get("cell")]
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not readable: {error}") from None
 
 
 def natural(text: str) -> list[tuple[int, str]]:

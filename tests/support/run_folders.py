@@ -86,7 +86,13 @@ def write_run(
     (folder / "config.json").write_text(json.dumps(config))
     labels = [{"yes": 60 + 5 * c, "no": 40} for c in range(num_clients)]
     parts = [
-        {"client": c, "train": list(range(sum(counts.values()))), "eval": [], "labels": counts}
+        {
+            "client": c,
+            "train": list(range(sum(counts.values()))),
+            "eval": [],
+            "labels": counts,
+            "digest": f"{task}-{num_clients}-{seed}-{c}",
+        }
         for c, counts in enumerate(labels)
     ]
     (folder / "partition.json").write_text(json.dumps({"clients": parts}))

@@ -509,6 +509,39 @@ def test_a_folder_of_runs_stands_for_all_of_them(tmp_path: Path, capsys) -> None
     assert "2 federated runs" in text_of((tmp_path / "out" / "report.html").read_text())
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_runs_of_a_sweep_stand_in_its_order_and_the_first_arm_is_the_reference(
+    tmp_path: Path,
+) -> None:
+    sweep = tmp_path / "sweep"
+    for method in ("sfed", "fedsa"):
+        for seed in (0, 1):
+            write_run(sweep / f"{method}-{seed}", method=method, seed=seed)
+    write_run(sweep / "another", method="local")
+    (sweep / "sweep.csv").write_text("cell,status\nsfed-0,complete\nsfed-1,\nfedsa-0,\nfedsa-1,\n")
+    found = [run.name for run in run_record.find_runs(sweep)]
+    assert found == ["sfed-0", "sfed-1", "fedsa-0", "fedsa-1", "another"]
+    assert "sfed reference 2 " in text_of(make_report(sweep))
+    words = text_of(make_report(sweep, "--reference", "fedsa", "--target-loss", "1.5", "--paper"))
+    assert "fedsa reference 2 " in words
+    assert "personal loss at most 1.5" in words
+    names = {path.name for path in (sweep / "paper").iterdir()}
+    assert {"paired-loss-personal.tex", "paired-loss-global.csv", "convergence.tex"} <= names
+    assert {"paired-loss-differences.svg", "paired-loss-curves-personal.pdf"} <= names
+
+
+@pytest.mark.parametrize("value", ["nan", "0", "-1", "inf", "low"])
+def test_a_target_that_is_no_loss_is_refused(run: Path, value: str) -> None:
+    with pytest.raises(UserError, match=r"--target-loss: '.*' is not a finite number above 0"):
+        report.main([str(run), f"--target-loss={value}"])
+
+
+@pytest.mark.parametrize("words", [("--target-loss", "2.0"), ("--reference", "sfed")])
+def test_questions_about_several_runs_are_refused_of_one(run: Path, words: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match=f"{words[0]} {words[1]}: only one run is given"):
+        report.main([str(run), *words])
+
+
 def damage(name: str, text: str):
     return lambda run: (run / name).write_text(text)
 
