@@ -46,7 +46,8 @@ def _entry(key: str, default: str, meaning: str, schema: dict[str, Any]) -> str:
 
 def _about(section: str, schema: dict[str, Any]) -> str:
     """Return what the schema says of a whole section; nothing for a key without one."""
-    reference = schema["properties"][section].get("$ref", "")
+    found = schema["properties"][section]
+    reference = found.get("additionalProperties", found).get("$ref", "")
     return str(schema["$defs"][reference.rpartition("/")[2]]["description"]) if reference else ""
 
 
@@ -54,7 +55,8 @@ def _type_of(key: str, schema: dict[str, Any]) -> str:
     section, _, name = key.partition(".")
     found = schema["properties"][section]
     if name:
-        found = schema["$defs"][found["$ref"].rpartition("/")[2]]["properties"][name]
+        of_section = found.get("additionalProperties", found)["$ref"].rpartition("/")[2]
+        found = schema["$defs"][of_section]["properties"][name.rpartition(".")[2]]
     return _described(found)
 
 
@@ -83,7 +85,8 @@ def _described_list(kind: dict[str, Any]) -> str:
     if "prefixItems" in kind:
         return f"list of {len(kind['prefixItems'])} {_described(kind['prefixItems'][0])}s"
     items = _described(kind["items"])
-    return f"list of {items}{'' if items.startswith('`') else 's'}"
+    noun, space, bounds = items.partition(" ")
+    return f"list of {items}" if items.startswith("`") else f"list of {noun}s{space}{bounds}"
 
 
 def _insert(_: Sphinx, page: str, source: list[str]) -> None:

@@ -116,9 +116,9 @@ class LocalTerms:
             weights_C: (C,) of ``mean_weights`` at this step; None where there are no controls.
             active_C: (C,) bool, whose gradients count.
         """
-        for factor, received_N in self.received.items() if self.prox_mu > 0 else ():
-            columns = self.layout.columns(factor)
-            rows.grads[:, columns].add_(rows.values[:, columns] - received_N, alpha=self.prox_mu)
+        for factor in self.received if self.prox_mu > 0 else ():
+            columns, received = self.layout.columns(factor), self._received(rows, factor)
+            rows.grads[:, columns].add_(rows.values[:, columns] - received, alpha=self.prox_mu)
         if self.of_method is not None:
             self.of_method.add_to(rows, self.layout, self.received)
         for factor, control_N in self.controls.items():
@@ -128,6 +128,15 @@ class LocalTerms:
             moved_CN = torch.lerp(mean_CN, grads_CN, weights_C[:, None])
             mean_CN.copy_(moved_CN.where(active_C[:, None], mean_CN))
             grads_CN.sub_(rows.controls[f"{factor.lower()}_{CONTROL}"]).add_(control_N)
+
+    def _received(self, rows: PassState, factor: str) -> torch.Tensor:
+        """What the clients of a pass received of a factor: (N,) of all, or (C, N) of each."""
+        common_N = self.received[factor]
+        if not self.layout.has_mixed_ranks:
+            return common_N
+        taken_CN = common_N.repeat(len(rows.clients), 1)
+        self.layout.take_common(rows.clients, factor, taken_CN)
+        return taken_CN
 
 
 def _layer(piece: Piece) -> str:

@@ -12,21 +12,29 @@ from dataclasses import dataclass
 from sfed.config.schema import TrainSection
 
 
-def learning_rate(section: TrainSection, num_rounds: int, progress_rounds: float) -> float:
+def learning_rate(
+    section: TrainSection, lr: float, num_rounds: int, progress_rounds: float
+) -> float:
     """Return the learning rate after ``progress_rounds`` rounds (a fraction within a round).
 
     Linear warm-up over ``warmup_rounds``, then constant, or cosine or linear down to 0 at the end
     of the run.
+
+    Args:
+        section: the schedule.
+        lr: of the client, after the warm-up.
+        num_rounds: of the run.
+        progress_rounds: since its start.
     """
     warmup = section.warmup_rounds
     if progress_rounds < warmup:
-        return section.lr * progress_rounds / warmup
+        return lr * progress_rounds / warmup
     rest = (progress_rounds - warmup) / max(num_rounds - warmup, 1e-12)
     if section.schedule == "cosine":
-        return section.lr * 0.5 * (1.0 + math.cos(math.pi * min(rest, 1.0)))
+        return lr * 0.5 * (1.0 + math.cos(math.pi * min(rest, 1.0)))
     if section.schedule == "linear":
-        return section.lr * max(0.0, 1.0 - rest)
-    return section.lr
+        return lr * max(0.0, 1.0 - rest)
+    return lr
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Course:
             f"{_span(start, end)} over {rounds}"
             for (start, rounds), end in zip(before, starts[1:], strict=True)
         ]
-        rate = learning_rate(section, total, first)
+        rate = learning_rate(section, section.lr, total, first)
         return (
             f"learning rate: {section.schedule} over {total} rounds from round {first + 1} on, "
             f"which begins with {rate:.3g}; {', '.join(past)}"

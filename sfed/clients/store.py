@@ -125,12 +125,24 @@ class ClientStore:
         return values
 
     def factor(self, client: int, factor: str) -> torch.Tensor:
-        """One client's factor, flat, where it rests. Not to be written to."""
+        """One client's factor, flat, where it rests. Not to be written to.
+
+        Of what is shared a client has as much as its LoRA rank, and zeros beyond.
+        """
         name = factor.lower()
-        return self._parts[client].get(name, self._common[name])
+        if name in self._parts[client]:
+            return self._parts[client][name]
+        if self.layout.takes_all(client):
+            return self._common[name]
+        taken = self._common[name].clone()
+        self.layout.take_common([client], factor, taken[None])
+        return taken
 
     def shared(self, factor: str) -> torch.Tensor:
-        """The factor of all clients that hold none of their own, flat, where it rests."""
+        """The factor of all clients that hold none of their own, flat, where it rests.
+
+        With as many rows as the largest LoRA rank.
+        """
         return self._common[factor.lower()]
 
     def owners(self, factor: str) -> list[int]:
@@ -255,7 +267,9 @@ class ClientStore:
     def _set_common(self, factor: str, values: torch.Tensor) -> None:
         if self._stay is not None:
             self._common[factor.lower()] = values.to(self._device, copy=True)
-            self._stay.values[:, self.layout.columns(factor)] = self._common[factor.lower()]
+            staying = self._stay.values[:, self.layout.columns(factor)]
+            staying.copy_(self._common[factor.lower()])
+            self.layout.take_common(self.own, factor, staying)
             return
         with self._ferry.aside():
             self._common[factor.lower()] = self._ferry.keep(values)
@@ -293,6 +307,11 @@ class ClientStore:
                 for row, client in zip(part, clients, strict=True):
                     held = self._parts[client].get(name, self._common.get(name))
                     self._ferry.bring(row, held)
+            for factor in self.layout.factors:
+                part = rows.values[:, self.layout.columns(factor)]
+                for row, client in zip(part, clients, strict=True):
+                    if factor.lower() not in self._parts[client]:
+                        self.layout.take_common([client], factor, row[None])
         return rows, self._ferry.mark()
 
     def _take_back(self, rows: PassState, trained: Sequence[str]) -> None:
@@ -321,7 +340,7 @@ def initial_a(own: Sequence[int], adapters: Adapters, seed: int) -> Iterator[tor
     """Draw each client's first A, from (seed, client): (parameters of A,) on CPU, one at a time."""
     for client in own:
         generator = torch.Generator().manual_seed(derive(Stream.INIT_A, seed, client))
-        yield adapters.initial_a(generator)
+        yield adapters.initial_a(generator, adapters.layout.rank_of(client))
 
 
 def draw_initial(clients: ClientStore, adapters: Adapters, *, seed: int, independent: bool) -> None:

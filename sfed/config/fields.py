@@ -54,6 +54,20 @@ def weights_by_label(value: Any) -> Any:
     return {str(label) if type(label) is int else label: one for label, one in value.items()}
 
 
+def ranks_by_client(value: Any) -> Any:
+    """Read a list of LoRA ranks; leave a number to pydantic."""
+    if isinstance(value, dict):
+        raise ValueError("single clients stand in a section: clients: {NAME: {rank: R}}")  # noqa: TRY004
+    if not isinstance(value, list | tuple):
+        return value
+    for one in value:
+        if type(one) is not int or one < 1:
+            raise ValueError(f"{one!r} is no LoRA rank, which is a whole number of at least 1")
+    if not value:
+        raise ValueError("the list is empty; give one rank for each client")
+    return tuple(value)
+
+
 Label = str | int
 Exponent = Annotated[float, BeforeValidator(number)]
 Location = Annotated[str, BeforeValidator(at_home)]

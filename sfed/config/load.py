@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 from sfed.config import yaml_text
 from sfed.config.foreign_keys import FOREIGN_KEYS
 from sfed.config.paths import follow
-from sfed.config.schema import DEMO, REQUIRED, Config
+from sfed.config.schema import DEMO, REQUIRED, ClientSection, Config
 from sfed.utils.errors import ConfigError
 from sfed.utils.launcher import launch
 from sfed.utils.redaction import MASK, is_secret_name, masked
@@ -142,10 +142,25 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def following(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return sections that a file says, with their paths as from the folder of the command."""
-    settings, warnings = follow(data, path)
+    settings, warnings = follow(_with_text_keys(data), path)
     for warning in warnings if launch().rank == 0 else ():
         _LOG.warning("%s", warning)
     return settings
+
+
+def _with_text_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sections that a person wrote with the numbers of clients as text.
+
+    Raises:
+        ConfigError: where a client stands twice, as a number and as text.
+    """
+    clients = data.get("clients")
+    if not isinstance(clients, dict):
+        return dict(data)
+    keys = [str(key) if type(key) is int else key for key in clients]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ConfigError(f"clients.{twice[0]}: this client stands twice in the section")
+    return {**data, "clients": dict(zip(keys, clients.values(), strict=True))}
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -183,6 +198,8 @@ def overridden(data: dict[str, Any], override: str) -> dict[str, Any]:
 def put(data: dict[str, Any], dotted: str, value: Any, origin: str) -> dict[str, Any]:
     """Return a copy of ``data`` with the value under a dotted key; ``origin`` asked for it."""
     *parents, leaf = dotted.split(".")
+    if parents[:1] == ["clients"] and len(parents) > 2:  # a name may have dots
+        parents = ["clients", ".".join(parents[1:])]
     result = node = dict(data)
     for depth, parent in enumerate(parents):
         child = node.get(parent) or {}
@@ -194,7 +211,7 @@ def put(data: dict[str, Any], dotted: str, value: Any, origin: str) -> dict[str,
         node[parent] = dict(child)
         node = node[parent]
     node[leaf] = value
-    return result
+    return _with_text_keys(result) if dotted.startswith("clients") else result
 
 
 def validate(data: dict[str, Any], required: Sequence[str] = ()) -> Config:
@@ -237,7 +254,7 @@ def _narrowed(details: list[ErrorDetails]) -> list[ErrorDetails]:
 
 def _key(detail: ErrorDetails) -> str:
     parts = [str(part) for part in detail["loc"]]
-    depth = 2 if parts and parts[0] in _sections() else 1
+    depth = 3 if parts[:1] == ["clients"] else 2 if parts and parts[0] in _sections() else 1
     return ".".join(parts[:depth])
 
 
@@ -247,7 +264,7 @@ def _explain(detail: ErrorDetails) -> str:
         return f"{key} = {shown(_without_secrets(key, value))}: unknown key{suggestion(key)}"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    if not key or (isinstance(value, dict) and detail["type"] == "value_error"):
+    if not key or (key in _sections() and detail["type"] == "value_error"):
         return f"{key}.{message}" if key else message
     meaning = "" if detail["type"] == "literal_error" else _allowed(key)  # it lists the words
     value = json.dumps(_without_secrets(key, value), default=str)
@@ -260,6 +277,7 @@ def _without_secrets(key: str, value: Any) -> Any:
 
 
 def _allowed(key: str) -> str:
+    key = re.sub(r"^clients\..*\.", "clients.NAME.", key)
     meaning = {known: text for known, _, text in list_keys()}.get(key)
     return f" ({' '.join(meaning.split())})" if meaning else ""
 
@@ -269,7 +287,9 @@ def suggestion(key: str) -> str:
 
     The same last part comes first, then a key of another trainer, then the nearest spelling.
     """
-    known = [name for name, _, _ in list_keys()]
+    if key.startswith("clients."):
+        return f"; a client has {', '.join(ClientSection.model_fields)}"
+    known = [name for name, _, _ in list_keys() if not name.startswith("clients.")]
     leaf = key.rpartition(".")[2]
     near = [name for name in known if name.rpartition(".")[2] == leaf]
     if not near and leaf in FOREIGN_KEYS:
@@ -292,6 +312,12 @@ def list_keys() -> list[tuple[str, str, str]]:
     for section, field in Config.model_fields.items():
         if section == "seed":
             rows.append(("seed", str(defaults["seed"]), field.description or ""))
+            continue
+        if section == "clients":
+            rows += [
+                (f"clients.NAME.{name}", "null", inner.description or "")
+                for name, inner in ClientSection.model_fields.items()
+            ]
             continue
         fields = type(getattr(Config(), section)).model_fields
         for name, inner in fields.items():

@@ -29,6 +29,7 @@ from sfed.config.fields import (
     Section,
     as_list,
     no_fp16,
+    ranks_by_client,
     weights_by_label,
 )
 from sfed.config.privacy_section import PrivacySection
@@ -87,8 +88,9 @@ class PartitionSection(Section):
 class LoraSection(Section):
     """The LoRA adapters."""
 
-    rank: PositiveInt = 8
-    """LoRA rank r."""
+    rank: Annotated[PositiveInt | tuple[PositiveInt, ...], BeforeValidator(ranks_by_client)] = 8
+    """LoRA rank r; a list gives each client its own, in the order of the clients. Ranks of single
+    clients by name are set in the section clients."""
     alpha: float | None = Field(default=None, gt=0, le=1e9)
     """LoRA alpha, above 0 and at most 1e9, in the formula that lora.scaling selects. null = the
     method's default."""
@@ -153,6 +155,20 @@ class TrainSection(Section):
     warmup_rounds: NonNegativeFloat = 0.0
     """Length of the linear warm-up of the learning rate in rounds, at least 0; fractions are
     allowed."""
+
+
+class ClientSection(Section):
+    """What one client has in the place of lora.rank and of keys of train."""
+
+    rank: PositiveInt | None = None
+    """LoRA rank of this client. null = lora.rank."""
+    lr: PositiveFloat | None = None
+    """Learning rate of this client, above 0. null = train.lr."""
+    batch_size: PositiveInt | None = None
+    """Number of sequences per optimizer step of this client. null = train.batch_size."""
+    local_steps: PositiveInt | None = None
+    """Number of optimizer steps of this client per round. null = train.local_steps, or
+    train.local_epochs where that is set."""
 
 
 class BackboneSection(Section):
@@ -262,6 +278,25 @@ class Config(Section):
     evaluation: EvaluationSection = EvaluationSection()
     privacy: PrivacySection = PrivacySection()
     output: OutputSection = OutputSection()
+    clients: dict[str, ClientSection] = Field(default_factory=dict)
+    """What single clients train with, by name or number."""
+
+    @model_validator(mode="after")
+    def _check_clients(self) -> Config:
+        ranks, num_clients = self.lora.rank, self.federated.num_clients
+        if not isinstance(ranks, tuple):
+            return self
+        if num_clients is not None and len(ranks) != num_clients:
+            raise ValueError(
+                f"lora.rank has {len(ranks)} ranks and federated.num_clients={num_clients}; give "
+                "one rank for each client, or one number for all"
+            )
+        if named := [name for name, one in self.clients.items() if one.rank is not None]:
+            raise ValueError(
+                f"clients.{named[0]}.rank and a list in lora.rank both say this client's rank; "
+                "remove one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_numbers(self) -> Config:
@@ -271,10 +306,13 @@ class Config(Section):
                 f"train.local_steps={train.local_steps} and train.local_epochs="
                 f"{train.local_epochs} exclude each other; set one of them to null"
             )
-        if (train.micro_batch_size or 1) > train.batch_size:
+        if (train.micro_batch_size or 1) > (
+            most := max(self.of_clients("batch_size", train.batch_size))
+        ):
             raise ValueError(
                 f"train.micro_batch_size={train.micro_batch_size} is more than "
                 f"train.batch_size={train.batch_size}"
+                + (f" and than {most}, the largest of a client" if self.clients else "")
             )
         if (federated.clients_per_round or 1) > (federated.num_clients or math.inf):
             raise ValueError(
@@ -312,6 +350,11 @@ class Config(Section):
             }
         elif lora.start_from is None:
             return self
+        if isinstance(lora.rank, tuple) or any(one.rank for one in self.clients.values()):
+            raise ValueError(
+                f"ranks of single clients with {key}: r is that of the adapters; remove them from "
+                "lora.rank and clients"
+            )
         for name, value in decided.items():
             if value not in (None, "auto", False):
                 reason = "gamma is that of the adapters"
@@ -433,6 +476,18 @@ class Config(Section):
         if files is None:
             return ()
         return (files,) if isinstance(files, str) else files
+
+    def of_clients(
+        self, key: Literal["rank", "batch_size", "local_steps"], default: int
+    ) -> list[int]:
+        """The values that clients may have of a key, whatever they are called.
+
+        Args:
+            key: of the section of a client.
+            default: of those that are not named; left out where all N are.
+        """
+        others = [default] if len(self.clients) != self.federated.num_clients else []
+        return [getattr(one, key) or default for one in self.clients.values()] + others
 
     @property
     def has_poisson_cohorts(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sfed.config.schema import DEFAULT_LOCAL_STEPS, Config
+from sfed.config.clients import ClientSettings
 from sfed.data import partition
 
 # By number, unless the process with the most work then has more than it would have by work by at
@@ -27,26 +27,17 @@ class Placement:
     """How they were dealt, in plain words."""
 
 
-def local_steps(config: Config, num_examples: int) -> int:
-    """Optimizer steps of a round of a client that has so many training examples."""
-    train = config.train
-    if train.local_epochs is None:
-        return train.local_steps or DEFAULT_LOCAL_STEPS
-    return -(-num_examples * train.local_epochs // train.batch_size)
-
-
-def tokens_of_round(config: Config, num_examples: int, num_tokens: int) -> float:
+def tokens_of_round(settings: ClientSettings, num_examples: int, num_tokens: int) -> float:
     """Tokens that a client reads in a round: exact for epochs, the mean over rounds for steps.
 
     Args:
-        config: of the run.
-        num_examples: of the client's training set.
+        settings: of the client.
+        num_examples: of its training set.
         num_tokens: of all of them together.
     """
-    train = config.train
-    if train.local_epochs is not None:
-        return float(num_tokens * train.local_epochs)
-    return local_steps(config, num_examples) * train.batch_size * num_tokens / num_examples
+    if settings.local_steps is None and settings.local_epochs is not None:
+        return float(num_tokens * settings.local_epochs)
+    return settings.steps(num_examples) * settings.batch_size * num_tokens / num_examples
 
 
 def by_number(num_clients: int, num_processes: int) -> Placement:

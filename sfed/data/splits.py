@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from sfed.config.clients import ClientSettings, settings_of
 from sfed.config.schema import Config
 from sfed.data import classification, partition, placement, scores
 from sfed.data.forms.reading import Reading, Truncated, column_line, length_lines
@@ -61,6 +62,8 @@ class Data:
     """Names of the parts of the held-out set; one empty name where there are none."""
     placement: Placement
     """Which process holds which client; the same on every process."""
+    settings: tuple[ClientSettings, ...]
+    """(N,): what each client trains with; empty where none trains."""
     left_out: tuple[str, ...] = ()
     """Names of files with too few rows, which are no clients (``data.on_small_client=skip``)."""
 
@@ -140,15 +143,17 @@ def load(
     with raise_everywhere(world, "reading the data"):
         if config.partition.kind == "by_file":
             silos = silos_of(config, num_clients)
+            settings = settings_of(config, silos.names)
             placed = _place_files(config, world, silos)
             held = _split_by_file(config, tokenizer, placed.clients[world.rank], silos)
         else:
             held = _split_one_pool(config, tokenizer, world, num_clients)
+            settings = settings_of(config, [held.names.get(c, "") for c in range(num_clients)])
         _require_examples(held, config)
         held.notes += _note_on_unscored(held.held_out, config)
         if config.partition.kind != "by_file":
-            placed = place(config, held.train, world.size, in_lockstep)
-    return _assemble(held, config, world, placed)
+            placed = place(settings, held.train, world.size, in_lockstep)
+    return _assemble(held, config, world, placed, settings)
 
 
 def held_out_for_all(config: Config, tokenizer: PreTrainedTokenizerFast, num_clients: int) -> Data:
@@ -181,19 +186,23 @@ def held_out_for_all(config: Config, tokenizer: PreTrainedTokenizerFast, num_cli
         used_columns=frozenset(held.reading.used),
         parts=table.parts,
         placement=Placement((tuple(range(num_clients)),), "one process holds all"),
+        settings=(),
     )
 
 
 def place(
-    config: Config, train: dict[int, Examples], num_processes: int, in_lockstep: bool
+    settings: Sequence[ClientSettings],
+    train: dict[int, Examples],
+    num_processes: int,
+    in_lockstep: bool,
 ) -> Placement:
     """Deal the clients of a common pool by what they do in a round."""
-    counts = [len(train[client]) for client in range(len(train))]
+    examples = [train[client] for client in range(len(train))]
+    pairs = list(zip(settings, examples, strict=True))
     if in_lockstep:
-        steps = [float(placement.local_steps(config, count)) for count in counts]
+        steps = [float(one.steps(len(own))) for one, own in pairs]
         return placement.by_work(steps, num_processes, "steps")
-    tokens = [int(train[client].lengths.sum()) for client in range(len(train))]
-    work = [placement.tokens_of_round(config, *pair) for pair in zip(counts, tokens, strict=True)]
+    work = [placement.tokens_of_round(one, len(own), int(own.lengths.sum())) for one, own in pairs]
     return placement.by_work(work, num_processes, "tokens")
 
 
@@ -429,7 +438,13 @@ def _evaluated(examples: Examples, config: Config, client: int) -> Examples:
     return Examples(examples.table, indices[np.argsort(-chosen.lengths, kind="stable")])
 
 
-def _assemble(held: _Held, config: Config, world: World, placed: Placement) -> Data:
+def _assemble(
+    held: _Held,
+    config: Config,
+    world: World,
+    placed: Placement,
+    settings: tuple[ClientSettings, ...],
+) -> Data:
     """Exchange the counts of all clients and keep the examples of this process. Collective."""
     own_clients, num_clients = placed.clients[world.rank], sum(map(len, placed.clients))
     num_classes = len(task_of(config).classes or ())
@@ -471,6 +486,7 @@ def _assemble(held: _Held, config: Config, world: World, placed: Placement) -> D
         used_columns=frozenset(reading.used),
         parts=held.held_out[own_clients[0]].table.parts,
         placement=placed,
+        settings=settings,
         left_out=held.left_out,
     )
 

@@ -86,7 +86,7 @@ def _run_of(loaded: Loaded) -> Run:
         loaded.tokenizer,
         methods.resolve(config),
         num,
-        loaded.gamma,
+        (loaded.gamma,) * num,
         loaded.backbone,
         loaded.adapters,
         data,

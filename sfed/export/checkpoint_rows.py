@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from sfed.lora.layout import Layout
 from sfed.methods.aggregation import weighted_sum
+from sfed.methods.holders import Holders, sum_of_common_b
 from sfed.storage.checkpoint import file_of
 from sfed.storage.checkpoint_folder import COMMON, CheckpointRef, age_of_name, by_age, metadata_of
 from sfed.storage.resume import problem_of
@@ -73,6 +74,8 @@ class CheckpointRows:
 
     found: CheckpointRef
     layout: Layout
+    gammas: Sequence[float] = ()
+    """(N,) of each client where LoRA ranks differ, else empty."""
 
     def row(self, client: int) -> torch.Tensor:
         """One client's adapter, (layout.size,) fp32: what is its own, else what is shared.
@@ -87,11 +90,16 @@ class CheckpointRows:
             if own is not None:
                 values = self._read(own, f"clients/{client:04d}/{name}", factor)
             if values is None:
-                values = self._read(COMMON, f"common/{name}", factor)
-            if values is None:
-                raise CheckpointError(f"{self.found.folder / COMMON} lacks common/{name}")
+                values = self._common(factor).clone()
+                self.layout.take_common([client], factor, values[None])
             row[self.layout.columns(factor)] = values
         return row
+
+    def _common(self, factor: str) -> torch.Tensor:
+        values = self._read(COMMON, f"common/{factor.lower()}", factor)
+        if values is None:
+            raise CheckpointError(f"{self.found.folder / COMMON} lacks common/{factor.lower()}")
+        return values
 
     def global_row(self, weights: Sequence[float], own_factors: Sequence[str]) -> torch.Tensor:
         """The global adapter (A, mean B, mean head), (layout.size,); see ``aggregation``.
@@ -102,12 +110,21 @@ class CheckpointRows:
             weights: (N,) of all clients, summing to 1.
             own_factors: what clients hold their own of; the rest is the same on all of them.
         """
-        row = self.row(0)
+        row = torch.cat([self._common(factor) for factor in self.layout.factors])
         if own_factors:
             mean = weighted_sum(self._rows(len(weights)), weights)
+            holders = Holders(self.layout, weights)
             for factor in own_factors:
                 columns = self.layout.columns(factor)
-                row[columns] = mean[columns]
+                row[columns] = holders.mean(factor, mean[columns], row[columns])
+        if self.layout.has_mixed_ranks:
+            columns = self.layout.columns("B")
+            of_b = [w * g for w, g in zip(weights, self.gammas, strict=True)]
+            row[columns] = (
+                weighted_sum(self._rows(len(weights)), of_b)[columns]
+                if "B" in own_factors
+                else sum_of_common_b(self.layout, row[columns], of_b)
+            )
         return row
 
     def _rows(self, num_clients: int) -> Iterator[torch.Tensor]:

@@ -6,6 +6,7 @@ made: the base model stands on torch's meta device.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from sfed.config.schema import Config
 from sfed.export.checkpoint_rows import CheckpointRows, checkpoint_after
-from sfed.federated.build import model_folder
+from sfed.federated.build import model_folder, spec_of
 from sfed.files.names import adapter_folder
 from sfed.lora import adapters
-from sfed.lora.adapters import Adapters, LoraSpec
+from sfed.lora.adapters import Adapters
 from sfed.methods import method as methods
 from sfed.methods.method import Method
 from sfed.models import heads
@@ -93,7 +94,8 @@ def read(run_folder: Path, finished_rounds: int | None) -> Source:
         )
     base = model_folder(config)
     tokenizer, _ = load_tokenizer(config, base)
-    attached, meta = _attached(config, base, found)
+    method = methods.resolve(config)
+    attached, meta = _attached(config, method, base, found)
     trained = Trained(
         config,
         tokenizer,
@@ -101,7 +103,6 @@ def read(run_folder: Path, finished_rounds: int | None) -> Source:
         str(DTYPES.get(str(look(record.config, "resolved.dtype")), "auto")).removeprefix("torch."),
     )
     facts = found.metadata
-    method = methods.resolve(config)
     if method.changes_base:
         raise CheckpointError(
             f"{record.folder}: {method.name} has changed frozen weights, which sfed export does "
@@ -111,13 +112,12 @@ def read(run_folder: Path, finished_rounds: int | None) -> Source:
     course = card_facts.Course(
         method.name,
         facts["num_clients"],
-        facts["gamma"],
         facts["finished_rounds"],
         record.started_from,
         card_facts.privacy_of(record.config, _event_of(record, facts["finished_rounds"])),
     )
     writer = FolderWriter(attached, trained, card_facts.of_run(config, course))
-    rows = CheckpointRows(found, attached.layout)
+    rows = CheckpointRows(found, attached.layout, attached.gammas)
     return Source(record, config, method, base, tokenizer, rows, writer)
 
 
@@ -126,19 +126,35 @@ def _event_of(record: RunRecord, finished_rounds: int) -> Event | None:
     return next(found, None)
 
 
-def _attached(config: Config, base: str, found: CheckpointRef) -> tuple[Adapters, MetaModel]:
+def _ranks_and_gammas(config: Config, found: CheckpointRef) -> tuple[list[int], list[float]]:
+    """LoRA rank and gamma of each client; the one of all where an earlier version wrote it.
+
+    Raises:
+        CheckpointError: where the checkpoint does not say them.
+    """
+    facts = found.metadata
+    ranks, gammas = facts.get("ranks"), facts["gamma"]
+    if ranks is None:
+        ranks, num_clients = [config.lora.rank], 1
+    else:
+        num_clients = facts["num_clients"]
+    are_ranks = isinstance(ranks, list) and all(type(one) is int and one > 0 for one in ranks)
+    gammas = gammas if isinstance(gammas, list) else [gammas] * len(ranks) if are_ranks else []
+    are_gammas = all(type(one) in (int, float) and 0 < one < math.inf for one in gammas)
+    if not (are_ranks and are_gammas and len(ranks) == len(gammas) == num_clients):
+        raise CheckpointError(f"{found.folder} does not say the LoRA rank and gamma of each client")
+    return ranks, [float(one) for one in gammas]
+
+
+def _attached(
+    config: Config, method: Method, base: str, found: CheckpointRef
+) -> tuple[Adapters, MetaModel]:
     """The adapters on the base model without weights, as the checkpoint has them.
 
     Whether the base model has a pooler of its own shows in the size of the adapters alone.
     """
     size, sizes = found.metadata["layout_size"], list[int]()
-    spec = LoraSpec(
-        config.lora.rank,
-        found.metadata["gamma"],
-        config.lora.dropout,
-        config.lora.target_modules,
-        mask(base),
-    )
+    spec = spec_of(config, method, *_ranks_and_gammas(config, found), mask(base))
     for with_new_layers in (False, True):
         meta = MetaModel.read(config, base)
         head = heads.outline_head(config, meta.model, with_new_layers=with_new_layers)

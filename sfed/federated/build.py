@@ -24,8 +24,8 @@ from sfed.lora import adapters
 from sfed.lora.adapters import LoraSpec
 from sfed.memory import clients_per_pass
 from sfed.memory.clients_per_pass import ClientsPerPass, Start
+from sfed.methods import by_layer, scaling
 from sfed.methods import method as methods
-from sfed.methods import scaling
 from sfed.methods.method import Method
 from sfed.models import backbone, hf_config
 from sfed.models import demo as demo_model
@@ -99,13 +99,14 @@ def build(
     loading = f"loading {config.model.name} ({hf_config.precision(config, world)})"
     console.enter(metrics.LOADING_SECONDS, loading)
     frozen = _backbone(start, name, meta, held)
-    method, gamma = method_and_gamma(config, held, num_clients, _gamma_of(source, found))
-    _warn_of_alpha(config, gamma, console)
-    attached = _attached(config, world, frozen, gamma, name)
+    loaded_gamma = _gamma_of(source, found)
+    method, gammas = method_and_gammas(config, held, num_clients, loaded_gamma)
+    _warn_of_alpha(config, held, gammas, console)
+    attached = _attached(world, frozen, _spec(config, held, method, gammas, mask(name)))
     sharing = clients_per_pass.agree(start, estimate, attached.layout.size)
     if sharing.is_doubtful:
         console.warn(f"memory may not suffice: {sharing.reason}")
-    of_config = (asked, world, task_of(config), tokenizer, method, num_clients, gamma)
+    of_config = (asked, world, task_of(config), tokenizer, method, num_clients, gammas)
     clients = _clients(config, world, attached, placed[world.rank], sharing)
     rest = (resume.course_from(found, config), None, _class_weights(config, world, held))
     run = Run(*of_config, frozen, attached, held, clients, sharing, *rest)
@@ -221,29 +222,34 @@ def _class_weights(config: Config, world: World, held: Data) -> torch.Tensor | N
     return None if weights is None else torch.tensor(weights, device=world.device)
 
 
-def method_and_gamma(
+def method_and_gammas(
     config: Config, held: Data, num_clients: int, loaded_gamma: float | None = None
-) -> tuple[Method, float]:
-    """The method and its gamma, which may depend on the weights of the clients.
+) -> tuple[Method, tuple[float, ...]]:
+    """The method and each client's gamma, which may depend on the weights of the clients.
 
     Args:
         config: of the run.
         held: its data.
         num_clients: N.
         loaded_gamma: of adapters on disk that the run starts from.
+
+    Raises:
+        ConfigError: where the clients have different LoRA ranks and the method takes one only.
     """
     method = methods.resolve(config)
     if loaded_gamma is not None:
-        return method, loaded_gamma
+        return method, (loaded_gamma,) * num_clients
     weights = context.client_weights(config, held, num_clients, tuple(range(num_clients)))
-    effective = scaling.effective_clients(weights)
-    gamma = scaling.lora_scaling(method.alpha, config.lora.rank, effective, method.exponents)
-    return method, gamma
+    ranks = [one.lora_rank for one in held.settings]
+    methods.refuse_mixed_ranks(config, ranks)
+    return method, method.gammas(ranks, weights)
 
 
-def _warn_of_alpha(config: Config, gamma: float, console: Console) -> None:
+def _warn_of_alpha(config: Config, held: Data, gammas: Sequence[float], console: Console) -> None:
+    """Warn of an alpha that seems to be made for another formula, by the smallest rank."""
+    lora_rank, gamma = min(zip((one.lora_rank for one in held.settings), gammas, strict=True))
     given = config.lora.alpha
-    if given and (doubt := scaling.alpha_of_another_formula(given, config.lora.rank, gamma)):
+    if given and (doubt := scaling.alpha_of_another_formula(given, lora_rank, gamma)):
         console.warn(doubt)
 
 
@@ -280,18 +286,38 @@ def _tokenizer(
     return tokenizer, consistency.digest(identity_of(tokenizer))
 
 
-def _attached(
-    config: Config, world: World, frozen: Backbone, gamma: float, name: str
-) -> adapters.Adapters:
+def _attached(world: World, frozen: Backbone, spec: LoraSpec) -> adapters.Adapters:
     """The adapters on the frozen backbone. Collective."""
     with sync.raise_everywhere(world, "attaching the adapters"):
-        return adapters.attach(
-            frozen.model,
-            LoraSpec(
-                config.lora.rank, gamma, config.lora.dropout, config.lora.target_modules, mask(name)
-            ),
-            frozen.head,
-        )
+        return adapters.attach(frozen.model, spec, frozen.head)
+
+
+def _spec(
+    config: Config, held: Data, method: Method, gammas: Sequence[float], name: str
+) -> LoraSpec:
+    """Which layers are adapted, and how; with room for the largest rank."""
+    ranks = tuple(one.lora_rank for one in held.settings)
+    return spec_of(config, method, ranks, gammas, name)
+
+
+def spec_of(
+    config: Config, method: Method, ranks: Sequence[int], gammas: Sequence[float], name: str
+) -> LoraSpec:
+    """How adapters of clients are attached, with room for the largest rank.
+
+    Args:
+        config: of the run.
+        method: of the run.
+        ranks: (N,) LoRA rank of each client.
+        gammas: (N,) of each client.
+        name: of the base model.
+    """
+    common = (config.lora.dropout, config.lora.target_modules, name)
+    if len(set(ranks)) == 1:
+        return LoraSpec(ranks[0], gammas[0], *common)
+    largest = by_layer.common_gamma(gammas, ranks)
+    scales = tuple(largest / gamma for gamma in gammas) if method.keeps_product else ()
+    return LoraSpec(max(ranks), 1.0, *common, tuple(ranks), tuple(gammas), scales)
 
 
 def _changed_weights(

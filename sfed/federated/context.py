@@ -12,7 +12,6 @@ from sfed.clients.round_stats import RoundStats
 from sfed.clients.schedule import Course
 from sfed.clients.store import ClientStore, groups
 from sfed.config.schema import Config
-from sfed.data import placement
 from sfed.data.packing import Packing
 from sfed.data.splits import Data
 from sfed.data.tasks import Task
@@ -85,7 +84,8 @@ class Run:
     tokenizer: PreTrainedTokenizerFast
     method: Method
     num_clients: int
-    gamma: float
+    gammas: tuple[float, ...]
+    """(N,): the factor of B A x of each client."""
     backbone: Backbone
     adapters: Adapters
     data: Data
@@ -145,7 +145,7 @@ class Run:
         senders = self.senders(self.weights(plan.cohort))
         of_step = by_layer.message_bytes(layout, plan.stepped, senders) if plan.stepped else 0
         if self.method.changes_base and plan.stepped:
-            rows = self.config.lora.rank * sum(map(len, senders))
+            rows = sum(layout.rank_of(client) for some in senders for client in some)
             of_step += by_layer.base_change_bytes(layout, plan.stepped, rows, self.world.size)
         controlled = plan.received if self.config.federated.scaffold else ()
         return of_step + aggregation.message_bytes(layout, (*plan.means, *controlled))
@@ -183,7 +183,35 @@ class Run:
 
     def local_steps(self, client: int) -> int:
         """Optimizer steps that a client makes in a round."""
-        return placement.local_steps(self.config, self.data.train_counts[client])
+        return self.data.settings[client].steps(self.data.train_counts[client])
+
+    @property
+    def gamma(self) -> float | tuple[float, ...]:
+        """The factor of B A x: one number, or each client's where their LoRA ranks differ."""
+        return self.gammas if self.has_mixed_ranks else self.gammas[0]
+
+    @property
+    def has_mixed_ranks(self) -> bool:
+        """Whether some client has a smaller LoRA rank than another."""
+        return self.clients.layout.has_mixed_ranks
+
+    def bind(
+        self,
+        clients: Sequence[int],
+        values: torch.Tensor,
+        grads: torch.Tensor | None = None,
+        trained: Sequence[str] = (),
+    ) -> None:
+        """Point the adapters at rows of these clients, each with its own gamma.
+
+        Args:
+            clients: C of them.
+            values: (C, layout.size) fp32.
+            grads: same shape; None where nothing trains.
+            trained: factors that get gradients.
+        """
+        gammas = [self.gammas[client] for client in clients] if self.has_mixed_ranks else None
+        self.adapters.bind(values, grads, trained, gammas)
 
     def own_factors(self, finished_rounds: int) -> tuple[str, ...]:
         """Which of A, B and head clients hold their own of, after so many rounds.
@@ -211,9 +239,9 @@ class Run:
 
     @property
     def passes_per_step(self) -> int:
-        """Micro passes of one optimizer step."""
-        train = self.config.train
-        return -(-train.batch_size // (train.micro_batch_size or train.batch_size))
+        """Micro passes of one optimizer step, of the client with the largest batch."""
+        most = max(settings.batch_size for settings in self.data.settings)
+        return -(-most // (self.config.train.micro_batch_size or most))
 
     @property
     def placement(self) -> tuple[tuple[int, ...], ...]:

@@ -137,11 +137,12 @@ def evaluate(run: Run, stop: StopRequest, finished_rounds: int) -> Evaluation | 
             wants_global = False
         if any(measured.was_stopped for measured in kinds.values()):
             wants_global = False
-        if wants_global and kinds and (is_untrained or not own):
+        is_one_adapter = not own and not run.has_mixed_ranks
+        if wants_global and kinds and (is_untrained or is_one_adapter):
             kinds["global"] = kinds["personal"]
         elif wants_global:
             weights = run.weights(run.everyone)
-            row = aggregation.global_row(run.world, run.clients, weights, own)
+            row = aggregation.global_row(run.world, run.clients, weights, own, run.gammas)
             communicated = aggregation.message_bytes(run.clients.layout, own)
             # Samples are shown of the first kind only; answers that are scored, of both.
             writes = bool(run.task.scores or not kinds)
@@ -199,7 +200,8 @@ class Measuring:
 
     def _shadow_pass(self) -> None:
         run = self._run
-        run.adapters.bind(run.clients.load_values(run.clients.own[:1]))
+        own = run.clients.own[:1]
+        run.bind(own, run.clients.load_values(own))
         self._objective.losses(self._objective.collate([[]], 1).to(run.world.device))
 
     def make_pass(self, group: Group, rows: torch.Tensor, number: int) -> None:
@@ -213,8 +215,11 @@ class Measuring:
         run, size = self._run, self._run.config.evaluation.batch_size
         # Who has no examples left is left out, so that it costs nothing.
         left = [i for i, client in enumerate(group) if run.data.eval_counts[client] > number * size]
-        run.adapters.bind(rows if len(rows) == 1 or len(left) == len(group) else rows[left])
         clients = [group[i] for i in left]
+        if self._shared_row is not None:
+            run.adapters.bind(rows)
+        else:
+            run.bind(clients, rows if len(left) == len(group) else rows[left])
         held = [run.data.held_out[client] for client in clients]
         places = [list(range(len(e))[number * size : (number + 1) * size]) for e in held]
         examples = [[e.row(place) for place in own] for e, own in zip(held, places, strict=True)]

@@ -34,7 +34,7 @@ def export_adapters(run: Run, folder: Path) -> str:
     if "global" in run.config.evaluation.adapters and run.method.has_global_adapter:
         weights = run.weights(run.everyone)
         own = run.own_factors(run.config.federated.num_rounds)
-        row_of_all = aggregation.global_row(run.world, run.clients, weights, own)
+        row_of_all = aggregation.global_row(run.world, run.clients, weights, own, run.gammas)
     try:
         for client in run.clients.own:
             path = folder / "adapters" / data.adapter_folders[client]
@@ -94,7 +94,7 @@ def writer_of(run: Run, privacy: str = "") -> FolderWriter:
     )
     done = run.config.federated.num_rounds
     origin = "" if run.origin is None else run.origin.name
-    course = card_facts.Course(run.method.name, run.num_clients, run.gamma, done, origin, privacy)
+    course = card_facts.Course(run.method.name, run.num_clients, done, origin, privacy)
     return FolderWriter(run.adapters, trained, card_facts.of_run(run.config, course))
 
 

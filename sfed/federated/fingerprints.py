@@ -52,8 +52,7 @@ def require_same_mean(
     """
     if not factors or world.size == 1:
         return
-    row = clients.row(clients.own[0])
-    sums = {factor: bit_sum(row[clients.layout.columns(factor)]) for factor in factors}
+    sums = {factor: bit_sum(clients.shared(factor)) for factor in factors}
     sums |= {name: bit_sum(part) for name, part in sorted(clients.common_state.items())}
     if changes:
         terms = [one.flatten() for pair in changes.values() for one in pair]
@@ -137,6 +136,7 @@ def when_built(run: Run, tokenizer: str) -> dict[str, Any]:
         "backbone": run.backbone.weights_digest,
         "examples of each client": digest(json.dumps(counts)),
         "layout of the adapters": digest(repr(run.clients.layout.pieces)),
+        "LoRA ranks": list(run.clients.layout.ranks),
         "gamma": run.gamma,
         "adapters that the run starts from": run.origin and run.origin.digest,
     }

@@ -55,7 +55,10 @@ def write_answers(
     groups = run.groups(run.everyone)
     schedule = Lockstep(run, stop, "generation, batch", groups, partial(_batches, run))
     for group in schedule.groups:
-        run.adapters.bind(run.clients.load_values(group) if shared_row is None else shared_row)
+        if shared_row is not None:
+            run.adapters.bind(shared_row)
+        else:
+            run.bind(group, run.clients.load_values(group))
         for number in schedule.units(group):
             batch = slice(number * size, (number + 1) * size)
             places = [list(_places(run, client))[batch] for client in group]
@@ -90,7 +93,8 @@ def _batches(run: Run, group: Group) -> range:
 
 
 def _shadow_batch(run: Run) -> None:
-    run.adapters.bind(run.clients.load_values(run.clients.own[:1]))
+    own = run.clients.own[:1]
+    run.bind(own, run.clients.load_values(own))
     _generate(run, [[0]])
 
 

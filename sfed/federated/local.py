@@ -55,7 +55,7 @@ def train(run: Run, plan: RoundPlan, stats: RoundStats, stop: StopRequest, on_st
     terms = _terms(run, plan)
     with closing(run.clients.passes(schedule.groups, plan.trained)) as passes:
         for rows in passes:
-            run.adapters.bind(rows.values, rows.grads, plan.trained)
+            run.bind(rows.clients, rows.values, rows.grads, plan.trained)
             steps = LocalSteps(run, plan, rows, stats, terms)
             for step in schedule.units(rows.clients):
                 steps.make(step)
@@ -122,7 +122,7 @@ def _terms(run: Run, plan: RoundPlan) -> LocalTerms | None:
 
 def _method_term(run: Run, trained: tuple[str, ...]) -> MethodTerm | None:
     term = run.method.local_term
-    return None if term is None else MethodTerm(term, trained, run.gamma)
+    return None if term is None else MethodTerm(term, trained, run.gammas[0])
 
 
 def try_method_term(run: Run) -> None:
@@ -240,10 +240,9 @@ class LocalSteps:
 
     def _draw(self, client: int, step: int) -> list[Row]:
         """A client's rows of a step; the last step of an epoch may have fewer."""
-        run = self._run
-        size, examples = run.config.train.batch_size, run.data.train[client]
-        epochs = run.config.train.local_epochs
-        if epochs is not None:
+        run, settings = self._run, self._run.data.settings[client]
+        size, examples, epochs = settings.batch_size, run.data.train[client], settings.local_epochs
+        if settings.local_steps is None and epochs is not None:
             size = min(size, len(examples) * epochs - step * size)
         return batches.draw(
             examples, self._orders[client], run.clients.examples_drawn[client], size
@@ -258,11 +257,14 @@ class LocalSteps:
         passes does not change it.
         """
         run = self._run
-        micro = run.config.train.micro_batch_size or run.config.train.batch_size
+        most = max(run.data.settings[client].batch_size for client in self._clients)
+        micro = run.config.train.micro_batch_size or most
+        # Under a sharded backbone all processes make equally many passes.
+        num_passes = run.passes_per_step if run.backbone.sharding.is_sharded else -(-most // micro)
         total_C = supervised_C.clamp(min=1.0)
         losses_C = torch.zeros_like(total_C)
         self._rows.grads.zero_()
-        for number in range(run.passes_per_step):
+        for number in range(num_passes):
             some = [rows[number * micro : (number + 1) * micro] for rows in drawn]
             batch = self._objective.collate(some, max(1, *map(len, some)))
             self._stats.slots[self._clients] += batch.slots // len(some)
@@ -287,7 +289,8 @@ class LocalSteps:
     def _rate(self, client: int, step: int) -> float:
         run, begun = self._run, self.plan.round_index
         done = min(step / self.plan.steps[client], 1.0)
-        return learning_rate(run.config.train, run.course.num_rounds(begun), begun + done)
+        lr = run.data.settings[client].lr
+        return learning_rate(run.config.train, lr, run.course.num_rounds(begun), begun + done)
 
     def _weights_of_means(self, step: int) -> torch.Tensor | None:
         """(C,) weights of this step's gradients in the mean gradients; None without controls."""

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sfed.config.clients import settings_of
 from sfed.config.schema import Config, OutputSection
 from sfed.data.forms.pair import Pair
 from sfed.data.partition import value_of
@@ -32,10 +33,11 @@ from sfed.utils.text import counted
 def check(config: Config, num_processes: int | None = None) -> str:
     """Check what needs neither torch nor a model, before anything is loaded.
 
-    That is: a method that is unstable with this scaling, adapters to start from that are not there
-    or not plain LoRA, more processes than clients, files that do not exist, are of no known kind or
-    hold what cannot be learned from, an ``output.resume`` that is no folder, trackers or
-    bitsandbytes that are not installed, what privacy cannot stand beside.
+    That is: a method that is unstable with this scaling, settings of clients that are not there or
+    do not go with the method, adapters to start from that are not there or not plain LoRA, more
+    processes than clients, files that do not exist, are of no known kind or hold what cannot be
+    learned from, an ``output.resume`` that is no folder, trackers or bitsandbytes that are not
+    installed, what privacy cannot stand beside.
 
     Args:
         config: the configuration.
@@ -55,6 +57,8 @@ def check(config: Config, num_processes: int | None = None) -> str:
     except UserError as mistake:
         mistakes.append(str(mistake))
     num_processes = num_processes or launch().size
+    if not mistakes:
+        mistakes += _of_settings(config, num_processes)
     listings = [list_files(config, split) for split in ("train", "eval")]
     unlisted = [problem for listing in listings for problem in listing.problems]
     mistakes += unlisted or _of_clients(config, num_processes)
@@ -105,6 +109,29 @@ def _check_origin(config: Config) -> None:
         found = origin.source(config)
         assert found.run_config is not None
         methods.check_joinable(found.run_config, found.path)
+
+
+def _of_settings(config: Config, num_processes: int) -> list[str]:
+    """What is wrong with the settings of single clients, as far as their names are known.
+
+    The values of a column are known when the data are read.
+    """
+    if config.partition.kind == "by_key":
+        return []
+    try:
+        num_clients = num_clients_of(config) or num_processes
+        names: Sequence[str] = [""] * num_clients
+        if config.partition.kind == "by_file":
+            names = silos_of(config, num_clients).names
+        ranks = [one.lora_rank for one in settings_of(config, names)]
+        methods.refuse_mixed_ranks(config, ranks)
+        if config.lora.start_from is None and config.federated.join is None:
+            methods.resolve(config).gammas(ranks, [1.0] * num_clients)
+    except ConfigError as mistake:
+        return [str(mistake)]
+    except DataError:  # said with the files
+        return []
+    return []
 
 
 def _of_clients(config: Config, num_processes: int) -> list[str]:

@@ -29,7 +29,7 @@ from sfed.observability.console import Console
 from sfed.observability.trackers import MetricLogger
 from sfed.storage.checkpoint_writer import Writer
 from sfed.utils import versions
-from sfed.utils.text import counted
+from sfed.utils.text import counted, printable
 
 _MOST_NAMED = 8
 
@@ -45,8 +45,9 @@ def header(run: Run) -> list[str]:
         "examples",
         *run.data.lines,
         *_start(run),
-        f"adapter: {layout.size:,} parameters per client on {_adapted(run)}; a round sends "
-        f"{' and '.join(plan.averaged) or 'nothing'}"
+        *_settings(run),
+        f"adapter: {'up to ' if run.has_mixed_ranks else ''}{layout.size:,} parameters per client "
+        f"on {_adapted(run)}; a round sends {' and '.join(plan.averaged) or 'nothing'}"
         f"{', and changes of the frozen weights' if run.method.changes_base else ''} "
         f"({run.message_bytes(plan):,} bytes)",
         *([run.privacy.line(run.config, method)] if run.privacy and run.privacy.secret else []),
@@ -82,6 +83,33 @@ def _terms(run: Run, plan: RoundPlan) -> list[str]:
     return lines
 
 
+def _gamma(run: Run) -> str:
+    """gamma, and gamma of each LoRA rank where there are several."""
+    alpha, (of_clients, of_rank) = run.method.alpha, run.method.exponents
+    layout = run.clients.layout
+    if not run.has_mixed_ranks:
+        return (
+            f"gamma = {alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gammas[0]:.4g} with "
+            f"N = {run.num_clients}, r = {layout.lora_rank}"
+        )
+    gammas = dict(sorted(zip(layout.ranks, run.gammas, strict=True)))
+    told = [
+        f"{gamma:.4g} (r = {lora_rank}, {counted(layout.ranks.count(lora_rank), 'client')})"
+        for lora_rank, gamma in gammas.items()
+    ]
+    more = f" and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
+    formula = "alpha / sqrt(sum over rows of 1/N_row)" if of_clients else f"alpha * r^{of_rank:g}"
+    return f"gamma = {formula} with alpha = {alpha:g}: {', '.join(told[:_MOST_NAMED])}{more}"
+
+
+def _settings(run: Run) -> list[str]:
+    """The line about clients that train with other settings than the rest."""
+    own = list(run.config.clients)
+    more = f" and {len(own) - _MOST_NAMED} more" if len(own) > _MOST_NAMED else ""
+    named = ", ".join(printable(name) for name in own[:_MOST_NAMED])
+    return [f"settings of their own (clients): {named}{more}"] if own else []
+
+
 def _method_name(run: Run) -> str:
     """The method; one of the user's with where it is from."""
     name = run.config.federated.method
@@ -92,20 +120,16 @@ def _method_name(run: Run) -> str:
 
 def _start(run: Run) -> list[str]:
     """The lines about gamma and about what A and B start from."""
-    method, lora_rank = run.method, run.config.lora.rank
     if run.origin is not None:
         loaded = " and ".join(run.origin.factors)
         return [
             run.origin.line,
-            f"gamma = {run.gamma:.4g} of the adapters, r = {lora_rank}; loaded: {loaded}; no mean "
-            "before the first step",
+            f"gamma = {run.gammas[0]:.4g} of the adapters, r = {run.clients.layout.lora_rank}; "
+            f"loaded: {loaded}; no mean before the first step",
         ]
-    of_clients, of_rank = method.exponents
-    start = "independent, averaged before the first step" if method.independent_init else "shared"
-    return [
-        f"gamma = {method.alpha:g} * N^{of_clients:g} * r^{of_rank:g} = {run.gamma:.4g} with "
-        f"N = {run.num_clients}, r = {lora_rank}; A starts {start}"
-    ]
+    is_shared = not run.method.independent_init
+    start = "shared" if is_shared else "independent, averaged before the first step"
+    return [f"{_gamma(run)}; A starts {start}"]
 
 
 def _adapted(run: Run) -> str:
@@ -164,6 +188,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "resolved": {
             "num_clients": run.num_clients,
             "gamma": run.gamma,
+            "ranks": [one.lora_rank for one in run.data.settings],
             **_start_as_data(run),
             "method": own_method.identity(run.config.federated.method),
             "scores": list(score_names(run)),
@@ -391,7 +416,7 @@ def _schedule(run: Run, finished_rounds: int) -> dict[str, Any]:
         return {metrics.LEARNING_RATE: None, metrics.SCHEDULE_ROUNDS: None}
     total = run.course.num_rounds(begun)
     return {
-        metrics.LEARNING_RATE: learning_rate(section, total, begun),
+        metrics.LEARNING_RATE: learning_rate(section, section.lr, total, begun),
         metrics.SCHEDULE_ROUNDS: None if section.schedule == "constant" else total,
     }
 

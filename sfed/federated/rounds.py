@@ -159,7 +159,7 @@ def _share(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> tuple[int, Ba
     changes: BaseChanges = {}
     if run.method.server_step is not None and plan.stepped:
         seed = derive(Stream.SERVER_STEP, run.config.seed, plan.round_index)
-        layers = ByLayer(run.world, run.clients, run.senders(weights), weights, run.gamma, seed)
+        layers = ByLayer(run.world, run.clients, run.senders(weights), weights, run.gammas, seed)
         shared = layers.share(run.method.server_step, plan.stepped)
         num_bytes, changes = num_bytes + shared.num_bytes, shared.base_changes
     server = _server_side(run, plan, healthy)
@@ -171,7 +171,7 @@ def _server_side(run: Run, plan: RoundPlan, healthy: tuple[int, ...]) -> ServerS
     """What the server does beside the mean over these clients."""
     optimizer = ServerOptimizer.of(run.config.federated)
     if not run.config.federated.scaffold:
-        return ServerSide(optimizer)
+        return ServerSide(optimizer, zero_padded=run.method.zero_padded)
     # The server's variate is the mean of all clients' variates, whoever takes part.
     of_all = run.weights(run.everyone)
     of_senders = [of_all[client] * (client in healthy) for client in run.everyone]

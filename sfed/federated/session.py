@@ -211,6 +211,7 @@ def _train_and_export(
         run.config,
         run.num_clients,
         run.gamma,
+        [one.lora_rank for one in run.data.settings],
         run.sharing.clients_per_pass,
         run.data.digests,
         run.placement,

@@ -60,9 +60,12 @@ class Adapters:
         peft_config: LoraConfig,
         context: PassContext,
         head: Head | None,
+        gammas: Sequence[float] = (),
     ) -> None:
         self.layers = layers
         self.layout = layout
+        self.gammas = tuple(gammas)
+        """(N,) of each client; empty where all have the same."""
         self.peft_config = peft_config
         self.context = context
         self.head = head
@@ -73,6 +76,7 @@ class Adapters:
         values: torch.Tensor,
         grads: torch.Tensor | None = None,
         trained: Sequence[str] = (),
+        gammas: Sequence[float] | None = None,
     ) -> None:
         """Point all layers at the rows of ``values``.
 
@@ -80,8 +84,9 @@ class Adapters:
             values: (C, layout.size) fp32 rows of the clients of the coming passes.
             grads: same shape; backward adds to it in place. None where nothing trains.
             trained: factors that get gradients.
+            gammas: (C,) of each client, where their LoRA ranks differ; None = the one of all.
         """
-        rows = PassRows(values, grads, self.context.dtype)
+        rows = PassRows(values, grads, self.context.dtype, gammas)
         for siblings, a_pieces, b_pieces in self._siblings:
             siblings.bind(Factors.of(rows, a_pieces, b_pieces, trained))
         if self.head is not None:
@@ -100,19 +105,26 @@ class Adapters:
                     weights[piece.layer].grad = piece.of(grads)
         return weights
 
-    def initial_a(self, generator: torch.Generator) -> torch.Tensor:
+    def initial_a(self, generator: torch.Generator, lora_rank: int | None = None) -> torch.Tensor:
         """Draw all A factors of one client as PEFT does: kaiming_uniform(a = sqrt 5).
 
         In the sorted order of the layers' names, wherever they stand in a row.
 
+        Args:
+            generator: on CPU.
+            lora_rank: of the client; None = the largest. The draw is that of a run of this rank.
+
         Returns:
-            (parameters of A,) fp32 on CPU; each A is uniform in +-1/sqrt(in).
+            (parameters of A,) fp32 on CPU; each A is uniform in +-1/sqrt(in), and 0 in the rows
+            beyond the rank.
         """
-        row = torch.empty(self.layout.columns("A").stop)
+        row = torch.zeros(self.layout.columns("A").stop)
         a_pieces = [piece for piece in self.layout.pieces if piece.factor == "A"]
         for piece in sorted(a_pieces, key=lambda piece: piece.layer):
-            bound = 1.0 / math.sqrt(piece.shape[1])
-            row[piece.start : piece.end].uniform_(-bound, bound, generator=generator)
+            largest, in_features = piece.shape
+            bound = 1.0 / math.sqrt(in_features)
+            end = piece.start + (lora_rank or largest) * in_features
+            row[piece.start : end].uniform_(-bound, bound, generator=generator)
         return row
 
     def initial_head(self) -> torch.Tensor:
@@ -150,11 +162,18 @@ class Adapters:
                 raise ValueError(f"{factor} holds numbers that are not finite")
         return found
 
+    def rank_and_gamma(self, client: int | None) -> tuple[int, float]:
+        """LoRA rank and gamma of a client's adapter; None = of the global one."""
+        if client is not None and self.gammas:
+            return self.layout.rank_of(client), self.gammas[client]
+        return self.layout.lora_rank, self.peft_config.lora_alpha / self.peft_config.r
+
     def write_peft_folder(
         self,
         folder: Path,
         row: torch.Tensor,
         changes: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+        client: int | None = None,
     ) -> None:
         """Write one client's row as a stock PEFT adapter, whole or not at all.
 
@@ -167,18 +186,18 @@ class Adapters:
             changes: U (out, q) and V (q, in) by layer, where U V was added to a frozen weight. The
                 adapter then is [gamma B | U] and [A; V] with the factor 1, of a rank of its own in
                 each layer, for the weights as they were loaded.
+            client: whose it is: of its LoRA rank, without the zeros beyond it, and with its gamma;
+                None = the global adapter, of the largest rank.
 
         Raises:
             OSError, SafetensorError: where a file cannot be written.
         """
-        row = row.detach().cpu()
-        by_piece = {
-            piece: row[piece.start : piece.end].view(piece.shape).clone()
-            for piece in self.layout.pieces
-        }
+        lora_rank, gamma = self.rank_and_gamma(client)
         settings = {**self.peft_config.to_dict(), "inference_mode": True}
+        if client is not None and self.gammas:
+            settings |= {"r": lora_rank, "lora_alpha": peft_alpha(gamma, lora_rank)}
+        by_piece = _cut(self.layout, row.detach().cpu(), lora_rank)
         if changes:
-            gamma = self.peft_config.lora_alpha / self.peft_config.r
             by_piece, ranks = _with_changes(by_piece, gamma, changes)
             settings |= _patterns(ranks)
         tensors = {
@@ -240,6 +259,16 @@ class Adapters:
         return f"{piece.layer}.lora_{piece.factor}.weight"
 
 
+def _cut(layout: Layout, row: torch.Tensor, lora_rank: int) -> dict[Piece, torch.Tensor]:
+    """The factors of a row as a client of this rank has them: new tensors, contiguous."""
+    by_piece = {piece: row[piece.start : piece.end].view(piece.shape) for piece in layout.pieces}
+    cuts = {"A": (slice(lora_rank),), "B": (slice(None), slice(lora_rank)), "head": (...,)}
+    return {
+        piece: values[cuts[piece.factor]].clone(memory_format=torch.contiguous_format)
+        for piece, values in by_piece.items()
+    }
+
+
 def _with_changes(
     by_piece: Mapping[Piece, torch.Tensor],
     gamma: float,
@@ -289,15 +318,21 @@ class LoraSpec:
     """Which layers are adapted, and how."""
 
     lora_rank: int
-    """r."""
+    """r, the largest where they differ."""
     lora_scaling: float
-    """gamma."""
+    """gamma; 1 where the ranks of the clients differ, who have each their own then."""
     dropout: float
     """Probability on the adapters' input."""
     target_modules: targets.Targets
     """Names as PEFT takes them, or "all-linear"."""
     base_name: str
     """Written into exported adapters as the name of their base model."""
+    client_ranks: tuple[int, ...] = ()
+    """(N,) r of each client; empty where all are the same."""
+    client_gammas: tuple[float, ...] = ()
+    """(N,) gamma of each client; empty where all ranks are the same."""
+    b_scales: tuple[float, ...] = ()
+    """(N,) as of ``Layout``."""
 
     def for_peft(self, model: PreTrainedModel) -> LoraConfig:
         """Return the equivalent PEFT configuration."""
@@ -349,7 +384,8 @@ def attach(model: PreTrainedModel, spec: LoraSpec, head: Head | None = None) -> 
     shapes = [(name, found[name].in_features, found[name].out_features) for name in layers]
     weights = None if head is None else {n: tuple(w.shape) for n, w in head.initial.items()}
     layout = Layout.of(shapes, spec.lora_rank, weights)
-    return Adapters(layers, layout, peft_config, context, head)
+    layout = dataclasses.replace(layout, ranks=spec.client_ranks, b_scales=spec.b_scales)
+    return Adapters(layers, layout, peft_config, context, head, spec.client_gammas)
 
 
 def _wrapped(

@@ -24,8 +24,17 @@ class PassRows:
     """
 
     def __init__(
-        self, values_CN: torch.Tensor, grads_CN: torch.Tensor | None, dtype: torch.dtype
+        self,
+        values_CN: torch.Tensor,
+        grads_CN: torch.Tensor | None,
+        dtype: torch.dtype,
+        gammas: Sequence[float] | None = None,
     ) -> None:
+        self.gammas_C11: torch.Tensor | None = None
+        """Each client's gamma, fp32; None where one number serves all."""
+        if gammas is not None:
+            gammas_C = torch.tensor(gammas, dtype=torch.float32, device=values_CN.device)
+            self.gammas_C11 = gammas_C.view(-1, 1, 1)
         self._values_CN, self._grads_CN = values_CN, grads_CN
         self._is_copied = values_CN.dtype != dtype
         self._version = -1

@@ -41,10 +41,81 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each factor stands in a client's row."""
+    """Where each factor stands in a client's row, which has room for the largest LoRA rank.
+
+    A client of a smaller rank has zeros beyond it: in the last rows of A and the last columns of B.
+    """
 
     pieces: tuple[Piece, ...]
     size: int
+    ranks: tuple[int, ...] = ()
+    """(N,) LoRA rank of each client; empty where all have the largest."""
+    b_scales: tuple[float, ...] = ()
+    """(N,) what each client multiplies the common B by when it takes it; empty = 1 of all."""
+
+    @property
+    def lora_rank(self) -> int:
+        """The largest rank: R."""
+        return next(piece.shape[0] for piece in self.pieces if piece.factor == "A")
+
+    @property
+    def has_mixed_ranks(self) -> bool:
+        """Whether some client has a smaller rank than another."""
+        return len(set(self.ranks)) > 1
+
+    def rank_of(self, client: int) -> int:
+        """The LoRA rank of a client."""
+        return self.ranks[client] if self.ranks else self.lora_rank
+
+    def along_rank(self, factor: str, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Views of a factor of each layer, the dimension of the rank last; none of the head.
+
+        Args:
+            factor: A, B or head.
+            rows: (C, parameters of the factor).
+
+        Yields:
+            (C, in, R) of an A, (C, out, R) of a B.
+        """
+        first = self.columns(factor).start
+        for piece in self.pieces:
+            if piece.factor == factor != "head":
+                view = rows[:, piece.start - first : piece.end - first].view(-1, *piece.shape)
+                yield view.transpose(1, 2) if factor == "A" else view
+
+    def clear_padding(self, clients: Sequence[int], factor: str, rows: torch.Tensor) -> None:
+        """Set to 0, in place, what lies beyond the ranks of these clients.
+
+        Args:
+            clients: C of them.
+            factor: A, B or head.
+            rows: (C, parameters of the factor), a row for each of them.
+        """
+        ranks = [self.rank_of(client) for client in clients]
+        if min(ranks) == self.lora_rank:
+            return
+        numbers_R = torch.arange(self.lora_rank, device=rows.device)
+        beyond_CR = numbers_R >= torch.tensor(ranks, device=rows.device)[:, None]
+        for view in self.along_rank(factor, rows):
+            view.masked_fill_(beyond_CR[:, None], 0.0)
+
+    def take_common(self, clients: Sequence[int], factor: str, rows: torch.Tensor) -> None:
+        """Make of a common factor what these clients hold of it, in place.
+
+        Args:
+            clients: C of them.
+            factor: A, B or head.
+            rows: (C, parameters of the factor), the common value in each row.
+        """
+        if factor == "B" and self.b_scales:
+            scales = [self.b_scales[client] for client in clients]
+            rows.mul_(torch.tensor(scales, dtype=rows.dtype, device=rows.device)[:, None])
+        self.clear_padding(clients, factor, rows)
+
+    def takes_all(self, client: int) -> bool:
+        """Whether a client holds of a common factor all of it, as it is."""
+        scale = self.b_scales[client] if self.b_scales else 1.0
+        return scale == 1.0 and self.rank_of(client) == self.lora_rank
 
     @property
     def factors(self) -> tuple[str, ...]:

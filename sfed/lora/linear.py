@@ -4,6 +4,9 @@ Shape suffixes: C clients, M rows of one client (its sequences' tokens), R LoRA 
 
     h = W0 x + gamma * B_c A_c x      for the rows of client c         (LoRA, arXiv 2106.09685)
 
+Clients of different LoRA ranks have each its own gamma and zeros in the last rows of A and the last
+columns of B. The gradients of these zeros are 0: each is a product with the other factor's zeros.
+
 Layers that read the same x (q, k, v; gate, up) are computed together: their A are one matrix.
 """
 
@@ -202,7 +205,9 @@ def _measure(layer: nn.Module, x: torch.Tensor) -> None:
     if isinstance(layer, StackedLoraLinear) and layer.factors and layer.context.probe:
         a_CRI, (b_COR,) = layer.factors.in_dtype(x.dtype)
         xa_CMR = torch.bmm(x.reshape(len(a_CRI), -1, x.shape[-1]), a_CRI.transpose(1, 2))
-        output_CMO = torch.bmm(xa_CMR, b_COR.transpose(1, 2)) * layer.lora_scaling
+        gammas_C11 = layer.factors.rows.gammas_C11
+        gamma = layer.lora_scaling if gammas_C11 is None else gammas_C11
+        output_CMO = torch.bmm(xa_CMR, b_COR.transpose(1, 2)) * gamma
         layer.context.probe.measure(output_CMO.reshape(*x.shape[:-1], -1))
 
 
@@ -237,7 +242,7 @@ def add_lora(
         ys: outputs of the frozen layers, which nobody else reads.
         x: their input, of C * M rows.
         factors: of these layers.
-        lora_scaling: gamma.
+        lora_scaling: gamma, where the clients do not have each their own.
         later: who adds the adapters' part to the gradient of x; None = autograd.
     """
     a_CRI, b_COR = factors.in_dtype(x.dtype)
@@ -251,7 +256,8 @@ class _AddLora(Function):
     """y_l + gamma * B_l A_l x of the layers l that read the same x.
 
     With G_l the gradient of y_l and H_l = G_l B_l, which is R wide, and H of all layers side by
-    side; gamma is a factor of these products and costs nothing:
+    side; gamma is a factor of these products and costs nothing. Where each client has its own, A x
+    and H are multiplied by it, in place:
 
         grad x = sum_l G_l W_l + gamma * H A          grad A_l = gamma * H_l^T x
         grad y_l = G_l                                grad B_l = gamma * G_l^T (A_l x)
@@ -269,10 +275,14 @@ class _AddLora(Function):
         *b_and_y: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.factors, ctx.lora_scaling, recipe, ctx.later = means
+        gammas_C11 = ctx.factors.rows.gammas_C11
         ctx.make = None if recipe is None else recipe.make
         ctx.x_shape, num_layers = x.shape, len(b_and_y) // 2
         b_COR, ys = b_and_y[:num_layers], b_and_y[num_layers:]
         xa_CMR = torch.bmm(_by_client(x, a_CRI), a_CRI.transpose(1, 2))
+        if gammas_C11 is not None:
+            ctx.lora_scaling = 1.0
+            xa_CMR.mul_(gammas_C11)  # in fp32, whatever the dtype of A x
         kept = (x,) if recipe is None else recipe.inputs
         ctx.save_for_backward(
             a_CRI,
@@ -302,6 +312,8 @@ class _AddLora(Function):
             if factors.grad_b is not None:
                 _add_product(factors.grad_b[layer], grad_CMO.transpose(1, 2), part, gamma)
             torch.bmm(grad_CMO, b_COR[layer], out=part)  # over A x, which nobody needs any more
+        if factors.rows.gammas_C11 is not None:
+            h_CMR.mul_(factors.rows.gammas_C11)
         if factors.grad_a is not None:
             x_CMI = _by_client(kept[0] if ctx.make is None else ctx.make(*kept), a_CRI)
             _add_product(factors.grad_a, h_CMR.transpose(1, 2), x_CMI, gamma)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from sfed.clients.state import MOMENTS
+from sfed.config.clients import largest_batch, largest_rank
 from sfed.config.schema import Config
 from sfed.data.splits import Data
 from sfed.distributed.sync import gather_json, raise_everywhere
@@ -173,7 +174,7 @@ def work_of(config: Config, own_clients: int, tokens: int) -> Work:
     return Work(
         own_clients=own_clients,
         round_clients=min(own_clients, config.most_in_round or own_clients),
-        train_rows=config.train.micro_batch_size or config.train.batch_size,
+        train_rows=config.train.micro_batch_size or largest_batch(config),
         eval_rows=config.evaluation.batch_size,
         tokens=tokens,
         new_tokens=config.evaluation.max_new_tokens if config.evaluation.generate else 0,
@@ -197,7 +198,7 @@ def _generous_bytes(config: Config, meta: MetaModel, work: Work) -> int:
     scores = tokens * (heads if meta.may_be_eager else 1)
     per_token = layers * (_GENEROUS_PER_UNIT * width + 16 * scores)
     per_token += 16 * _told(text, "vocab_size")
-    numbers = layers * 8 * width * config.lora.rank
+    numbers = layers * 8 * width * largest_rank(config)
     dequantised = 0 if config.model.quantization == "none" else 4 * hidden * width
     of_clients = work.round_clients * (tokens * per_token + _GENEROUS_PER_NUMBER * numbers)
     return of_clients + dequantised

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from sfed.config.clients import largest_rank
 from sfed.config.schema import Config
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
@@ -58,7 +59,7 @@ def counts_of(config: Config, meta: MetaModel) -> ModelCounts:
         head = model.get_submodule(name)
         head_numbers += sum(weight.numel() for weight in head.parameters())
         model.set_submodule(name, nn.Identity())
-    attached = attach(config, model, None, config.lora.target_modules, config.lora.rank)
+    attached = attach(config, model, None, config.lora.target_modules, largest_rank(config))
     columns = [attached.layout.columns(factor) for factor in ("A", "B")]
     a_numbers, b_numbers = (some.stop - some.start for some in columns)
     targets = {re.sub(r"^.*\.\d+\.", "", name) for name in attached.layers}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedConfig
 
+from sfed.config.clients import largest_rank
 from sfed.config.schema import Config
 from sfed.data.tasks import task_of
 from sfed.memory.costs import Cost, Costs, Load
@@ -60,7 +61,7 @@ def measure(config: Config, frozen: Frozen, say: Callable[[str], None]) -> Costs
 def _costs(config: Config, frozen: Frozen, fake: FakeFloats | None) -> Costs:
     """The costs, with fake tensors or with real ones."""
     text = frozen.config.get_text_config()
-    lora_rank, num_layers = config.lora.rank, int(text.num_hidden_layers)
+    lora_rank, num_layers = largest_rank(config), int(text.num_hidden_layers)
     one, two = (Trial(config, frozen, count, lora_rank, fake) for count in (1, 2))
     # With the smallest adapters next to nothing is a client's and all is a token's.
     thin = Trial(config, frozen, 1, _SMALLEST_RANK, fake)

@@ -1,6 +1,9 @@
 """The federated mean: one flat buffer, one collective, nothing else leaves a client.
 
 mean = sum_i p_i x_i,   sum_i p_i = 1 over the clients of the round          (FedAvg, 1602.05629)
+
+Of clients with different LoRA ranks, a row of A and a column of B is the mean over those that hold
+it. A mean with zeros for the others would shrink it in every round.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from sfed.clients.store import ClientStore
 from sfed.distributed.sync import gather_json, raise_everywhere
 from sfed.distributed.world import World, all_reduce_sum
 from sfed.lora.layout import Layout
+from sfed.methods.holders import Holders, sum_of_common_b
 from sfed.methods.server import ClientMeasure
 from sfed.methods.server_optimizer import ServerOptimizer
 from sfed.utils.errors import UserError
@@ -131,6 +135,8 @@ class ServerSide:
     """Factors whose control variates move in this round (SCAFFOLD)."""
     control_weights: Sequence[float] = ()
     """(N,) p_i, which sum to 1 over all N clients; 0 for who sends nothing in this round."""
+    zero_padded: bool = False
+    """As of ``Holders``."""
 
 
 def share(
@@ -162,9 +168,11 @@ def share(
     sums = [_own_sum(clients, factor, weights) for factor in factors]
     sums += [_control_sum(clients, f, server.control_weights) for f in server.controlled]
     found = mean_over_clients(world, sums)
-    for factor, mean in zip(factors, found, strict=False):
+    holders = Holders(clients.layout, weights, server.zero_padded)
+    for factor, total in zip(factors, found, strict=False):
+        mean = holders.mean(factor, total, clients.shared(factor))
         if server.optimizer is not None:
-            mean = _stepped(clients, factor, mean, server.optimizer)
+            mean = _stepped(clients, factor, mean, server.optimizer, holders)
         clients.set_shared(factor, mean)
     if server.controlled:
         _take_controls(clients, server, found[len(factors) :])
@@ -172,15 +180,24 @@ def share(
 
 
 def _stepped(
-    clients: ClientStore, factor: str, mean: torch.Tensor, optimizer: ServerOptimizer
+    clients: ClientStore,
+    factor: str,
+    mean: torch.Tensor,
+    optimizer: ServerOptimizer,
+    holders: Holders,
 ) -> torch.Tensor:
-    """What a server optimizer makes of a factor's mean; its state moves on."""
+    """What a server optimizer makes of a factor's mean; its state moves on.
+
+    Of rows that no client of the mean holds, neither value nor state moves.
+    """
     before, prefix = clients.shared(factor).to(mean.device), f"{factor.lower()}_"
     kept = {name: clients.common_state.get(prefix + name) for name in SERVER}
     state = {name: tensor for name, tensor in kept.items() if tensor is not None}
-    values, state = optimizer.step(before, mean, state)
-    clients.common_state |= {prefix + name: tensor for name, tensor in state.items()}
-    return values
+    values, become = optimizer.step(before, mean, state)
+    for name, tensor in become.items():
+        former = state.get(name, optimizer.initial(name, tensor))
+        clients.common_state[prefix + name] = holders.keep(factor, tensor, former)
+    return holders.keep(factor, values, before)
 
 
 def _control_sum(
@@ -220,16 +237,25 @@ def share_draws(
     """
     own_weights = [weights[client] for client in clients.own]
     [mean] = mean_over_clients(world, [weighted_sum(draws, own_weights)])
-    clients.set_shared("A", mean)
+    holders = Holders(clients.layout, weights)
+    clients.set_shared("A", holders.mean("A", mean, torch.zeros_like(mean)))
     return message_bytes(clients.layout, ("A",))
+
+
+def _held(clients: ClientStore, factor: str) -> list[list[int]]:
+    """This process's clients, with those together that hold the same values of a factor."""
+    holders = clients.owners(factor)
+    sharers: dict[int, list[int]] = {}
+    for client in sorted(set(clients.own) - set(holders)):
+        sharers.setdefault(clients.layout.rank_of(client), []).append(client)
+    return [*sharers.values(), *([client] for client in holders)]
 
 
 def _own_sum(clients: ClientStore, factor: str, weights: Sequence[float]) -> torch.Tensor:
     """The weighted sum over this process's clients; those that hold nothing cost nothing."""
-    holders = clients.owners(factor)
-    rest = math.fsum(weights[client] for client in set(clients.own) - set(holders))
-    rows = [clients.shared(factor), *(clients.factor(client, factor) for client in holders)]
-    return weighted_sum(rows, [rest, *(weights[client] for client in holders)])
+    held = _held(clients, factor)
+    rows = (clients.factor(some[0], factor) for some in held)
+    return weighted_sum(rows, [math.fsum(weights[client] for client in some) for some in held])
 
 
 def message_bytes(layout: Layout, factors: Sequence[str]) -> int:
@@ -238,12 +264,19 @@ def message_bytes(layout: Layout, factors: Sequence[str]) -> int:
 
 
 def global_row(
-    world: World, clients: ClientStore, weights: Sequence[float], own_factors: Sequence[str]
+    world: World,
+    clients: ClientStore,
+    weights: Sequence[float],
+    own_factors: Sequence[str],
+    gammas: Sequence[float] = (),
 ) -> torch.Tensor:
     """Return the global adapter (A, mean B, mean head): (layout.size,). Collective.
 
-    Exact once A is the same on all clients: mean_i(B_i A) = (mean_i B_i) A. The mean of the heads
-    is FedAvg's, which is not exact. Only evaluation and export ask for it; training never does.
+    Exact once A is the same on all clients: mean_i(B_i A) = (mean_i B_i) A. Where LoRA ranks
+    differ, B is sum_i p_i gamma_i B_i, with zeros beyond each client's rank, and gamma is 1: the
+    mean of gamma_i B_i A_i over clients whose A_i are the first rows of one A. The mean of the
+    heads is FedAvg's, which is not exact. Only evaluation and export ask for it; training never
+    does.
 
     Args:
         world: the processes.
@@ -251,12 +284,20 @@ def global_row(
         weights: (N,) of all clients, summing to 1.
         own_factors: what clients hold their own of. The rest is on every process already, so
             nothing of it is communicated.
+        gammas: (N,) of all clients; read where their ranks differ.
     """
-    row = clients.row(clients.own[0]).to(world.device)
+    layout, holders = clients.layout, Holders(clients.layout, weights)
+    row = torch.cat([clients.shared(factor).to(world.device) for factor in layout.factors])
+    is_mixed = layout.has_mixed_ranks
+    of_b = [w * g for w, g in zip(weights, gammas, strict=True)] if is_mixed else weights
     if own_factors:
-        means = mean_over_clients(world, [_own_sum(clients, f, weights) for f in own_factors])
-        for factor, mean in zip(own_factors, means, strict=True):
-            row[clients.layout.columns(factor)] = mean
+        sums = [_own_sum(clients, f, of_b if f == "B" else weights) for f in own_factors]
+        for factor, total in zip(own_factors, mean_over_clients(world, sums), strict=True):
+            columns = layout.columns(factor)
+            row[columns] = total if factor == "B" else holders.mean(factor, total, row[columns])
+    if is_mixed and "B" not in own_factors:
+        columns = layout.columns("B")
+        row[columns] = sum_of_common_b(layout, row[columns], of_b)
     return row
 
 
@@ -269,16 +310,13 @@ def similarity(world: World, clients: ClientStore) -> dict[str, float | None]:
     """
     sums: list[torch.Tensor] = []
     for factor in ("A", "B"):
-        holders = clients.owners(factor)
         units, num = torch.zeros_like(clients.shared(factor)), 0
-        # Those with nothing of their own are all alike.
-        walk = [(clients.shared(factor), len(clients.own) - len(holders))]
-        walk += [(clients.factor(client, factor), 1) for client in holders]
-        for row, times in walk:
+        for some in _held(clients, factor):
+            row = clients.factor(some[0], factor)
             norm = float(torch.linalg.vector_norm(row))
             if 0 < norm < math.inf:
-                units.add_(row / norm, alpha=times)
-                num += times
+                units.add_(row / norm, alpha=len(some))
+                num += len(some)
         sums += [units, torch.full_like(units[:1], num)]
     flat = all_reduce_sum(torch.cat(sums).to(world.device))
     found: dict[str, float | None] = {}

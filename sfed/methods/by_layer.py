@@ -86,8 +86,8 @@ class ByLayer:
     """The clients of each process that send, in ascending order."""
     weights: Sequence[float]
     """(N,) of all clients, summing to 1 over those that send."""
-    gamma: float
-    """The factor of B A x."""
+    gammas: Sequence[float]
+    """(N,) of all clients: the factor of B A x."""
     seed: int = 0
     """Of the round, for what a step draws."""
 
@@ -167,8 +167,19 @@ class ByLayer:
         }
         weights_n = torch.tensor(weights, dtype=torch.float64, device=device)
         number = [piece.layer for piece in layout.pieces].index(layer)
-        seed = derive(Stream.SERVER_STEP, self.seed, number)
-        return SentLayer(layer, numbers, factors, weights_n, self.gamma, of_layer, state, seed)
+        gammas = [self.gammas[client] for client in numbers]
+        return SentLayer(
+            layer,
+            numbers,
+            factors,
+            weights_n,
+            torch.tensor(gammas, dtype=torch.float64, device=device),
+            tuple(layout.rank_of(client) for client in numbers),
+            of_layer,
+            state,
+            derive(Stream.SERVER_STEP, self.seed, number),
+            common_gamma(self.gammas, layout.ranks),
+        )
 
     def _give_to_all(
         self,
@@ -229,6 +240,11 @@ class ByLayer:
                 u, v = torch.split(part, [ranks[layer] * out, ranks[layer] * width])
                 changes[layer] = (u.view(out, -1), v.view(-1, width))
         return changes, 4 * most
+
+
+def common_gamma(gammas: Sequence[float], ranks: Sequence[int]) -> float:
+    """Gamma (N,) of a client of the largest rank (N,); of any, where no ranks are given."""
+    return gammas[ranks.index(max(ranks))] if ranks else gammas[0]
 
 
 def layer_shapes(layout: Layout) -> dict[str, tuple[int, int]]:

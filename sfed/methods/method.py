@@ -33,7 +33,7 @@ from sfed.config.own_method import is_own
 from sfed.config.schema import Config
 from sfed.methods.own import load_named
 from sfed.methods.product import fedex, flexlora, flora, norm_of_products
-from sfed.methods.scaling import EXPONENTS
+from sfed.methods.scaling import EXPONENTS, client_scalings
 from sfed.methods.server import ClientMeasure, ServerStep
 from sfed.utils.errors import ConfigError, UserError
 
@@ -72,6 +72,15 @@ class Method:
     ``federated.weighting`` says."""
     changes_base: bool = False
     """Whether the server step returns changes of the frozen weights (``base_change``)."""
+    mixed_ranks: bool = False
+    """Whether the server step and ``weighed_by`` take clients of different LoRA ranks, with zeros
+    beyond them. The weighted mean does."""
+    zero_padded: bool = False
+    """Whether rows that a client of a smaller LoRA rank lacks count as zeros in the mean; else a
+    row is the mean over its holders."""
+    keeps_product: bool = False
+    """Whether what is common stands for its product with gamma of the largest LoRA rank: a client
+    of another gamma gets B times the quotient of both gammas."""
 
     def trained_in(self, round_index: int) -> Factors:
         """Factors that train in this 0-based round."""
@@ -93,6 +102,40 @@ class Method:
         return any(
             factor in self.trained_in(i) and factor not in self.averaged_in(i) for i in in_turns
         )
+
+    def gammas(self, ranks: Sequence[int], client_weights: Sequence[float]) -> tuple[float, ...]:
+        """Gamma of each client.
+
+        Args:
+            ranks: (N,) LoRA rank of each client.
+            client_weights: (N,) of the mean over all of them.
+
+        Raises:
+            ConfigError: where the ranks differ and the method does not say what follows.
+        """
+        if len(set(ranks)) > 1 and (reason := self._why_one_rank()):
+            raise ConfigError(
+                f"federated.method = {self.name!r}: {reason}; set one rank for all clients"
+            )
+        return client_scalings(self.alpha, ranks, client_weights, self.exponents)
+
+    def _why_one_rank(self) -> str | None:
+        """Why it takes no clients of different LoRA ranks; None where it does."""
+        if self.local_term is not None:
+            return "its local term takes one gamma, so clients of different LoRA ranks have none"
+        measures = self.server_step is not None or self.weighed_by is not None
+        if measures and not self.mixed_ranks:
+            of = "server step" if self.server_step is not None else "weight of a client"
+            return (
+                f"its {of} does not say that it takes clients of different LoRA ranks "
+                "(Method.mixed_ranks)"
+            )
+        if self.zero_padded and self.exponents[0] != 0:
+            return (
+                "its mean counts rows that a client lacks as zeros, which shrinks them in every "
+                "round, so no gamma that grows with N is right with different LoRA ranks"
+            )
+        return None
 
     @property
     def received(self) -> Factors:
@@ -150,7 +193,12 @@ METHODS: dict[str, Method] = {
         Method("ffa", (("B",),), (("B",),), _LORA, independent_init=False, alpha=16.0),
         Method("fedit", (_AB,), (_AB,), _LORA, independent_init=False, alpha=16.0),
         Method("local", (_AB,), ((),), _LORA, independent_init=False, alpha=16.0),
-        Method("flexlora", (_AB,), (_AB,), _LORA, False, 16.0, flexlora, keeps_moments=False),
+        Method(
+            *("flexlora", (_AB,), (_AB,), _LORA, False, 16.0, flexlora),
+            keeps_moments=False,
+            mixed_ranks=True,
+            keeps_product=True,
+        ),
         Method(
             *("fedex", (_AB,), (_AB,), _LORA, False, 16.0, fedex),
             keeps_moments=False,
@@ -160,8 +208,14 @@ METHODS: dict[str, Method] = {
             *("flora", (_AB,), (_AB,), _LORA, False, 16.0, flora),
             keeps_moments=False,
             changes_base=True,
+            mixed_ranks=True,
         ),
-        Method("hetlora", (_AB,), (_AB,), _LORA, False, 16.0, weighed_by=norm_of_products),
+        Method(
+            *("hetlora", (_AB,), (_AB,), _LORA, False, 16.0),
+            weighed_by=norm_of_products,
+            mixed_ranks=True,
+            zero_padded=True,
+        ),
     )
 }
 """The methods by name, as ``federated.method`` takes them."""
@@ -286,6 +340,30 @@ def _refuse_growing_gamma(method: Method) -> None:
             "with N. Set lora.init=independent and average A, or set lora.scaling=rslora, or "
             "lora.allow_unstable=true to see it"
         )
+
+
+def refuse_mixed_ranks(config: Config, ranks: Sequence[int]) -> None:
+    """Refuse keys that have no meaning, or none that was shown, where LoRA ranks (N,) differ.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if len(set(ranks)) == 1:
+        return
+    reasons = []
+    if config.federated.scaffold:
+        reasons.append(
+            "federated.scaffold=true: the server's control variate is the mean over all clients, "
+            "and a row of a factor is held by some"
+        )
+    if config.privacy.is_on:
+        reasons.append(
+            f"privacy.clip={config.privacy.clip:g}: a mean over the holders of a row divides by "
+            "their number, so a client moves it by more than the noise is made for"
+        )
+    if reasons:
+        remedy = "; set one LoRA rank for all clients, or remove the key"
+        raise ConfigError("\n".join(reason + remedy for reason in reasons))
 
 
 def check_joinable(run: Config, folder: str) -> Factors:

@@ -1,10 +1,10 @@
 """Server steps on the product: what the adapters of the clients add to a layer, as a matrix.
 
-    Delta = sum_i p_i gamma B_i A_i = L R      L = [p_1 gamma B_1, ...] (out, n r)
-                                               R = [A_1; A_2; ...]      (n r, in)
+    Delta = sum_i p_i gamma_i B_i A_i = L R    L = [p_1 gamma_1 B_1, ...] (out, q)
+                                               R = [A_1; A_2; ...]        (q, in), q = sum_i r_i
 
-All arithmetic is in fp64 on factors; Delta itself, out x in, is never formed. Rows that are zero in
-both factors of a client change nothing, so clients may have fewer rows than r.
+All arithmetic is in fp64 on factors; Delta itself, out x in, is never formed. A client may have
+fewer rows than r, and a gamma of its own.
 
 FlexLoRA (arXiv 2402.11505), FedEx-LoRA (2410.09432), FLoRA (2409.05976), HetLoRA (2401.06432).
 Needs no torch when it is imported.
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
 
 def stacks(sent: SentLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """L (out, n r) and R (n r, in), fp64, with Delta = L R."""
+    """L (out, q) and R (q, in), fp64, with Delta = L R, without what lies beyond a rank."""
     a_nri, b_nor = sent.factors["A"].double(), sent.factors["B"].double()
-    weighted = b_nor * (sent.weights * sent.gamma).view(-1, 1, 1)
-    return weighted.transpose(0, 1).flatten(1), a_nri.flatten(0, 1)
+    weighted = b_nor * (sent.weights * sent.gammas).view(-1, 1, 1)
+    held = [
+        client * a_nri.shape[1] + row for client, r in enumerate(sent.ranks) for row in range(r)
+    ]
+    return weighted.transpose(0, 1).flatten(1)[:, held], a_nri.flatten(0, 1)[held]
 
 
 def svd_of_product(
@@ -58,6 +61,9 @@ def svd_of_product(
 def flexlora(sent: SentLayer) -> CommonLayer:
     """The best approximation of Delta with r rows: U S V^T = Delta, B = U_r S_r / gamma, A = V_r^T.
 
+    A client of rank r_i then takes the first r_i rows and columns, which is the best approximation
+    with r_i rows, and B with its own gamma (``Method.keeps_product``).
+
     Where Delta has fewer than r singular values, the rows of A beyond are those of before the
     round, and the columns of B are zero.
     """
@@ -66,7 +72,7 @@ def flexlora(sent: SentLayer) -> CommonLayer:
     rows = min(len(before_a), len(s))
     a, b = before_a.clone(), before_b.new_zeros(before_b.shape)
     a[:rows] = vt[:rows].to(a.dtype)
-    b[:, :rows] = (u[:, :rows] * (s[:rows] / sent.gamma)).to(b.dtype)
+    b[:, :rows] = (u[:, :rows] * (s[:rows] / sent.common_gamma)).to(b.dtype)
     return CommonLayer({"A": a, "B": b})
 
 

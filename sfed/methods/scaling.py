@@ -4,12 +4,21 @@
 
 LoRA (arXiv 2106.09685): alpha / r. rsLoRA (arXiv 2312.03732): alpha / sqrt(r).
 SFed-LoRA (arXiv 2603.08058): alpha * sqrt(N / r).
+
+Where the clients have different ranks r_i, row l of A is the mean over those that hold it. With
+weights q_il of that mean, sum 1 over i, its variance is 1/N_l = sum_i q_il^2 of a draw's, and
+
+    gamma_i = alpha / sqrt(sum over the rows l of client i of 1/N_l)
+
+keeps the variance of gamma_i A x what it is with one rank, where it is alpha * sqrt(N / r).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+from sfed.utils.errors import ConfigError
 
 # name -> (exponent of N, exponent of r)
 EXPONENTS: dict[str, tuple[float, float]] = {
@@ -36,6 +45,42 @@ def lora_scaling(
     """
     of_clients, of_rank = exponents
     return alpha * math.pow(num_clients, of_clients) * math.pow(lora_rank, of_rank)
+
+
+def client_scalings(
+    alpha: float,
+    ranks: Sequence[int],
+    client_weights: Sequence[float],
+    exponents: tuple[float, float],
+) -> tuple[float, ...]:
+    """Return gamma of each client.
+
+    Args:
+        alpha: LoRA's alpha, > 0.
+        ranks: (N,) r_i of each client.
+        client_weights: (N,) of the mean before the first step, of any sum above 0.
+        exponents: of N and of r.
+
+    Raises:
+        ConfigError: where the ranks differ and gamma grows with N in another way than sfed's: what
+            N is for a client then follows from no formula.
+    """
+    if len(set(ranks)) == 1:
+        effective = effective_clients(client_weights)
+        return (lora_scaling(alpha, ranks[0], effective, exponents),) * len(ranks)
+    if exponents[0] == 0:
+        return tuple(lora_scaling(alpha, lora_rank, 1, exponents) for lora_rank in ranks)
+    if exponents != EXPONENTS["sfed"]:
+        raise ConfigError(
+            f"lora.scaling = [{exponents[0]:g}, {exponents[1]:g}] with clients of different LoRA "
+            "ranks: rows of A are means over different numbers of clients, so N is no one number; "
+            "set lora.scaling=sfed, an exponent of N of 0, or one rank for all clients"
+        )
+    inverse_of_row: list[float] = []
+    for row in range(max(ranks)):
+        holders = [w for w, lora_rank in zip(client_weights, ranks, strict=True) if lora_rank > row]
+        inverse_of_row.append(1.0 / effective_clients(holders))
+    return tuple(alpha / math.sqrt(math.fsum(inverse_of_row[:lora_rank])) for lora_rank in ranks)
 
 
 def alpha_of_another_formula(alpha: float, lora_rank: int, gamma: float) -> str | None:

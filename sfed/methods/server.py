@@ -24,17 +24,33 @@ class SentLayer:
     clients: tuple[int, ...]
     """Numbers of the n clients, in ascending order."""
     factors: Mapping[str, torch.Tensor]
-    """The sent factors: "A" (n, r, in), "B" (n, out, r)."""
+    """The sent factors: "A" (n, r, in), "B" (n, out, r), with r the largest LoRA rank of all N
+    clients. A client of a smaller rank has zeros in its last rows of A and columns of B."""
     weights: torch.Tensor
     """(n,) fp64: p_i of the clients, above 0, with the sum 1."""
-    gamma: float
-    """The factor of B A x."""
+    gammas: torch.Tensor
+    """(n,) fp64: the factor of B A x of each client."""
+    ranks: tuple[int, ...]
+    """(n,) LoRA rank of each client."""
     before: Mapping[str, torch.Tensor]
     """What was common of the sent factors before the round: "A" (r, in), "B" (out, r)."""
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """What the step returned as its state of this layer in the round before; at first nothing."""
     seed: int = 0
     """For what the step draws at random: a function of the run's seed, the round and the layer."""
+    common_gamma: float = 1.0
+    """Gamma of the clients of the largest rank, whether they sent or not."""
+
+    @property
+    def gamma(self) -> float:
+        """The factor of B A x, of a step that takes clients of one LoRA rank only.
+
+        Raises:
+            ValueError: where the clients have different factors.
+        """
+        if bool((self.gammas != self.gammas[0]).any()):
+            raise ValueError("the clients have different gammas; use gammas")
+        return float(self.gammas[0])
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,10 @@ class ServerOptimizer:
         ]
         return f"server: {self.kind} on the mean ({', '.join(values)})"
 
+    def initial(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """What m or v is before the first step, in the shape of another tensor."""
+        return torch.full_like(like, self.tau**2 if name == "v" else 0.0)
+
     def step(
         self, before: torch.Tensor, mean: torch.Tensor, state: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -75,11 +79,11 @@ class ServerOptimizer:
             w after the round, and the state; new tensors.
         """
         change = mean - before
-        m = self.beta1 * state.get("m", torch.zeros_like(change))
+        m = self.beta1 * state.get("m", self.initial("m", change))
         if self.kind == "fedavgm":
             m = m + change
             return before + self.lr * m, {"m": m}
         m = m + (1 - self.beta1) * change
-        v = state.get("v", torch.full_like(change, self.tau**2))
+        v = state.get("v", self.initial("v", change))
         v = _SECOND_MOMENTS[self.kind](v, change.square(), self.beta2)
         return before + self.lr * m / (v.sqrt() + self.tau), {"m": m, "v": v}

@@ -29,7 +29,7 @@ from sfed.data.splits import Data
 from sfed.data.tasks import task_of
 from sfed.data.tokenize import Examples
 from sfed.distributed import world as distributed
-from sfed.federated.build import method_and_gamma, model_folder
+from sfed.federated.build import method_and_gammas, model_folder
 from sfed.files.listing import Split, files_of
 from sfed.files.silos import num_clients_of
 from sfed.methods import method as methods
@@ -44,7 +44,7 @@ from sfed.privacy import mean as private_mean
 from sfed.storage import origin
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask
-from sfed.utils.text import counted, duration, printable, size_text
+from sfed.utils.text import counted, duration, printable, size_text, span
 
 _WIDTH = 100
 _ASSUMED_GPU_BYTES = 80 * 2**30
@@ -67,7 +67,8 @@ class Facts:
     """Of the first row of each split."""
     examples: list[tuple[int, list[Piece]]]
     """Client and text of some training examples."""
-    gamma: float
+    gammas: Sequence[float]
+    """(N,) of the clients."""
     plan: dict[str, Any]
     """As ``sfed plan --json`` writes it."""
 
@@ -79,7 +80,8 @@ class Facts:
     @property
     def steps(self) -> list[int]:
         """Optimizer steps of each client in a round."""
-        return [placement.local_steps(self.config, count) for count in self.data.train_counts]
+        pairs = zip(self.data.settings, self.data.train_counts, strict=True)
+        return [settings.steps(count) for settings, count in pairs]
 
     @property
     def round_seconds(self) -> float:
@@ -128,7 +130,7 @@ def facts_of(config: Config, num_processes: int) -> Facts:
     placed = data.placement
     if config.partition.kind != "by_file":
         is_sharded = plan["sharding"]["kind"] == "zero3"
-        placed = splits.place(config, data.train, num_processes, is_sharded)
+        placed = splits.place(data.settings, data.train, num_processes, is_sharded)
     elif num_processes > 1:
         placed = placement.by_number(num_clients, num_processes)
     return Facts(
@@ -138,7 +140,7 @@ def facts_of(config: Config, num_processes: int) -> Facts:
         placed.clients,
         {split: _columns(config, split) for split in _splits(config)},
         list(_some_examples(config, data, tokenizer)),
-        method_and_gamma(config, data, num_clients, origin.gamma_of(config))[1],
+        method_and_gammas(config, data, num_clients, origin.gamma_of(config))[1],
         plan,
     )
 
@@ -244,13 +246,13 @@ def _screen(facts: Facts, *, is_terminal: bool) -> Iterator[str | Text | Table]:
 
 def _heading(facts: Facts) -> Iterator[str]:
     config, data = facts.config, facts.data
-    federated, train = config.federated, config.train
-    least, most = min(facts.steps), max(facts.steps)
-    steps = str(most) if least == most else f"{least} to {most}"
+    federated = config.federated
+    ranks, batches = zip(*((one.lora_rank, one.batch_size) for one in data.settings), strict=True)
+    rows = counted(batches[0], "row") if len(set(batches)) == 1 else f"{span(batches)} rows"
     yield (
         f"run        {config.run_name}: {federated.method}, N = {facts.num_clients}, r = "
-        f"{config.lora.rank}, gamma = {facts.gamma:.4g}; {counted(federated.num_rounds, 'round')} "
-        f"of {steps} steps of {counted(train.batch_size, 'row')}"
+        f"{span(ranks)}, gamma = {span(facts.gammas, '.4g')}; "
+        f"{counted(federated.num_rounds, 'round')} of {span(facts.steps)} steps of {rows}"
     )
     adapted = facts.plan["targets"]
     adapted = adapted if isinstance(adapted, str) else ", ".join(adapted)
@@ -287,15 +289,16 @@ def _clients(facts: Facts, *, is_terminal: bool) -> Table:
     for name in ("examples", "tokens mean", "longest", "steps", "held out"):
         table.add_column(name, justify="right")
     table.add_column("process")
+    own = _own_settings(facts)
+    for name in own:
+        table.add_column(name, justify="right")
     mixes = [_mix(facts, client) for client in range(facts.num_clients)]
     if facts.config.partition.kind == "by_key":  # each client has one value, which is its name
         mixes = [""] * facts.num_clients
     if any(mixes):
         table.add_column("labels")
-    process_of = {c: process for process, own in enumerate(facts.placement) for c in own}
-    shown = list(range(facts.num_clients))
-    if len(shown) > _MOST_CLIENTS:
-        shown = [*shown[: _MOST_CLIENTS // 2], *shown[-_MOST_CLIENTS // 2 :]]
+    process_of = {c: process for process, some in enumerate(facts.placement) for c in some}
+    shown = _shown(facts.num_clients)
     for client in shown:
         lengths = facts.data.train[client].lengths
         cells = [
@@ -307,12 +310,33 @@ def _clients(facts: Facts, *, is_terminal: bool) -> Table:
             f"{facts.data.eval_counts[client]:,}",
             str(process_of[client]),
         ]
+        cells += [values[client] for values in own.values()]
         table.add_row(*cells, *([mixes[client]] if any(mixes) else []))
         if len(shown) < facts.num_clients and client == _MOST_CLIENTS // 2 - 1:
             table.add_section()
     if len(shown) < facts.num_clients:
         table.caption = f"{len(shown)} of {facts.num_clients} clients"
     return table
+
+
+def _shown(num_clients: int) -> list[int]:
+    """The clients of the table: of many the first and the last ones."""
+    clients = list(range(num_clients))
+    if num_clients <= _MOST_CLIENTS:
+        return clients
+    return [*clients[: _MOST_CLIENTS // 2], *clients[-_MOST_CLIENTS // 2 :]]
+
+
+def _own_settings(facts: Facts) -> dict[str, list[str]]:
+    """What differs between the clients: a column of each."""
+    settings = facts.data.settings
+    columns = {
+        "r": [f"{one.lora_rank}" for one in settings],
+        "gamma": [f"{gamma:.4g}" for gamma in facts.gammas],
+        "lr": [f"{one.lr:g}" for one in settings],
+        "rows": [f"{one.batch_size}" for one in settings],
+    }
+    return {name: values for name, values in columns.items() if len(set(values)) > 1}
 
 
 def _mix(facts: Facts, client: int) -> str:

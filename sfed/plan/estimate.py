@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sfed.config.schema import DEFAULT_LOCAL_STEPS, Config
+from sfed.config.clients import largest_batch, largest_rank, may_have_mixed_ranks, most_steps
+from sfed.config.schema import Config
 from sfed.data.tasks import task_of
 from sfed.memory.costs import USABLE_SHARE
 from sfed.methods import method as methods
@@ -145,7 +146,8 @@ def _asked(config: Config, found: MemoryPlan) -> dict[str, Any]:
         "model": config.model.name,
         "weights": found.counts.num_weights,
         "adapter_numbers": found.counts.numbers,
-        "lora_rank": config.lora.rank,
+        "lora_rank": largest_rank(config),
+        "mixed_ranks": may_have_mixed_ranks(config),
         "targets": config.lora.target_modules,
         "gpus": found.machine.gpus,
         "gpu_memory_bytes": found.machine.memory_bytes,
@@ -238,7 +240,7 @@ def _upload(config: Config, found: MemoryPlan) -> dict[str, Any]:
 
 def _round(config: Config, found: MemoryPlan, pace: Pace) -> dict[str, Any]:
     """Seconds of a round's local steps and of its mean; None where epochs decide on the steps."""
-    machine, work, train = found.machine, found.work, config.train
+    machine, work = found.machine, found.work
     one = _pass(config, found, pace)
     computing = one.seconds(USED_SHARE * machine.datasheet_flops)
     if pace.tokens_per_second is not None:
@@ -249,8 +251,8 @@ def _round(config: Config, found: MemoryPlan, pace: Pace) -> dict[str, Any]:
         stored = found.backbone.stored
         gathering = gather_seconds(stored, machine.gpus, bandwidth, one.recomputes)
     groups = -(-work.round_clients // found.clients_per_pass)
-    passes = groups * -(-train.batch_size // work.train_rows)
-    steps = None if train.local_epochs else train.local_steps or DEFAULT_LOCAL_STEPS
+    passes = groups * -(-largest_batch(config) // work.train_rows)
+    steps = most_steps(config)
     mean = _upload(config, found)["seconds"]
     per_step = passes * max(computing, gathering)
     return {

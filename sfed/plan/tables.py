@@ -32,7 +32,8 @@ def _heading(results: Json) -> list[str]:
     work, targets = results["work"], results["targets"]
     adapted = targets if isinstance(targets, str) else ", ".join(targets)
     return [
-        f"model    {results['model']}, {results['weights']:,} weights; r = {results['lora_rank']}, "
+        f"model    {results['model']}, {results['weights']:,} weights; r = {results['lora_rank']}"
+        f"{' (the largest)' if results['mixed_ranks'] else ''}, "
         f"{adapted}: {results['adapter_numbers']:,} parameters per client",
         f"run      {counted(results['num_clients'], 'client')} on "
         f"{counted(results['gpus'], 'GPU')} of {size_text(results['gpu_memory_bytes'])}, up to "

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from sfed.observability import metrics
 from sfed.observability.metrics import deviation
-from sfed.report.grouping import BY_CLIENTS, BY_RANK, RANK, Axis, Group, group
+from sfed.report.grouping import BY_CLIENTS, BY_RANK, Axis, Group, group
 from sfed.report.scaling_law import ScalingFit
 from sfed.report.series import held_out_reader, main_scores, unit_of
-from sfed.report.tables import NONE, Table, mebibytes, show, total
+from sfed.report.tables import NONE, Table, lora_facts, mebibytes, show, total
 from sfed.storage.run_record import KINDS, LOSS, RunRecord, number, words_of
 from sfed.utils.text import duration
 
@@ -28,8 +28,7 @@ def runs_table(stories: Sequence[RunRecord]) -> Table:
             story.method,
             show(number(story.config, "seed"), ".0f"),
             show(story.num_clients, "g"),
-            show(number(story.config, RANK), "g"),
-            show(number(story.config, "resolved.gamma"), ".4g"),
+            *lora_facts(story),
             str(story.evaluated[-1]["round"]) if story.evaluated else NONE,
             *(_end(story, kind, what) for what in shown for kind in KINDS),
             mebibytes(total(story, metrics.UPLOADED_BYTES)),

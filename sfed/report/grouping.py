@@ -11,7 +11,7 @@ from typing import Any
 from sfed.observability.metrics import deviation
 from sfed.report.plotting import Curve
 from sfed.report.series import Reader
-from sfed.storage.run_record import RunRecord, number
+from sfed.storage.run_record import RunRecord
 
 CLIENTS, RANK = "federated.num_clients", "lora.rank"
 _LETTERS = {CLIENTS: "N", RANK: "r"}
@@ -58,6 +58,10 @@ def settings(story: RunRecord) -> dict[str, Any]:
         if section not in ("resolved", "versions", "output", "seed"):
             pairs = values.items() if isinstance(values, dict) else ()
             flat |= {f"{section}.{name}": value for name, value in pairs}
+    for name, own in list(flat.items()):
+        if name.startswith("clients.") and isinstance(own, dict):  # each of what a client has
+            del flat[name]
+            flat |= {f"{name} {key}": value for key, value in own.items() if value is not None}
     flat[CLIENTS] = story.num_clients
     return flat
 
@@ -162,13 +166,17 @@ class Sweep:
 
 
 def sweeps(stories: Sequence[RunRecord]) -> list[Sweep]:
-    """Sort the runs with a known N and r by all other settings, then by (N, r)."""
-    placed = [s for s in stories if s.num_clients and number(s.config, RANK)]
+    """Sort the runs with a known N and one r by all other settings, then by (N, r)."""
+    placed = [
+        story
+        for story in stories
+        if story.num_clients and len(set(story.ranks)) == 1 and story.ranks[0] > 0
+    ]
     found = []
     for one in group(placed, ignored=(CLIENTS, RANK, *_PLACEMENT)):
         cells: dict[tuple[float, float], list[RunRecord]] = {}
         for story in one.stories:
-            pair = story.num_clients or 0.0, number(story.config, RANK) or 0.0
+            pair = story.num_clients or 0.0, story.ranks[0]
             cells.setdefault(pair, []).append(story)
         groups = {pair: Group(one.label, members) for pair, members in sorted(cells.items())}
         found.append(Sweep(one.label, groups))

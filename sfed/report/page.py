@@ -21,7 +21,7 @@ from sfed.report.run_figures import Picture, pictures_of
 from sfed.report.scaling_law import ScalingFit, laws
 from sfed.report.series import last_samples
 from sfed.report.tables import show
-from sfed.storage.run_record import REPORT_FILE, RunRecord, number
+from sfed.storage.run_record import REPORT_FILE, RunRecord
 from sfed.utils.errors import UserError
 from sfed.utils.files import replacing
 from sfed.utils.text import printable
@@ -53,10 +53,10 @@ def _readable(value: Any) -> Any:
 
 def heading(story: RunRecord) -> str:
     """Name, method, N, r and gamma of a run, as plain text."""
-    gamma, lora_rank = number(story.config, "resolved.gamma"), number(story.config, "lora.rank")
+    lora_rank, gamma = tables.lora_facts(story)
     return (
         f"{story.name}: {story.method}, N = {show(story.num_clients, 'g')}, "
-        f"r = {show(lora_rank, 'g')}, gamma = {show(gamma, '.4g')}, {story.progress}"
+        f"r = {lora_rank}, gamma = {gamma}, {story.progress}"
     )
 
 

@@ -21,7 +21,7 @@ from sfed.storage.run_record import (
     number,
     words_of,
 )
-from sfed.utils.text import duration
+from sfed.utils.text import duration, span
 
 MEANS = {
     "unweighted": metrics.UNWEIGHTED,
@@ -52,6 +52,12 @@ def show(value: float | None, form: str = ".4f") -> str:
     if value is None:
         return NONE
     return f"{value:.4g}" if form == ".4f" and abs(value) >= 1e4 else f"{value:{form}}"
+
+
+def lora_facts(story: RunRecord) -> tuple[str, str]:
+    """LoRA rank and gamma of a run; the least and the most where clients have their own."""
+    ranks, gammas = story.ranks, story.gammas
+    return span(ranks) if ranks else NONE, span(gammas, ".4g") if gammas else NONE
 
 
 def what_of(story: RunRecord, what: str) -> str:

@@ -24,6 +24,7 @@ from sfed.data.tasks import Task, task_of
 from sfed.files.names import CLIENT_FILE
 from sfed.lora.adapters import Adapters
 from sfed.lora.card import ClassifierUse, ModelCard, TextUse, Use
+from sfed.storage import card_facts
 from sfed.utils.redaction import mask
 
 PROMPT_FILE, CHAT_FILE = "prompt_template.json", "chat_template.jinja"
@@ -198,7 +199,7 @@ class FolderWriter:
             OSError, SafetensorError: where a file cannot be written.
         """
         self.write_prompting(folder, described)
-        self.adapters.write_peft_folder(folder, row, self.changes)
+        self.adapters.write_peft_folder(folder, row, self.changes, described.client)
         self.card(described).write(folder, title)
 
     def write_prompting(self, folder: Path, described: Described) -> dict[str, str]:
@@ -217,7 +218,8 @@ class FolderWriter:
         """The model card of an adapter, or of a model that it was merged into."""
         _, use = self._of(described)
         scheme = self.trained.config.model.quantization
-        return ModelCard(use, [*described.facts, *self.facts], is_merged, scheme)
+        own = card_facts.of_adapter(*self.adapters.rank_and_gamma(described.client))
+        return ModelCard(use, [*described.facts, *self.facts, *own], is_merged, scheme)
 
     def _of(self, described: Described) -> tuple[dict[str, str], Use]:
         used, head = described.used_columns, self.adapters.head

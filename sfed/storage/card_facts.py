@@ -29,7 +29,6 @@ class Course:
 
     method: str
     num_clients: int
-    gamma: float
     finished_rounds: int
     started_from: str = ""
     """What the adapters started from, as of ``RunRecord.started_from``; empty where A was drawn."""
@@ -45,10 +44,16 @@ def of_run(config: Config, course: Course) -> Facts:
         ("federated method", course.method),
         ("clients (N)", str(course.num_clients)),
         ("rounds", rounds if course.finished_rounds == planned else f"{rounds} of {planned}"),
-        ("LoRA rank (r)", str(config.lora.rank)),
-        ("scaling (gamma = lora_alpha / r)", f"{course.gamma:.6g}"),
         *([("started from", course.started_from)] if course.started_from else []),
         *([("differential privacy", course.privacy)] if course.privacy else []),
+    ]
+
+
+def of_adapter(lora_rank: int, gamma: float) -> Facts:
+    """Rank and factor of one adapter."""
+    return [
+        ("LoRA rank (r)", str(lora_rank)),
+        ("scaling (gamma = lora_alpha / r)", f"{gamma:.6g}"),
     ]
 
 

@@ -92,7 +92,10 @@ class RunIdentity:
 
     config: Config
     num_clients: int
-    gamma: float
+    gamma: float | Sequence[float]
+    """Of all clients, or of each."""
+    ranks: Sequence[int]
+    """LoRA rank of each client."""
     clients_per_pass: int
     data_digests: Sequence[str]
     """Digest of the data of each client."""
@@ -180,6 +183,7 @@ class Writer:
             "ledger": None if state.stats is None else state.stats.tolist(),
             "num_clients": identity.num_clients,
             "gamma": identity.gamma,
+            "ranks": list(identity.ranks),
             "layout_size": self._clients.layout.size,
             "processes": world.size,
             "placement": [list(own) for own in identity.placement],

@@ -349,6 +349,11 @@ def _joined(path: str) -> Source:
     # A is the same in all of them; B where it is common.
     chosen = inside / GLOBAL if inside / GLOBAL in found else found[0]
     adapter = peft_folders.read(chosen, JOIN)
+    if isinstance(saved.resolved.get("gamma"), list):
+        raise ConfigError(
+            f"{said}: its clients have different LoRA ranks, each with its own gamma, and who "
+            "joins has neither; join a run of one LoRA rank"
+        )
     gamma = number(dict(saved.resolved), "gamma")
     used = adapter.gamma if gamma is None else gamma  # alpha / r may be the float beside it
     return Source(JOIN, path, (adapter,), True, used, saved, run_config)

@@ -81,6 +81,22 @@ class RunRecord:
         return self.folder.name
 
     @property
+    def ranks(self) -> list[float]:
+        """The LoRA ranks of the clients; one of all where an older version wrote the run.
+
+        Empty where the record does not say them.
+        """
+        told = numbers(self.config, "resolved.ranks")
+        of_all = number(self.config, "lora.rank")
+        return told or ([] if of_all is None else [of_all])
+
+    @property
+    def gammas(self) -> list[float]:
+        """Gamma of the clients, one of all where their LoRA ranks are the same; as ``ranks``."""
+        of_all = number(self.config, "resolved.gamma")
+        return numbers(self.config, "resolved.gamma") if of_all is None else [of_all]
+
+    @property
     def clients(self) -> dict[int, ClientRecord]:
         """Each client by its number."""
         adapters = self.adapters
@@ -230,6 +246,14 @@ def number(data: Any, dotted: str) -> float | None:
         return float(value) if usable and math.isfinite(value) else None
     except OverflowError:  # an integer beyond all floats
         return None
+
+
+def numbers(data: Any, dotted: str) -> list[float]:
+    """Return the finite numbers of a list under a dotted name; empty for anything else."""
+    values = look(data, dotted)
+    found = [number({"one": one}, "one") for one in values] if isinstance(values, list) else []
+    known = [one for one in found if one is not None]
+    return known if len(known) == len(found) else []
 
 
 def held_out(

@@ -18,7 +18,7 @@ from typing import Any
 
 from sfed.config import load as config_load
 from sfed.config.diff import flatten
-from sfed.config.schema import Config
+from sfed.config.schema import ClientSection, Config
 from sfed.files.silos import num_clients_of
 from sfed.storage import origin
 from sfed.sweep.cell_names import Choice, name_cells
@@ -179,6 +179,9 @@ def _odd_key(where: str, key: str) -> Iterator[str]:
         yield f"{where} cannot vary; each cell has a folder of its own already"
     elif key in Config.model_fields and key != "seed":
         yield f"{where} is a section; name one of its keys, as in {key}.KEY"
+    elif key.startswith("clients."):
+        if key.count(".") < 2 or key.rpartition(".")[2] not in ClientSection.model_fields:
+            yield f"{where}: unknown key{config_load.suggestion(key)}"
     elif not key.startswith("backbone.deepspeed.") and key not in _known_keys():
         yield f"{where}: unknown key{config_load.suggestion(key)}"
 

@@ -28,6 +28,12 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def span(values: Sequence[float], form: str = "g") -> str:
+    """The least and the most of some numbers: 8, or 4 to 64."""
+    least, most = f"{min(values):{form}}", f"{max(values):{form}}"
+    return least if least == most else f"{least} to {most}"
+
+
 def one_line(error: object, most: int = 300) -> str:
     """Return a text, such as that of an error, on one line and without what makes it too long.
 

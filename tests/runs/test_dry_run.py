@@ -71,6 +71,32 @@ def test_a_text_task_shows_rows_labels_and_what_is_supervised(tiny_folder: Path,
 
 
 @pytest.mark.dist
+def test_settings_of_single_clients_are_shown_where_they_differ(tiny_folder: Path):
+    """By the name that a client has, and the names that there are where one is wrong."""
+    settings = tiny.settings(
+        tiny_folder,
+        partition={"kind": "by_key", "key": "kind"},
+        federated={"num_clients": 4, "method": "fedsa"},
+        clients={"kind-1": {"rank": 2, "local_steps": 7}, "2": {"lr": 0.5, "batch_size": 3}},
+    )
+    [lines] = on_processes(1, screen, settings)
+    head, *clients = table_of(lines)
+    assert head[-4:] == ["r", "gamma", "lr", "rows"]
+    assert [row[-4:] for row in clients] == [
+        ["4", "4", "0.01", "4"],
+        ["2", "8", "0.01", "4"],
+        ["4", "4", "0.5", "3"],
+        ["4", "4", "0.01", "4"],
+    ]
+    assert [row[4] for row in clients] == ["3", "7", "3", "3"]
+    whole = "\n".join(lines)
+    assert "r = 2 to 4, gamma = 4 to 8" in whole and "of 3 to 7 steps of 3 to 4 rows" in whole
+    settings["clients"] = {"kind-7": {"rank": 2}}
+    [message] = on_processes(1, refused, settings)
+    assert "clients.kind-7: no client has this name; the clients are kind-0, kind-1, " in message
+
+
+@pytest.mark.dist
 def test_a_classifier_shows_its_classes(tmp_path: Path):
     tiny.save_roberta(tmp_path / "roberta")
     files = glue.save_rows(tmp_path / "rows.jsonl", "rte", 24)

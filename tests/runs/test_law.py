@@ -73,6 +73,32 @@ def test_the_first_gradient_grows_with_n_and_r_as_the_theory_says(
     assert np.polyfit(np.log(ranks), np.log(over_r), 1)[0] == pytest.approx(slope_r, abs=0.1)
 
 
+@pytest.mark.parametrize("ranks", [(4, 8, 64, 64), (4, 4, 4, 64)])
+def test_the_first_gradient_of_every_rank_is_the_same_for_all_n(ranks: tuple[int, ...]) -> None:
+    """Clients of mixed ranks: the slopes in N and r are 0 for each, as with one rank for all."""
+    counts, norms = [4, 16, 64], []
+    for num_clients in counts:
+        of_clients = [ranks[client % 4] for client in range(num_clients)]
+        exponents = scaling.EXPONENTS["sfed"]
+        gammas = scaling.client_scalings(1.0, of_clients, [1.0] * num_clients, exponents)
+        sizes = np.zeros(4)
+        for seed in range(16):
+            generator = torch.Generator().manual_seed(1000 + seed)
+            x, v = (torch.randn(8, WIDTH, generator=generator) for _ in range(2))
+            draws = torch.empty(num_clients, max(ranks), WIDTH)
+            draws.uniform_(-(WIDTH**-0.5), WIDTH**-0.5, generator=generator)
+            holds = torch.tensor(of_clients)[:, None] > torch.arange(max(ranks))
+            a = torch.einsum("nr,nri->ri", holds / holds.sum(dim=0), draws)
+            for client in range(4):
+                own = a[: ranks[client]]
+                sizes[client] += float((gammas[client] * v.T @ (x @ own.T)).norm()) / 16
+        norms.append(sizes)
+    for client in range(4):
+        slope = np.polyfit(np.log(counts), np.log([one[client] for one in norms]), 1)[0]
+        assert slope == pytest.approx(0.0, abs=0.1)
+    assert np.polyfit(np.log(ranks), np.log(norms[0]), 1)[0] == pytest.approx(0.0, abs=0.1)
+
+
 def trained(
     kind: str, a_start: torch.Tensor, gamma: float, lr_a: float, lr_b: float, num_clients: int
 ) -> list[torch.Tensor]:

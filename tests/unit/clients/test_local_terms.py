@@ -5,6 +5,7 @@ Shape suffixes: C clients, N parameters of a row.
 
 import math
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -283,3 +284,33 @@ def test_what_is_wrong_with_a_methods_term_is_said_with_its_layer(function, part
     with pytest.raises(UserError) as caught:
         term_of(function, ("A",)).add_to(rows_of(store()), None, torch.ones(N, dtype=torch.bool))
     assert "of federated.method, layer q: " in str(caught.value) and part in str(caught.value)
+
+
+# --- clients of different ranks --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("b_scales", [(), (4.0, 1.0, 2.0)])
+def test_the_proximal_term_is_about_what_a_client_of_a_smaller_rank_received(b_scales):
+    """Its rows, B with its own factor, and nothing beyond its rank, which stays zero."""
+    layout = replace(LAYOUT, ranks=(1, 2, 1), b_scales=b_scales)
+    clients = ClientStore(range(N), layout, CPU, clients_per_pass=N, moments=())
+    common = {f: draw(clients.widths[f.lower()], seed=7) for f in ("A", "B")}
+    for factor, values in common.items():
+        clients.set_shared(factor, values)
+    received = clients.load_values(range(N)).clone()
+    with closing(clients.passes([(0, 1, 2)], ("A", "B"))) as passes:
+        for rows in passes:
+            rows.grads.zero_()
+            terms = LocalTerms(layout, MU, common, {})
+            terms.add_to(rows, None, torch.ones(N, dtype=torch.bool))
+            assert not rows.grads.any(), "nobody has moved"
+            rows.values.add_(1.0)
+            for factor in ("A", "B"):
+                layout.clear_padding(rows.clients, factor, rows.values[:, layout.columns(factor)])
+            terms.add_to(rows, None, torch.ones(N, dtype=torch.bool))
+            torch.testing.assert_close(rows.grads, MU * (rows.values - received))
+            for factor in ("A", "B"):
+                grads = rows.grads[:, layout.columns(factor)]
+                left = grads.clone()
+                layout.clear_padding(rows.clients, factor, left)
+                assert torch.equal(left, grads) and grads.any()

@@ -3,6 +3,7 @@
 Shape suffixes: C clients, N parameters of a row.
 """
 
+import dataclasses
 import math
 from contextlib import closing
 
@@ -90,6 +91,24 @@ SETTINGS = {
     "LoRA+": {"loraplus_ratio": 16.0},
     "everything": {"weight_decay": 0.1, "max_grad_norm": 0.5, "loraplus_ratio": 4.0},
 }
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("values", SETTINGS.values(), ids=SETTINGS.keys())
+def test_zeros_beyond_a_rank_stay_zeros_bit_for_bit(kind, values):
+    """Their gradients are 0; so are their moments, and neither eps nor weight decay moves them."""
+    layout = dataclasses.replace(LAYOUT, ranks=(1, 2, 1))
+    rows = make_rows(kind)
+    for grads_CN in gradients(5):
+        for factor in AB:
+            for tensor in (rows.values, grads_CN):
+                layout.clear_padding(rows.clients, factor, tensor[:, layout.columns(factor)])
+        take_step(rows, grads_CN, section(optimizer=kind, **values), torch.full((3,), 1e-2))
+        for factor in AB:
+            for view in layout.along_rank(factor, rows.values[:, layout.columns(factor)]):
+                beyond = view[[0, 2], :, 1:]
+                assert not beyond.any() and not beyond.signbit().any()
+                assert view[1].all() and view[:, :, 0].all()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])

@@ -17,7 +17,7 @@ def section(**values):
 
 
 def rate(progress, num_rounds=10, **values):
-    return learning_rate(section(lr=1.0, **values), num_rounds, progress)
+    return learning_rate(section(**values), 1.0, num_rounds, progress)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_warm_up_rises_linearly_and_the_schedule_takes_what_is_left(schedule, 
 
 def test_the_rate_is_a_multiple_of_the_configured_one():
     settings = section(lr=3e-4, schedule="linear")
-    assert learning_rate(settings, 4, 1.0) == pytest.approx(3e-4 * 0.75)
+    assert learning_rate(settings, settings.lr, 4, 1.0) == pytest.approx(3e-4 * 0.75)
 
 
 @given(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -111,6 +112,80 @@ def test_paged_clients_are_bit_for_bit_those_that_stay(per_pass: int, course: li
             assert_same(paged, staying)
     finally:
         distributed.stop(world)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    ranks=st.lists(st.integers(1, 3), min_size=N, max_size=N),
+    per_pass=st.integers(1, N),
+    cohorts=st.lists(st.sets(st.integers(0, N - 1), min_size=1), min_size=1, max_size=3),
+    averaged=st.sampled_from([("A",), ("B",), ("A", "B"), ()]),
+)
+def test_clients_of_a_smaller_rank_have_zeros_beyond_it_wherever_they_are(
+    ranks: list[int], per_pass: int, cohorts: list, averaged: tuple
+) -> None:
+    """In a pass, at rest, alone on the device, and in what is exported."""
+    layout = Layout.of([("q", 5, 7), ("v", 3, 4)], lora_rank=max(ranks))
+    layout = dataclasses.replace(layout, ranks=tuple(ranks))
+    world = distributed.start(RUN_SECONDS)
+    try:
+        clients = ClientStore(range(N), layout, CPU, clients_per_pass=per_pass, moments=MOMENTS)
+        for factor in ALL:
+            clients.set_shared(factor, torch.ones(clients.widths[factor.lower()]))
+        for cohort in cohorts:
+            some = sorted(cohort)
+            with closing(clients.passes(list(groups(some, per_pass)), ALL)) as passes:
+                for rows in passes:
+                    assert_padded(layout, rows.clients, rows.values)
+                    rows.values.mul_(torch.tensor(rows.clients)[:, None] + 1.0)
+            weights = aggregation.normalised_weights(N, some, None)
+            aggregation.share(world, clients, averaged, weights)
+        assert_padded(layout, clients.own, clients.load_values(clients.own))
+        for client in clients.own:
+            assert_padded(layout, [client], clients.load_values([client]))
+            assert_padded(layout, [client], clients.row(client)[None])
+    finally:
+        distributed.stop(world)
+
+
+@pytest.mark.parametrize("per_pass", [1, 2, N])
+def test_a_client_takes_the_common_b_with_its_own_factor_once(per_pass: int) -> None:
+    """Wherever its row is made up; what it holds of its own is as it is."""
+    scales = (2.0, 1.0, 0.5, *([1.0] * (N - 3)))
+    layout = dataclasses.replace(
+        Layout.of([("q", 5, 7)], lora_rank=2), ranks=(1, *([2] * (N - 1))), b_scales=scales
+    )
+    clients = ClientStore(range(N), layout, CPU, clients_per_pass=per_pass, moments=())
+    clients.set_shared("A", torch.ones(clients.widths["a"]))
+    clients.set_shared("B", torch.ones(clients.widths["b"]))
+    clients.set_own(2, {"b": torch.full((clients.widths["b"],), 3.0)})
+    clients.restore(*clients.collect_changes(everything=True))
+    expected = {client: 3.0 if client == 2 else scales[client] for client in range(N)}
+
+    def check(client: int, row: torch.Tensor) -> None:
+        b = row[layout.columns("B")].view(7, 2)
+        rank = layout.rank_of(client)
+        assert (b[:, :rank] == expected[client]).all() and not b[:, rank:].any()
+        assert (row[layout.columns("A")].view(2, 5)[:rank] == 1).all()
+
+    for _ in range(2):
+        with closing(clients.passes(list(groups(range(N), per_pass)), ())) as passes:
+            for rows in passes:
+                for client, row in zip(rows.clients, rows.values, strict=True):
+                    check(client, row)
+    for client in range(N):
+        check(client, clients.row(client))
+        check(client, clients.load_values([client])[0])
+    assert clients.shared("B").eq(1).all()
+
+
+def assert_padded(layout: Layout, clients: Sequence[int], rows: torch.Tensor) -> None:
+    """Zeros beyond the rank of each client, and nothing else is zero."""
+    for factor in ALL:
+        for view in layout.along_rank(factor, rows[:, layout.columns(factor)]):
+            for client, values in zip(clients, view, strict=True):
+                rank = layout.rank_of(client)
+                assert values[:, :rank].all() and not values[:, rank:].any()
 
 
 def test_the_device_holds_two_groups_whatever_the_number_of_clients() -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sfed.config.clients import settings_of
 from sfed.config.load import validate
 from sfed.data import partition, placement
 from sfed.methods import sampling
@@ -141,8 +142,9 @@ def test_one_large_client_gets_a_process_of_its_own():
 )
 def test_the_tokens_of_a_round_are_those_of_its_steps_or_epochs(train, steps, tokens):
     config = validate({"model": {"name": "x"}, "data": {"task": "demo"}, "train": train})
-    assert placement.local_steps(config, 9) == steps
-    assert placement.tokens_of_round(config, 9, 450) == tokens
+    [client] = settings_of(config, [""])
+    assert client.steps(9) == steps
+    assert placement.tokens_of_round(client, 9, 450) == tokens
 
 
 # --- examples ------------------------------------------------------------------------------------

@@ -130,11 +130,12 @@ def held_out(tokenizer: Any, path: str) -> list[list[int]]:
     return [tokenizer(texts[i]).input_ids for i in order]
 
 
-@pytest.mark.parametrize("clients_per_pass", [1, 3])
+@pytest.mark.parametrize(("clients_per_pass", "rank"), [(1, 4), (3, 4), (3, [2, 4, 8])])
 def test_a_batch_of_clients_gives_each_the_answers_of_its_own_adapter_alone(
-    tiny_folder, tmp_path, clients_per_pass
+    tiny_folder, tmp_path, clients_per_pass, rank
 ):
-    own = settings(tiny_folder, tmp_path, federated={"clients_per_pass": clients_per_pass})
+    federated = {"clients_per_pass": clients_per_pass}
+    own = settings(tiny_folder, tmp_path, federated=federated, lora={"rank": rank})
     answers, _ = watched_run(own)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
     seen = 0

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.factors import Factors, PassRows
-from sfed.lora.layout import Layout
+from sfed.lora.layout import Layout, Piece
 from sfed.lora.linear import PassContext, StackedLoraLinear
 
 CLIENTS, ROWS, TOKENS, IN, OUT, LORA_RANK, GAMMA = 3, 2, 5, 6, 10, 4, 1.7
@@ -236,3 +236,100 @@ def test_a_is_drawn_as_peft_draws_it(tiny_folder: Path) -> None:
             bound = piece.shape[1] ** -0.5
             assert float(a.abs().max()) <= bound
             assert float(a.std()) == pytest.approx(bound / 3**0.5, rel=0.25)
+
+
+# --- clients of different ranks ----------------------------------------------------------------
+
+RANKS, GAMMAS = (1, 4, 2), (2.5, 0.1298, 1.1)
+
+
+def padded_rows(own: Adapters) -> torch.Tensor:
+    """A row of each of three clients, with zeros beyond its rank."""
+    rows = torch.randn(3, own.layout.size, generator=torch.Generator().manual_seed(9)) * 0.2
+    for factor in "AB":
+        own.layout.clear_padding([0, 1, 2], factor, rows[:, own.layout.columns(factor)])
+    return rows
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_client_of_a_pass_has_its_own_gamma_and_keeps_its_zeros(
+    tiny_folder: Path, dtype: torch.dtype, dropout: float
+) -> None:
+    """A pass of three is three passes with that gamma, and no zero beyond a rank has a gradient."""
+    ids = torch.randint(2, 250, (3, 9), generator=torch.Generator().manual_seed(8))
+
+    def trained(
+        scaling: float, gammas: tuple | None, clients: list[int]
+    ) -> tuple[list[float], torch.Tensor]:
+        model, own = attached(
+            tiny_folder, lora_scaling=scaling, client_ranks=RANKS, dropout=dropout
+        )
+        model.to(dtype)
+        own.context.dtype = dtype
+        values = padded_rows(own)[clients]
+        grads = torch.zeros_like(values)
+        own.context.dropout_seeds = tuple(clients) if dropout else None
+        own.bind(values, grads, ("A", "B"), gammas)
+        logits = model(ids[clients]).logits.float()
+        losses = [logits[i].log_softmax(-1)[0, 0] for i in range(len(clients))]
+        torch.stack(losses).sum().backward()
+        for factor in "AB":
+            part = grads[:, own.layout.columns(factor)]
+            for view in own.layout.along_rank(factor, part):
+                for place, client in enumerate(clients):
+                    assert not view[place, :, RANKS[client] :].any()
+        assert grads.any()
+        return [float(loss.detach()) for loss in losses], grads
+
+    losses, grads = trained(1.0, GAMMAS, [0, 1, 2])
+    bound = 1e-5 if dtype == torch.float32 else 3e-2
+    for client, gamma in enumerate(GAMMAS):
+        alone, grads_alone = trained(gamma, None, [client])
+        assert losses[client] == pytest.approx(alone[0], rel=bound)
+        error = float((grads[client] - grads_alone[0]).norm() / grads_alone[0].norm())
+        assert error < bound
+
+
+def test_gamma_of_a_client_is_not_rounded_to_the_dtype_of_the_pass() -> None:
+    """bf16 has 8 bits: 0.1298 itself would be off by 0.2 %, in every token alike."""
+    rows = PassRows(torch.ones(1, 2), None, torch.bfloat16, gammas=[0.1298])
+    layer = StackedLoraLinear(nn.Linear(1, 1, bias=False), 1.0, 0.0, 0, PassContext())
+    layer.base_layer.weight.data.zero_()
+    layer.bfloat16()
+    a, b = Piece("l", "A", (1, 1), 0), Piece("l", "B", (1, 1), 1)
+    rows.refresh()
+    layer.siblings.bind(Factors.of(rows, [a], [b], ()))
+    x = torch.logspace(0, 1, 4001)[:, None].bfloat16()
+    y = layer(x).detach().float()
+    assert float((y / x.float()).mean()) == pytest.approx(0.1298, rel=2e-4)
+
+
+def test_an_adapter_of_a_smaller_rank_is_exported_at_it(tiny_folder: Path, tmp_path: Path) -> None:
+    model, own = attached(tiny_folder, lora_scaling=1.0, client_ranks=RANKS, client_gammas=GAMMAS)
+    rows = padded_rows(own)
+    ids = torch.randint(2, 250, (3, 9), generator=torch.Generator().manual_seed(4))
+    own.bind(rows, gammas=GAMMAS)
+    ours = model(ids).logits
+    for client, (rank, gamma) in enumerate(zip(RANKS, GAMMAS, strict=True)):
+        assert own.rank_and_gamma(client) == (rank, gamma)
+        own.write_peft_folder(tmp_path / str(client), rows[client], client=client)
+        base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model")
+        stock = PeftModel.from_pretrained(base, tmp_path / str(client))
+        assert stock.peft_config["default"].r == rank
+        found = stock(ids[client : client + 1]).logits
+        torch.testing.assert_close(found[0], ours[client], rtol=1e-5, atol=1e-5)
+
+
+def test_a_client_draws_the_a_of_a_run_of_its_rank(tiny_folder: Path) -> None:
+    _, wide = attached(tiny_folder)
+    _, narrow = attached(tiny_folder, lora_rank=2)
+    drawn = wide.initial_a(torch.Generator().manual_seed(3), 2)
+    expected = narrow.initial_a(torch.Generator().manual_seed(3))
+    pairs = zip(
+        wide.layout.along_rank("A", drawn[None]),
+        narrow.layout.along_rank("A", expected[None]),
+        strict=True,
+    )
+    for one, other in pairs:
+        assert torch.equal(one[..., :2], other) and not one[..., 2:].any()

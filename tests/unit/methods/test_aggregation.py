@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sfed.clients.store import ClientStore
+from sfed.config.federated_section import FederatedSection
 from sfed.data import partition
 from sfed.distributed import sync
 from sfed.distributed import world as distributed
 from sfed.lora.layout import Layout
-from sfed.methods import aggregation
+from sfed.methods import aggregation, scaling
+from sfed.methods.aggregation import ServerSide
+from sfed.methods.server_optimizer import ServerOptimizer
 from tests.support.deadlines import RUN_SECONDS
 from tests.support.processes import on_processes
 
@@ -143,3 +148,187 @@ def test_the_mean_does_not_depend_on_the_order_of_the_clients(order: list[int], 
     torch.testing.assert_close(straight, mixed, rtol=1e-5, atol=1e-6)
     assert bool((straight <= rows.max(dim=0).values + 1e-5).all())
     assert bool((straight >= rows.min(dim=0).values - 1e-5).all())
+
+
+# --- clients of different ranks ----------------------------------------------------------------
+
+MIXED = (1, 3, 2)
+WIDE = dataclasses.replace(Layout.of([("layer", 2, 3)], lora_rank=3), ranks=MIXED)
+GAMMAS = (2.0, 0.5, 1.0)
+
+
+def own_factors(client: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r_i, 2) and B (3, r_i) of a client."""
+    generator = torch.Generator().manual_seed(client)
+    rank = MIXED[client]
+    return torch.randn(rank, 2, generator=generator), torch.randn(3, rank, generator=generator)
+
+
+def three_of_mixed_ranks(own: range, *, paged: bool) -> ClientStore:
+    """Clients with zeros beyond their ranks; before, all A were 5 and all B were 7."""
+    clients = ClientStore(
+        own,
+        WIDE,
+        torch.device("cpu"),
+        clients_per_pass=1 if paged else len(own),
+        moments=(),
+    )
+    clients.set_shared("A", torch.full((6,), 5.0))
+    clients.set_shared("B", torch.full((9,), 7.0))
+    for client in own:
+        a, b = torch.zeros(3, 2), torch.zeros(3, 3)
+        rank = MIXED[client]
+        a[:rank], b[:, :rank] = own_factors(client)
+        clients.set_own(client, {"a": a.flatten(), "b": b.flatten()})
+    return clients
+
+
+def mixed_after(weights: list[float], paged: bool) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """Rows after the mean of A; the global row before it would not be exact, so after it."""
+    world = distributed.start(RUN_SECONDS)
+    try:
+        clients = three_of_mixed_ranks(partition.place(3, world.size)[world.rank], paged=paged)
+        aggregation.share(world, clients, ("A",), weights)
+        everyone = [0.2, 0.3, 0.5]
+        of_all = aggregation.global_row(world, clients, everyone, ("B",), GAMMAS)
+        rows = {client: clients.row(client) for client in clients.own}
+        aggregation.share(world, clients, ("B",), weights)
+        of_shared = aggregation.global_row(world, clients, everyone, (), GAMMAS)
+        own = {client: (rows[client], clients.row(client)) for client in clients.own}
+        sync.barrier(world, "end")
+        sync.leave_store_last(world)
+        return own, of_all, of_shared
+    finally:
+        distributed.stop(world)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize("weights", [[0.2, 0.3, 0.5], [0.5, 0.0, 0.5], [1.0, 0.0, 0.0]])
+def test_a_row_is_the_mean_over_those_that_hold_it(
+    num_processes: int, weights: list[float]
+) -> None:
+    """And keeps its value where nobody of the cohort does: 5 of A, 7 of B."""
+    found = on_processes(num_processes, mixed_after, weights, num_processes == 1)
+    a_mean, b_mean = torch.full((3, 2), 5.0), torch.full((3, 3), 7.0)
+    for row in range(3):
+        holders = [c for c in range(3) if MIXED[c] > row and weights[c] > 0]
+        total = sum(weights[c] for c in holders)
+        if holders:
+            a_mean[row] = sum(weights[c] / total * own_factors(c)[0][row] for c in holders)
+            b_mean[:, row] = sum(weights[c] / total * own_factors(c)[1][:, row] for c in holders)
+    everyone, with_own, with_mean = [0.2, 0.3, 0.5], torch.zeros(3, 2), torch.zeros(3, 2)
+    for own, _, _ in found:
+        for client, (after_a, after_b) in own.items():
+            rank = MIXED[client]
+            a, b = after_a[:6].view(3, 2), after_b[6:].view(3, 3)
+            torch.testing.assert_close(a[:rank], a_mean[:rank])
+            torch.testing.assert_close(b[:, :rank], b_mean[:, :rank])
+            assert not a[rank:].any() and not b[:, rank:].any()
+            factor = everyone[client] * GAMMAS[client]
+            with_own += factor * own_factors(client)[1] @ a_mean[:rank]
+            with_mean += factor * b_mean[:, :rank] @ a_mean[:rank]
+    for _, of_all, of_shared in found:
+        for row, expected in ((of_all, with_own), (of_shared, with_mean)):
+            torch.testing.assert_close(row[6:].view(3, 3) @ row[:6].view(3, 2), expected)
+
+
+def test_rows_that_few_hold_do_not_shrink_from_mean_to_mean() -> None:
+    """As in a mean with zeros for the others, round after round."""
+    world = distributed.start(RUN_SECONDS)
+    try:
+        clients = three_of_mixed_ranks(range(3), paged=False)
+        norms = []
+        for _ in range(3):
+            aggregation.share(world, clients, ("A",), [1 / 3] * 3)
+            norms.append(float(clients.row(1)[:6].norm()))
+            clients.set_own(1, {"a": clients.factor(1, "A").clone()})
+        assert norms == pytest.approx([norms[0]] * 3)
+    finally:
+        distributed.stop(world)
+
+
+def test_the_mean_of_drawn_a_has_the_variance_that_gamma_makes_up_for() -> None:
+    """gamma_i |A[:r_i]| is alpha sigma sqrt(k) for every client, whatever its rank."""
+    in_features, everyone = 512, [0.1, 0.2, 0.3, 0.4]
+    for ranks in ((4, 8, 64, 64), (2, 2, 2, 32), (16, 4, 128, 8)):
+        wide = Layout.of([("layer", in_features, 3)], lora_rank=max(ranks))
+        layout = dataclasses.replace(wide, ranks=ranks)
+        world = distributed.start(RUN_SECONDS)
+        try:
+            cpu = torch.device("cpu")
+            clients = ClientStore(range(4), layout, cpu, clients_per_pass=4, moments=())
+            draws = torch.randn(4, max(ranks), in_features, generator=torch.manual_seed(1))
+            for draw, rank in zip(draws, ranks, strict=True):
+                draw[rank:] = 0.0
+            aggregation.share_draws(world, clients, draws.flatten(1), everyone)
+            gammas = scaling.client_scalings(3.0, ranks, everyone, scaling.EXPONENTS["sfed"])
+            for client, gamma in enumerate(gammas):
+                size = gamma * float(clients.factor(client, "A").norm())
+                assert size == pytest.approx(3.0 * in_features**0.5, rel=0.08), (ranks, client)
+        finally:
+            distributed.stop(world)
+
+
+def padded(client: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (3, 2) and B (3, 3) of a client, with zeros beyond its rank."""
+    a, b = torch.zeros(3, 2), torch.zeros(3, 3)
+    rank = MIXED[client]
+    a[:rank], b[:, :rank] = own_factors(client)
+    return a, b
+
+
+def mixed_share(server: ServerSide, rounds: list[list[float]]) -> ClientStore:
+    """Rounds after each of which clients hold the same again, on one process."""
+    world = distributed.start(RUN_SECONDS)
+    try:
+        clients = three_of_mixed_ranks(range(3), paged=False)
+        for weights in rounds:
+            for client in range(3):
+                a, b = padded(client)
+                clients.set_own(client, {"a": a.flatten(), "b": b.flatten()})
+            aggregation.share(world, clients, ("A", "B"), weights, server)
+        return clients
+    finally:
+        distributed.stop(world)
+
+
+@pytest.mark.parametrize("weights", [[0.2, 0.3, 0.5], [0.5, 0.0, 0.5]])
+def test_the_zero_padded_mean_counts_missing_rows_as_zeros(weights: list[float]) -> None:
+    """A row that nobody of the cohort holds keeps its value in it too: 5 of A, 7 of B."""
+    clients = mixed_share(ServerSide(zero_padded=True), [weights])
+    a = sum(w * padded(c)[0] for c, w in enumerate(weights))
+    b = sum(w * padded(c)[1] for c, w in enumerate(weights))
+    if weights[1] == 0:
+        a[2], b[:, 2] = 5.0, 7.0
+    torch.testing.assert_close(clients.shared("A").view(3, 2), a)
+    torch.testing.assert_close(clients.shared("B").view(3, 3), b)
+
+
+@pytest.mark.parametrize("kind", ["fedavgm", "fedadagrad", "fedyogi", "fedadam"])
+@pytest.mark.parametrize("zero_padded", [False, True])
+def test_a_server_optimizer_leaves_rows_alone_that_nobody_of_the_cohort_holds(
+    kind: str, zero_padded: bool
+) -> None:
+    """Its state of them too: row 2 is held by client 1 alone, who is out in the second round."""
+    of_all, without = [0.2, 0.3, 0.5], [0.5, 0.0, 0.5]
+    optimizer = ServerOptimizer.of(FederatedSection(server_optimizer=kind))
+    one = mixed_share(ServerSide(optimizer, zero_padded=zero_padded), [of_all])
+    two = mixed_share(ServerSide(optimizer, zero_padded=zero_padded), [of_all, without])
+    state = {name for name in one.common_state if name.startswith("a_")}
+    assert state == ({"a_m"} if kind == "fedavgm" else {"a_m", "a_v"})
+    pairs = [(one.shared("A"), two.shared("A"))]
+    pairs += [(one.common_state[name], two.common_state[name]) for name in sorted(state)]
+    for before, after in pairs:
+        assert torch.equal(after.view(3, 2)[2], before.view(3, 2)[2])
+        assert not torch.equal(after.view(3, 2)[:2], before.view(3, 2)[:2])
+    assert not torch.equal(one.shared("A").view(3, 2)[2], torch.full((2,), 5.0))
+
+
+@pytest.mark.parametrize("kind", ["fedavgm", "fedadam"])
+def test_a_server_optimizer_begins_with_rows_when_they_are_first_held(kind: str) -> None:
+    optimizer = ServerOptimizer.of(FederatedSection(server_optimizer=kind))
+    server = ServerSide(optimizer)
+    late = mixed_share(server, [[0.5, 0.0, 0.5], [0.2, 0.3, 0.5]])
+    first = mixed_share(server, [[0.2, 0.3, 0.5]])
+    assert torch.equal(late.shared("A").view(3, 2)[2], first.shared("A").view(3, 2)[2])

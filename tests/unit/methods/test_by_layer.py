@@ -44,6 +44,7 @@ def first(sent: SentLayer) -> CommonLayer:
     """The factors of the first client that sent, and where the step has its facts from."""
     assert sent.clients == (0, 2, 3, 4)
     assert sent.gamma == 0.5
+    assert sent.ranks == (2, 2, 2, 2)
     assert torch.equal(sent.weights, torch.tensor([0.1, 0.3, 0.4, 0.2], dtype=torch.float64))
     for values in sent.before.values():
         assert (values == 7.0).all()
@@ -112,7 +113,7 @@ def stepped(step, factors: tuple[str, ...], rounds: int = 1):
             for client in own:
                 parts = {f: ROWS[client][LAYOUT.columns(f)] for f in ("A", "B")}
                 clients.set_own(client, {name.lower(): part for name, part in parts.items()})
-            layers = ByLayer(world, clients, senders, WEIGHTS, 0.5, seed=11)
+            layers = ByLayer(world, clients, senders, WEIGHTS, [0.5] * N, seed=11)
             shared = layers.share(step, factors)
         sync.barrier(world, "end")
         sync.leave_store_last(world)
@@ -254,3 +255,31 @@ def test_the_bytes_of_changes_are_those_of_the_process_with_most_of_them() -> No
     assert by_layer.base_change_bytes(LAYOUT, ("A", "B"), 6, 1) == 4 * 6 * total
     two = by_layer.base_change_bytes(LAYOUT, ("A", "B"), 6, 2)
     assert 4 * 3 * total <= two < 4 * 6 * total
+
+
+def test_clients_of_different_ranks_are_sent_with_zeros_beyond_them() -> None:
+    layout = dataclasses.replace(LAYOUT, ranks=(2, 1, 1))
+    world = distributed.start(RUN_SECONDS)
+    seen: list[SentLayer] = []
+
+    def step(sent: SentLayer) -> CommonLayer:
+        seen.append(sent)
+        return CommonLayer({factor: values[0] for factor, values in sent.factors.items()})
+
+    try:
+        cpu = torch.device("cpu")
+        clients = ClientStore(range(3), layout, cpu, clients_per_pass=1, moments=())
+        for factor in ("A", "B"):
+            clients.set_shared(factor, torch.ones(clients.widths[factor.lower()]))
+        layers = ByLayer(world, clients, [[0, 2]], [0.5, 0.0, 0.5], [0.5, 1.0, 2.0])
+        layers.share(step, ("A", "B"))
+    finally:
+        distributed.stop(world)
+    assert len(seen) == len(SHAPES)
+    for sent in seen:
+        assert sent.ranks == (2, 1) and sent.gammas.tolist() == [0.5, 2.0]
+        assert sent.factors["A"].sum(dim=2).gt(0).tolist() == [[True, True], [True, False]]
+        assert sent.factors["B"].sum(dim=1).gt(0).tolist() == [[True, True], [True, False]]
+        assert (sent.before["A"] == 1).all()
+        with pytest.raises(ValueError, match="different gammas"):
+            _ = sent.gamma

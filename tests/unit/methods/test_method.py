@@ -1,5 +1,7 @@
 """Tests of the methods: DESIGN section 2, row by row, and the overrides of the ``lora`` section."""
 
+from dataclasses import replace
+
 import pytest
 
 from sfed.config import load as config_load
@@ -249,3 +251,38 @@ def test_weights_that_are_elsewhere_too_are_changed_by_no_method(backbone, key):
         assert str(caught.value).startswith(key)
         assert "flexlora" in str(caught.value)
     resolve(config_load.validate({"federated": {"method": "flexlora"}, "backbone": backbone}))
+
+
+def test_a_server_step_says_whether_it_takes_clients_of_different_ranks() -> None:
+    stepped = replace(METHODS["fedsa"], server_step=lambda sent: sent, name="mine")
+    assert stepped.gammas([4, 4], [1.0, 1.0]) == (4.0, 4.0)
+    with pytest.raises(ConfigError, match=r"'mine': its server step does not say .*mixed_ranks"):
+        stepped.gammas([4, 8], [1.0, 1.0])
+    assert replace(stepped, mixed_ranks=True).gammas([4, 8], [1.0, 1.0]) == (4.0, 2.0)
+    assert METHODS["fedsa"].gammas([4, 8], [1.0, 1.0]) == (4.0, 2.0)
+
+
+def test_what_else_of_a_method_takes_one_rank_alone() -> None:
+    weighed = replace(METHODS["fedit"], weighed_by=lambda layers: 1.0)
+    with pytest.raises(ConfigError, match=r"its weight of a client does not say .*mixed_ranks"):
+        weighed.gammas([4, 8], [1.0, 1.0])
+    assert replace(weighed, mixed_ranks=True).gammas([4, 8], [1.0, 1.0]) == (4.0, 2.0)
+    local = replace(METHODS["fedit"], local_term=lambda held: {}, mixed_ranks=True)
+    with pytest.raises(ConfigError, match="its local term takes one gamma"):
+        local.gammas([4, 8], [1.0, 1.0])
+    assert local.gammas([8, 8], [1.0, 1.0]) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_which_methods_take_clients_of_different_ranks(name: str) -> None:
+    method, ranks = METHODS[name], [4, 8, 64]
+    if name == "fedex":
+        with pytest.raises(ConfigError, match="different LoRA ranks"):
+            method.gammas(ranks, [1.0] * 3)
+        return
+    found = method.gammas(ranks, [1.0] * 3)
+    expected = {
+        "sfed": [2 / total**0.5 for total in (4 / 3, 4 / 3 + 2, 4 / 3 + 2 + 56)],
+        "fedsa-rslora": [4.0 / rank**0.5 for rank in ranks],
+    }.get(name, [16.0 / rank for rank in ranks])
+    assert found == pytest.approx(expected, rel=1e-6)

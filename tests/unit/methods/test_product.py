@@ -13,11 +13,21 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from sfed.clients.store import ClientStore
+from sfed.lora.layout import Layout
 from sfed.methods import product
 from sfed.methods.server import CommonLayer, SentLayer
 
 OUT, IN, RANK, GAMMA = 7, 5, 2, 1.5
 UNEQUAL = (0.5, 0.2, 0.3)
+
+
+def sent_of(a, b, weights, gamma: float, before) -> SentLayer:
+    """What clients of one rank and one gamma sent."""
+    n, lora_rank, _ = a.shape
+    gammas = torch.full((n,), gamma, dtype=torch.float64)
+    of_rounds = ((lora_rank,) * n, before, {}, 0, gamma)
+    return SentLayer("x", tuple(range(n)), {"A": a, "B": b}, weights, gammas, *of_rounds)
 
 
 def sent_by(
@@ -30,7 +40,7 @@ def sent_by(
     b = torch.randn(n, out, rank, generator=draw)
     before = {"A": torch.randn(rank, width, generator=draw), "B": torch.zeros(out, rank)}
     p = torch.tensor(weights, dtype=torch.float64)
-    return SentLayer("x", tuple(range(n)), {"A": a, "B": b}, p, GAMMA, before)
+    return sent_of(a, b, p, GAMMA, before)
 
 
 def dense(sent: SentLayer) -> np.ndarray:
@@ -114,7 +124,7 @@ def test_a_worked_example_of_two_clients_with_unequal_weights() -> None:
     b = torch.tensor([[[1.0], [0.0]], [[0.0], [-1.0]]])
     before = {"A": torch.zeros(1, 3), "B": torch.zeros(2, 1)}
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    common = product.flexlora(SentLayer("x", (0, 1), {"A": a, "B": b}, weights, 2.0, before))
+    common = product.flexlora(sent_of(a, b, weights, 2.0, before))
     torch.testing.assert_close(common.factors["A"], torch.tensor([[0.0, 1.0, 0.0]]))
     torch.testing.assert_close(common.factors["B"], torch.tensor([[0.0], [3.0]]))
 
@@ -279,7 +289,7 @@ def test_a_worked_residual() -> None:
     b = torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]])
     before = {"A": torch.zeros(1, 3), "B": torch.zeros(2, 1)}
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    common = product.fedex(SentLayer("x", (0, 1), {"A": a, "B": b}, weights, 2.0, before))
+    common = product.fedex(sent_of(a, b, weights, 2.0, before))
     torch.testing.assert_close(common.factors["A"], torch.tensor([[0.75, 3.0, 0.0]]))
     torch.testing.assert_close(common.factors["B"], torch.tensor([[0.25], [0.75]]))
     u, v = common.base_change
@@ -400,3 +410,63 @@ def test_known_faults_of_the_svd_are_not_its_truncation() -> None:
     v = np.linalg.svd(dense(sent), full_matrices=False)[2].T  # as torch.svd returns it
     assert not close((u * s) @ v[:RANK, :IN], right), "V in the place of its transpose"
     assert not close(sent.gamma * (u * s) @ vt, right), "not divided by gamma"
+
+
+# --- clients of different ranks --------------------------------------------------------------
+
+MIXED, MIXED_GAMMAS = (1, 3, 2), (8.0, 8 / 3, 4.0)
+
+
+def sent_of_mixed_ranks(seed: int = 3) -> SentLayer:
+    """Random factors with zeros beyond the rank of each client, each with its own gamma."""
+    sent = sent_by(shape=(OUT, IN, max(MIXED)), seed=seed)
+    for client, lora_rank in enumerate(MIXED):
+        sent.factors["A"][client, lora_rank:] = 0.0
+        sent.factors["B"][client, :, lora_rank:] = 0.0
+    gammas = torch.tensor(MIXED_GAMMAS, dtype=torch.float64)
+    return dataclasses.replace(sent, gammas=gammas, ranks=MIXED, common_gamma=MIXED_GAMMAS[1])
+
+
+def dense_of_mixed_ranks(sent: SentLayer) -> np.ndarray:
+    """Delta = sum_i p_i gamma_i B_i A_i, client by client, without padding."""
+    total = np.zeros((OUT, IN))
+    for i, (p, gamma, lora_rank) in enumerate(zip(UNEQUAL, MIXED_GAMMAS, MIXED, strict=True)):
+        a, b = sent.factors["A"][i, :lora_rank], sent.factors["B"][i, :, :lora_rank]
+        total += p * gamma * b.double().numpy() @ a.double().numpy()
+    return total
+
+
+def test_flexlora_gives_each_client_the_best_approximation_of_its_rank() -> None:
+    """A = V_r^T and B = U_r S_r / gamma_i of the one product (arXiv 2402.11505)."""
+    sent = sent_of_mixed_ranks()
+    common = product.flexlora(sent).factors
+    scales = tuple(sent.common_gamma / gamma for gamma in MIXED_GAMMAS)
+    layout = dataclasses.replace(
+        Layout.of([("x", IN, OUT)], lora_rank=max(MIXED)), ranks=MIXED, b_scales=scales
+    )
+    clients = ClientStore(range(3), layout, torch.device("cpu"), clients_per_pass=1, moments=())
+    for factor in ("A", "B"):
+        clients.set_shared(factor, common[factor].flatten())
+    u, s, vt = np.linalg.svd(dense_of_mixed_ranks(sent), full_matrices=False)
+    for client, (lora_rank, gamma) in enumerate(zip(MIXED, MIXED_GAMMAS, strict=True)):
+        a = clients.factor(client, "A").view(-1, IN).double().numpy()
+        b = clients.factor(client, "B").view(OUT, -1).double().numpy()
+        expected = u[:, :lora_rank] * s[:lora_rank] @ vt[:lora_rank]
+        np.testing.assert_allclose(gamma * b @ a, expected, rtol=0, atol=1e-5 * s[0])
+        assert not a[lora_rank:].any() and not b[:, lora_rank:].any()
+
+
+def test_flora_stacks_what_each_client_holds_and_nothing_of_the_padding() -> None:
+    sent = sent_of_mixed_ranks()
+    u, v = product.flora(sent).base_change
+    assert (u.shape, v.shape) == ((OUT, sum(MIXED)), (sum(MIXED), IN))
+    np.testing.assert_allclose((u @ v).numpy(), dense_of_mixed_ranks(sent), rtol=1e-12)
+
+
+def test_hetlora_weighs_a_client_by_its_own_rows() -> None:
+    sent = sent_of_mixed_ranks()
+    for client, lora_rank in enumerate(MIXED):
+        a, b = sent.factors["A"][client], sent.factors["B"][client]
+        cut = {"A": a[:lora_rank], "B": b[:, :lora_rank]}
+        of_cut = product.norm_of_products({"x": cut})
+        assert product.norm_of_products({"x": {"A": a, "B": b}}) == pytest.approx(of_cut, rel=1e-12)

@@ -12,9 +12,11 @@ from sfed.lora.adapters import peft_alpha
 from sfed.methods.scaling import (
     EXPONENTS,
     alpha_of_another_formula,
+    client_scalings,
     effective_clients,
     lora_scaling,
 )
+from sfed.utils.errors import ConfigError
 
 ranks = st.integers(min_value=1, max_value=4096)
 clients = st.integers(min_value=1, max_value=4096)
@@ -139,3 +141,44 @@ def test_an_alpha_that_is_made_for_plain_lora_is_noticed(alpha, rank, clients, s
         assert lora_scaling(same, rank, clients, EXPONENTS[scaling]) == pytest.approx(
             alpha / rank, rel=0.01
         )
+
+
+# --- clients of different ranks ----------------------------------------------------------------
+
+SFED = EXPONENTS["sfed"]
+
+
+def test_gamma_of_clients_of_different_ranks_is_the_worked_example() -> None:
+    found = client_scalings(1.0, [4, 8, 64], [1.0] * 3, SFED)
+    assert found == pytest.approx([0.8660, 0.5477, 0.1298], abs=5e-5)
+    assert found == pytest.approx(
+        [1 / math.sqrt(4 / 3), 1 / math.sqrt(4 / 3 + 4 / 2), 1 / math.sqrt(4 / 3 + 4 / 2 + 56)]
+    )
+
+
+def test_weights_count_as_they_do_in_the_mean_of_each_row() -> None:
+    """Rows 0 to 3 are means with 0.1, 0.2, 0.7; rows 4 to 7 with 2/9, 7/9; the others one's own."""
+    rows = [4 * 0.54, 4 * (4 + 49) / 81, 56.0]
+    expected = [3 / math.sqrt(sum(rows[: end + 1])) for end in range(3)]
+    found = client_scalings(3.0, [4, 8, 64], [10, 20, 70], SFED)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@given(
+    ranks=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    exponents=st.sampled_from([EXPONENTS["lora"], EXPONENTS["rslora"], (0.0, 0.0), SFED]),
+)
+def test_equal_ranks_give_the_one_gamma_bit_for_bit(ranks: list[int], exponents: tuple) -> None:
+    num, weights = len(ranks), [1.0 + client for client in range(len(ranks))]
+    same = client_scalings(2.0, [ranks[0]] * num, weights, exponents)
+    assert same == (lora_scaling(2.0, ranks[0], effective_clients(weights), exponents),) * num
+    if exponents != SFED and len(set(ranks)) > 1:
+        own = [lora_scaling(2.0, lora_rank, 1, exponents) for lora_rank in ranks]
+        assert client_scalings(2.0, ranks, weights, exponents) == tuple(own)
+
+
+@pytest.mark.parametrize("exponents", [(1.0, -0.5), (0.5, -1.0), (-0.5, 0.0)])
+def test_other_exponents_of_n_are_refused_where_ranks_differ(exponents: tuple) -> None:
+    assert len(client_scalings(1.0, [4, 4], [1, 1], exponents)) == 2
+    with pytest.raises(ConfigError, match="so N is no one number"):
+        client_scalings(1.0, [4, 8], [1, 1], exponents)

@@ -12,7 +12,7 @@ import pytest
 
 from sfed.config import load as config_load
 from sfed.plan import __main__ as plan
-from sfed.plan import estimate
+from sfed.plan import estimate, tables
 from sfed.plan.request import Machine, Pace
 from sfed.utils.errors import UserError
 from tests.support import runs, tiny
@@ -48,6 +48,20 @@ def test_a_private_mean_sends_the_sum_and_the_result(tiny_folder: Path) -> None:
     private = predicted(tiny.config(tiny_folder, privacy={"clip": 1.0, "noise_multiplier": 0.0}))
     assert private["upload"]["factors"] == plain["factors"] == ["A"]
     assert private["upload"]["bytes"] == 3 * plain["bytes"]
+
+
+def test_clients_of_mixed_ranks_are_planned_at_the_largest_with_the_largest_batch(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clients = {"0": {"rank": 2, "local_steps": 7}, "1": {"batch_size": 6}}
+    mixed = predicted(tiny.config(tiny_folder, clients=clients))
+    whole = predicted(tiny.config(tiny_folder, train={"batch_size": 6, "local_steps": 7}))
+    tables.show(mixed)
+    assert "r = 4 (the largest), " in capsys.readouterr().out
+    tables.show(whole)
+    assert "r = 4, " in capsys.readouterr().out
+    assert mixed.pop("mixed_ranks") and not whole.pop("mixed_ranks")
+    assert mixed == whole
 
 
 def test_more_tokens_per_second_and_faster_links_take_less_time(tiny_folder: Path) -> None:

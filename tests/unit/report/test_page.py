@@ -127,6 +127,25 @@ def test_a_run_becomes_a_page_with_its_figures(run: Path, capsys) -> None:
         assert len(png) > 10_000, "more than an empty page"
 
 
+def test_clients_of_different_ranks_are_told_by_the_least_and_the_most(run: Path) -> None:
+    """And are no point of a figure over r."""
+    path = run / "config.json"
+    facts = json.loads(path.read_text())
+    facts["resolved"] |= {"ranks": [64, 4], "gamma": [0.25, 1.5]}
+    path.write_text(json.dumps(facts))
+    assert "N = 2, r = 4 to 64, gamma = 0.25 to 1.5, 2 of 2" in text_of(make_report(run))
+    assert grouping.sweeps([run_record.open_run(run)]) == []
+    facts["lora"]["rank"] = 2
+    facts["resolved"] |= {"ranks": [16, 16], "gamma": 0.5}
+    facts["clients"] = {"0": {"rank": 16, "lr": None}, "b.c": {"rank": 16, "lr": 0.1}}
+    path.write_text(json.dumps(facts))
+    [swept] = grouping.sweeps([run_record.open_run(run)])
+    assert list(swept.cells) == [(2.0, 16.0)], "each client has another rank than lora.rank"
+    known = grouping.settings(run_record.open_run(run))
+    told = {key: value for key, value in known.items() if key.startswith("clients.")}
+    assert told == {"clients.0 rank": 16, "clients.b.c rank": 16, "clients.b.c lr": 0.1}
+
+
 def test_the_last_round_counts_and_the_best_is_named_so(run: Path) -> None:
     words = text_of(make_report(run))
     assert "Means over clients after round 2" in words
