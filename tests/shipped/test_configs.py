@@ -430,3 +430,23 @@ def test_yaml_files_have_no_tab_and_end_with_a_newline():
     for path in CONFIGS.rglob("*.yaml"):
         text = path.read_text(encoding="utf-8")
         assert "\t" not in text and text.endswith("\n") and yaml.safe_load(text), path
+
+
+# --- comparison of all methods -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["demo", "gsm8k"])
+def test_the_rates_of_a_comparison_are_chosen_under_its_own_protocol(task):
+    rates = config_load.read_mapping(CONFIGS / "methods" / f"{task}-rates.yaml")
+    best = config_load.read_mapping(CONFIGS / "methods" / f"{task}.yaml")
+    assert best["set"] == rates["set"]
+    assert 0 not in best["grid"]["seed"]  # the choice was made on the default seed
+    tried = [float(rate) for rate in rates["grid"]["train.lr"]]
+    for variant in best["variants"]:
+        assert float(variant["train.lr"]) in tried
+
+
+@pytest.mark.parametrize("task", ["demo", "gsm8k"])
+def test_a_comparison_has_all_methods_once(task):
+    best = config_load.read_mapping(CONFIGS / "methods" / f"{task}.yaml")
+    assert sorted(v["federated.method"] for v in best["variants"]) == sorted(methods.METHODS)
