@@ -55,11 +55,15 @@ class Block:
     arms: Sequence[Arm]
 
 
+Members = Sequence[Sequence[RunRecord]]
+
+
 def blocks(stories: Sequence[RunRecord], *, by_rate: bool = True) -> list[Block]:
     """Sort runs into arms, and arms into blocks, in the order of the runs.
 
     Arms of another protocol are in another block. Arms of one protocol are parted by r, and by
-    the learning rate, where some value has several arms.
+    the learning rate, where some value has several arms. Where every arm was run at one rate, its
+    own, the rate is a part of the arm and parts nothing.
 
     Args:
         stories: the runs.
@@ -69,7 +73,7 @@ def blocks(stories: Sequence[RunRecord], *, by_rate: bool = True) -> list[Block]
     differ = differing([some[0] for some in members])
     parts = list(_parted(members, [name for name in differ if _is_protocol(name)]))
     parted_by = [name for name in differ if _is_protocol(name)]
-    for name in (RANK, RATE) if by_rate else (RANK,):
+    for name in (RANK, RATE) if by_rate and _has_arm_at_several_rates(members) else (RANK,):
         split = [_parted(part, [name]) for part in parts]
         if any(
             len(few) < len(part) and len(few) > 1 for few, part in zip(split, parts, strict=True)
@@ -87,12 +91,19 @@ def blocks(stories: Sequence[RunRecord], *, by_rate: bool = True) -> list[Block]
     ]
 
 
+def _has_arm_at_several_rates(members: Members) -> bool:
+    tried = {(_key(values), values.get(RATE)) for values in (settings(some[0]) for some in members)}
+    return len({key for key, _ in tried}) < len(tried)
+
+
+def _key(values: Mapping[str, Any]) -> str:
+    """Equal for arms that differ in the learning rate alone."""
+    return json.dumps({k: v for k, v in values.items() if k != RATE}, sort_keys=True)
+
+
 def _is_protocol(name: str) -> bool:
     is_named = name.partition(".")[0] in _PROTOCOL and name not in _FREE
     return is_named or name == CLIENTS
-
-
-Members = Sequence[Sequence[RunRecord]]
 
 
 def _parted(members: Members, names: Sequence[str]) -> list[list[Sequence[RunRecord]]]:
@@ -122,7 +133,7 @@ def _arm(stories: Sequence[RunRecord], named: Sequence[str], label: str) -> Arm:
             runs[seed] = story
     values: dict[str, Any] = settings(stories[0])
     return Arm(
-        key=json.dumps({k: v for k, v in values.items() if k != RATE}, sort_keys=True),
+        key=_key(values),
         name=label_of(stories[0], named),
         rate=number(stories[0].config, RATE),
         runs=dict(sorted(runs.items())),

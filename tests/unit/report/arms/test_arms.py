@@ -208,6 +208,19 @@ def test_arms_are_compared_at_each_rate_and_each_at_its_own_best(make) -> None:
     assert (row.label, row.difference.mean) == ("fedsa, lr = 0.1 (edge)", -1.0)
 
 
+def test_where_each_arm_has_one_rate_of_its_own_all_are_compared(make) -> None:
+    stories = grid(make, {("sfed", 0.1): 3.0, ("fedsa", 0.1): 2.5, ("fedsa-rslora", 0.2): 2.0})
+    (block,) = blocks(stories)
+    assert [arm.label for arm in block.arms] == [
+        "sfed, lr = 0.1",
+        "fedsa, lr = 0.1",
+        "fedsa-rslora, lr = 0.2",
+    ]
+    rows = compare(block, PERSONAL).rows
+    assert [row.difference.mean for row in rows[1:]] == [-0.5, -1.0]
+    assert rates.tuned(blocks(stories, by_rate=False), PERSONAL) == []
+
+
 def test_of_equal_rates_the_lowest_is_the_best(make) -> None:
     stories = grid(make, {("sfed", 0.1): 2.0, ("sfed", 0.2): 1.0, ("sfed", 0.3): 1.0})
     (one,) = rates.tuned(blocks(stories, by_rate=False), PERSONAL)
