@@ -121,9 +121,9 @@ def expected_weights(
     """By how much the weight of each layer is another one after all rounds."""
     model, rows = conformance.load_model(tiny_folder), tokenised(tiny_folder)
     parts, first = parts_of(run_folder), conformance.first_a(model, SEED)
-    clients = [Client(model, first, GAMMA, train) for _ in range(N)]
+    clients = [Client(model, first, GAMMA, train) for _ in parts]
     own_rows = [[rows[i] for i in part["train"]] for part in parts]
-    orders = [Order(SEED, c, len(own_rows[c])) for c in range(N)]
+    orders = [Order(SEED, c, len(own)) for c, own in enumerate(own_rows)]
     original = conformance.adapted_layers(model)
     total = {name: torch.zeros(one.weight.shape).double() for name, one in original.items()}
     for t, cohort in enumerate(cohorts_of(run_folder)):
@@ -201,6 +201,39 @@ def test_three_rounds_equal_the_dense_reference(
         tiny_folder, method, run_folder, train, by_examples=method != "hetlora"
     )
     for path in runs.adapter_paths(run_folder).values():
+        assert apart(exported_weights(path), expected) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("num", "sharding"), [(1, "none"), (2, "zero3"), (4, "none"), (4, "zero3")]
+)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.full
+def test_a_run_that_is_killed_and_resumed_equals_the_dense_reference(
+    tiny_folder: Path, tmp_path: Path, method: str, num: int, sharding: str
+) -> None:
+    """Three of five clients in a round, with unequal weights; killed in the third round."""
+    train, tolerance = TRAIN["sgd"]
+    federated = {
+        "num_clients": 5,
+        "clients_per_round": 3,
+        "weighting": "uniform" if method == "hetlora" else "examples",
+        "deadline_seconds": scaled(10.0),
+    }
+    sections = {"partition": WEIGHTED["partition"], "backbone": {"sharding": sharding}}
+    own = settings(tiny_folder, tmp_path, method, **sections, federated=federated, train=train)
+    moment = Moment(num - 1, 3, 1)
+    ends = ends_of(num, train_with_signal, own, moment, signal.SIGKILL)
+    assert ends[moment.process].code == -signal.SIGKILL
+    again = ends_of(num, runs.train_settings, own)
+    assert [end.code for end in again] == [0] * num, again
+    assert "resuming after round" in again[0].said
+    found = tmp_path / "run"
+    by_examples = method != "hetlora"
+    p = shares(parts_of(found), cohorts_of(found)[-1], by_examples=by_examples)
+    assert len(p) == 3 and (len(set(p)) > 1) == by_examples
+    expected = expected_weights(tiny_folder, method, found, train, by_examples=by_examples)
+    for path in runs.adapter_paths(found).values():
         assert apart(exported_weights(path), expected) < tolerance
 
 

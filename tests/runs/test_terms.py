@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import glue, runs, tiny
+from tests.support.deadlines import scaled
 from tests.support.disturbed import Moment, train_with_signal
 from tests.support.processes import ends_of
-from tests.support.reference_terms import Vectors, difference_to
+from tests.support.reference_terms import difference_to, server_of
 from tests.support.selection import full
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -101,23 +102,6 @@ def test_who_shares_a_pass_changes_nothing(tiny_folder: Path, tmp_path: Path) ->
     assert runs.relative_difference(*map(runs.adapters, folders)) < 5e-6
 
 
-def fedyogi(lr: float, beta1: float, beta2: float, tau: float):
-    """A server of the reference, with its state."""
-    m: Vectors = {}
-    v: Vectors = {}
-
-    def server(x: Vectors, changes: Vectors) -> Vectors:
-        after = {}
-        for f, d in changes.items():
-            m[f] = beta1 * m.get(f, torch.zeros_like(d)) + (1 - beta1) * d
-            old = v.get(f, torch.full_like(d, tau**2))
-            v[f] = old - (1 - beta2) * d**2 * torch.sign(old - d**2)
-            after[f] = x[f] + lr * m[f] / (v[f].sqrt() + tau)
-        return after
-
-    return server
-
-
 def test_a_server_optimizer_steps_from_what_was_received_in_a_run_and_over_a_resume(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -128,7 +112,7 @@ def test_a_server_optimizer_steps_from_what_was_received_in_a_run_and_over_a_res
     checkpoint = tmp_path / "run" / "checkpoints" / "round-000001"
     assert not list(checkpoint.glob("server-*")), "the state is in the common file"
     found = runs.run(1, settings(tiny_folder, tmp_path, federated=over))
-    said = {"by_examples": True, "server": fedyogi(0.02, 0.8, 0.9, 0.01)}
+    said = {"by_examples": True, "server": server_of("fedyogi", 0.02, 0.8, 0.9, 0.01)}
     assert difference_to(tiny_folder, found, **said) <= 5e-5
     assert difference_to(tiny_folder, found, by_examples=True) > 1e-2
     sent = [event["comm/uploaded_bytes"] for event in runs.rounds(found)]
@@ -263,3 +247,46 @@ def test_a_shared_head_is_received_too(glue_folder: Path, tmp_path: Path) -> Non
     total = sum(one["head_control"] for one in kept if "head_control" in one)
     torch.testing.assert_close(common["common/head_control"], total / glue.N)
     assert bool(common["common/head_control"].any())
+
+
+ADAPTIVE = {"server_lr": 0.02, "server_beta1": 0.8, "server_tau": 0.01}
+DECAYED = {**ADAPTIVE, "server_beta2": 0.9}
+# A term or a server: its keys, and what the reference is told.
+ADDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "prox": ({"prox_mu": MU}, {"mu": MU}),
+    "scaffold": ({"scaffold": True}, {"scaffold": True}),
+    "fedavgm": (
+        {"server_lr": 0.7, "server_beta1": 0.8},
+        {"server": lambda: server_of("fedavgm", 0.7, 0.8, 0.0, 1.0)},
+    ),
+    "fedadagrad": (ADAPTIVE, {"server": lambda: server_of("fedadagrad", 0.02, 0.8, 0.0, 0.01)}),
+    "fedyogi": (DECAYED, {"server": lambda: server_of("fedyogi", 0.02, 0.8, 0.9, 0.01)}),
+    "fedadam": (DECAYED, {"server": lambda: server_of("fedadam", 0.02, 0.8, 0.9, 0.01)}),
+}
+
+
+@pytest.mark.parametrize(
+    ("num", "sharding"), [(1, "none"), (2, "zero3"), (4, "none"), (4, "zero3")]
+)
+@pytest.mark.parametrize("added", ADDED)
+@pytest.mark.full
+def test_a_run_that_is_killed_and_resumed_is_its_formula(
+    tiny_folder: Path, tmp_path: Path, added: str, num: int, sharding: str
+) -> None:
+    """Three of five clients in a round, by examples; killed in the third round."""
+    keys, told = ADDED[added]
+    federated = {"num_clients": 5, "clients_per_round": 3, "weighting": "examples", **keys}
+    federated["deadline_seconds"] = scaled(10.0)
+    if added.startswith("fed"):
+        federated["server_optimizer"] = added
+        told = {"server": told["server"]()}
+    own = settings(tiny_folder, tmp_path, federated=federated, backbone={"sharding": sharding})
+    moment = Moment(num - 1, 3, 1)
+    ends = ends_of(num, train_with_signal, own, moment, signal.SIGKILL)
+    assert ends[moment.process].code == -signal.SIGKILL
+    again = ends_of(num, runs.train_settings, own)
+    assert [end.code for end in again] == [0] * num, again
+    assert "resuming after round" in again[0].said
+    found = tmp_path / "run"
+    assert difference_to(tiny_folder, found, by_examples=True, **told) <= 5e-5
+    assert difference_to(tiny_folder, found, by_examples=True) > 1e-3

@@ -163,3 +163,32 @@ def difference_to(folder: Path, run_folder: Path, **settings: Any) -> float:
     """How far a run is from the reference under these settings."""
     federation = Federation(folder, run_folder, Settings(**settings))
     return federation.difference(federation.train(), run_folder)
+
+
+Server = Callable[[Vectors, Vectors], Vectors]
+
+
+def server_of(kind: str, lr: float, beta1: float, beta2: float, tau: float) -> Server:
+    """A server of arXiv 2003.00295 with its state: m from 0 and v from tau^2."""
+    m: Vectors = {}
+    v: Vectors = {}
+
+    def server(x: Vectors, changes: Vectors) -> Vectors:
+        after = {}
+        for f, d in changes.items():
+            m[f] = (
+                beta1 * m.get(f, torch.zeros_like(d)) + (1 if kind == "fedavgm" else 1 - beta1) * d
+            )
+            old = v.get(f, torch.full_like(d, tau**2))
+            if kind == "fedavgm":
+                after[f] = x[f] + lr * m[f]
+                continue
+            v[f] = {
+                "fedadagrad": old + d**2,
+                "fedyogi": old - (1 - beta2) * d**2 * torch.sign(old - d**2),
+                "fedadam": beta2 * old + (1 - beta2) * d**2,
+            }[kind]
+            after[f] = x[f] + lr * m[f] / (v[f].sqrt() + tau)
+        return after
+
+    return server
