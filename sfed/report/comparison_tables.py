@@ -12,6 +12,7 @@ from sfed.report.grouping import BY_CLIENTS, BY_RANK, Axis, Group, group
 from sfed.report.scaling_law import ScalingFit
 from sfed.report.series import held_out_reader, main_scores, unit_of
 from sfed.report.tables import NONE, Table, lora_facts, mebibytes, show, total
+from sfed.storage.card_facts import PRIVACY, privacy_numbers
 from sfed.storage.run_record import KINDS, LOSS, RunRecord, number, words_of
 from sfed.utils.text import duration
 
@@ -21,7 +22,8 @@ _STARTS = {"mean": "mean of N", "shared": "shared", "apart": "apart"}
 
 def runs_table(stories: Sequence[RunRecord]) -> Table:
     """A row per run: what it was, and how it ended."""
-    shown = _compared(stories)
+    shown, private = _compared(stories), [_privacy(story) for story in stories]
+    names = PRIVACY if any(private) else ()
     rows = [
         [
             story.name,
@@ -31,15 +33,23 @@ def runs_table(stories: Sequence[RunRecord]) -> Table:
             *lora_facts(story),
             str(story.evaluated[-1]["round"]) if story.evaluated else NONE,
             *(_end(story, kind, what) for what in shown for kind in KINDS),
+            *(show(guarantee.get(name), ".4g") for name in names),
             mebibytes(total(story, metrics.UPLOADED_BYTES)),
             duration(total(story, metrics.ROUND_SECONDS)),
         ]
-        for story in stories
+        for story, guarantee in zip(stories, private, strict=True)
     ]
     head = ["run", "method", "seed", "N", "r", "gamma", "round"]
-    groups = [("", len(head)), *_headings(stories, shown), ("", 2)]
-    head += [*(list(KINDS) * len(shown)), "sent", "time"]
+    groups = [("", len(head)), *_headings(stories, shown)]
+    groups += [*([("privacy of what was sent", len(names))] if names else []), ("", 2)]
+    head += [*(list(KINDS) * len(shown)), *map(words_of, names), "sent", "time"]
     return Table(head, rows, text_columns=2, groups=groups)
+
+
+def _privacy(story: RunRecord) -> dict[str, float | None]:
+    """What the releases of a run have cost; nothing where privacy is off."""
+    resolved = story.config.get("resolved", {})
+    return privacy_numbers(resolved, story.rounds[-1] if story.rounds else None)
 
 
 def seeds_table(stories: Sequence[RunRecord]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ from sfed.utils.redaction import mask
 from sfed.utils.text import counted
 
 Facts = list[tuple[str, str]]
+
+PRIVACY = ("epsilon", "delta", "clip", "noise_multiplier")
+"""Names of the numbers of a guarantee."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,25 @@ def of_adapter(lora_rank: int, gamma: float) -> Facts:
     ]
 
 
+def privacy_numbers(resolved: Mapping[str, Any], event: Event | None) -> dict[str, float | None]:
+    """Return epsilon after a round, delta, clip and noise multiplier; nothing without privacy.
+
+    Args:
+        resolved: that part of ``config.json``.
+        event: of the round; None = it has none.
+
+    Returns:
+        The numbers by the names of ``PRIVACY``, None where one is not known. Epsilon is infinite
+        without noise.
+    """
+    facts = look(resolved, "privacy")
+    if not isinstance(facts, dict):
+        return {}
+    clip, noise, delta = (number(facts, name) for name in ("clip", "noise_multiplier", "delta"))
+    epsilon = math.inf if noise == 0 else number(event, metrics.EPSILON)
+    return dict(zip(PRIVACY, (epsilon, delta, clip, noise), strict=True))
+
+
 def privacy_of(config: Mapping[str, Any], event: Event | None) -> str:
     """Say what a run guarantees of what was sent; empty where privacy is off.
 
@@ -64,21 +87,19 @@ def privacy_of(config: Mapping[str, Any], event: Event | None) -> str:
         config: content of ``config.json``.
         event: of the round; None = it has none.
     """
-    facts = look(config, "resolved.privacy")
-    if not isinstance(facts, dict):
+    known = privacy_numbers(config.get("resolved", {}), event)
+    if not known:
         return ""
-    spent = {} if event is None else event
-    epsilon, releases = number(spent, metrics.EPSILON), number(spent, metrics.RELEASES)
-    known = {name: number(facts, name) for name in ("delta", "clip", "noise_multiplier")}
     numbers = {name: "unknown" if one is None else f"{one:.4g}" for name, one in known.items()}
-    told = "unknown" if epsilon is None else f"{epsilon:.4g}"
-    if known["noise_multiplier"] == 0:
-        told = "infinite (no noise)"
+    if known["epsilon"] == math.inf:
+        numbers["epsilon"] = "infinite (no noise)"
+    releases = number(event, metrics.RELEASES)
     counted_as = "" if releases is None else f", {counted(int(releases), 'release')}"
     return (
-        f"epsilon {told} at delta {numbers['delta']} ({facts.get('neighbours')}), clip "
-        f"{numbers['clip']}, noise multiplier {numbers['noise_multiplier']}{counted_as}; of the "
-        "shared factors only: what is a client's own carries no noise"
+        f"epsilon {numbers['epsilon']} at delta {numbers['delta']} "
+        f"({look(config, 'resolved.privacy.neighbours')}), clip {numbers['clip']}, noise "
+        f"multiplier {numbers['noise_multiplier']}{counted_as}; of the shared factors only: what "
+        "is a client's own carries no noise"
     )
 
 

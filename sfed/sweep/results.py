@@ -19,6 +19,7 @@ from sfed.config.schema import Config
 from sfed.methods import method as methods
 from sfed.observability import metrics
 from sfed.observability.metrics import deviation
+from sfed.storage.card_facts import PRIVACY, privacy_numbers
 from sfed.storage.run_record import (
     CONFIG_FILE,
     ForeignFileError,
@@ -148,6 +149,7 @@ def _figures(standing: CellStatus) -> dict[str, Any]:
         "output_rms": number(end, metrics.OUTPUT_RMS),
         "seconds": sum(number(event, metrics.ROUND_SECONDS) or 0 for event in events),
         "uploaded_bytes": sum(event.get(metrics.UPLOADED_BYTES) or 0 for event in events),
+        **privacy_numbers(standing.resolved, last),
     }
 
 
@@ -156,6 +158,7 @@ def write_csv(grid: Grid, rows: Iterable[Row]) -> None:
     rows = list(rows)
     columns = ["cell", "status", *grid.keys, "gamma", "rounds", *_LOSSES, "perplexity"]
     columns += [*_scores(rows), *_AFTER_SCORES]
+    columns += [name for name in PRIVACY if any(name in one for one in rows)]
     grid.folder.mkdir(parents=True, exist_ok=True)
     with (
         replacing(grid.folder / "sweep.csv") as temporary,

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from sfed.federated import local
+from sfed.federated.context import RoundPlan, Run
 from sfed.privacy import accounting
+from sfed.privacy.keys import Key, draw_cohort
 from sfed.privacy.ledger import Ledger
 from sfed.report.tables import facts_table
 from sfed.storage.run_record import open_run
 from tests.support import runs, tiny
+from tests.support.deadlines import scaled
+from tests.support.processes import ends_of
+from tests.support.selection import full
 
 pytestmark = [
     pytest.mark.dist,
@@ -136,3 +144,45 @@ def test_a_round_repeated_on_other_processes_is_counted_where_its_sum_is_another
     held = runs.adapters(again)
     shared = [runs.factors(one, "A") for one in held.values()]
     assert all(torch.equal(one[n], shared[0][n]) for one in shared for n in one)
+
+
+def train_until_killed(own: dict[str, Any]) -> None:
+    """Process 1 is killed when its clients have trained in round 3, before the release."""
+    gather = local.gather
+
+    def gather_or_die(run: Run, plan: RoundPlan, *rest: Any) -> Any:
+        if (plan.finished_rounds, run.world.rank) == (3, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gather(run, plan, *rest)
+
+    local.gather = gather_or_die
+    runs.train_settings(own)
+
+
+@pytest.mark.parametrize("sampling", ["fixed", full("poisson")])
+def test_a_run_that_is_killed_on_two_processes_goes_on_with_its_key_and_cohorts(
+    tiny_folder: Path, tmp_path: Path, sampling: str
+) -> None:
+    """What was released before the kill is the same release where it is repeated."""
+    federated = {"num_rounds": 3, "sampling": sampling, "deadline_seconds": scaled(30.0)}
+    own = settings(tiny_folder, tmp_path, federated=federated)
+    ends = ends_of(2, train_until_killed, own)
+    assert ends[1].code == -signal.SIGKILL
+    secret, found = secret_of(tmp_path / "run"), tmp_path / "run"
+    assert ledger_of(found).rounds == [1, 2]
+    again = ends_of(2, runs.train_settings, own)
+    assert [end.code for end in again] == [0, 0], again
+    assert "resuming after round" in again[0].said
+    assert secret_of(found) == secret and ledger_of(found).rounds == [1, 2, 3]
+    kind = accounting.Sampling(4, 2, is_poisson=sampling == "poisson")
+    epsilon = accounting.epsilon(kind, 0.5, range(1, 4), 1e-5)
+    assert runs.rounds(found)[-1]["privacy/epsilon"] == pytest.approx(epsilon)
+    facts = json.loads((found / "config.json").read_text())["resolved"]["privacy"]
+    assert (facts["sampling"], facts["neighbours"]) == (sampling, kind.neighbours)
+    cohorts = [draw_cohort(Key("", secret).derive("cohort"), t, kind) for t in range(3)]
+    assert sampling == "poisson" or [len(cohort) for cohort in cohorts] == [2, 2, 2]
+    held = runs.adapters(found)
+    for client in range(4):
+        tensors = held[f"client-{client:04d}"]
+        has_trained = any(bool(b.any()) for b in runs.factors(tensors, "B").values())
+        assert has_trained == any(client in cohort for cohort in cohorts)

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from sfed.report import __main__ as report
-from sfed.report import grouping, plotting, series, tables
+from sfed.report import comparison_tables, grouping, plotting, series, tables
 from sfed.report.comparison_figures import comparisons
 from sfed.storage import run_record
+from sfed.storage.run_record import open_run
 from sfed.utils.errors import UserError
 from tests.support import launchers
 from tests.support.run_folders import costs, write_events, write_run
@@ -649,3 +650,26 @@ def test_a_space_that_does_not_break_is_a_space(tmp_path: Path) -> None:
     html = make_report(tmp_path / "runs")
     assert "r\u00a0=\u00a04" in html and "MiB</td>" in html
     assert "\\xa0" not in html
+
+
+def test_epsilon_stands_beside_the_scores_of_private_runs(tmp_path: Path) -> None:
+    """Without noise it is infinite; a run without privacy has none."""
+    private = {"clip": 0.1, "delta": 1e-5}
+    for name, noise in (("half", 0.5), ("none", 0.0), ("plain", None)):
+        settings = (
+            {} if noise is None else {"resolved.privacy": {**private, "noise_multiplier": noise}}
+        )
+        run = write_run(tmp_path / name, num_clients=2, rounds=2, settings=settings)
+        events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for event in events:
+            event["privacy/epsilon"] = 2.5 * event["round"] if noise else None
+        write_events(run, events)
+    stories = [open_run(tmp_path / name) for name in ("half", "none", "plain")]
+    made = comparison_tables.runs_table(stories)
+    place = made.head.index("epsilon")
+    assert made.head[place : place + 4] == ["epsilon", "delta", "clip", "noise multiplier"]
+    assert [row[place : place + 4] for row in made.rows] == [
+        ["5", "1e-05", "0.1", "0.5"], ["inf", "1e-05", "0.1", "0"], [tables.NONE] * 4,
+    ]  # fmt: skip
+    assert sum(width for _, width in made.groups) == len(made.head)
+    assert "epsilon" not in comparison_tables.runs_table(stories[2:]).head

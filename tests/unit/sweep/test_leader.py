@@ -462,6 +462,35 @@ class TestOneProcess:
         assert (row["personal_accuracy"], row["global_accuracy"]) == ("0.75", "0.5")
         assert (row["output_rms"], other["personal_accuracy"]) == ("0.25", "")
 
+    def test_epsilon_gets_columns_with_what_it_follows_from(
+        self, copied: Path, tmp_path: Path
+    ) -> None:
+        for name, noise in (("sfed-seed0", 0.5), ("sfed-seed1", 0.0)):
+            run = copied / name
+            config = json.loads((run / "config.json").read_text())
+            private = {"clip": 0.1, "noise_multiplier": noise, "delta": 1e-5}
+            config["resolved"]["privacy"] = private
+            (run / "config.json").write_text(json.dumps(config))
+            events = runs.rounds(run)
+            for event in events:  # without noise it is infinite, which JSON has no number for
+                event["privacy/epsilon"] = 2.0 * event["round"] if noise else None
+            lines = [json.dumps(event) + "\n" for event in events]
+            (run / "metrics.jsonl").write_text("".join(lines))
+        found = read(tmp_path / "methods.yaml")
+        rows = [
+            results.row(found, cell, "complete", results.stand(cell, 1)) for cell in found.cells
+        ]
+        results.write_csv(found, rows)
+        names = ("epsilon", "delta", "clip", "noise_multiplier")
+        written = {name: tuple(row[key] for key in names) for name, row in table(copied).items()}
+        last = runs.rounds(copied / "sfed-seed0")[-1]["privacy/epsilon"]
+        assert written["sfed-seed0"] == (str(last), "1e-05", "0.1", "0.5")
+        assert written["sfed-seed1"] == ("inf", "1e-05", "0.1", "0.0")
+        assert written["fedsa-seed0"] == ("", "", "", "")
+        plain = [{key: value for key, value in row.items() if key not in names} for row in rows]
+        results.write_csv(found, plain)
+        assert not set(names) & set(table(copied)["sfed-seed0"]), "no such run, no such columns"
+
     @pytest.mark.full
     def test_a_failed_run_is_named_and_the_others_run(
         self, tiny_folder: Path, tmp_path: Path
