@@ -161,6 +161,7 @@ def _memory(config: Config, found: MemoryPlan) -> dict[str, Any]:
     return {
         "work": dataclasses.asdict(found.work),
         "clients_per_pass": found.clients_per_pass,
+        "may_take_fewer": found.may_take_fewer,
         "sharding": dataclasses.asdict(found.sharding),
         "context_bytes": CONTEXT_BYTES,
         "backbone_bytes": backbone.device,
@@ -183,7 +184,7 @@ def _host_bytes(found: MemoryPlan) -> int:
     While a checkpoint is written, the state that it reads is there beside that of the next round.
     """
     work = found.work
-    rests = found.clients_per_pass < work.own_clients
+    rests = found.clients_per_pass < work.own_clients or found.may_take_fewer
     held = work.own_clients + work.round_clients
     return found.backbone.host + (held * found.state.resting_bytes if rests else 0)
 

@@ -56,6 +56,8 @@ class MemoryPlan:
     work: Work
     state: ClientState
     clients_per_pass: int
+    may_take_fewer: bool = False
+    """Whether a run takes fewer in a pass where these are as fast, for the lengths of its rows."""
 
     @property
     def free_bytes(self) -> int:
@@ -165,9 +167,9 @@ class Planner:
         sharing = clients_per_pass.planned(
             config, Estimate(found.work, found.costs), counted.numbers, found.free_bytes
         )
-        return dataclasses.replace(
-            found, clients_per_pass=sharing.of(range(found.work.round_clients))
-        )
+        clients = sharing.of(range(found.work.round_clients))
+        may_take_fewer = sharing.is_limit and clients > 1 and not sharding.is_sharded
+        return dataclasses.replace(found, clients_per_pass=clients, may_take_fewer=may_take_fewer)
 
     def _counted(self, config: Config) -> tuple[MetaModel, ModelCounts]:
         """The model and its counts."""

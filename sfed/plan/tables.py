@@ -78,12 +78,19 @@ def _memory(results: Json) -> Table:
     return table
 
 
+_FEWER = (
+    "federated.clients_per_pass=auto: a run takes fewer clients where passes of these are as fast "
+    "for the lengths of its rows, and says so at its start."
+)
+
+
 def _verdict(results: Json) -> list[str]:
     if results["fits"]:
         return [
             f"It fits. At most {results['most_clients_per_pass']:,} clients would fit into a pass; "
             f"or {results['most_rows_per_client_and_pass']:,} rows of a client with "
             f"{results['clients_per_pass']} of them.",
+            *([_FEWER] if results["may_take_fewer"] else []),
         ]
     lines = [f"It does not fit: GPUs of {size_text(results['needed_bytes'])} would do."]
     if results["remedies"]:
