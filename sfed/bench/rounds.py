@@ -29,6 +29,7 @@ from transformers import (
 from sfed.bench.measure import Clock
 from sfed.bench.steps import GAMMA, replica
 from sfed.clients.round_stats import RoundStats
+from sfed.config.clients import settings_of
 from sfed.config.load import validate
 from sfed.config.schema import Config
 from sfed.data import batches, splits
@@ -211,6 +212,7 @@ def _random_data(job: Job, vocabulary_size: int) -> Data:
         lines=(),
         used_columns=frozenset(),
         parts=("",),
+        settings=settings_of(job.config, [""] * job.num_clients),
         placement=Placement((tuple(everyone),), "one process holds all"),
     )
 
@@ -467,7 +469,7 @@ def _run(material: Material, sharing: ClientsPerPass) -> Run:
         tokenizer=material.tokenizer,  # random tokens have none
         method=methods.resolve(config),
         num_clients=job.num_clients,
-        gamma=GAMMA,
+        gammas=(GAMMA,) * job.num_clients,
         backbone=replica(material.model),
         adapters=attached,
         data=material.data,
