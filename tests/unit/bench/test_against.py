@@ -141,6 +141,6 @@ def test_each_contestant_is_measured_in_a_process_of_its_own(
     assert "as fast as lean" in capsys.readouterr().out
 
 
-def test_a_mistake_in_a_process_is_told_here() -> None:
+def test_targets_that_the_shape_lacks_are_told_by_their_option() -> None:
     with pytest.raises(UserError, match="--targets"):
         bench.main([*TINY, "--targets", "no_such_layer"])
