@@ -23,6 +23,7 @@ from sfed.data.batches import Batch
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.hf_blocks import patch_blocks
+from sfed.models import packed_attention
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding
 
@@ -92,6 +93,7 @@ def every_position(input_ids: torch.Tensor) -> torch.Tensor:
 
 def replica(model: PreTrainedModel) -> Backbone:
     """The model as it is, without any hooks."""
+    packed_attention.install(model, model.device)
     return Backbone(model, None, Sharding("none", "one process"), None)
 
 

@@ -29,10 +29,12 @@ class Documents:
     """(rows, tokens) int64: from 0 in each document, those that are padding included."""
     starts: torch.Tensor
     """(documents + 1,) int32: first places of the documents in the flattened rows, and the end."""
+    lengths: tuple[int, ...]
+    """Tokens of each document, known without asking the device."""
 
     def to(self, device: torch.device) -> Documents:
         """Move to a device."""
-        return Documents(self.position_ids.to(device), self.starts.to(device))
+        return Documents(self.position_ids.to(device), self.starts.to(device), self.lengths)
 
 
 @dataclass(frozen=True)
@@ -200,5 +202,7 @@ class _Filling:
     def _documents(self) -> Documents:
         starts = np.append(np.flatnonzero(self._position_ids == 0), self._position_ids.size)
         return Documents(
-            torch.from_numpy(self._position_ids), torch.from_numpy(starts.astype(np.int32))
+            torch.from_numpy(self._position_ids),
+            torch.from_numpy(starts.astype(np.int32)),
+            tuple(np.diff(starts).tolist()),
         )

@@ -24,7 +24,7 @@ from sfed.distributed.world import World
 from sfed.lora import quantized
 from sfed.lora.head import Head
 from sfed.lora.hf_blocks import patch_blocks
-from sfed.models import heads
+from sfed.models import heads, packed_attention
 from sfed.models.deepspeed import gathered_whole, prepare_deepspeed, shard
 from sfed.models.hf_config import (
     DTYPES,
@@ -73,6 +73,8 @@ class Backbone:
     @property
     def attention(self) -> str:
         """The attention implementation of transformers that the language model uses."""
+        if packed_attention.is_installed(self.model):
+            return "sdpa"
         return str(self.model.config.get_text_config()._attn_implementation)
 
     @property
@@ -94,7 +96,7 @@ class Backbone:
         if self._losses is None or not self._losses.keeps_documents_apart:
             return None
         even = _EVEN_WIDTH_OF_HIDDEN * self.model.config.get_text_config().hidden_size
-        if self.attention == "flash_attention_2":
+        if self.attention == "flash_attention_2" or packed_attention.is_installed(self.model):
             even = math.inf
         return Packing(self.context_tokens, even)
 
@@ -285,6 +287,8 @@ def load(
         keep_alive = (into_shards, shard(model, settings))
     if config.backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.model.attention == "auto":
+        packed_attention.install(model, world.device)
     loaded = Backbone(model, head, sharding, keep_alive)
     loaded.release()
     return loaded
