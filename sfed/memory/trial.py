@@ -27,7 +27,7 @@ from sfed.memory.costs import Load
 from sfed.memory.counts import attach
 from sfed.memory.fake import FakeFloats
 from sfed.memory.live_bytes import LiveBytes
-from sfed.models import heads, synthetic
+from sfed.models import heads, packed_attention, synthetic
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding, asked_attention, from_config
 from sfed.models.losses import Traits
@@ -57,6 +57,8 @@ class Frozen:
     dtype: torch.dtype
     targets: tuple[str, ...]
     """Names of the adapted layers within a layer of the transformer."""
+    device: str
+    """Type of the device that will train it: cpu or cuda."""
 
     def small(self, num_layers: int) -> PreTrainedConfig:
         """Return the same configuration with few layers and a small vocabulary."""
@@ -93,9 +95,10 @@ class Trial:
             self.backbone = _backbone(config, frozen, num_layers)
         self._objective = objective_of(self.backbone)
         is_padded = why_padded(config, self.backbone) is not None
-        # flash-attn needs no mask for packed rows: they cost no more than padded ones.
-        needs_no_mask = config.model.attention == "flash_attention_2"
-        self.packing = None if is_padded or needs_no_mask else self.backbone.packing
+        # A kernel that needs no mask for packed rows: they cost no more than padded ones.
+        is_told = frozen.device == "cuda" and packed_attention.is_installed(self.backbone.model)
+        has_kernel = is_told or config.model.attention == "flash_attention_2"
+        self.packing = None if is_padded or has_kernel else self.backbone.packing
         # Not under fake tensors: PEFT puts its own weights on the meta device.
         model, head = self.backbone.model, self.backbone.head
         self._adapters = attach(config, model, head, frozen.targets, lora_rank)
@@ -193,6 +196,8 @@ def _backbone(config: Config, frozen: Frozen, num_layers: int) -> Backbone:
     head = heads.detach_head(config, model, _ALL_FOUND, lambda _: nullcontext())
     if config.backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if asked is None:
+        packed_attention.install(model, torch.device(frozen.device))
     traits = None if head else Traits(keeps_documents_apart=True, returns_logits=_returns(model))
     return Backbone(model, head, Sharding("none", "a trial"), None, traits)
 

@@ -78,6 +78,14 @@ class Backbone:
         return str(self.model.config.get_text_config()._attn_implementation)
 
     @property
+    def why_masked(self) -> str | None:
+        """Why attention keeps the documents of a row apart by a mask; None where it needs none."""
+        model, attention = self.model, self.attention
+        if attention == "flash_attention_2" or packed_attention.is_installed(model):
+            return None
+        return packed_attention.why_masked(model, model.device) or f"model.attention={attention}"
+
+    @property
     def vocabulary_size(self) -> int:
         """Rows of the embedding."""
         return int(self.model.config.get_text_config().vocab_size)
@@ -96,9 +104,7 @@ class Backbone:
         if self._losses is None or not self._losses.keeps_documents_apart:
             return None
         even = _EVEN_WIDTH_OF_HIDDEN * self.model.config.get_text_config().hidden_size
-        if self.attention == "flash_attention_2" or packed_attention.is_installed(self.model):
-            even = math.inf
-        return Packing(self.context_tokens, even)
+        return Packing(self.context_tokens, even if self.why_masked else math.inf)
 
     def token_losses(
         self,

@@ -16,7 +16,6 @@ S = B T tokens of all rows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +25,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sfed.data.batches import Documents
+
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # torch 2.9
+    varlen = None  # type: ignore[assignment]
 
 NAME = "sdpa_of_documents"
 """What transformers knows the function as."""
@@ -55,7 +59,7 @@ _UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
 _CAPABILITY = (8, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 _WIDEST_HEAD, _HEADS_IN_STEPS_OF = 256, 8
-_OF_VARLEN = ("cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size", "enable_gqa")
+_OF_VARLEN = {"cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size", "enable_gqa"}
 
 
 def install(model: PreTrainedModel, device: torch.device) -> None:
@@ -97,17 +101,14 @@ def _why_no_kernel(model: PreTrainedModel, device: torch.device) -> str | None:
         return f"the kernel without one does not compute heads of width {width}"
     if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < _CAPABILITY:
         return "this GPU has no kernel without one"
-    return None if _varlen() else f"torch {torch.__version__} has no kernel without one"
+    return None if _has_varlen() else f"torch {torch.__version__} has no kernel without one"
 
 
-def _varlen() -> Callable[..., torch.Tensor] | None:
-    """torch's attention of documents on CUDA; None where this torch has none that does."""
-    try:
-        from torch.nn.attention import varlen
-    except ImportError:
-        return None
-    names = inspect.signature(varlen.varlen_attn).parameters
-    return varlen.varlen_attn if all(name in names for name in _OF_VARLEN) else None
+def _has_varlen() -> bool:
+    """Whether this torch computes attention of documents on CUDA, as it is called here."""
+    if varlen is None:
+        return False
+    return inspect.signature(varlen.varlen_attn).parameters.keys() >= _OF_VARLEN
 
 
 def told(documents: Documents) -> dict[str, Any]:
@@ -148,14 +149,17 @@ def attend(
             lengths of the documents did not come with their first places.
     """
     lengths = settings.pop("document_lengths", None)
-    if lengths is None and (attention_mask is None or attention_mask.dtype != torch.int32):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    is_told = attention_mask is not None and attention_mask.dtype == torch.int32
+    if lengths is None and not is_told:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return output, None
     _check(module, lengths, settings)
+    assert attention_mask is not None
     qkv = [one.transpose(1, 2).flatten(0, 1) for one in (query, key, value)]
     window = settings.get("sliding_window") or max(lengths)
     compute = _by_kernel if query.is_cuda else _one_by_one
     output = compute(qkv, attention_mask.flatten(), lengths, window, settings.get("scaling"))
-    return output.unflatten(0, (len(query), -1)), None
+    return output.view(len(query), -1, *output.shape[1:]), None
 
 
 def _check(module: torch.nn.Module, lengths: Any, settings: dict[str, Any]) -> None:
@@ -178,13 +182,14 @@ def _by_kernel(
     scaling: float | None,
 ) -> torch.Tensor:
     """(S, H, D) of (S, H, D), (S, K, D), (S, K, D): all documents in one kernel."""
-    kernel, longest = _varlen(), max(lengths)
-    assert kernel is not None, "why_masked says so"
+    assert varlen is not None, "why_masked said so"
+    (q, k, v), longest = qkv, max(lengths)
     back = -1 if window >= longest else window - 1  # tokens before one's own
-    return kernel(
-        *qkv, starts, starts, longest, longest,
-        scale=scaling, window_size=(back, 0), enable_gqa=qkv[0].shape[1] != qkv[1].shape[1],
-    )  # fmt: skip
+    output: torch.Tensor = varlen.varlen_attn(
+        q, k, v, starts, starts, longest, longest,
+        scale=scaling, window_size=(back, 0), enable_gqa=q.shape[1] != k.shape[1],
+    )  # type: ignore[assignment]  # fmt: skip
+    return output
 
 
 def _one_by_one(
@@ -195,12 +200,12 @@ def _one_by_one(
     scaling: float | None,
 ) -> torch.Tensor:
     """The same, a document after another."""
-    shares_keys = qkv[0].shape[1] != qkv[1].shape[1]
-    outputs = []
-    for parts in zip(*(one.transpose(0, 1)[None].split(lengths, dim=2) for one in qkv), strict=True):
-        band = _band(parts[0].shape[2], window, parts[0].device)
+    shares_keys, outputs = qkv[0].shape[1] != qkv[1].shape[1], []
+    documents = (torch.split(one.transpose(0, 1)[None], [*lengths], dim=2) for one in qkv)
+    for q, k, v in zip(*documents, strict=True):
+        band = _band(q.shape[2], window, q.device)
         output = functional.scaled_dot_product_attention(
-            *parts, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=shares_keys
+            q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=shares_keys
         )
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)

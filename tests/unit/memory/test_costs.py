@@ -27,7 +27,7 @@ from sfed.memory import clients_per_pass, counts, profile
 from sfed.memory.costs import ClientState, Cost, Costs, Load, Work, largest
 from sfed.memory.live_bytes import LiveBytes
 from sfed.memory.trial import Frozen
-from sfed.models import hf_config, synthetic
+from sfed.models import hf_config, packed_attention, synthetic
 from tests.support import runs, tiny
 from tests.support.deadlines import RUN_SECONDS
 from tests.support.processes import on_processes
@@ -36,9 +36,17 @@ CPU = torch.device("cpu")
 ALL, ATTENTION = "all-linear", ("q_proj", "v_proj")
 
 
-def settings(rank: int, targets: Any, checkpointing: bool = False, *, packing: bool = False) -> Any:
+def settings(
+    rank: int,
+    targets: Any,
+    checkpointing: bool = False,
+    *,
+    packing: bool = False,
+    attention: str = "auto",
+) -> Any:
     return config_load.validate(
         {
+            "model": {"attention": attention},
             "data": {"task": "gsm8k", "packing": packing},
             "lora": {"rank": rank, "target_modules": targets},
             "backbone": {"gradient_checkpointing": checkpointing},
@@ -46,9 +54,9 @@ def settings(rank: int, targets: Any, checkpointing: bool = False, *, packing: b
     )
 
 
-def measured(config: Any, model_config: Any, dtype: torch.dtype) -> Costs:
+def measured(config: Any, model_config: Any, dtype: torch.dtype, device: str = "cpu") -> Costs:
     targets = counts.counts_of(config, hf_config.MetaModel(config, model_config)).targets
-    return profile.measure(config, Frozen(model_config, dtype, targets), pytest.fail)
+    return profile.measure(config, Frozen(model_config, dtype, targets, device), pytest.fail)
 
 
 def trainer(name: str, load: Load, rank: int, targets: Any, dtype: torch.dtype) -> Sfed:
@@ -106,16 +114,20 @@ def packed_into_one_row(load: Load) -> batches.Batch:
     return packed
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "auto"], ids=["a mask", "no mask"])
 @pytest.mark.parametrize(("clients", "dtype"), [(1, torch.float32), (3, torch.bfloat16)])
-def test_a_packed_pass_keeps_a_mask_in_each_layer_and_that_is_counted(
-    clients: int, dtype: torch.dtype
+def test_what_a_packed_pass_keeps_is_counted_with_its_masks_where_it_has_some(
+    clients: int, dtype: torch.dtype, attention: str
 ) -> None:
     """Masks of 512 x 512 are half of what a packed pass of this model keeps."""
     load = Load(clients, 1, 512)
     model_config = synthetic.model_config("stories", None, None)
-    costs = measured(settings(16, ALL, packing=True), model_config, dtype)
+    costs = measured(settings(16, ALL, packing=True, attention=attention), model_config, dtype)
     assert costs.packing is not None
     ours, batch = trainer("stories", load, 16, ALL, dtype), packed_into_one_row(load)
+    ours.backbone.model.set_attn_implementation(
+        packed_attention.NAME if attention == "auto" else attention
+    )
     with LiveBytes() as live:
         ours.enter(0)
         loss = ours.backbone.token_losses(
@@ -132,7 +144,19 @@ def test_a_packed_pass_keeps_a_mask_in_each_layer_and_that_is_counted(
     assert peak <= 1.15 * live.peak
     padded = measured(settings(16, ALL), model_config, dtype)
     assert padded.packing is None
-    assert padded.kept.of(load) < 0.7 * kept
+    if attention == "sdpa":
+        assert padded.kept.of(load) < 0.7 * kept
+    else:
+        assert costs.kept.per_square == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_kernel_without_a_mask_keeps_no_more_of_packed_rows_than_of_padded_ones() -> None:
+    model_config = synthetic.model_config("stories", None, None)
+    padded = measured(settings(16, ALL), model_config, torch.bfloat16)
+    packs = settings(16, ALL, packing=True)
+    assert measured(packs, model_config, torch.bfloat16, "cuda") == padded
+    masked = measured(packs, model_config, torch.float32, "cuda")  # which the kernel cannot compute
+    assert masked.packing is not None and masked.kept.per_square > 0
 
 
 @pytest.mark.parametrize(("clients", "rank"), [(1, 4), (4, 16), (8, 2)])
