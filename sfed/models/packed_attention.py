@@ -201,8 +201,8 @@ def _one_by_one(
 ) -> torch.Tensor:
     """The same, a document after another."""
     shares_keys, outputs = qkv[0].shape[1] != qkv[1].shape[1], []
-    documents = (torch.split(one.transpose(0, 1)[None], [*lengths], dim=2) for one in qkv)
-    for q, k, v in zip(*documents, strict=True):
+    for parts in zip(*(torch.split(one, [*lengths]) for one in qkv), strict=True):
+        q, k, v = (one.transpose(0, 1)[None] for one in parts)
         band = _band(q.shape[2], window, q.device)
         output = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=shares_keys

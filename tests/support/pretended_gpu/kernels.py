@@ -67,7 +67,7 @@ def _flash(
     scores = _scores(q, k, starts, back, ahead, scale)
     shared = v.float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     output = torch.einsum("hij,jhd->ihd", scores.softmax(dim=-1), shared)
-    return output.to(q.dtype), scores.logsumexp(dim=-1)
+    return output.to(q.dtype).contiguous(), scores.logsumexp(dim=-1)
 
 
 def _flash_backward(
@@ -91,7 +91,7 @@ def _flash_backward(
         torch.einsum("hij,ihd->jhd", of_scores, q.float()).unflatten(1, (-1, group)).sum(2),
         torch.einsum("hij,ihd->jhd", shares, wide).unflatten(1, (-1, group)).sum(2),
     ]
-    return tuple(one.to(q.dtype) for one in grads)
+    return tuple(one.to(q.dtype).contiguous() for one in grads)
 
 
 _library.impl("flash_attention", _flash, "CompositeExplicitAutograd")
