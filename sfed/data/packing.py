@@ -1,8 +1,9 @@
 """Which examples share a row of a pass, and how wide the rows are. Plain numbers; needs no torch.
 
 All clients of a pass have equally many rows of one width, since the adapters are a product batched
-over clients. Packed rows have fewer empty slots. But documents are kept apart by a mask, with which
-attention computes all pairs of places in a row, not half of them; so wide rows cost more a slot.
+over clients. Packed rows have fewer empty slots. But where documents are kept apart by a mask,
+attention computes all pairs of places in a row, not half of them, so wide rows cost more a slot;
+and where attention takes one document after another, each costs some time of its own.
 Of all numbers of rows the cheapest is taken, each with the least width that holds every client's
 examples; padded rows, one for each example, where none is cheaper.
 """
@@ -30,6 +31,8 @@ class Packing:
     even_width: float
     """Width at which attention under a mask takes as long as all matrix products of a token; inf
     where attention skips what it does not see."""
+    document_slots: float = 0.0
+    """What each document of a packed row costs beside its tokens, in slots without attention."""
 
     def cost(self, slots: int, seen_width: float) -> float:
         """Time of a pass, in slots without attention, where a slot attends to so many places."""
@@ -72,6 +75,8 @@ def pack(
     most = max(map(sum, lengths_by_client))
     padded_width = round_up(longest)
     best, least = None, packing.cost(padded_rows * padded_width, padded_width / 2)
+    # A cost is that of one client's rows; of documents the mean client has so many.
+    least -= packing.document_slots * sum(map(len, lengths_by_client)) / len(lengths_by_client)
     for num_rows in range(1, padded_rows):
         width = max(padded_width, round_up(-(-most // num_rows)))
         while (

@@ -270,6 +270,12 @@ def test_rows_get_as_wide_as_pays():
     assert pack(lengths, 8, Packing(4096, 64.0)) is None, "attention is most of a pass"
 
 
+def test_short_documents_stay_padded_where_each_costs_more_than_it_saves():
+    lengths = [[8, 8, 8, 40]] * 3  # 4 rows of 40 for each client, or one of 64: 96 slots less
+    assert pack(lengths, 4, Packing(4096, math.inf, 23.0)) is not None
+    assert pack(lengths, 4, Packing(4096, math.inf, 24.0)) is None
+
+
 def test_examples_of_one_length_stay_padded():
     rows = [make_rows((24, 5), (24, 3)), make_rows((24, 3), (24, 0))]
     assert collate(rows, 2, packing=Packing(400, math.inf)).documents is None
