@@ -335,7 +335,7 @@ def round_event(
     """
     event: dict[str, Any] = {"event": "round", "round": finished_rounds}
     if run.privacy is not None:
-        event |= run.privacy.spent()
+        event |= run.privacy.spent(run.clients)
         stats = None  # losses, norms and counts of a cohort are not noised, and say who is in it
     event.update(_training(run, stats))
     event.update(_schedule(run, finished_rounds))

@@ -227,7 +227,7 @@ def _upload(config: Config, found: MemoryPlan) -> dict[str, Any]:
         if method.changes_base:  # of rank n r, so as large as the adapters of n clients
             given += _cohort(config, found) * 4 * (counted.a_numbers + counted.b_numbers)
     if config.privacy.is_on:
-        mean = private_mean.message_bytes((adapter + head) // 4)
+        mean = private_mean.message_bytes(config, (adapter + head) // 4)
     bandwidth = LINKS[machine.link]
     others = (machine.gpus - 1) / machine.gpus / bandwidth
     return {
