@@ -74,6 +74,7 @@ FOREIGN_KEYS = {
     "torch_dtype": "model.dtype",
     "bf16": "model.dtype=bf16",
     "fp16": "no fp16; model.dtype=bf16",
+    "fp8": "backbone.compute=fp8",
     "load_in_4bit": "model.quantization=nf4",
     "load_in_8bit": "model.quantization=int8",
     "bnb_4bit_compute_dtype": "model.dtype",

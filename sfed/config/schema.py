@@ -172,8 +172,13 @@ class ClientSection(Section):
 
 
 class BackboneSection(Section):
-    """Storage of the frozen backbone."""
+    """Storage and arithmetic of the frozen backbone."""
 
+    compute: Literal["full", "fp8"] = "full"
+    """Products of the frozen linear layers within the transformer: full = in model.dtype; fp8 =
+    inputs, gradients and weights are rounded to FP8 (e4m3) with a scale per row, in training and
+    evaluation. fp8 needs a GPU of compute capability 8.9 with bf16, or a CPU, where it is not
+    faster; it keeps a replica on each process."""
     sharding: Literal["auto", "zero3", "none"] = "auto"
     """Storage of the frozen backbone: zero3 = one copy, sharded over all processes; none = a
     replica on each process; auto = none if a replica fits into memory, else zero3."""
@@ -205,9 +210,20 @@ class BackboneSection(Section):
                 f"deepspeed.zero_optimization.stage is {zero['stage']!r}; a frozen backbone has "
                 "nothing to shard below stage 3: use sharding=none for a replica per process"
             )
+        if self.compute == "fp8":
+            self._refuse_shards_of_fp8()
         if self.offload == "cpu" and self.sharding == "none":
             raise ValueError("offload=cpu needs sharding=zero3 (none keeps a replica per process)")
         return self
+
+    def _refuse_shards_of_fp8(self) -> None:
+        for key, value in (("sharding", "zero3"), ("offload", "cpu")):
+            if getattr(self, key) == value:
+                raise ValueError(
+                    f"compute=fp8 and {key}={value} exclude each other: FP8 codes are kept as a "
+                    "replica on each process; set backbone.sharding=none and backbone.offload=none,"
+                    " or backbone.compute=full"
+                )
 
 
 class EvaluationSection(Section):
@@ -329,6 +345,12 @@ class Config(Section):
             raise ValueError(
                 f"backbone.deepspeed.zero_optimization.{asked[0]} and model.quantization="
                 f"{self.model.quantization} exclude each other: codes cannot be quantised again"
+            )
+        if self.model.quantization != "none" and self.backbone.compute == "fp8":
+            raise ValueError(
+                f"model.quantization={self.model.quantization} and backbone.compute=fp8 exclude "
+                "each other: FP8 products take weights of 16 or 32 bits; set one of them back, "
+                "model.quantization=none or backbone.compute=full"
             )
         return self
 

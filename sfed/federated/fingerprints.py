@@ -113,8 +113,9 @@ def of_backbone(world: World, model: nn.Module, settings: Mapping[str, Any]) -> 
         for (name, one), total in zip(named, sums, strict=True)
     ]
     weights += [
-        (f"{name}.scales", list(layer.dequantise.scales.shape), bit_sum(layer.dequantise.scales))
+        (f"{name}.scales", list(scales.shape), bit_sum(scales))
         for name, layer in sorted(quantised_layers(model))
+        for scales in layer.scales
     ]
     kept = {key: value for key, value in settings.items() if key != "_name_or_path"}
     return digest(json.dumps([weights, kept], sort_keys=True, default=str))

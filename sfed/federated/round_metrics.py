@@ -19,7 +19,7 @@ from sfed.config import own_method
 from sfed.data.placement import by_number
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.evaluate import Evaluation, Measured, score_names
-from sfed.lora import quantized
+from sfed.lora import fp8, quantized
 from sfed.lora.targets import last_parts
 from sfed.methods import aggregation
 from sfed.methods.server_optimizer import ServerOptimizer
@@ -54,6 +54,7 @@ def header(run: Run) -> list[str]:
         *_terms(run, plan),
         f"backbone: {run.backbone.sharding.kind} ({run.backbone.sharding.reason})",
         *filter(None, [quantized.summary(run.backbone.model, run.config.model.quantization)]),
+        *filter(None, [fp8.summary(run.backbone.model)]),
         f"attention: {_attention(run)}",
         *_placement(run),
         f"rows: padded ({run.why_padded})"

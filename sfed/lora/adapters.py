@@ -30,7 +30,7 @@ from sfed.lora.factors import Factors, PassRows
 from sfed.lora.head import Head
 from sfed.lora.layout import Layout, Piece
 from sfed.lora.linear import PassContext, Siblings, StackedLoraLinear
-from sfed.lora.quantized import QuantisedLinear
+from sfed.lora.quantized import CodedLinear
 from sfed.lora.tensor_files import save_tensors
 from sfed.utils.errors import UserError
 from sfed.utils.files import replacing
@@ -423,7 +423,7 @@ def _wrapped(
 def _were_transposed(found: Mapping[str, LoraLayer]) -> bool:
     """Whether quantised layers, which PEFT has seen, are Conv1D in the model that users load."""
     layers = (layer.get_base_layer() for layer in found.values())
-    return any(isinstance(layer, QuantisedLinear) and layer.was_transposed for layer in layers)
+    return any(isinstance(layer, CodedLinear) and layer.was_transposed for layer in layers)
 
 
 def _rank_and_scaling(request: LoraConfig) -> tuple[int, float]:

@@ -171,7 +171,7 @@ class ModelCard:
     is_merged: bool = False
     """Whether the folder holds a whole model."""
     quantization: str = "none"
-    """How the weights of the base model were stored in training."""
+    """How the weights of the base model were stored in training; fp8 = how they were computed."""
 
     def write(self, folder: Path, name: str | None = None) -> None:
         """Write ``labels.json``, where there are classes, and ``README.md`` into a folder.
@@ -219,6 +219,12 @@ def _of_quantization(scheme: str) -> str:
     """What there is to know of an adapter whose base model was quantised in training."""
     if scheme == "none":
         return ""
+    if scheme == "fp8":
+        return (
+            "\nIn training the products of the base model's linear layers were computed in FP8 "
+            "(e4m3, a scale per row; `backbone.compute=fp8`), and so are the losses above. The "
+            "adapter loads on the plain base model, whose losses are near those.\n"
+        )
     settings = _SETTINGS[scheme]
     return (
         f"\nIn training the weights of the base model's linear layers were stored as {scheme} "

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -36,8 +36,8 @@ NF4_BLOCK = 64
 _INT8_LARGEST = 127
 # bitsandbytes makes fp16 numbers of weights before it quantises them to int8.
 _LARGEST_FP16 = torch.finfo(torch.float16).max
-# Below this share of a layer's weights, quantisation would not do what it is asked for.
-_LEAST_SHARE = 0.5
+LEAST_SHARE = 0.5
+"""Below this share of a layer's weights, quantisation would not do what it is asked for."""
 
 
 class Dequantiser(Protocol):
@@ -54,8 +54,43 @@ class Dequantiser(Protocol):
         """Move the scales."""
 
 
-class QuantisedLinear(nn.Linear):
+class CodedLinear(nn.Linear):
     """A frozen linear layer that stores codes and scales in the place of its weight."""
+
+    def __init__(
+        self,
+        sizes: tuple[int, int],
+        codes: torch.Tensor,
+        bias: nn.Parameter | None,
+        *,
+        was_transposed: bool = False,
+    ) -> None:
+        """Take over what a layer stores.
+
+        Args:
+            sizes: in and out.
+            codes: integers of any shape.
+            bias: (out,).
+            was_transposed: whether the model's own layer is a Conv1D.
+        """
+        super().__init__(*sizes, bias=False, device="meta")
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_parameter("bias", bias)
+        self.was_transposed = was_transposed
+
+    @property
+    def scales(self) -> tuple[torch.Tensor, ...]:
+        """All scales, fp32."""
+        raise NotImplementedError
+
+    @property
+    def num_codes(self) -> int:
+        """Numbers of all parameters that hold codes."""
+        return sum(weight.numel() for weight in self.parameters() if not weight.is_floating_point())
+
+
+class QuantisedLinear(CodedLinear):
+    """A layer of nf4 or int8 codes."""
 
     def __init__(
         self,
@@ -75,11 +110,13 @@ class QuantisedLinear(nn.Linear):
             dequantise: makes the weight from the codes.
             was_transposed: whether the model's own layer is a Conv1D.
         """
-        super().__init__(*sizes, bias=False, device="meta")
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.register_parameter("bias", bias)
+        super().__init__(sizes, codes, bias, was_transposed=was_transposed)
         self.dequantise = dequantise
-        self.was_transposed = was_transposed
+
+    @property
+    def scales(self) -> tuple[torch.Tensor, ...]:
+        """All scales, fp32."""
+        return (self.dequantise.scales,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return W x + b, with x of shape (..., in) in the dtype of the model."""
@@ -165,28 +202,53 @@ def chosen_layers(model: PreTrainedModel, scheme: Scheme) -> dict[str, tuple[int
         UserError: where the model has no list of layers, or most weights of its layers are not
             those of linear layers.
     """
-    layers, inside = transformer_layers(model), _within_layers(model)
     key = f"model.quantization = {scheme!r}"
+    chosen = linear_within(model, key, "set model.quantization=none")
+    if (share := share_of(model, chosen)) < LEAST_SHARE:
+        raise UserError(
+            f"{key}: only {100 * share:.0f} % of the weights in the layers of "
+            f"{type(model).__name__} are those of linear layers (most are in "
+            f"{_largest_other(_within_layers(model), chosen, model)}), and no others are "
+            "quantised; set model.quantization=none, and backbone.sharding=zero3 where memory is "
+            "short"
+        )
+    return chosen
+
+
+def linear_within(model: PreTrainedModel, key: str, remedy: str) -> dict[str, tuple[int, int]]:
+    """Names of the linear layers within the transformer, with in and out.
+
+    Args:
+        model: before it is changed.
+        key: and its value, for the error.
+        remedy: likewise.
+
+    Raises:
+        UserError: where the model has no list of layers.
+    """
+    inside = _within_layers(model)
     if not inside:
         raise UserError(
             f"{key}: {type(model).__name__} has no list of as many layers as its configuration "
-            "tells, so it is not known which weights to quantise; set model.quantization=none"
+            f"tells, so it is not known which weights to quantise; {remedy}"
         )
-    chosen = {
+    return {
         name: sizes
         for name, sizes in _linear_layers(model).items()
         if model.get_submodule(name) in inside
     }
-    quantised = sum(math.prod(sizes) for sizes in chosen.values())
-    total = sum(map(num_weights, layers))
-    if quantised < _LEAST_SHARE * total:
-        raise UserError(
-            f"{key}: only {100 * quantised / max(1, total):.0f} % of the weights in the layers of "
-            f"{type(model).__name__} are those of linear layers (most are in "
-            f"{_largest_other(inside, chosen, model)}), and no others are quantised; set "
-            "model.quantization=none, and backbone.sharding=zero3 where memory is short"
-        )
-    return chosen
+
+
+def share_of(model: PreTrainedModel, chosen: Mapping[str, tuple[int, int]]) -> float:
+    """The share that layers have of all weights within the transformer."""
+    total = sum(map(num_weights, transformer_layers(model)))
+    return sum(math.prod(sizes) for sizes in chosen.values()) / max(1, total)
+
+
+def linear_outside_codes(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers within the transformer that store no codes."""
+    inside = _within_layers(model)
+    return [name for name in _linear_layers(model) if model.get_submodule(name) in inside]
 
 
 def _largest_other(inside: set[nn.Module], chosen: Any, model: nn.Module) -> str:
@@ -264,8 +326,7 @@ def take_over(model: PreTrainedModel, device: torch.device) -> None:
         )
         model.set_submodule(name, layer)
     model.hf_quantizer.remove_quantization_config(model)
-    inside = _within_layers(model)
-    if left := [name for name in _linear_layers(model) if model.get_submodule(name) in inside]:
+    if left := linear_outside_codes(model):
         raise UserError(
             f"model.quantization: transformers keeps {left[0]} of {type(model).__name__} in a "
             "dtype of its own and does not quantise it; set model.quantization=none"
@@ -300,7 +361,7 @@ def summary(model: PreTrainedModel, scheme: str) -> str | None:
         scheme: nf4 or int8, or none.
     """
     layers = [layer for _, layer in quantised_layers(model)]
-    if not layers:
+    if not layers or scheme == "none":
         return None
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -310,17 +371,17 @@ def summary(model: PreTrainedModel, scheme: str) -> str | None:
     )
 
 
-def quantised_layers(model: nn.Module) -> Iterator[tuple[str, QuantisedLinear]]:
+def quantised_layers(model: nn.Module) -> Iterator[tuple[str, CodedLinear]]:
     """The layers that store codes, by their names."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, CodedLinear):
             yield name, module
 
 
 def total_weights(model: nn.Module) -> int:
     """Weights of a model that is not sharded, however they are stored; shared ones count once."""
     packed = sum(
-        math.prod((layer.in_features, layer.out_features)) - layer.weight.numel()
+        math.prod((layer.in_features, layer.out_features)) - layer.num_codes
         for _, layer in quantised_layers(model)
     )
     return packed + sum(weight.numel() for weight in model.parameters())
@@ -343,7 +404,7 @@ class Stored:
         return Stored(
             sum(weight.numel() for weight in weights if weight.is_floating_point()),
             sum(weight.nbytes for weight in weights if not weight.is_floating_point()),
-            sum(layer.dequantise.scales.nbytes for _, layer in quantised_layers(module)),
+            sum(one.nbytes for _, layer in quantised_layers(module) for one in layer.scales),
         )
 
     def sharded_bytes(self, dtype: torch.dtype) -> int:

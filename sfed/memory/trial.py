@@ -21,6 +21,7 @@ from sfed.data import batches
 from sfed.data.batches import Batch
 from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
+from sfed.lora import fp8
 from sfed.lora.hf_blocks import patch_blocks
 from sfed.lora.quantized import put_stand_ins
 from sfed.memory.costs import Load
@@ -188,6 +189,8 @@ def _backbone(config: Config, frozen: Frozen, num_layers: int) -> Backbone:
     synthetic.fill_with_zeros(model)
     if config.model.quantization != "none":
         put_stand_ins(model, config.model.quantization, frozen.dtype)
+    if config.backbone.compute == "fp8":
+        fp8.convert(model)
     model.requires_grad_(False)
     patch_blocks(model)
     head = heads.detach_head(config, model, _ALL_FOUND, lambda _: nullcontext())

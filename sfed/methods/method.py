@@ -461,6 +461,8 @@ _ZERO_KEYS_OF_COPIES = (
 
 def _keeps_weights_elsewhere(config: Config) -> str | None:
     """The key with which frozen weights are somewhere else than in replicas or plain shards."""
+    if config.backbone.compute != "full":
+        return f"backbone.compute={config.backbone.compute}"
     if config.backbone.offload != "none":
         return f"backbone.offload={config.backbone.offload}"
     zero = config.backbone.deepspeed.get("zero_optimization")

@@ -21,7 +21,7 @@ from sfed.data.batches import Documents
 from sfed.data.packing import Packing
 from sfed.data.tasks import task_of
 from sfed.distributed.world import World
-from sfed.lora import quantized
+from sfed.lora import fp8, quantized
 from sfed.lora.head import Head
 from sfed.lora.hf_blocks import patch_blocks
 from sfed.models import heads
@@ -256,10 +256,15 @@ def load(
         sharding: how it is stored, where that has been chosen before.
 
     Raises:
-        UserError: where the model cannot be found or is not one for the task.
+        UserError: where the model cannot be found or is not one for the task, or the device cannot
+            compute as asked for.
     """
     meta = meta or MetaModel.read(config, name)
     sharding = sharding or choose_sharding(config, meta, world)
+    computes_fp8 = config.backbone.compute == "fp8"
+    if computes_fp8:
+        fp8.refuse_device(world.device, DTYPES[dtype_name(config, world)])
+        fp8.chosen_layers(meta.unquantised())  # what is refused, before any weight is read
     settings, into_shards = None, None
     if sharding.is_sharded:
         settings = prepare_deepspeed(config, meta, DTYPES[dtype_name(config, world)])
@@ -283,6 +288,9 @@ def load(
         model.to(world.device)
     else:
         keep_alive = (into_shards, shard(model, settings))
+    if computes_fp8:
+        fp8.convert(model)
+        fp8.refuse_nonfinite(model)
     if config.backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loaded = Backbone(model, head, sharding, keep_alive)

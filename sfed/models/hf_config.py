@@ -27,7 +27,7 @@ from sfed.data.tasks import task_of
 from sfed.distributed.shutdown import is_lost_contact
 from sfed.distributed.sync import gather_json
 from sfed.distributed.world import World
-from sfed.lora import quantized
+from sfed.lora import fp8, quantized
 from sfed.lora.quantized import Stored
 from sfed.utils.errors import ConfigError, UserError
 from sfed.utils.text import one_line, size_text
@@ -71,6 +71,8 @@ def dtype_name(config: Config, world: World) -> str:
 def precision(config: Config, world: World) -> str:
     """The dtype of the backbone, and how its weights are stored where that is another form."""
     scheme, dtype = config.model.quantization, dtype_name(config, world)
+    if config.backbone.compute == "fp8":
+        return f"{dtype}, frozen products in fp8"
     return dtype if scheme == "none" else f"{scheme}, computed in {dtype}"
 
 
@@ -127,6 +129,8 @@ class MetaModel:
         model, scheme = self.unquantised(), self._run_config.model.quantization
         if scheme != "none":
             quantized.put_stand_ins(model, scheme, model.dtype)
+        if self._run_config.backbone.compute == "fp8":
+            fp8.convert(model)
         return model
 
     def unquantised(self) -> PreTrainedModel:
@@ -193,6 +197,12 @@ def _refuse_quantised_files(config: Config, name: str, model_config: PreTrainedC
         return
     settings = stored if isinstance(stored, dict) else stored.to_dict()
     method, scheme = str(settings.get("quant_method")), config.model.quantization
+    if config.backbone.compute == "fp8":
+        raise UserError(
+            f"model.name = {name!r}: its files are quantised already (quant_method {method!r} in "
+            "config.json), and backbone.compute=fp8 quantises weights of 16 or 32 bits; name the "
+            "model that they were made from, or set backbone.compute=full"
+        )
     if scheme != "none" or "bitsandbytes" in method:
         raise UserError(
             f"model.name = {name!r}: its files are quantised already (quant_method {method!r} in "
@@ -347,6 +357,8 @@ def resolve_sharding(
     """
     if section.sharding != "auto":
         return Sharding(section.sharding, "as configured")
+    if section.compute == "fp8":
+        return Sharding("none", "a replica each, since backbone.compute=fp8 is not sharded")
     if section.offload == "cpu":
         return Sharding("zero3", "backbone.offload=cpu keeps shards in host memory")
     if num_processes == 1:

@@ -28,6 +28,7 @@ import torch
 
 from sfed.data.packing import Packing, round_down, round_up
 from sfed.distributed.consistency import bit_sum
+from sfed.lora import fp8
 from sfed.models.trial_passes import (
     Case,
     Numbers,
@@ -68,10 +69,12 @@ class _Tolerance:
 _SAME_SHAPES = {
     torch.float32: _Tolerance(1e-4, 1e-4, 0.01),
     torch.bfloat16: _Tolerance(0.01, 0.05, 0.05),
+    fp8.CODES: _Tolerance(0.01, 0.05, 0.05),
 }
 _OTHER_SHAPES = {
     torch.float32: _Tolerance(3e-4, 3e-4, 0.01),
     torch.bfloat16: _Tolerance(0.05, 0.5, 1.0),
+    fp8.CODES: _Tolerance(0.1, 0.7, 1.0),
 }
 
 _OTHER_MODEL = "choose another model, or leave the layer out of lora.target_modules"
@@ -150,8 +153,8 @@ class _Trial:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._same_shapes = _SAME_SHAPES[subject.model.dtype]
-        self._other_shapes = _OTHER_SHAPES[subject.model.dtype]
+        self._same_shapes = _SAME_SHAPES[subject.precision]
+        self._other_shapes = _OTHER_SHAPES[subject.precision]
         generator = torch.Generator().manual_seed(_SEED)
         self._adapters = [random_adapter(subject, generator) for _ in range(4)]
         drawn = np.random.default_rng(_SEED).choice(
@@ -171,7 +174,7 @@ class _Trial:
         far = round_up(subject.longest_row) - round_up(_LONG_TOKENS)  # the end of the padding
         self._far = far if subject.takes_positions and far > 0 else None
         # Equal shapes tell more than other shapes do only where numbers are coarse.
-        self._is_coarse = subject.model.dtype != torch.float32
+        self._is_coarse = subject.precision != torch.float32
         self._plain = PlainPasses(subject)
         self._expected: list[Numbers] = []
         self._follows_length = False

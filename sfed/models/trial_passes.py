@@ -24,6 +24,7 @@ from sfed.data import batches
 from sfed.data.batches import Batch, Documents
 from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
+from sfed.lora import fp8
 from sfed.lora.adapters import Adapters
 from sfed.lora.hf_blocks import without_patched_blocks
 from sfed.lora.linear import StackedLoraLinear
@@ -52,6 +53,11 @@ class Subject:
     def model(self) -> PreTrainedModel:
         """The backbone's model."""
         return self.backbone.model
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype in which the frozen layers compute."""
+        return fp8.CODES if fp8.fp8_layers(self.model) else self.model.dtype
 
     @property
     def has_targets(self) -> bool:

@@ -192,7 +192,12 @@ class Planner:
 def _key(config: Config) -> str:
     """What tells the model and its adapters from others."""
     return config.model_dump_json(
-        include={"model": True, "lora": True, "data": {"task": True, "name": True, "packing": True}}
+        include={
+            "model": True,
+            "lora": True,
+            "data": {"task": True, "name": True, "packing": True},
+            "backbone": {"compute": True},
+        }
     )
 
 
@@ -245,7 +250,8 @@ def _candidates(config: Config, found: MemoryPlan, to_the_least: bool = False) -
     rows = 1 if to_the_least else found.most_rows(1)
     if 0 < rows < found.work.train_rows:
         yield f"train.micro_batch_size={rows}"
-    if not found.sharding.is_sharded and found.machine.gpus > 1:
+    may_shard = not found.sharding.is_sharded and config.backbone.compute == "full"
+    if may_shard and found.machine.gpus > 1:
         yield "backbone.sharding=zero3"
     if not config.backbone.gradient_checkpointing:
         yield "backbone.gradient_checkpointing=true"

@@ -217,7 +217,9 @@ class FolderWriter:
     def card(self, described: Described, *, is_merged: bool = False) -> ModelCard:
         """The model card of an adapter, or of a model that it was merged into."""
         _, use = self._of(described)
-        scheme = self.trained.config.model.quantization
+        config = self.trained.config
+        computes_fp8 = config.backbone.compute == "fp8"
+        scheme = "fp8" if computes_fp8 else config.model.quantization
         own = card_facts.of_adapter(*self.adapters.rank_and_gamma(described.client))
         return ModelCard(use, [*described.facts, *self.facts, *own], is_merged, scheme)
 
