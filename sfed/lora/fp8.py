@@ -149,7 +149,7 @@ def _product(x: torch.Tensor, stored: torch.Tensor, scales: torch.Tensor) -> tor
         raise TypeError(f"an FP8 layer takes bf16 and fp32, not {x.dtype}")
     codes, row_scales = quantise(x.reshape(-1, x.shape[-1]))
     output = _scaled_product(codes, row_scales, stored, scales, x.dtype)
-    return output.view(*x.shape[:-1], -1)
+    return output.view(*x.shape[:-1], len(stored))
 
 
 def _scaled_product(
@@ -227,11 +227,8 @@ def summary(model: PreTrainedModel) -> str | None:
         return None
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     dtype, left = str(model.dtype).removeprefix("torch."), len(linear_outside_codes(model))
-    others = ""
-    if left:
-        has = "has sizes that are" if left == 1 else "have sizes that are"
-        others = f"; {counted(left, 'layer')} of the transformer {has} no multiples of {MULTIPLE}"
-        others += f" and computed in {dtype}" if left > 1 else f" and is computed in {dtype}"
+    sizes = f"with sizes that are no multiples of {MULTIPLE}"
+    others = f"; {dtype} for {counted(left, 'linear layer')} {sizes}" if left else ""
     return (
         f"compute: FP8 products (e4m3, a scale per row) for the {weights:,} weights of "
         f"{counted(len(layers), 'linear layer')}, in training and evaluation{others}"

@@ -42,7 +42,13 @@ def byte_tokenizer(tokens: list[str], unk_token: str | None = None) -> Tokenizer
 
 
 def save_model(
-    folder: Path, *, hidden: int = 32, layers: int = 2, context: int = 128, seed: int = 0
+    folder: Path,
+    *,
+    hidden: int = 32,
+    inner: int | None = None,
+    layers: int = 2,
+    context: int = 128,
+    seed: int = 0,
 ) -> Path:
     """Write a LLaMA with random weights (GQA, non-square layers) and a byte tokenizer."""
     tokens = ["<s>", "</s>", *ALPHABET]
@@ -58,7 +64,7 @@ def save_model(
     config = LlamaConfig(
         vocab_size=len(tokens),
         hidden_size=hidden,
-        intermediate_size=2 * hidden + 8,
+        intermediate_size=inner or 2 * hidden + 8,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -26,3 +26,12 @@ def test_attention_may_change_also_where_an_older_version_compared_it(before: st
 def test_the_type_of_the_backbone_may_not() -> None:
     before, now = (comparable(config_of(dtype=name), 2) for name in ("bf16", "fp32"))
     assert differences(before, now) == ["model.dtype: 'bf16' there, 'fp32' now"]
+
+
+def test_the_arithmetic_of_the_backbone_may_not_and_its_storage_may() -> None:
+    before = comparable(validate({"backbone": {"sharding": "none"}}), 2)
+    now = comparable(validate({"backbone": {"compute": "fp8"}}), 2)
+    assert differences(before, now) == ["backbone.compute: 'full' there, 'fp8' now"]
+    of_older_version = {key: value for key, value in before.items() if "backbone" not in key}
+    assert differences(of_older_version, before) == []
+    assert len(differences(of_older_version, now)) == 1

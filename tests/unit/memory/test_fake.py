@@ -32,6 +32,7 @@ LOAD = Load(2, 2, 32)
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 DECODER = {**SIZES, "intermediate_size": 72, "num_key_value_heads": 2, "pad_token_id": 0}
 HEAD = {**DECODER, "head_dim": 8}
+OF_16 = {**DECODER, "intermediate_size": 80}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ENCODER = {**SIZES, "intermediate_size": 72, "max_position_embeddings": 130, "pad_token_id": 0}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 128}
@@ -39,6 +40,7 @@ OPT = {**SIZES, "ffn_dim": 72, "word_embed_proj_dim": 32}
 GLUE = {"task": "glue", "name": "mnli"}
 CHECKPOINTED = {"backbone": {"gradient_checkpointing": True}}
 DROPOUT = {"lora": {"dropout": 0.1}}
+FP8 = {"backbone": {"compute": "fp8"}}
 EAGER = {"model": {"attention": "eager"}}
 SGD = {"train": {"optimizer": "sgd"}}
 
@@ -50,6 +52,8 @@ CASES: dict[str, tuple[str, dict[str, Any], torch.dtype, dict[str, Any]]] = {
     "llama, checkpointed": ("Llama", DECODER, BF16, CHECKPOINTED),
     "llama, all at once": ("Llama", DECODER, FP32, {**CHECKPOINTED, **DROPOUT, **EAGER}),
     "llama of nf4 codes": ("Llama", DECODER, BF16, {"model": {"quantization": "nf4"}}),
+    "llama of fp8 products": ("Llama", OF_16, BF16, FP8),
+    "gpt 2 of fp8 products": ("GPT2", {**GPT2, "n_inner": 64}, FP32, {**FP8, **DROPOUT}),
     "llama classifier": ("Llama", DECODER, BF16, {"data": GLUE}),
     "mistral with a window": ("Mistral", {**DECODER, "sliding_window": 8}, BF16, {}),
     "qwen 3": ("Qwen3", HEAD, BF16, {}),

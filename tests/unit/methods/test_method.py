@@ -231,6 +231,7 @@ def test_a_method_with_weights_of_its_own_takes_no_others():
     ("backbone", "key"),
     [
         ({"offload": "cpu", "sharding": "zero3"}, "backbone.offload=cpu"),
+        ({"compute": "fp8"}, "backbone.compute=fp8"),
         *(
             (
                 {"sharding": "zero3", "deepspeed": {"zero_optimization": {name: value}}},
