@@ -65,7 +65,7 @@ def test_ten_steps_come_near_the_loss_of_full_precision(
     """On random weights, whose losses follow every rounding more than those of a trained model."""
     full = runs.run(1, settings(folder, tmp_path, compute="full"))
     before, after = (
-        [runs.evaluations(one)[place]["eval/personal_loss"] for one in (full, one_process)]
+        [runs.rounds(one)[place]["eval/personal_loss"] for one in (full, one_process)]
         for place in (0, -1)
     )
     assert after[0] < 0.8 * before[0], "nothing was learned"

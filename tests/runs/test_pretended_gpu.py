@@ -15,7 +15,7 @@ from tests.support.pretended_runs import ENVIRONMENT, Seen, Settings, watched
 from tests.support.processes import ends_of
 
 # Upper bounds. They may only be lowered: a higher one is slower training.
-MOST_WAITS_OF_A_STEP = {"padded": 10, "packed": 12}
+MOST_WAITS_OF_A_STEP = {"padded": 10, "packed": 12, "fp8 products": 10}
 """Waits of the host for the device in an optimizer step of one pass, whatever the clients."""
 MOST_LAUNCHES_OF_A_LAYER = {"forward": 31, "backward": 50}
 """Kernels of a LLaMA layer with adapters on all its linear layers, in bf16, for all clients."""
@@ -166,10 +166,15 @@ def steps(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     out = tmp_path_factory.mktemp("steps")
     rows = str(save_uneven(out))
     some: dict[str, Settings] = {}
-    for name, layers in (("padded", 1), ("packed", 1), ("three layers", 3)):
-        model = out / f"model-{layers}"
+    for name, layers, inner in (
+        ("padded", 1, None),
+        ("packed", 1, None),
+        ("fp8 products", 1, 80),
+        ("three layers", 3, None),
+    ):
+        model = out / f"model-{layers}-{inner}"
         if not model.exists():
-            tiny.save_model(model, layers=layers)
+            tiny.save_model(model, layers=layers, inner=inner)
         some[name] = settings_of(
             tiny_folder,
             out,
@@ -178,6 +183,7 @@ def steps(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
             data={"packing": name == "packed", "train_files": rows, "max_tokens": 96},
             federated={"num_rounds": 1},
             train={"batch_size": 8},
+            backbone={"compute": "fp8" if inner else "full"},
             **NEVER,
         )
     [found] = watched(some)
