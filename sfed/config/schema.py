@@ -222,6 +222,9 @@ class EvaluationSection(Section):
     )
     """Adapters that are evaluated: personal = each client's adapter on its own held-out data;
     global = averaged A and mean B on the held-out data of all clients."""
+    clients: PositiveInt | None = None
+    """Number of clients that are evaluated, at most N: a random sample, drawn from the seed and the
+    same in all rounds; means are then means over the sample. null = all. May change on resume."""
     generate: bool = False
     """Generate answers by greedy decoding: exact match for gsm8k, samples in the report for all
     text tasks."""
@@ -318,6 +321,12 @@ class Config(Section):
             raise ValueError(
                 f"federated.clients_per_round={federated.clients_per_round} is more than "
                 f"federated.num_clients={federated.num_clients}"
+            )
+        if (self.evaluation.clients or 1) > (federated.num_clients or math.inf):
+            raise ValueError(
+                f"evaluation.clients={self.evaluation.clients} is more than "
+                f"federated.num_clients={federated.num_clients}; lower it, or set it to null for "
+                "all clients"
             )
         return self
 

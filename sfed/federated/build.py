@@ -197,12 +197,17 @@ def _loaded_factors(run: Run, source: Source) -> tuple[str, ...]:
 
 
 def _check_cohort(config: Config, num_clients: int) -> None:
-    """Refuse a cohort of more clients than there are: N may follow from processes or files."""
-    if num_clients < (config.federated.clients_per_round or 1):
-        raise UserError(
-            f"federated.clients_per_round = {config.federated.clients_per_round} is more than the "
-            f"{num_clients} clients; set it to at most {num_clients}"
-        )
+    """Refuse a cohort or sample of more clients than there are: N may follow from files."""
+    asked = {
+        "federated.clients_per_round": config.federated.clients_per_round,
+        "evaluation.clients": config.evaluation.clients,
+    }
+    for key, count in asked.items():
+        if num_clients < (count or 1):
+            raise UserError(
+                f"{key} = {count} is more than the {num_clients} clients; set it to at most "
+                f"{num_clients}"
+            )
 
 
 def _backbone(start: Start, name: str, meta: MetaModel, held: Data) -> Backbone:

@@ -62,6 +62,7 @@ def header(run: Run) -> list[str]:
         *_passes(run),
         *_classes(run),
         *filter(None, [run.course.line(run.config.train)]),
+        *_sample(run),
         f"losses: {run.task.loss_in_words}; personal = each client's adapter on its own held-out "
         "data" + ("" if method.is_alone else ", global = A with the mean of B on everybody's"),
     ]
@@ -165,6 +166,18 @@ def _passes(run: Run) -> list[str]:
     return [f"passes: {of_all} share one: {run.sharing.reason}"]
 
 
+def _sample(run: Run) -> list[str]:
+    """The line about the clients that are evaluated, where that is a sample."""
+    sample = run.sample
+    if sample is None:
+        return []
+    more = f" and {len(sample) - _MOST_NAMED} more" if len(sample) > _MOST_NAMED else ""
+    return [
+        f"evaluation: a sample of {len(sample):,} of {run.num_clients:,} clients, drawn from the "
+        f"seed: {', '.join(map(str, sample[:_MOST_NAMED]))}{more}"
+    ]
+
+
 def _classes(run: Run) -> list[str]:
     """The line about the classes of own texts, with their training examples and weights."""
     if run.task.labels is None:
@@ -203,6 +216,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "backbone_digest": run.backbone.weights_digest,
             "placement": [list(own) for own in run.placement],
             "placement_reason": run.data.placement.reason,
+            "evaluated_clients": run.sample,
             "left_out_clients": list(run.data.left_out),
             "clients_per_pass": run.clients.clients_per_pass,
             "clients_per_pass_reason": run.sharing.reason,
@@ -340,6 +354,9 @@ def round_event(
     event.update(_training(run, stats))
     event.update(_schedule(run, finished_rounds))
     event.update(_held_out(run, evaluation))
+    event[metrics.EVALUATED] = None if evaluation is None else len(run.evaluated)
+    if evaluation is not None and run.sample is not None:
+        event[metrics.SAMPLE] = run.sample
     if evaluation is not None and run.task.classes and finished_rounds == _last_round(run):
         event[metrics.CONFUSION] = {
             kind: measured.confusion(len(run.task.classes))
