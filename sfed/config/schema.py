@@ -247,6 +247,10 @@ class OutputSection(Section):
     letter or a digit. null = TASK-METHOD, such as gsm8k-sfed."""
     checkpoint_every_rounds: PositiveInt = 1
     """Interval of checkpoints in rounds. There is always one at the end of the run."""
+    checkpoint_every_seconds: float | None = Field(default=None, gt=0, le=1e7)
+    """Minimum time in seconds from the beginning of a checkpoint to the next, above 0 and at most
+    1e7, by the clock of process 0: rounds of checkpoint_every_rounds that end sooner get none. null
+    = no minimum."""
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints that are kept; older ones are deleted. With 2 or more, every
     client has two files, so one damaged file costs one checkpoint."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +25,65 @@ def save_tensors(
     """
     save_file(dict(tensors), file, metadata=metadata)
     readable_as_its_folder(file)
+
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of the format."""
+
+
+def write_described(tensors: Mapping[str, torch.Tensor], file: Path) -> dict[str, Any]:
+    """Write a safetensors file, flush it to the disk and describe it as ``utils.files.describe``.
+
+    The digest is taken of what is written, piece by piece: the file is not read again, and no copy
+    of the tensors is made.
+
+    Args:
+        tensors: in host memory, of any shape; nobody writes to them meanwhile.
+        file: is replaced.
+
+    Raises:
+        OSError: where the file cannot be written.
+    """
+    blake, size = hashlib.blake2b(digest_size=16), 0
+    with file.open("wb") as opened:
+        for piece in _pieces(tensors):
+            blake.update(piece)
+            size += opened.write(piece)
+        opened.flush()
+        os.fsync(opened.fileno())
+    readable_as_its_folder(file)
+    return {"bytes": size, "blake2b": blake.hexdigest()}
+
+
+def _pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[Any]:
+    """The bytes of a file: the length of its header, the header, each tensor."""
+    # As safetensors orders them: the widest numbers first, so that all are aligned.
+    ordered = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
+    header, end = {}, 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        shape = list(tensor.shape)
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for _, tensor in ordered:
+        if tensor.numel():
+            yield tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def readable_as_its_folder(file: Path) -> None:

@@ -36,9 +36,9 @@ from sfed.clients.schedule import Course
 from sfed.clients.store import ClientStore
 from sfed.config.diff import comparable
 from sfed.config.schema import Config
-from sfed.distributed.sync import raise_everywhere
+from sfed.distributed.sync import gather_json, raise_everywhere
 from sfed.distributed.world import World
-from sfed.lora.tensor_files import save_tensors
+from sfed.lora.tensor_files import write_described
 from sfed.storage.checkpoint import State, file_of, keyed, server_file
 from sfed.storage.checkpoint_folder import (
     COMMON,
@@ -48,7 +48,7 @@ from sfed.storage.checkpoint_folder import (
     metadata_of,
 )
 from sfed.utils.errors import CheckpointError, MissingProcessError, UserError
-from sfed.utils.files import describe, replace_folder, second_name, sync
+from sfed.utils.files import replace_folder, second_name, sync
 from sfed.utils.text import one_line
 
 _SECONDS_BETWEEN_LOOKS = 0.02
@@ -138,6 +138,8 @@ class Writer:
         """What this process writes and, on process 0, the completion of the folder."""
         self._is_over = threading.Event()
         self._blocked_seconds = 0.0
+        self._latest_began = time.monotonic()
+        """When the newest checkpoint began, or this start."""
 
     def __enter__(self) -> Writer:
         return self
@@ -154,6 +156,25 @@ class Writer:
             concurrent.futures.wait(self._under_way, _SECONDS_FOR_OTHERS_AFTER_AN_ERROR)
         self._is_over.set()
 
+    def is_due(self, finished_rounds: int) -> bool:
+        """Whether a finished round gets a checkpoint; the last one always does. Collective.
+
+        The clock of process 0 decides for all, since those of the others may be ahead or behind.
+        """
+        output = self._identity.config.output
+        if finished_rounds == self._identity.config.federated.num_rounds:
+            return True
+        if finished_rounds % output.checkpoint_every_rounds:
+            return False
+        if output.checkpoint_every_seconds is None:
+            return True
+        is_time = self._elapsed() >= output.checkpoint_every_seconds
+        return bool(gather_json(self._world, "time for a checkpoint", is_time)[0])
+
+    def _elapsed(self) -> float:
+        """Seconds since the newest checkpoint began, or since this start did."""
+        return time.monotonic() - self._latest_began
+
     def save(self, state: State) -> None:
         """Begin a checkpoint, after the end of the one before. Collective.
 
@@ -161,6 +182,7 @@ class Writer:
             UserError: on every process, where the one before failed on any.
         """
         started, identity, world = time.monotonic(), self._identity, self._world
+        self._latest_began = started
         world.watch.at(f"the checkpoint {state.name}")
         self._settle()
         folder = self._parent / state.name
@@ -260,13 +282,13 @@ class Writer:
     def _write(self, job: _Job) -> float:
         """Write this process's files and a note of them; in the thread."""
         with disk_errors(job.folder):
-            for name, tensors in job.files.items():
-                save_tensors(tensors, job.temporary / name)
-                sync(job.temporary / name)
+            files = {
+                name: write_described(tensors, job.temporary / name)
+                for name, tensors in job.files.items()
+            }
             for name in job.kept:
                 assert job.source is not None
                 second_name(job.source / name, job.temporary / name)
-            files = {name: describe(job.temporary / name) for name in job.files}
             if job.source is not None and job.kept:
                 known = metadata_of(job.source)["files"]
                 files |= {name: known[name] for name in job.kept}

@@ -10,6 +10,8 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sfed import train
 from sfed.config import load as config_load
@@ -17,6 +19,7 @@ from sfed.federated import local
 from sfed.federated.context import RoundPlan
 from sfed.lora import tensor_files
 from sfed.storage import checkpoint_writer
+from sfed.storage.checkpoint import State
 from sfed.utils import files as utils_files
 from sfed.utils.errors import UserError
 from tests.support import runs, tiny
@@ -49,18 +52,18 @@ def test_a_round_is_written_while_the_next_one_trains(
     calm = runs.adapters(run(settings(tiny_folder, tmp_path, "calm")))
     trained = [threading.Event() for _ in range(ROUNDS + 1)]
     trained[ROUNDS].set()
-    save_file, train_round = tensor_files.save_tensors, local.train
+    write, train_round = tensor_files.write_described, local.train
 
-    def late(tensors: dict, path: Path) -> None:
+    def late(tensors: dict, path: Path) -> dict:
         finished = int(path.parent.name.removeprefix(".round-").removesuffix(".tmp"))
         assert trained[finished].wait(HANG_SECONDS), "training waits for the checkpoint"
-        save_file(tensors, path)
+        return write(tensors, path)
 
     def note_the_end(run_: object, plan: RoundPlan, *arguments: object) -> None:
         train_round(run_, plan, *arguments)
         trained[plan.round_index].set()
 
-    monkeypatch.setattr(checkpoint_writer, "save_tensors", late)
+    monkeypatch.setattr(checkpoint_writer, "write_described", late)
     monkeypatch.setattr(local, "train", note_the_end)
     folder = run(settings(tiny_folder, tmp_path))
     monkeypatch.undo()
@@ -75,20 +78,20 @@ def test_a_round_is_written_while_the_next_one_trains(
 
 
 def fail_on_process_1(own: dict, failing_round: int) -> str:
-    save_file = tensor_files.save_tensors
+    write = tensor_files.write_described
 
-    def full(tensors: dict, path: Path) -> None:
+    def full(tensors: dict, path: Path) -> dict:
         if os.environ["RANK"] == "1" and path.parent.name == f".round-{failing_round:06d}.tmp":
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path)
+        return write(tensors, path)
 
-    checkpoint_writer.save_tensors = full
+    checkpoint_writer.write_described = full
     try:
         train.run(config_load.validate(own))
     except UserError as mistake:
         return str(mistake)
     finally:
-        checkpoint_writer.save_tensors = save_file
+        checkpoint_writer.write_described = write
     return ""
 
 
@@ -185,10 +188,61 @@ def test_a_checkpoint_that_vanished_meanwhile_is_not_missed(
     )
 
 
+@pytest.mark.dist
+def test_the_clock_of_process_0_says_for_all_when_a_checkpoint_is_due(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    own = settings(tiny_folder, tmp_path, federated={"num_rounds": 6})
+    own["output"] |= {"checkpoint_every_seconds": 30.0, "keep_checkpoints": 6}
+    on_processes(2, train_by_other_clocks, own)
+    assert whole(tmp_path / "run") == ["round-000003", "round-000006"]
+    assert runs.identical(
+        runs.adapters(tmp_path / "run"),
+        runs.adapters(
+            runs.run(2, settings(tiny_folder, tmp_path, "x", federated={"num_rounds": 6}))
+        ),
+    )
+
+
+def train_by_other_clocks(own: dict) -> None:
+    """Since the last checkpoint, process 0 sees 11 seconds a round pass, and process 1 none."""
+    rounds, save = [0], checkpoint_writer.Writer.save
+
+    def elapsed(_: checkpoint_writer.Writer) -> float:
+        rounds[0] += 1
+        return 11.0 * rounds[0] if os.environ["RANK"] == "0" else 0.0
+
+    def save_and_begin_anew(self: checkpoint_writer.Writer, state: State) -> None:
+        rounds[0] = 0
+        save(self, state)
+
+    checkpoint_writer.Writer._elapsed = elapsed
+    checkpoint_writer.Writer.save = save_and_begin_anew
+    train.run(config_load.validate(own))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_a_file_is_described_as_it_is_read_and_holds_what_was_given(
+    tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    file = tmp_path / "x.safetensors"
+    tensors = {
+        "odd": torch.arange(5, dtype=torch.uint8),
+        "b/\u00e9": torch.ones(shape).to(dtype),
+        "a": torch.arange(6.0).view(2, 3).T,
+    }
+    assert tensor_files.write_described(tensors, file) == utils_files.describe(file)
+    found = load_file(file)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
 def hang_on_process_1(own: dict) -> str:
     """What ends a run of two processes of which the second never gets its files to the disk."""
     if os.environ["RANK"] == "1":
-        checkpoint_writer.save_tensors = lambda *_: threading.Event().wait()
+        checkpoint_writer.write_described = lambda *_: threading.Event().wait()
     try:
         train.run(config_load.validate(own))
     except (UserError, SystemExit) as end:
