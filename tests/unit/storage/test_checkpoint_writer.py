@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,10 +127,24 @@ def test_what_a_killed_process_left_half_written_is_removed(
     assert whole(folder) == [f"round-{number:06d}" for number in (1, 2, 3)]
 
 
+def packs_of(checkpoint: Path) -> dict[str, list[int]]:
+    facts = json.loads((checkpoint / "run.json").read_text())
+    on_disk = {path.name for path in checkpoint.glob("*.safetensors")}
+    assert on_disk == facts["files"].keys() == {"common.safetensors", *facts["packs"]}
+    return facts["packs"]
+
+
+@pytest.mark.parametrize("pack_bytes", [2**28, 1])
 @pytest.mark.parametrize("has_links", [True, False])
-def test_a_client_that_rests_is_written_once_more_and_then_has_two_files_in_turn(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+def test_who_rests_is_written_once_more_and_two_checkpoints_in_a_row_share_no_file(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_links: bool,
+    pack_bytes: int,
 ) -> None:
+    """With 1 byte each client has a file of its own, and no file is small."""
+    monkeypatch.setattr(checkpoint_writer, "_PACK_BYTES", pack_bytes)
     if not has_links:
 
         def refuse(*_: object) -> None:
@@ -141,28 +156,83 @@ def test_a_client_that_rests_is_written_once_more_and_then_has_two_files_in_turn
     own["output"]["keep_checkpoints"] = ROUNDS + 2
     folder = run(own)
     taken_part: set[int] = set()
-    before: list[dict[str, int]] = [{}, {}]
+    before: list[dict[int, int]] = [{}, {}]
     cohorts: list[set[int]] = [set(), set()]
     for event in runs.rounds(folder)[1:]:
         cohort = {entry["client"] for entry in event["clients"] if "steps" in entry}
         taken_part |= cohort
         checkpoint = folder / "checkpoints" / f"round-{event['round']:06d}"
-        files = {path.name: path.stat().st_ino for path in checkpoint.glob("client-*")}
-        assert files.keys() == {f"client-{client:04d}.safetensors" for client in taken_part}
-        assert set(json.loads((checkpoint / "run.json").read_text())["files"]) == {
-            "common.safetensors",
-            *files,
+        packs = packs_of(checkpoint)
+        inodes = {
+            client: (checkpoint / name).stat().st_ino
+            for name, some in packs.items()
+            for client in some
         }
-        assert not set(files.values()) & set(before[-1].values()), "a damaged file costs both"
-        if has_links and event["round"] > 2:
-            same = {name for name, inode in files.items() if before[-2].get(name) == inode}
-            rested = taken_part - cohort - cohorts[-1]
-            assert same == {f"client-{client:04d}.safetensors" for client in rested}
-        before.append(files)
+        assert inodes.keys() == taken_part
+        assert not set(inodes.values()) & set(before[-1].values()), "a damaged file costs both"
+        if pack_bytes > 1:
+            assert len(packs) <= 3
+        elif has_links and event["round"] > 2:
+            same = {client for client, inode in inodes.items() if before[-2].get(client) == inode}
+            assert same == taken_part - cohort - cohorts[-1]
+        before.append(inodes)
         cohorts.append(cohort)
     longer = settings(tiny_folder, tmp_path, federated={**shape, "num_rounds": ROUNDS + 4})
     calm = run(settings(tiny_folder, tmp_path, "calm", federated=longer["federated"]))
     assert runs.identical(runs.adapters(calm), runs.adapters(run(longer)))
+
+
+def test_files_stay_few_and_what_is_outdated_in_them_is_bounded(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    shape = {"num_clients": 16, "clients_per_round": 1, "num_rounds": 24}
+    own = settings(tiny_folder, tmp_path, federated=shape)
+    own["train"] |= {"local_steps": 1, "batch_size": 1}
+    own["evaluation"] = {"every_rounds": 0}
+    own["output"]["keep_checkpoints"] = 24
+    checkpoints = sorted((run(own) / "checkpoints").iterdir())
+    for checkpoint in checkpoints:
+        packs = packs_of(checkpoint)
+        assert len(packs) <= 5, "log2 of the clients, and one"
+        for name, clients in packs.items():
+            held = {key.split("/")[1] for key in load_file(checkpoint / name)}
+            assert 2 * len(clients) >= len(held), "half of a file is in use"
+
+
+def test_a_checkpoint_of_a_file_per_client_is_resumed(tiny_folder: Path, tmp_path: Path) -> None:
+    """As versions before format 2 wrote it."""
+    calm = run(settings(tiny_folder, tmp_path, "calm"))
+    folder = run(settings(tiny_folder, tmp_path, federated={"num_rounds": 2}))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        facts = json.loads((checkpoint / "run.json").read_text())
+        for name in facts.pop("packs"):
+            tensors = load_file(checkpoint / name)
+            (checkpoint / name).unlink()
+            del facts["files"][name]
+            for client in {key.split("/")[1] for key in tensors}:
+                of_client = {k: t for k, t in tensors.items() if k.split("/")[1] == client}
+                file = checkpoint / f"client-{client}.safetensors"
+                facts["files"][file.name] = tensor_files.write_described(of_client, file)
+        del facts["format"]
+        (checkpoint / "run.json").write_text(json.dumps(facts))
+    assert len(list(checkpoint.glob("client-*"))) == 4
+    assert runs.identical(runs.adapters(calm), runs.adapters(run(settings(tiny_folder, tmp_path))))
+
+
+def test_a_partial_checkpoint_that_is_replaced_shares_no_name_with_what_it_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = checkpoint_writer.Writer.__new__(checkpoint_writer.Writer)
+    writer._world = SimpleNamespace(rank=1)
+    kept = {"clients-0001-000010-0.safetensors": frozenset({5})}
+    parts = {client: {"b": torch.zeros(4)} for client in (3, 1)}
+    monkeypatch.setattr(checkpoint_writer, "_PACK_BYTES", 16)
+    files, packs = writer._new_packs(parts, 10, kept)
+    assert packs == {
+        "clients-0001-000010-1.safetensors": {1},
+        "clients-0001-000010-2.safetensors": {3},
+    }
+    assert [*files["clients-0001-000010-1.safetensors"]] == ["clients/0001/b"]
 
 
 def test_a_checkpoint_that_vanished_meanwhile_is_not_missed(
@@ -301,9 +371,18 @@ def test_a_damaged_file_costs_one_of_two_checkpoints_whenever_its_client_trained
         assert costs == [{f"round-{num_rounds:06d}"}] * len(costs)
     calm = go_on("calm", 9)
     assert runs.identical(runs.adapters(calm), runs.adapters(folder))
-    newest = [{p.name: p.read_bytes() for p in (f / "checkpoints/round-000009").glob("*.s*")}
-              for f in (calm, folder)]  # fmt: skip
-    assert newest[0] == newest[1]
+    newest = [held_by(f / "checkpoints/round-000009") for f in (calm, folder)]
+    assert newest[0].keys() == newest[1].keys()
+    assert all(torch.equal(tensor, newest[1][name]) for name, tensor in newest[0].items())
+
+
+def held_by(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What a checkpoint says of all clients, whichever files it is in."""
+    found = load_file(checkpoint / "common.safetensors")
+    for name, clients in packs_of(checkpoint).items():
+        tensors = load_file(checkpoint / name)
+        found |= {k: t for k, t in tensors.items() if int(k.split("/")[1]) in clients}
+    return found
 
 
 def test_a_client_of_which_only_the_examples_drawn_are_its_own_is_kept_over_a_start(
