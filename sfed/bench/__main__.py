@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sfed.bench import scaling_tables
-from sfed.bench.tables import show
+from sfed.bench.tables import show, show_clients
 from sfed.utils import command
 from sfed.utils.errors import UserError
 from sfed.utils.launcher import launch
 
 MODELS = ("llama2-7b", "tinyllama", "llama-30m", "stories", "tiny")
+_CLIENTS_PER_PASS = 32  # of --scaling-clients
 _VALUES = {"clients": (1, 2, 4, 8, 16), "rank": (4, 16, 64, 256)}
 
 
@@ -41,6 +42,10 @@ def _compared(text: str) -> tuple[str, tuple[int, ...]]:
         )
     values = tuple(map(command.count, listed.split(","))) if listed else _VALUES[what]
     return what, tuple(sorted(set(values)))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted(set(map(command.count, text.split(",")))))
 
 
 def _parser() -> command.Parser:
@@ -86,6 +91,13 @@ def _parser() -> command.Parser:
         help="measure rounds on the processes of torchrun: C clients on each, and C on all",
     )
     add(
+        "--scaling-clients",
+        metavar="N,N,...",
+        type=_counts,
+        help="whole runs of the demo's model with so many clients on one process: CPU seconds of "
+        "each part and peak memory, such as 64,512,4096",
+    )
+    add(
         "--scaling-of",
         metavar="FILE",
         nargs="+",
@@ -109,10 +121,13 @@ def _check(options: argparse.Namespace) -> None:
         "--compare": options.compare,
         "--scaling": options.scaling,
         "--scaling-of": options.scaling_of,
+        "--scaling-clients": options.scaling_clients,
     }
     given = [name for name, value in asked.items() if value]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other")
+    if options.scaling_clients and launch().size > 1:
+        raise UserError("--scaling-clients measures one process; start it without torchrun")
     command.check_json(options.json)
 
 
@@ -125,6 +140,13 @@ def main(arguments: Sequence[str]) -> None:
         with scaling_tables.results_of(given.scaling_of):
             show(results)
         command.write_json(given.json, results)
+        return
+    if given.scaling_clients:
+        from sfed.bench import scaling
+
+        found = scaling.measure_clients(given.scaling_clients, _CLIENTS_PER_PASS)
+        show_clients(found)
+        command.write_json(given.json, found)
         return
     from sfed.bench import compare  # torch and all that is behind it
 

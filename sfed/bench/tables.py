@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -31,18 +31,31 @@ def show(results: Json) -> None:
         tables = scaling_tables.tables(results["scaling"])
     else:
         tables = [_collectives(results["collectives"])]
+    _print(console, tables)
+    for note in (*_explanations(results), *results["notes"]):
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def show_clients(results: Json) -> None:
+    """Print the tables of runs against the number of clients."""
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    for line in _machine(results["machine"]):
+        console.print(line, markup=False, soft_wrap=True)
+    _print(console, scaling_tables.clients_tables(results["points"]))
+    for note in scaling_tables.CLIENTS_EXPLANATIONS:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def _print(console: Console, tables: Iterable[Table]) -> None:
     for table in tables:
         if not console.is_terminal:  # nothing bounds a file
             console.width = _WIDEST
             console.width = console.measure(table).maximum
         console.print(table)
-    for note in (*_explanations(results), *results["notes"]):
-        console.print(note, markup=False, soft_wrap=True)
 
 
 def _heading(results: Json) -> list[str]:
     machine, asked = results["machine"], results["configuration"]
-    versions = "  ".join(f"{name} {number}" for name, number in machine["versions"].items())
     shape = asked["shape"]
     name = asked["model_folder"] or asked["model"]
     targets = asked["target_modules"]
@@ -51,13 +64,20 @@ def _heading(results: Json) -> list[str]:
     clients = f"{asked['rows']} rows x {asked['tokens']} tokens of each of "
     clients += f"{asked['num_clients']} clients"
     return [
+        *_machine(machine),
+        f"model    {name}, {shape['num_hidden_layers']} x {shape['hidden_size']}, "
+        f"{asked['dtype']}; {adapters}: A has {asked['a_bytes']:,} bytes",
+        *([] if "collectives" in results else [f"step     {clients}"]),
+    ]
+
+
+def _machine(machine: Json) -> list[str]:
+    versions = "  ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return [
         f"machine  {machine['device']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{size_text(machine['memory_bytes'], 2)} of memory, {machine['processes']} processes; "
         f"load {machine['load_average']:.1f} at the start",
         f"versions {versions}",
-        f"model    {name}, {shape['num_hidden_layers']} x {shape['hidden_size']}, "
-        f"{asked['dtype']}; {adapters}: A has {asked['a_bytes']:,} bytes",
-        *([] if "collectives" in results else [f"step     {clients}"]),
     ]
 
 

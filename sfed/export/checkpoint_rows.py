@@ -151,7 +151,7 @@ class CheckpointRows:
     def _open(self, file: str) -> tuple[Any, frozenset[str]]:
         """A file and the names of its tensors; a few stay open, since each holds many clients."""
         if file not in self._opened:
-            opened = safe_open(self.found.folder / file, framework="pt")
+            opened: Any = safe_open(self.found.folder / file, framework="pt")
             if len(self._opened) >= _MOST_OPEN:
                 del self._opened[next(iter(self._opened))]
             self._opened[file] = opened, frozenset(opened.keys())

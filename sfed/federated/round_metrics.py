@@ -6,7 +6,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from sfed.observability.console import Console
 from sfed.observability.trackers import MetricLogger
 from sfed.storage.checkpoint_writer import Writer
 from sfed.utils import versions
+from sfed.utils.errors import UserError
 from sfed.utils.text import counted, printable
 
 _MOST_NAMED = 8
@@ -333,6 +334,25 @@ class RoundLog:
         if self._journal is not None:
             self._journal.write_event(event)
         self._console.end_round(event)
+
+    def end_of_start(self, checkpoint_seconds: float, export_seconds: float | None) -> None:
+        """The rounds of this start are done: keep what no round's event holds.
+
+        Args:
+            checkpoint_seconds: how long the last checkpoint held this process up.
+            export_seconds: of writing the adapters; None where they were not written.
+        """
+        if self._journal is None:
+            return
+        event = {
+            "event": "end",
+            metrics.CHECKPOINT_SECONDS: checkpoint_seconds,
+            metrics.EXPORT_SECONDS: export_seconds,
+            metrics.CPU_SECONDS: time.process_time() - self._cpu_seconds,
+            metrics.PEAK_BYTES: peak_bytes(self._run.world.device),
+        }
+        with suppress(UserError):  # a full disk: the run itself is whole
+            self._journal.write_event(event)
 
 
 def round_event(

@@ -5,26 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+
+from sfed.utils.files import replacing
 
 _NEVER_MORE_THAN = 0o644
-
-
-def save_tensors(
-    tensors: Mapping[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file that those may read who may read its folder.
-
-    safetensors itself makes files for their owner alone, whatever the umask says; then neither a
-    server under another name could load an adapter, nor a colleague resume from a checkpoint.
-    """
-    save_file(dict(tensors), file, metadata=metadata)
-    readable_as_its_folder(file)
 
 
 _DTYPES = {
@@ -38,6 +27,42 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 """Names of the format."""
+
+
+def write_tensors(
+    tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file, whole or not at all; a file that holds this already is left alone.
+
+    Args:
+        tensors: of any device and shape.
+        file: is replaced.
+        metadata: of the file.
+
+    Raises:
+        OSError: where the file cannot be written.
+    """
+    pieces = list(_pieces({name: tensor.cpu() for name, tensor in tensors.items()}, metadata))
+    if _holds(file, pieces):
+        return
+    with replacing(file) as temporary:
+        with temporary.open("wb") as opened:
+            opened.writelines(pieces)
+        readable_as_its_folder(temporary)
+
+
+def _holds(file: Path, pieces: Sequence[Any]) -> bool:
+    """Whether a file is there and holds just these bytes."""
+    sizes = [memoryview(piece).nbytes for piece in pieces]
+    try:
+        if file.stat().st_size != sum(sizes):
+            return False
+        with file.open("rb") as opened:
+            return all(
+                opened.read(size) == bytes(piece) for size, piece in zip(sizes, pieces, strict=True)
+            )
+    except OSError:
+        return False
 
 
 def write_described(tensors: Mapping[str, torch.Tensor], file: Path) -> dict[str, Any]:
@@ -64,11 +89,14 @@ def write_described(tensors: Mapping[str, torch.Tensor], file: Path) -> dict[str
     return {"bytes": size, "blake2b": blake.hexdigest()}
 
 
-def _pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[Any]:
+def _pieces(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[Any]:
     """The bytes of a file: the length of its header, the header, each tensor."""
     # As safetensors orders them: the widest numbers first, so that all are aligned.
     ordered = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
         shape = list(tensor.shape)
@@ -87,5 +115,5 @@ def _pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[Any]:
 
 
 def readable_as_its_folder(file: Path) -> None:
-    """Let those read a file who may read its folder."""
+    """Let those read a file who may read its folder: a server under another name, a colleague."""
     file.chmod(file.parent.stat().st_mode & _NEVER_MORE_THAN)

@@ -256,7 +256,7 @@ def _idle(story: RunRecord) -> dict[str, str]:
 
 def time_table(story: RunRecord) -> Table:
     """Where the time of a run went, over all its starts."""
-    spent = metrics.time_spent(story.rounds)
+    spent = metrics.time_spent([*story.rounds, *story.ends])
     whole = math.fsum(spent.values())
     rows = [
         [phase, f"{seconds:,.1f} s", f"{100 * seconds / whole:.1f} %"]

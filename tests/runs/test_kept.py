@@ -201,7 +201,9 @@ def test_what_the_system_does_not_let_be_read_is_no_damage(
             go_on()
     for checkpoint in ("round-000002", "round-000003"):
         [file] = (folder / "checkpoints" / checkpoint).glob(kind)
-        assert f"{checkpoint}: {file.name} cannot be read ({os.strerror(number)})" in str(raised.value)
+        assert f"{checkpoint}: {file.name} cannot be read ({os.strerror(number)})" in str(
+            raised.value
+        )
     with monkeypatch.context() as patch:
         fail_at(patch, number, lambda path: path == file)
         with pytest.raises(
@@ -251,7 +253,6 @@ WRONG_FACTS: list[dict[str, Any]] = [
     {"packs": {"clients-0000-000003-0.safetensors": 7}},
     {"packs": {"clients-0000-000003-0.safetensors": [0, 1, 1]}},
     {"packs": {"elsewhere.safetensors": [0]}},
-    {"format": None},
 ]
 
 

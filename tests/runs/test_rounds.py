@@ -173,6 +173,9 @@ def test_a_run_folder_holds_what_it_promises(tiny_folder: Path, tmp_path: Path) 
     weighted = [(entry["train_loss"], entry["examples"]) for entry in events[2]["clients"]]
     assert min(loss for loss, _ in weighted) <= events[2]["train/loss"]
     assert events[2]["eval/loss"] < events[0]["eval/loss"]
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == "end"
+    assert all(last[key] > 0 for key in ("time/checkpoint_seconds", "time/export_seconds"))
 
 
 def test_the_reported_loss_is_that_of_stock_peft_on_the_held_out_rows(

@@ -169,6 +169,16 @@ def test_the_best_round_is_one_of_those_that_evaluated_the_same_clients(tmp_path
     assert reached(story, "personal", 0.01).round is None, "a mean over other clients"
 
 
+def test_seconds_after_the_last_round_are_counted_too(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        end = {"event": "end", "time/checkpoint_seconds": 7.0, "time/export_seconds": 5.0}
+        file.write(json.dumps(end) + "\n")
+    story = open_run(run)
+    spent = {row[0]: row[1] for row in tables.time_table(story).rows}
+    assert spent["writing the adapters"] == "5.0 s" and spent["checkpoints"] == "7.0 s"
+    assert all(event["event"] == "round" for event in story.rounds)
+
+
 def test_the_page_says_where_the_time_went(run: Path) -> None:
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for event in events:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sfed import train
@@ -307,6 +308,19 @@ def test_a_file_is_described_as_it_is_read_and_holds_what_was_given(
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+def test_a_file_that_holds_these_tensors_already_is_left_alone(tmp_path: Path) -> None:
+    file, tensors = tmp_path / "x.safetensors", {"a": torch.arange(4.0), "b": torch.ones(2, 2)}
+    tensor_files.write_tensors(tensors, file, {"format": "pt"})
+    first, inode = file.read_bytes(), file.stat().st_ino
+    tensor_files.write_tensors(tensors, file, {"format": "pt"})
+    assert file.stat().st_ino == inode
+    tensor_files.write_tensors({**tensors, "a": torch.zeros(4)}, file, {"format": "pt"})
+    assert file.stat().st_ino != inode and len(file.read_bytes()) == len(first)
+    assert torch.equal(load_file(file)["a"], torch.zeros(4))
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
 
 
 def hang_on_process_1(own: dict) -> str:
