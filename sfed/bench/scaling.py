@@ -36,9 +36,13 @@ from sfed.distributed import sync
 from sfed.distributed import world as distributed
 from sfed.distributed.world import World
 from sfed.federated import evaluate, local, preflight, rounds, session
+from sfed.federated.round_metrics import RoundLog
 from sfed.methods import aggregation
 from sfed.models.synthetic import twin
+from sfed.storage import checkpoint
+from sfed.storage.checkpoint_writer import Writer
 from sfed.storage.previous_run import FINISHED_FILE
+from sfed.storage.run_folder import RunFolder
 from sfed.utils.errors import UserError
 from sfed.utils.launcher import launch
 
@@ -374,20 +378,20 @@ def _start(settings: dict[str, Any], start: str, sending: Connection) -> None:
 
 def _watch_all(parts: Parts) -> None:
     watched: list[tuple[Any, str, str]] = [
-        (session.RunFolder, "look", "looking at the run folder"),
-        (session.RunFolder, "make", "making the run folder"),
+        (RunFolder, "look", "looking at the run folder"),
+        (RunFolder, "make", "making the run folder"),
         (session, "build", "loading"),
         (splits, "load", "reading"),
         (rounds, "prepare", "drawing A"),
-        (session.checkpoint, "load", "resuming"),
+        (checkpoint, "load", "resuming"),
         (local, "train", "steps"),
         (rounds, "_compare_clients", "similarity"),
         (rounds, "_average", "mean"),
         (evaluate, "evaluate", "evaluation"),
-        (session.RoundLog, "end", "events"),
-        (session.Writer, "save", "checkpoint"),
-        (session.Writer, "_write", "checkpoint"),
-        (session.Writer, "_complete", "checkpoint"),
+        (RoundLog, "end", "events"),
+        (Writer, "save", "checkpoint"),
+        (Writer, "_write", "checkpoint"),
+        (Writer, "_complete", "checkpoint"),
         (session, "_write_adapters", "export"),
         (session, "_close", "closing table"),
     ]
