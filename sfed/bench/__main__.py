@@ -98,6 +98,12 @@ def _parser() -> command.Parser:
         "each part and peak memory, such as 64,512,4096",
     )
     add(
+        "--cohort",
+        metavar="C",
+        type=command.count,
+        help="with --scaling-clients: so many of the clients train and are evaluated [all]",
+    )
+    add(
         "--scaling-of",
         metavar="FILE",
         nargs="+",
@@ -126,6 +132,8 @@ def _check(options: argparse.Namespace) -> None:
     given = [name for name, value in asked.items() if value]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other")
+    if options.cohort and not options.scaling_clients:
+        raise UserError("--cohort belongs to --scaling-clients; give it, such as 64,512,4096")
     if options.scaling_clients and launch().size > 1:
         raise UserError("--scaling-clients measures one process; start it without torchrun")
     command.check_json(options.json)
@@ -144,7 +152,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.scaling_clients:
         from sfed.bench import scaling
 
-        found = scaling.measure_clients(given.scaling_clients, _CLIENTS_PER_PASS)
+        found = scaling.measure_clients(given.scaling_clients, _CLIENTS_PER_PASS, given.cohort)
         show_clients(found)
         command.write_json(given.json, found)
         return

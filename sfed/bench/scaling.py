@@ -269,7 +269,9 @@ class Parts:
         setattr(owner, name, counted)
 
 
-def measure_clients(counts: Sequence[int], clients_per_pass: int) -> dict[str, Any]:
+def measure_clients(
+    counts: Sequence[int], clients_per_pass: int, cohort: int | None
+) -> dict[str, Any]:
     """Measure runs of the demo's model with these numbers of clients, each in processes of its own.
 
     A run is one round of one step of every client, with an evaluation before and after it, a
@@ -279,6 +281,7 @@ def measure_clients(counts: Sequence[int], clients_per_pass: int) -> dict[str, A
     Args:
         counts: numbers of clients, N.
         clients_per_pass: most clients that share a pass.
+        cohort: number of clients of the round, and of those that are evaluated; None = all.
 
     Returns:
         The results, as ``scaling_tables`` reads them.
@@ -290,11 +293,15 @@ def measure_clients(counts: Sequence[int], clients_per_pass: int) -> dict[str, A
     for num_clients in counts:
         with tempfile.TemporaryDirectory(prefix="sfed-bench-") as folder:
             settings = _settings_of(Path(folder), num_clients, clients_per_pass)
+            if cohort is not None:
+                settings["federated"]["clients_per_round"] = min(cohort, num_clients)
+                settings["evaluation"] = {"clients": min(cohort, num_clients)}
             started = [_in_a_process(settings, start) for start in _STARTS]
             points.append(
                 {"clients": num_clients, "starts": dict(zip(_STARTS, started, strict=True))}
             )
-    return {"machine": describe_machine(torch.device("cpu")) | {"processes": 1}, "points": points}
+    machine = describe_machine(torch.device("cpu")) | {"processes": 1, "threads": 1}
+    return {"machine": machine, "cohort": cohort, "points": points}
 
 
 def _settings_of(folder: Path, num_clients: int, clients_per_pass: int) -> dict[str, Any]:

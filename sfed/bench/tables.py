@@ -42,6 +42,8 @@ def show_clients(results: Json) -> None:
     for line in _machine(results["machine"]):
         console.print(line, markup=False, soft_wrap=True)
     _print(console, scaling_tables.clients_tables(results["points"]))
+    if results["cohort"] is not None:
+        console.print(f"{results['cohort']} clients train and are evaluated in the round")
     for note in scaling_tables.CLIENTS_EXPLANATIONS:
         console.print(note, markup=False, soft_wrap=True)
 

@@ -221,7 +221,8 @@ def test_growth_is_the_exponent_of_n() -> None:
 
 @pytest.mark.full
 def test_runs_are_measured_in_processes_of_their_own(tmp_path: Path) -> None:
-    bench.main(["--scaling-clients", "2,4", "--json", str(tmp_path / "x.json")])
+    words = ["--scaling-clients", "2,4", "--cohort", "3", "--json", str(tmp_path / "x.json")]
+    bench.main(words)
     found = json.loads((tmp_path / "x.json").read_text())["points"]
     assert [one["clients"] for one in found] == [2, 4]
     for one in found:
