@@ -178,8 +178,8 @@ def _growth(points: Sequence[Json], values: Sequence[float]) -> str:
 CLIENTS_EXPLANATIONS = (
     "One process, one thread, the demo's model: a round of one step of every client, or of "
     "those of --cohort, evaluated before and after, a checkpoint, the adapters. again: as after a "
-    "kill while the adapters were written. CPU seconds, since they depend less on other work of the "
-    "machine than the clock; the checkpoint is written by a thread beside the run.",
+    "kill while the adapters were written. CPU seconds, since they depend less on other work of "
+    "the machine than the clock; the checkpoint is written by a thread beside the run.",
     "growth: from the last but one N to the last; N^1 is in proportion. A part is without those "
     "that are within it.",
 )
