@@ -42,7 +42,7 @@ def write_tensors(
     Raises:
         OSError: where the file cannot be written.
     """
-    pieces = list(_pieces({name: tensor.cpu() for name, tensor in tensors.items()}, metadata))
+    pieces = list(_pieces(tensors, metadata))
     if _holds(file, pieces):
         return
     with replacing(file) as temporary:
@@ -69,10 +69,10 @@ def write_described(tensors: Mapping[str, torch.Tensor], file: Path) -> dict[str
     """Write a safetensors file, flush it to the disk and describe it as ``utils.files.describe``.
 
     The digest is taken of what is written, piece by piece: the file is not read again, and no copy
-    of the tensors is made.
+    is made of tensors in host memory.
 
     Args:
-        tensors: in host memory, of any shape; nobody writes to them meanwhile.
+        tensors: of any device and shape; nobody writes to them meanwhile.
         file: is replaced.
 
     Raises:
@@ -111,7 +111,7 @@ def _pieces(
     yield text
     for _, tensor in ordered:
         if tensor.numel():
-            yield tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def readable_as_its_folder(file: Path) -> None:
