@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfed.data.packing import Packing, pack, round_up
+from sfed.data.packing import Lines, Packing, pack, round_up
 from sfed.data.tokenize import Examples, Row
 from sfed.utils.rng import Stream, generator
 
@@ -129,20 +129,48 @@ def collate(
         packing: lay several examples into a row where that is cheaper; None = never.
     """
     lengths_by_client = [[len(row.ids) for row in rows] for rows in rows_by_client]
-    longest = max((length for lengths in lengths_by_client for length in lengths), default=2)
-    width = round_up(longest)
-    lines_by_client = [[[number] for number in range(len(rows))] for rows in rows_by_client]
-    packed = None
-    if packing is not None:
-        packed = pack(lengths_by_client, rows_per_client, packing)
-    if packed is not None:
-        width, lines_by_client = packed
+    width, lines_by_client, is_packed = _laid_out(lengths_by_client, rows_per_client, packing)
+    if is_packed:
         rows_per_client = max(map(len, lines_by_client))
     filling = _Filling(len(rows_by_client) * rows_per_client, width)
     for client, (rows, lines) in enumerate(zip(rows_by_client, lines_by_client, strict=True)):
         for place, line in enumerate(lines, start=client * rows_per_client):
             filling.fill(place, [rows[number] for number in line])
-    return filling.batch(is_packed=packed is not None)
+    return filling.batch(is_packed=is_packed)
+
+
+@dataclass(frozen=True)
+class PassSize:
+    """What a pass computes."""
+
+    slots: int
+    """Tokens, padding included."""
+    width: int
+    """Of a row."""
+    is_packed: bool
+    """Whether rows hold several examples, which a mask keeps apart."""
+
+
+def pass_size(
+    lengths_by_client: Sequence[Sequence[int]], rows_per_client: int, packing: Packing | None
+) -> PassSize:
+    """The size of the batch that ``collate`` makes of examples of these lengths."""
+    width, lines_by_client, is_packed = _laid_out(lengths_by_client, rows_per_client, packing)
+    rows = max(map(len, lines_by_client)) if is_packed else rows_per_client
+    return PassSize(len(lengths_by_client) * rows * width, width, is_packed)
+
+
+def _laid_out(
+    lengths_by_client: Sequence[Sequence[int]], rows_per_client: int, packing: Packing | None
+) -> tuple[int, list[Lines], bool]:
+    """The width of the rows, the examples in each row of each client, and whether it is packed."""
+    if packing is not None:
+        packed = pack(lengths_by_client, rows_per_client, packing)
+        if packed is not None:
+            return *packed, True
+    longest = max((length for lengths in lengths_by_client for length in lengths), default=2)
+    lines = [[[number] for number in range(len(lengths))] for lengths in lengths_by_client]
+    return round_up(longest), lines, False
 
 
 class _Filling:

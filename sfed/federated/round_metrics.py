@@ -156,10 +156,11 @@ def _placement(run: Run) -> list[str]:
 
 
 def _passes(run: Run) -> list[str]:
-    """The line about clients per pass, where not all clients of a process share one."""
+    """The line about clients per pass, where it was chosen or not all of a process share one."""
     widest = max(run.placement, key=len)
     sharing = run.sharing.of(widest)
-    if sharing == len(widest):
+    is_chosen = run.config.federated.clients_per_pass == "auto" and len(widest) > 1  # noqa: S105
+    if sharing == len(widest) and not is_chosen:
         return []
     of_all = f"{sharing} of a process's {len(widest)} clients"
     return [f"passes: {of_all} share one: {run.sharing.reason}"]
