@@ -56,9 +56,7 @@ def header(run: Run) -> list[str]:
         *filter(None, [quantized.summary(run.backbone.model, run.config.model.quantization)]),
         f"attention: {_attention(run)}",
         *_placement(run),
-        f"rows: padded ({run.why_padded})"
-        if run.why_padded
-        else "rows: short sequences share one where that is cheaper",
+        f"rows: {_rows(run)}",
         *_passes(run),
         *_classes(run),
         *filter(None, [run.course.line(run.config.train)]),
@@ -143,6 +141,15 @@ def _attention(run: Run) -> str:
     used, kind = run.backbone.attention, type(run.backbone.model).__name__
     is_forced = run.config.model.attention == "auto" and used != "sdpa"
     return f"{used} ({kind} has no sdpa in transformers)" if is_forced else used
+
+
+def _rows(run: Run) -> str:
+    """Whether sequences share rows, and what attention needs for that."""
+    if run.why_padded:
+        return f"padded ({run.why_padded})"
+    masked = run.backbone.why_masked
+    apart = f"kept apart by a mask ({masked})" if masked else "attention needs no mask for that"
+    return f"short sequences share one where that is cheaper; {apart}"
 
 
 def _placement(run: Run) -> list[str]:

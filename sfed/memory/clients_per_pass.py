@@ -125,7 +125,7 @@ def estimate(
     with raise_everywhere(world, "measuring a pass"):
         if world.is_main:
             targets = counts.counts_of(config, meta).targets
-            frozen = Frozen(meta.config, dtype, targets)
+            frozen = Frozen(meta.config, dtype, targets, world.device.type)
             costs = profile.measure(config, frozen, say)
     told = gather_json(world, "costs of a pass", costs and dataclasses.asdict(costs))[0]
     return Estimate(work, Costs.of_json(told))

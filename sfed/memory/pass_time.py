@@ -4,9 +4,8 @@
     a slot = (4 P + 6 (parameters of A and B) + 12 d L places) / (FLOPs per second)
 
 P weights of the matrix products (6 P where checkpointing computes the forward pass again), d width,
-L layers, places that attention computes for a slot: half the width of a row, since it is causal;
-under the mask of packed rows all of it, at half the rate (``data.packing``). Loss and optimizer
-take about as many operations as two layers.
+L layers, places to which attention attends for a slot (``data.batches.PassSize``). Loss and
+optimizer take about as many operations as two layers.
 
 A small pass is bound by its launches, or by reading the weights, a large one by its operations.
 Only the ratio of the two matters to how many clients should share a pass, and it varies little
@@ -19,8 +18,6 @@ from dataclasses import dataclass
 
 from sfed.data.batches import PassSize
 
-# All places, at half the rate.
-_UNDER_MASK = 2.0
 # Operations of the loss and of the optimizer, in layers.
 _LAYERS_OF_THE_REST = 2
 
@@ -103,8 +100,7 @@ class PassTime:
 
     def seconds(self, size: PassSize) -> float:
         """Seconds of a pass of this size."""
-        places = size.width * (_UNDER_MASK if size.is_packed else 0.5)
-        of_slot = self.slot_seconds + places * self.place_seconds
+        of_slot = self.slot_seconds + size.places * self.place_seconds
         computing = self.read_seconds + size.slots * of_slot
         if self.runs_ahead:
             return max(self.launch_seconds, computing)

@@ -149,7 +149,7 @@ class Planner:
         # Unequal clients are dealt by work, which is in the data: a GPU may then hold more of them.
         own = max(map(len, place(num_clients, machine.gpus)))
         tokens = min(config.data.max_tokens, _positions(meta.config))
-        frozen = Frozen(meta.config, dtype, counted.targets)
+        frozen = Frozen(meta.config, dtype, counted.targets, "cuda")
         found = MemoryPlan(
             machine=machine,
             model_config=meta.config,

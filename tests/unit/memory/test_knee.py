@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ NO_LAUNCH, ONLY_LAUNCH = Speed(0.0, 1e99, 1.0, False), Speed(1.0, 1e99, 1e99, Fa
 
 def test_a_pass_waits_for_its_launches_or_for_the_device_where_the_host_runs_ahead() -> None:
     model = Trained(4, 0, 1000, 2, 10, recomputes=False)
-    one, three, many = (PassSize(slots, 8, is_packed=False) for slots in (1, 3, 100))
+    one, three, many = (PassSize(slots, 4.0) for slots in (1, 3, 100))
     on_cpu = PassTime.of(model, Speed(0.5, 100.0, 10.0, runs_ahead=False))
     # 4 + 2 layers; 2 x 1000 weights of 2 bytes; 4 x 1000 + 6 x 10 operations a slot.
     assert on_cpu.seconds(three) == 3.0 + 40.0 + 3 * 406.0
@@ -52,11 +53,19 @@ def test_a_pass_waits_for_its_launches_or_for_the_device_where_the_host_runs_ahe
     assert again.seconds(one) == 60.0 + 606.0
 
 
-def test_attention_computes_half_a_row_or_under_a_mask_all_of_it_at_half_the_rate() -> None:
+def test_attention_takes_time_for_each_place_that_it_attends_to() -> None:
     model = Trained(4, 5, 0, 2, 0, recomputes=False)
     time = PassTime.of(model, Speed(0.0, 1.0, 1.0, runs_ahead=False))
-    assert time.seconds(PassSize(100, 20, is_packed=False)) == 100 * 12 * 5 * 4 * 10
-    assert time.seconds(PassSize(100, 20, is_packed=True)) == 100 * 12 * 5 * 4 * 40
+    assert time.seconds(PassSize(100, 10.0)) == 100 * 12 * 5 * 4 * 10
+
+
+def test_attention_sees_half_an_example_or_under_a_mask_all_of_a_row_at_half_the_rate() -> None:
+    lengths = [[24, 8, 8]]
+    assert batches.pass_size(lengths, 3, None) == PassSize(3 * 24, 12.0)
+    masked = Packing(widest=256, even_width=1e9)
+    assert batches.pass_size(lengths, 3, masked) == PassSize(40, 80.0)
+    told = Packing(widest=256, even_width=1e9, document_slots=0.0)
+    assert batches.pass_size(lengths, 3, told) == PassSize(40, 12.0)
 
 
 def test_more_threads_compute_faster_and_launch_no_faster() -> None:
@@ -69,16 +78,19 @@ def test_more_threads_compute_faster_and_launch_no_faster() -> None:
 @given(
     lengths=st.lists(st.lists(st.integers(2, 90), min_size=1, max_size=4), min_size=1, max_size=4),
     packs=st.booleans(),
+    document_slots=st.sampled_from([0.0, 3.0, math.inf]),
 )
 def test_the_slots_of_a_pass_are_known_without_making_it(
-    lengths: list[list[int]], packs: bool
+    lengths: list[list[int]], packs: bool, document_slots: float
 ) -> None:
-    packing = Packing(widest=256, even_width=200.0) if packs else None
+    packing = Packing(256, 200.0, document_slots) if packs else None
     rows = [[Row(np.arange(one, dtype=np.int32), 1, None, None) for one in c] for c in lengths]
     most = max(map(len, lengths))
     batch = batches.collate(rows, most, packing)
     size = batches.pass_size(lengths, most, packing)
-    assert size == PassSize(batch.slots, batch.input_ids.shape[1], batch.documents is not None)
+    is_masked = batch.documents is not None and batch.documents.is_masked
+    longest = -(-max(length for some in lengths for length in some) // 8) * 8
+    assert size == PassSize(batch.slots, 2 * batch.input_ids.shape[1] if is_masked else longest / 2)
 
 
 @pytest.mark.parametrize(
