@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from sfed.bench import scaling_tables
+from sfed.bench.against import tables as against_tables
 from sfed.utils.text import size_text
 
 _STEPS_OF_A_ROUND = 10
@@ -23,15 +24,7 @@ def show(results: Json) -> None:
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     for line in _heading(results):
         console.print(line, markup=False, soft_wrap=True)
-    if "variants" in results:
-        tables = [_speed(results), _memory(results), _ratios(results), _parts(results)]
-    elif "compare" in results:
-        tables = [_comparison(results["compare"])]
-    elif "scaling" in results:
-        tables = scaling_tables.tables(results["scaling"])
-    else:
-        tables = [_collectives(results["collectives"])]
-    _print(console, tables)
+    _print(console, _tables(results))
     for note in (*_explanations(results), *results["notes"]):
         console.print(note, markup=False, soft_wrap=True)
 
@@ -56,6 +49,19 @@ def _print(console: Console, tables: Iterable[Table]) -> None:
         console.print(table)
 
 
+def _tables(results: Json) -> Sequence[Table]:
+    """The tables of what was measured."""
+    if "variants" in results:
+        return [_speed(results), _memory(results), _ratios(results), _parts(results)]
+    if "compare" in results:
+        return [_comparison(results["compare"])]
+    if "against" in results:
+        return [against_tables.table(results["against"])]
+    if "scaling" in results:
+        return scaling_tables.tables(results["scaling"])
+    return [_collectives(results["collectives"])]
+
+
 def _heading(results: Json) -> list[str]:
     machine, asked = results["machine"], results["configuration"]
     shape = asked["shape"]
@@ -65,6 +71,7 @@ def _heading(results: Json) -> list[str]:
     adapters += targets if isinstance(targets, str) else ", ".join(targets)
     clients = f"{asked['rows']} rows x {asked['tokens']} tokens of each of "
     clients += f"{asked['num_clients']} clients"
+    clients = asked.get("about_rows", clients)
     return [
         *_machine(machine),
         f"model    {name}, {shape['num_hidden_layers']} x {shape['hidden_size']}, "
@@ -231,6 +238,8 @@ def _explanations(results: Json) -> list[str]:
             "medians; d as a: how many times as fast, turn by turn.",
             "slope: log-log, over all values; 1 = in proportion, 0 = free.",
         ]
+    if "against" in results:
+        return [*against_tables.notes(results["against"]), *against_tables.EXPLANATIONS]
     if "scaling" in results:
         return list(scaling_tables.EXPLANATIONS)
     return [

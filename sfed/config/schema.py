@@ -67,7 +67,8 @@ class ModelSection(Section):
     'sfed[quantization]'."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
     """Attention implementation of transformers. auto = sdpa where the model supports it, else
-    eager; flash_attention_2 is used only where it is named. May change on resume."""
+    eager, and packed rows without a mask where that is possible; sdpa = with a mask;
+    flash_attention_2 is used only where it is named. May change on resume."""
 
 
 class PartitionSection(Section):

@@ -141,7 +141,7 @@ class Run:
         layout = self.clients.layout
         if self.privacy is not None:
             parameters = aggregation.message_bytes(layout, plan.averaged) // 4
-            return private_mean.message_bytes(parameters)
+            return private_mean.message_bytes(self.config, parameters)
         senders = self.senders(self.weights(plan.cohort))
         of_step = by_layer.message_bytes(layout, plan.stepped, senders) if plan.stepped else 0
         if self.method.changes_base and plan.stepped:

@@ -74,7 +74,7 @@ def _privacy(run: Run) -> str:
     if run.privacy is None:
         return ""
     facts = {"resolved": {"privacy": run.privacy.guarantee.facts}}
-    told = card_facts.privacy_of(facts, run.privacy.spent())
+    told = card_facts.privacy_of(facts, run.privacy.spent(run.clients))
     return str(gather_json(run.world, "the privacy of the adapters", told)[0])
 
 

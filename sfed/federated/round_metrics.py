@@ -57,9 +57,7 @@ def header(run: Run) -> list[str]:
         *filter(None, [quantized.summary(run.backbone.model, run.config.model.quantization)]),
         f"attention: {_attention(run)}",
         *_placement(run),
-        f"rows: padded ({run.why_padded})"
-        if run.why_padded
-        else "rows: short sequences share one where that is cheaper",
+        f"rows: {_rows(run)}",
         *_passes(run),
         *_classes(run),
         *filter(None, [run.course.line(run.config.train)]),
@@ -147,6 +145,15 @@ def _attention(run: Run) -> str:
     return f"{used} ({kind} has no sdpa in transformers)" if is_forced else used
 
 
+def _rows(run: Run) -> str:
+    """Whether sequences share rows, and what attention needs for that."""
+    if run.why_padded:
+        return f"padded ({run.why_padded})"
+    masked = run.backbone.why_masked
+    apart = f"kept apart by a mask ({masked})" if masked else "attention needs no mask for that"
+    return f"short sequences share one where that is cheaper; {apart}"
+
+
 def _placement(run: Run) -> list[str]:
     """The line about which process holds which client, where that is not by number."""
     placed = run.data.placement
@@ -158,10 +165,11 @@ def _placement(run: Run) -> list[str]:
 
 
 def _passes(run: Run) -> list[str]:
-    """The line about clients per pass, where not all clients of a process share one."""
+    """The line about clients per pass, where it was chosen or not all of a process share one."""
     widest = max(run.placement, key=len)
     sharing = run.sharing.of(widest)
-    if sharing == len(widest):
+    is_chosen = run.config.federated.clients_per_pass == "auto" and len(widest) > 1  # noqa: S105
+    if sharing == len(widest) and not is_chosen:
         return []
     of_all = f"{sharing} of a process's {len(widest)} clients"
     return [f"passes: {of_all} share one: {run.sharing.reason}"]
@@ -369,7 +377,7 @@ def round_event(
     """
     event: dict[str, Any] = {"event": "round", "round": finished_rounds}
     if run.privacy is not None:
-        event |= run.privacy.spent()
+        event |= run.privacy.spent(run.clients)
         stats = None  # losses, norms and counts of a cohort are not noised, and say who is in it
     event.update(_training(run, stats))
     event.update(_schedule(run, finished_rounds))

@@ -14,6 +14,7 @@ Shape suffixes: S supervised tokens, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sfed.data.batches import IGNORED_LABEL, Documents
+from sfed.lora import packed_attention
 
 # Of fp32 logits at a time. Two more buffers of the size or less exist beside them for a moment.
 CHUNK_BYTES = 128 * 2**20
@@ -112,10 +114,12 @@ class TokenLosses:
         """What the model gives out as its logits."""
         told: dict[str, Any] = {}
         if documents is not None:
-            # Other attention than flash-attn's makes its mask of the positions.
+            # transformers makes a mask of the positions where attention is told no more.
             told["position_ids"] = documents.position_ids
-            if self._model.config._attn_implementation == "flash_attention_2":
-                starts, longest = documents.starts, input_ids.shape[1]
+            if packed_attention.is_installed(self._model) and not documents.is_masked:
+                told |= packed_attention.told(documents.starts, documents.lengths)
+            elif self._model.config._attn_implementation == "flash_attention_2":
+                starts, longest = documents.starts, max(documents.lengths)
                 told |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
                 told |= {"max_length_q": longest, "max_length_k": longest}
         logits: torch.Tensor = self._model(input_ids=input_ids, use_cache=False, **told).logits
@@ -156,8 +160,9 @@ class TokenLosses:
         positions = (begins[:, None] + counted).flatten().to(device)
         position_ids = torch.arange(width).repeat(3, 1)
         position_ids[2, first:] -= first
-        starts = torch.tensor([0, width, 2 * width, 2 * width + first, 3 * width])
-        documents = Documents(position_ids, starts.int()).to(device)
+        lengths = (width, width, first, second)
+        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        documents = Documents(position_ids, starts, lengths).to(device)
         may_pack = "position_ids" in inspect.signature(self._model.forward).parameters
         given: list[torch.Tensor] = []
         hook = self._head.register_forward_hook(

@@ -63,6 +63,8 @@ PEAK_BYTES = "memory/peak_bytes"
 EPSILON, DELTA = "privacy/epsilon", "privacy/delta"
 RELEASES = "privacy/releases"
 """Noisy sums so far, those of repeated rounds included where their sum was another."""
+CLIP = "privacy/clip"
+"""Bound on a client's change in the round that comes next."""
 # How a mean over clients weighs them; ends of names under eval/.
 UNWEIGHTED, BY_EXAMPLES = "_unweighted", "_by_examples"
 

@@ -40,7 +40,7 @@ from sfed.models.tokenizer import load_tokenizer
 from sfed.observability.third_party import quieten
 from sfed.plan import estimate, tables
 from sfed.plan.request import Machine, Pace
-from sfed.privacy import mean as private_mean
+from sfed.privacy import guarantee as guarantees
 from sfed.storage import origin
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask
@@ -372,10 +372,10 @@ def _rendered(client: int, pieces: Sequence[Piece]) -> Text:
 
 def _privacy(facts: Facts, method: Method) -> str:
     """What the planned rounds come to, if none is repeated."""
-    guarantee = private_mean.guarantee_of(facts.config, method, facts.num_clients)
+    guarantee = guarantees.guarantee_of(facts.config, method, facts.num_clients)
     num_rounds = facts.config.federated.num_rounds
-    planned = private_mean.planned_releases(facts.config, method, num_rounds)
-    return private_mean.describe(guarantee, guarantee.epsilon(planned))
+    planned = guarantees.planned_releases(facts.config, method, num_rounds)
+    return guarantees.describe(guarantee, guarantee.epsilon(planned))
 
 
 def _costs(facts: Facts) -> Iterator[str]:
@@ -397,7 +397,8 @@ def _costs(facts: Facts) -> Iterator[str]:
         f"{'' if has_gpu else ' (assumed: there is none here)'}: {verdict}"
     )
     yield (
-        f"           {counted(plan['clients_per_pass'], 'client')} in a pass, backbone "
+        f"           {'at most ' if plan['auto_clients_per_pass'] else ''}"
+        f"{counted(plan['clients_per_pass'], 'client')} in a pass, backbone "
         f"{plan['sharding']['kind']} ({plan['sharding']['reason']})"
     )
     whole = rounds * facts.round_seconds

@@ -2,13 +2,13 @@
 
     w + (sum_i d_i min(1, C / |d_i|) + N(0, (z C)^2 I)) / m
 
-with m fixed in advance. Process 0 holds the key and the ledger, draws the noise, and gives the
-result to the others.
+with m fixed in advance. Where the clip adapts, z is ``Guarantee.sum_multiplier``, and the noisy
+share of changes within the clip is released too. Process 0 holds the key and the ledger, draws the
+noise, and gives the result to the others.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,44 +24,23 @@ from sfed.distributed.sync import gather_json, raise_everywhere
 from sfed.distributed.world import World, all_reduce_sum
 from sfed.methods.method import Method
 from sfed.observability import metrics
-from sfed.privacy import accounting, keys
-from sfed.privacy.accounting import Sampling
+from sfed.privacy import keys
 from sfed.privacy.clipping import UNITS, clipped_sum
+from sfed.privacy.guarantee import (
+    Guarantee,
+    describe,
+    guarantee_of,
+    guarantee_with,
+    planned_releases,
+)
 from sfed.privacy.keys import Key
 from sfed.privacy.ledger import LEDGER_FILE, Ledger
-from sfed.utils.errors import CheckpointError, ConfigError
+from sfed.utils.errors import CheckpointError
 
 _BYTES_PER_NUMBER = 8 + 4
 """Of the sum, in whole numbers, and of what is released."""
-
-
-@dataclass(frozen=True)
-class Guarantee:
-    """What a run promises."""
-
-    sampling: Sampling
-    clip: float
-    """C."""
-    noise_multiplier: float
-    """z."""
-    delta: float
-
-    def epsilon(self, rounds: Sequence[int]) -> float:
-        """Return epsilon of releases in these rounds."""
-        return accounting.epsilon(self.sampling, self.noise_multiplier, rounds, self.delta)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """All of it as plain data."""
-        return {
-            "clip": self.clip,
-            "noise_multiplier": self.noise_multiplier,
-            "delta": self.delta,
-            "num_clients": self.sampling.num_clients,
-            "cohort": self.sampling.cohort,
-            "sampling": "poisson" if self.sampling.is_poisson else "fixed",
-            "neighbours": self.sampling.neighbours,
-        }
+_CLIP = "privacy/clip"
+"""Name of an adapted clip among what the server keeps: (1,) fp64."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +90,13 @@ class PrivateMean:
         """Return the sorted clients of a 0-based round; of a Poisson cohort perhaps nobody."""
         return keys.draw_cohort(self.cohort_secret, round_index, self.guarantee.sampling)
 
-    def spent(self) -> dict[str, Any]:
-        """What the releases so far have cost, under the names of metrics.
+    def clip(self, clients: ClientStore) -> float:
+        """Return C of the round that comes next; the same on every process."""
+        adapted = clients.server_state.get(_CLIP)
+        return self.guarantee.clip if adapted is None else float(adapted)
+
+    def spent(self, clients: ClientStore) -> dict[str, Any]:
+        """What the releases so far have cost, and the clip, under the names of metrics.
 
         Epsilon is infinite without noise; it and the number of releases are None but on process 0.
         """
@@ -121,6 +105,7 @@ class PrivateMean:
             metrics.EPSILON: None if rounds is None else self.guarantee.epsilon(rounds),
             metrics.DELTA: self.guarantee.delta,
             metrics.RELEASES: None if rounds is None else len(rounds),
+            metrics.CLIP: self.clip(clients),
         }
 
     def share(
@@ -148,43 +133,93 @@ class PrivateMean:
         """
         if not factors:
             return 0
+        guarantee, clip = self.guarantee, self.clip(clients)
         own = [client for client in participants if client in clients.lines]
-        units = clipped_sum(clients, factors, own, self.guarantee.clip).to(world.device)
-        total = all_reduce_sum(units)
-        change = torch.zeros(len(total), dtype=torch.float32, device=world.device)
+        units, balance = clipped_sum(clients, factors, own, clip)
+        if guarantee.adaptive is not None:
+            units = torch.cat([units, units.new_tensor([balance])])
+        total = all_reduce_sum(units.to(world.device))
+        released = torch.zeros(len(total), dtype=torch.float32, device=world.device)
         with raise_everywhere(world, "the release of a round"):
             if self.secret is not None:
-                noisy = self._noisy(total.cpu().numpy(), finished_rounds, self.secret)
-                unit = self.guarantee.clip / UNITS / self.guarantee.sampling.cohort
-                change.copy_(torch.from_numpy(noisy * unit))
-        change = all_reduce_sum(change)
+                scales = _Scales(finished_rounds, clip, guarantee)
+                released.copy_(_release(total.cpu().numpy(), scales, self.secret))
+        released = all_reduce_sum(released)
         widths = [len(clients.shared(factor)) for factor in factors]
-        for factor, part in zip(factors, torch.split(change, widths), strict=True):
-            clients.set_shared(factor, clients.shared(factor).to(world.device) + part)
-        return message_bytes(sum(widths))
-
-    def _noisy(self, total: NDArray[np.int64], number: int, secret: Secret) -> NDArray[np.float64]:
-        """Note the release, then add the noise of this sum: (M,) in units of the clip.
-
-        The noise is a function of key, round and sum. It is rounded to the sum's units.
-        """
-        key, z = secret.key, self.guarantee.noise_multiplier
-        # Whatever scales the noise is in the seed: noise of two sizes would give the sum away.
-        scales = repr((number, self.guarantee.clip, z, self.guarantee.sampling.cohort))
-        seed = key.derive("sum", key.derive("scales", scales.encode()), total.tobytes())
-        secret.ledger.add(number, key.derive("tag", seed).hex())
-        if z == 0:
-            return total.astype(np.float64)
-        noisy, start = total.copy(), 0
-        for part in keys.standard_normal(key.derive("noise", seed), len(total)):
-            noisy[start : start + len(part)] += np.rint(part * (z * UNITS)).astype(np.int64)
-            start += len(part)
-        return noisy.astype(np.float64)
+        changes = torch.split(released[: sum(widths)], widths)
+        for factor, change in zip(factors, changes, strict=True):
+            clients.set_shared(factor, clients.shared(factor).to(world.device) + change)
+        if guarantee.adaptive is not None:
+            following = guarantee.adaptive.next(clip, float(released[-1]))
+            clients.server_state[_CLIP] = torch.tensor([following], dtype=torch.float64)
+        return _BYTES_PER_NUMBER * len(total)
 
 
-def message_bytes(parameters: int) -> int:
+@dataclass(frozen=True)
+class _Scales:
+    """What the size of a round's noise follows from."""
+
+    number: int
+    """Of the round, from 1."""
+    clip: float
+    """C of this round."""
+    guarantee: Guarantee
+
+    @property
+    def of_sum(self) -> float:
+        """The multiplier of the sum."""
+        return self.guarantee.sum_multiplier
+
+    @property
+    def seed(self) -> bytes:
+        """All of it: noise of two sizes from one seed would give the sum away."""
+        adaptive = self.guarantee.adaptive
+        counted = () if adaptive is None else (adaptive.count_noise,)
+        cohort = self.guarantee.sampling.cohort
+        return repr((self.number, self.clip, self.of_sum, cohort, *counted)).encode()
+
+
+def _release(total: NDArray[np.int64], scales: _Scales, secret: Secret) -> torch.Tensor:
+    """Note a release in the ledger, then add the noise that belongs to its sum.
+
+    The noise is a function of key, round and sum, rounded to the sum's units.
+
+    Args:
+        total: (M,) in units of the clip, or (M + 1,) with the balance of an adaptive clip's count.
+        scales: of the noise.
+        secret: of the run.
+
+    Returns:
+        fp64 of the same shape: the mean change, and the share of changes within the clip.
+    """
+    key, guarantee = secret.key, scales.guarantee
+    seed = key.derive("sum", key.derive("scales", scales.seed), total.tobytes())
+    secret.ledger.add(scales.number, key.derive("tag", seed).hex())
+    noisy, size, cohort = total.copy(), len(total), guarantee.sampling.cohort
+    balance = 0.0
+    if guarantee.adaptive is not None:
+        size -= 1
+        [noise] = next(keys.standard_normal(key.derive("count", seed), 1))
+        balance = float(total[-1]) / 2 + noise * guarantee.adaptive.count_noise
+    if scales.of_sum:
+        _add_noise(noisy[:size], scales.of_sum, key.derive("noise", seed))
+    released = noisy.astype(np.float64) * (scales.clip / UNITS / cohort)
+    released[size:] = 0.5 + balance / cohort
+    return torch.from_numpy(released)
+
+
+def _add_noise(units: NDArray[np.int64], multiplier: float, seed: bytes) -> None:
+    """Add Gaussian noise of so many clips to a sum in units, in place."""
+    start = 0
+    for part in keys.standard_normal(seed, len(units)):
+        units[start : start + len(part)] += np.rint(part * (multiplier * UNITS)).astype(np.int64)
+        start += len(part)
+
+
+def message_bytes(config: Config, parameters: int) -> int:
     """Bytes of the messages of a private mean of so many parameters."""
-    return _BYTES_PER_NUMBER * parameters
+    counts = config.privacy.clip_quantile is not None
+    return _BYTES_PER_NUMBER * (parameters + counts)
 
 
 def open_mean(
@@ -204,7 +239,7 @@ def open_mean(
 
     Raises:
         CheckpointError: on every process, where what the run has released is not known any more.
-        ConfigError: on every process, where no noise reaches ``privacy.target_epsilon``.
+        ConfigError: on every process, as ``guarantee_of``.
     """
     if not config.privacy.is_on:
         return None
@@ -219,59 +254,8 @@ def open_mean(
         # The noise's own key stays on process 0.
         told = [guarantee.noise_multiplier, secret.key.derive("cohort").hex()]
     noise_multiplier, cohort_secret = gather_json(world, "the secret of cohorts", told)[0]
-    guarantee = guarantee or _guarantee(config, num_clients, noise_multiplier)
+    guarantee = guarantee or guarantee_with(config, num_clients, noise_multiplier)
     return PrivateMean(guarantee, bytes.fromhex(cohort_secret), secret)
-
-
-def guarantee_of(config: Config, method: Method, num_clients: int) -> Guarantee:
-    """What a configuration with privacy promises for N clients; target_epsilon gives the noise.
-
-    Raises:
-        ConfigError: where no noise reaches ``privacy.target_epsilon``.
-    """
-    privacy = config.privacy
-    z = privacy.noise_multiplier
-    if privacy.target_epsilon is not None:
-        sampling = sampling_of(config, num_clients)
-        releases = len(planned_releases(config, method, config.federated.num_rounds))
-        try:
-            z = accounting.noise_for(sampling, privacy.target_epsilon, releases, privacy.delta)
-        except ValueError as problem:
-            raise ConfigError(
-                f"privacy.target_epsilon={privacy.target_epsilon:g}: {problem}; set a larger one, "
-                "fewer federated.num_rounds, or a smaller federated.clients_per_round"
-            ) from None
-    assert z is not None  # the section has one of the two
-    return _guarantee(config, num_clients, z)
-
-
-def _guarantee(config: Config, num_clients: int, noise_multiplier: float) -> Guarantee:
-    clip = config.privacy.clip
-    assert clip is not None
-    sampling = sampling_of(config, num_clients)
-    return Guarantee(sampling, clip, noise_multiplier, config.privacy.delta)
-
-
-def sampling_of(config: Config, num_clients: int) -> Sampling:
-    """How cohorts are drawn under privacy."""
-    federated = config.federated
-    cohort = federated.clients_per_round or num_clients
-    return Sampling(num_clients, cohort, is_poisson=config.has_poisson_cohorts)
-
-
-def planned_releases(config: Config, method: Method, num_rounds: int) -> list[int]:
-    """The rounds, from 1, that share something."""
-    shares_head = config.federated.share_head
-    return [i + 1 for i in range(num_rounds) if shares_head or method.averaged_in(i)]
-
-
-def describe(guarantee: Guarantee, epsilon: float) -> str:
-    """Say a guarantee in words."""
-    told = f"{epsilon:.4g}" if math.isfinite(epsilon) else "infinite (no noise)"
-    return (
-        f"epsilon {told} at delta {guarantee.delta:g} ({guarantee.sampling.neighbours}), "
-        f"clip {guarantee.clip:g}, noise multiplier {guarantee.noise_multiplier:.4g}"
-    )
 
 
 def _open_secret(config: Config, guarantee: Guarantee) -> Secret:

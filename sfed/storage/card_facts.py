@@ -64,6 +64,8 @@ def of_adapter(lora_rank: int, gamma: float) -> Facts:
 def privacy_numbers(resolved: Mapping[str, Any], event: Event | None) -> dict[str, float | None]:
     """Return epsilon after a round, delta, clip and noise multiplier; nothing without privacy.
 
+    An adaptive clip is told as that of the first round.
+
     Args:
         resolved: that part of ``config.json``.
         event: of the round; None = it has none.
@@ -97,10 +99,20 @@ def privacy_of(config: Mapping[str, Any], event: Event | None) -> str:
     counted_as = "" if releases is None else f", {counted(int(releases), 'release')}"
     return (
         f"epsilon {numbers['epsilon']} at delta {numbers['delta']} "
-        f"({look(config, 'resolved.privacy.neighbours')}), clip {numbers['clip']}, noise "
-        f"multiplier {numbers['noise_multiplier']}{counted_as}; of the shared factors only: what "
-        "is a client's own carries no noise"
+        f"({look(config, 'resolved.privacy.neighbours')}), clip {numbers['clip']}"
+        f"{_adapted(config, event)}, noise multiplier {numbers['noise_multiplier']}{counted_as}; "
+        "of the shared factors only: what is a client's own carries no noise"
     )
+
+
+def _adapted(config: Mapping[str, Any], event: Event | None) -> str:
+    """What an adaptive clip has become; empty where it is fixed."""
+    quantile = look(config, "resolved.privacy.clip_quantile")
+    if quantile is None:
+        return ""
+    clip = number(event, metrics.CLIP)
+    reached = "unknown" if clip is None else f"{clip:.4g}"
+    return f" at first and {reached} at last, towards the quantile {quantile:g} of the changes"
 
 
 def of_client(client: int, name: str, examples: int) -> Facts:

@@ -15,7 +15,7 @@ from tests.support.pretended_runs import ENVIRONMENT, Seen, Settings, watched
 from tests.support.processes import ends_of
 
 # Upper bounds. They may only be lowered: a higher one is slower training.
-MOST_WAITS_OF_A_STEP = {"padded": 10, "packed": 12}
+MOST_WAITS_OF_A_STEP = {"padded": 10, "packed": 11}
 """Waits of the host for the device in an optimizer step of one pass, whatever the clients."""
 MOST_LAUNCHES_OF_A_LAYER = {"forward": 31, "backward": 50}
 """Kernels of a LLaMA layer with adapters on all its linear layers, in bf16, for all clients."""
@@ -193,6 +193,13 @@ def test_the_host_waits_no_more_often_than_it_did(form: str, steps: dict[str, Se
     assert is_packed == (form == "packed"), "the rows are not of the form that is bounded"
     for step in found.steps:
         assert step.host_waits.total() <= MOST_WAITS_OF_A_STEP[form], step.host_waits
+
+
+@pytest.mark.slow
+def test_packed_rows_are_one_kernel_of_attention_in_a_layer(steps: dict[str, Seen]):
+    launches = steps["packed"].steps[0].launches
+    assert launches["flash_attention"] == launches["flash_attention_backward"] == 1
+    assert not [name for name in launches if "scaled_dot_product" in name]
 
 
 def waits_of(seen: Seen) -> list[tuple[tuple[str, str], int]]:

@@ -186,3 +186,30 @@ def test_a_run_that_is_killed_on_two_processes_goes_on_with_its_key_and_cohorts(
         tensors = held[f"client-{client:04d}"]
         has_trained = any(bool(b.any()) for b in runs.factors(tensors, "B").values())
         assert has_trained == any(client in cohort for cohort in cohorts)
+
+
+def test_an_adaptive_clip_goes_on_where_the_checkpoint_left_it(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    own = settings(tiny_folder, tmp_path / "one", federated={"num_rounds": 3})
+    own["privacy"] = PRIVACY | {"clip_quantile": 0.3}
+    done = runs.run(2, own)
+    clips = [event["privacy/clip"] for event in runs.rounds(done)]
+    assert clips[0] == 0.1 and len(set(clips)) == 4
+    sums = {event[UPLOADED] for event in runs.rounds(done)[1:]}
+    assert sums == {3 * runs.rounds(done)[0][UPLOADED] + 12}
+    told = dict(facts_table(open_run(done)).rows)["differential privacy"]
+    assert f"clip 0.1 at first and {clips[-1]:.4g} at last, towards the quantile 0.3" in told
+    for num in (1, 2):
+        shutil.copytree(done.parent, tmp_path / str(num))
+        shutil.rmtree(tmp_path / str(num) / "run" / "checkpoints" / "round-000003")
+        shutil.rmtree(tmp_path / str(num) / "run" / "adapters")
+        own["output"] = {"dir": str(tmp_path / str(num)), "name": "run"}
+        again = runs.run(num, own)
+        resumed = [event["privacy/clip"] for event in runs.rounds(again)]
+        assert resumed[:3] == clips[:3] and len(resumed) == 4
+        if num == 2:  # the same placement: the same release, bit for bit
+            assert ledger_of(again).rounds == [1, 2, 3] and resumed == clips
+            held = runs.adapters(again)
+            for client, tensors in runs.adapters(done).items():
+                assert all(torch.equal(held[client][name], one) for name, one in tensors.items())

@@ -20,9 +20,10 @@ from sfed.lora.layout import Layout
 from sfed.methods.method import METHODS, resolve
 from sfed.privacy import mean
 from sfed.privacy.accounting import Sampling
+from sfed.privacy.guarantee import AdaptiveClip, Guarantee
 from sfed.privacy.keys import Key
 from sfed.privacy.ledger import Ledger
-from sfed.privacy.mean import Guarantee, PrivateMean, Secret
+from sfed.privacy.mean import PrivateMean, Secret
 from sfed.utils.errors import CheckpointError, ConfigError, UserError
 from tests.support.deadlines import RUN_SECONDS
 from tests.support.processes import on_processes
@@ -68,7 +69,8 @@ def released(
             secret.begin()
         private = PrivateMean(guarantee, b"", secret)
         sent = private.share(world, clients, factors, participants, number)
-        assert sent == 12 * sum(len(clients.shared(f)) for f in factors)
+        counted = guarantee.adaptive is not None
+        assert sent == 12 * (sum(len(clients.shared(f)) for f in factors) + counted)
         assert len({clients.row(client).numpy().tobytes() for client in clients.own}) == 1
         row = clients.row(clients.own[0])
         sync.barrier(world, "end")
@@ -159,6 +161,91 @@ def test_another_key_round_or_scale_gives_other_noise(tmp_path: Path, change: di
 
     assert abs(np.corrcoef(noise(), noise(**change))[0, 1]) < 0.06
     assert len(noted(tmp_path)) == 2
+
+
+# A clip that follows a quantile.
+
+ADAPTIVE = replace(GUARANTEE, adaptive=AdaptiveClip(0.4, 0.2, 3.0))
+
+
+def shared_twice(folder: str, guarantee: Guarantee) -> tuple[list[float], torch.Tensor]:
+    """The clip before and after each of two rounds, and the change that the second shares.
+
+    All five clients make the same changes of what they have received in both rounds.
+    """
+    world = distributed.start(RUN_SECONDS)
+    try:
+        own = partition.place(NUM_CLIENTS, world.size)[world.rank]
+        clients, secret = clients_of(own, ()), None
+        if world.is_main:
+            secret = Secret(KEY, Path(folder), Ledger(Path(folder) / "p.jsonl", {}), is_new=False)
+            secret.begin()
+        private = PrivateMean(guarantee, b"", secret)
+        clips, received = [private.clip(clients)], [torch.zeros(WIDTH)]
+        for number in (1, 2):
+            for client in own:
+                row = row_of(client) + received[-1]
+                clients.set_own(client, {"a": row[:2000], "b": row[2000:]})
+            private.share(world, clients, ("A", "B"), range(NUM_CLIENTS), number)
+            received.append(torch.cat([clients.shared("A"), clients.shared("B")]))
+            clips.append(private.clip(clients))
+        sync.barrier(world, "end")
+        sync.leave_store_last(world)
+        return clips, received[2] - received[1]
+    finally:
+        distributed.stop(world)
+
+
+@pytest.mark.dist
+def test_without_noise_the_clip_follows_the_share_of_changes_within_it(tmp_path: Path) -> None:
+    """Client 0 of five is within the clip: 1/2 + (1/2 - 4/2) / 4 = 1/8 of a cohort of 4."""
+    silent = replace(ADAPTIVE, noise_multiplier=0.0, adaptive=AdaptiveClip(0.4, 0.2, 0.0))
+    growth = math.exp(-0.2 * (0.125 - 0.4))
+    rows = [row_of(client).double() for client in range(NUM_CLIENTS)]
+    lengths = [float(torch.linalg.vector_norm(row)) for row in rows]
+    second = [row * min(1, CLIP * growth / n) for row, n in zip(rows, lengths, strict=True)]
+    expected = torch.stack(second).sum(dim=0) / 4
+    for num in (1, 2):
+        for clips, change in on_processes(num, shared_twice, str(tmp_path), silent):
+            assert clips == pytest.approx([CLIP, CLIP * growth, CLIP * growth**2], rel=1e-6)
+            torch.testing.assert_close(change.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_the_count_is_noised_and_the_sum_gets_the_rest(tmp_path: Path) -> None:
+    """Over rounds the noise of the count has the standard deviation asked for."""
+    world = distributed.start(RUN_SECONDS)
+    try:
+        ledger = Ledger(tmp_path / "p.jsonl", {})
+        ledger.begin()
+        secret = Secret(KEY, tmp_path, ledger, is_new=False)
+        private, steps, spreads = PrivateMean(ADAPTIVE, b"", secret), [], []
+        for number in range(1, 201):
+            clients = clients_of(range(NUM_CLIENTS), ("A", "B"))
+            private.share(world, clients, ("A", "B"), (0, 1, 2, 3, 4), number)
+            steps.append(0.4 - math.log(private.clip(clients) / CLIP) / 0.2)
+            noise = clients.row(0).double() - clipped_mean((0, 1, 2, 3, 4))
+            spreads.append(float(noise.std()) * 4 / CLIP)
+    finally:
+        distributed.stop(world)
+    assert np.mean(steps) == pytest.approx(0.125, abs=4 * 3.0 / 4 / math.sqrt(200))
+    assert np.std(steps) == pytest.approx(3.0 / 4, rel=0.2)
+    assert np.mean(spreads) == pytest.approx((1 / 4 - 1 / 36) ** -0.5, rel=0.005)
+
+
+def test_the_same_sum_with_another_count_is_another_release(tmp_path: Path) -> None:
+    """A client that does not move is not in the sum, but it is in the count."""
+    ledger = Ledger(tmp_path / "p.jsonl", {})
+    ledger.begin()
+    private = PrivateMean(ADAPTIVE, b"", Secret(KEY, tmp_path, ledger, is_new=False))
+    world = distributed.start(RUN_SECONDS)
+    try:
+        for participants in ((0,), (0, 1), (0,)):
+            clients = clients_of(range(NUM_CLIENTS), ("A", "B"))
+            clients.set_own(1, {"a": torch.zeros(2000), "b": torch.zeros(3000)})
+            private.share(world, clients, ("A", "B"), participants, 1)
+    finally:
+        distributed.stop(world)
+    assert ledger.rounds == [1, 1]
 
 
 def test_nothing_is_released_that_the_ledger_could_not_note(tmp_path: Path) -> None:
