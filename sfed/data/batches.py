@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sfed.data.packing import Layout, Packing, pack, round_up
 from sfed.data.tokenize import Examples, Row
+from sfed.distributed.transfer import to_device
 from sfed.utils.rng import Stream, generator
 
 IGNORED_LABEL = -100
@@ -33,11 +34,6 @@ class Documents:
     """Tokens of each document, known without asking the device."""
     is_masked: bool = False
     """Whether a mask is to keep them apart although attention could go without: it is cheaper."""
-
-    def to(self, device: torch.device) -> Documents:
-        """Move to a device."""
-        places = (self.position_ids.to(device), self.starts.to(device))
-        return Documents(*places, self.lengths, self.is_masked)
 
 
 @dataclass(frozen=True)
@@ -70,16 +66,15 @@ class Batch:
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> Batch:
-        """Move to a device."""
-        return Batch(
-            self.input_ids.to(device),
-            self.labels.to(device),
-            self.positions.to(device),
-            self.targets.to(device),
-            self.is_token.to(device),
-            self.is_second.to(device),
-            None if self.documents is None else self.documents.to(device),
-        )
+        """Move to a device, in one copy."""
+        tensors = {name: one for name, one in vars(self).items() if name != "documents"}
+        told = self.documents
+        if told is None:
+            return Batch(**to_device(tensors, device), documents=None)
+        tensors |= {"position_ids": told.position_ids, "starts": told.starts}
+        moved = to_device(tensors, device)
+        places = (moved.pop("position_ids"), moved.pop("starts"))
+        return Batch(**moved, documents=Documents(*places, told.lengths, told.is_masked))
 
 
 class Order:

@@ -123,6 +123,14 @@ def told(starts: torch.Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
     return {"attention_mask": starts[None, None, None], "document_lengths": lengths}
 
 
+def told_of_rows(device: torch.device) -> dict[str, Any]:
+    """The same for rows that are a document each, padded at the right.
+
+    transformers would ask the device whether the positions are those of packed rows, and wait.
+    """
+    return told(torch.empty(0, dtype=torch.int32, device=device), ())
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -138,7 +146,8 @@ def attend(
         query: (B, H, T, D).
         key: (B, K, T, D).
         value: (B, K, T, D).
-        attention_mask: (1, 1, 1, documents + 1) int32 first places, or a mask for sdpa.
+        attention_mask: (1, 1, 1, documents + 1) int32 first places, none where a row is a document;
+            or a mask for sdpa.
         settings: scaling, sliding_window, document_lengths, and what sdpa takes.
 
     Returns:
@@ -155,6 +164,11 @@ def attend(
         return output, None
     _check(module, lengths, settings)
     assert attention_mask is not None
+    if not lengths:
+        band = _band(query.shape[2], settings.get("sliding_window") or query.shape[2], query.device)
+        mask = None if band is None else band[None, None]
+        output, _ = sdpa_attention_forward(module, query, key, value, mask, **settings)
+        return output, None
     qkv = [one.transpose(1, 2).flatten(0, 1) for one in (query, key, value)]
     window = settings.get("sliding_window") or max(lengths)
     compute = _by_kernel if query.is_cuda else _one_by_one

@@ -113,10 +113,13 @@ class TokenLosses:
     def _outputs(self, input_ids: torch.Tensor, documents: Documents | None) -> torch.Tensor:
         """What the model gives out as its logits."""
         told: dict[str, Any] = {}
-        if documents is not None:
+        needs_no_mask = packed_attention.is_installed(self._model)
+        if documents is None:
+            told = packed_attention.told_of_rows(input_ids.device) if needs_no_mask else {}
+        else:
             # transformers makes a mask of the positions where attention is told no more.
             told["position_ids"] = documents.position_ids
-            if packed_attention.is_installed(self._model) and not documents.is_masked:
+            if needs_no_mask and not documents.is_masked:
                 told |= packed_attention.told(documents.starts, documents.lengths)
             elif self._model.config._attn_implementation == "flash_attention_2":
                 starts, longest = documents.starts, max(documents.lengths)
@@ -162,7 +165,7 @@ class TokenLosses:
         position_ids[2, first:] -= first
         lengths = (width, width, first, second)
         starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        documents = Documents(position_ids, starts, lengths).to(device)
+        documents = Documents(position_ids.to(device), starts.to(device), lengths)
         may_pack = "position_ids" in inspect.signature(self._model.forward).parameters
         given: list[torch.Tensor] = []
         hook = self._head.register_forward_hook(

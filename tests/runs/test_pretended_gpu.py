@@ -15,7 +15,7 @@ from tests.support.pretended_runs import ENVIRONMENT, Seen, Settings, watched
 from tests.support.processes import ends_of
 
 # Upper bounds. They may only be lowered: a higher one is slower training.
-MOST_WAITS_OF_A_STEP = {"padded": 10, "packed": 11}
+MOST_WAITS_OF_A_STEP = {"padded": 0, "packed": 0}
 """Waits of the host for the device in an optimizer step of one pass, whatever the clients."""
 MOST_LAUNCHES_OF_A_LAYER = {"forward": 31, "backward": 50}
 """Kernels of a LLaMA layer with adapters on all its linear layers, in bf16, for all clients."""
@@ -144,7 +144,7 @@ def test_a_copy_that_does_not_wait_is_found(name: str, seen_broken: dict[str, Se
     found = seen_broken[name]
     assert not found.error and not found.mixes
     assert found.races, "nobody saw that an order is missing"
-    place = "safetensors/" if "file" in name else "sfed/clients/offload.py"
+    place = "sfed/lora/tensor_files.py" if "file" in name else "sfed/clients/offload.py"
     assert any(place in race for race in found.races), found.races
 
 
@@ -189,7 +189,7 @@ def steps(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def test_the_host_waits_no_more_often_than_it_did(form: str, steps: dict[str, Seen]):
     found = steps[form]
     found.require_clean()
-    is_packed = any("batches.py" in place and count > 1 for (_, place), count in waits_of(found))
+    is_packed = found.steps[0].launches["flash_attention"] > 0
     assert is_packed == (form == "packed"), "the rows are not of the form that is bounded"
     for step in found.steps:
         assert step.host_waits.total() <= MOST_WAITS_OF_A_STEP[form], step.host_waits
