@@ -4,7 +4,8 @@ Five ways to make the same step of every client: (a) HF + PEFT as users write it
 adapters in the backbone's dtype, (c) sfed with one client after another, (d) sfed with all clients
 in one pass, (e) the frozen model alone, the floor. Random weights and tokens; no download. Under
 torchrun ``--collectives`` measures the links among the job's own processes, and ``--scaling`` whole
-rounds on them.
+rounds on them. ``--against`` measures whole rounds on rows of unequal length beside a lean loop and
+HF's Trainer, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sfed.bench import scaling_tables
-from sfed.bench.tables import show
+from sfed.bench.tables import show, show_clients
 from sfed.utils import command
 from sfed.utils.errors import UserError
 from sfed.utils.launcher import launch
 
 MODELS = ("llama2-7b", "tinyllama", "llama-30m", "stories", "tiny")
+_CLIENTS_PER_PASS = 32  # of --scaling-clients
+AGAINST = ("lean", "trainer")
+TASKS = ("text", "gsm8k", "alpaca")
+_ONLY_AGAINST = ("passes", "steps", "data", "task")
+_KINDS = {"data": "file", "model": "folder"}
 _VALUES = {"clients": (1, 2, 4, 8, 16), "rank": (4, 16, 64, 256)}
 
 
@@ -43,6 +50,22 @@ def _compared(text: str) -> tuple[str, tuple[int, ...]]:
     return what, tuple(sorted(set(values)))
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted(set(map(command.count, text.split(",")))))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in AGAINST]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(AGAINST)}")
+    return names
+
+
+def _passes(text: str) -> tuple[str, ...]:
+    given = dict.fromkeys(text.split(","))
+    return tuple(one if one in ("auto", "all") else str(command.count(one)) for one in given)
+
+
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog="python -m sfed.bench",
@@ -50,7 +73,11 @@ def _parser() -> command.Parser:
     )
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", choices=MODELS, default="llama-30m", help="shape [llama-30m]")
+    model.add_argument(
+        "--model",
+        default="llama-30m",
+        help=f"shape: {', '.join(MODELS)}; with --data the folder of a model [llama-30m]",
+    )
     model.add_argument(
         "--model-config", metavar="FOLDER", type=Path, help="with the config.json of another shape"
     )
@@ -76,6 +103,26 @@ def _parser() -> command.Parser:
         help="cost against clients or rank, such as clients=1,2,4,8 or rank=4,64",
     )
     add(
+        "--against",
+        metavar="NAMES",
+        type=_names,
+        help=f"whole rounds beside other loops: {', '.join(AGAINST)}",
+    )
+    add(
+        "--passes",
+        metavar="LIST",
+        type=_passes,
+        help="with --against: values of federated.clients_per_pass [auto,1,8,all]",
+    )
+    add("--steps", metavar="n", type=command.count, help="with --against: steps of a round [10]")
+    add(
+        "--data",
+        metavar="FILE",
+        type=Path,
+        help="with --against: real examples, of at most T tokens, and not random ones",
+    )
+    add("--task", choices=TASKS, help="form of these examples, as data.task [text]")
+    add(
         "--collectives",
         action="store_true",
         help="measure all_reduce and all_gather among the processes of torchrun",
@@ -84,6 +131,19 @@ def _parser() -> command.Parser:
         "--scaling",
         action="store_true",
         help="measure rounds on the processes of torchrun: C clients on each, and C on all",
+    )
+    add(
+        "--scaling-clients",
+        metavar="N,N,...",
+        type=_counts,
+        help="whole runs of the demo's model with so many clients on one process: CPU seconds of "
+        "each part and peak memory, such as 64,512,4096",
+    )
+    add(
+        "--cohort",
+        metavar="C",
+        type=command.count,
+        help="with --scaling-clients: so many of the clients train and are evaluated [all]",
     )
     add(
         "--scaling-of",
@@ -104,16 +164,63 @@ def _check(options: argparse.Namespace) -> None:
             "--collectives needs at least two processes: torchrun --nproc_per_node 2 -m sfed.bench "
             "--collectives"
         )
+    _check_against(options)
     asked = {
+        "--against": options.against,
         "--collectives": options.collectives,
         "--compare": options.compare,
         "--scaling": options.scaling,
         "--scaling-of": options.scaling_of,
+        "--scaling-clients": options.scaling_clients,
     }
     given = [name for name, value in asked.items() if value]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other")
+    if options.cohort and not options.scaling_clients:
+        raise UserError("--cohort belongs to --scaling-clients; give it, such as 64,512,4096")
+    if options.scaling_clients and launch().size > 1:
+        raise UserError("--scaling-clients measures one process; start it without torchrun")
     command.check_json(options.json)
+
+
+def _check_against(options: argparse.Namespace) -> None:
+    """Refuse options that only ``--against`` has, and a model that is neither shape nor folder."""
+    given = [name for name in _ONLY_AGAINST if getattr(options, name) is not None]
+    if given and not options.against:
+        raise UserError(f"--{given[0]} belongs to --against lean,trainer")
+    if options.against and launch().size > 1:
+        raise UserError("--against measures on one process: start it without a launcher")
+    if options.data is None:
+        if options.model not in MODELS:
+            raise UserError(
+                f"--model {options.model}: say {', '.join(MODELS)}, --model-config FOLDER for "
+                "another shape, or the folder of a model with --against and --data FILE"
+            )
+        return
+    if options.model_config is not None or options.layers is not None:
+        raise UserError("--data: real examples need a whole model; give its folder as --model")
+    for name, is_there in (("data", Path.is_file), ("model", Path.is_dir)):
+        path = Path(getattr(options, name))
+        if not is_there(path):
+            raise UserError(f"--{name} {path}: there is no such {_KINDS[name]}")
+
+
+def _against(given: argparse.Namespace) -> dict[str, Any]:
+    """Measure whole rounds."""
+    from sfed.bench.against import contest, job  # torch and all that is behind it
+
+    per_pass = given.passes or ("auto", "1", "8", "all")
+    return contest.run(
+        contest.Contest(
+            job=job.job_of(vars(given)),
+            against=given.against,
+            passes=tuple(
+                one for one in per_pass if not one.isdecimal() or int(one) <= given.clients
+            ),
+            repeat=given.repeat,
+            budget_seconds=given.seconds,
+        )
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -124,6 +231,18 @@ def main(arguments: Sequence[str]) -> None:
         results = scaling_tables.together(given.scaling_of)
         with scaling_tables.results_of(given.scaling_of):
             show(results)
+        command.write_json(given.json, results)
+        return
+    if given.scaling_clients:
+        from sfed.bench import scaling
+
+        found = scaling.measure_clients(given.scaling_clients, _CLIENTS_PER_PASS, given.cohort)
+        show_clients(found)
+        command.write_json(given.json, found)
+        return
+    if given.against:
+        results = _against(given)
+        show(results)
         command.write_json(given.json, results)
         return
     from sfed.bench import compare  # torch and all that is behind it

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from sfed.bench.measure import (
     describe_machine,
     interleaved,
     ratios,
+    shape_of,
 )
 from sfed.bench.steps import Contestant, attach
 from sfed.bench.variants import VARIANTS, count, line_up, seconds_of_step
@@ -115,7 +116,7 @@ def measure(options: Options, config: PreTrainedConfig, world: World) -> dict[st
             **dataclasses.asdict(options),
             "model_folder": str(options.model_folder) if options.model_folder else None,
             "dtype": dtype_name,
-            "shape": _shape_of(config),
+            "shape": shape_of(config),
         },
         "notes": [],
     }
@@ -289,14 +290,6 @@ def _layout(config: PreTrainedConfig, workload: Workload) -> Layout:
         return attach(model, workload).layout
     except UserError as mistake:
         raise UserError(str(mistake).replace("lora.target_modules", "--targets")) from None
-
-
-def _shape_of(config: PreTrainedConfig) -> Mapping[str, Any]:
-    keys = (
-        "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads vocab_size tie_word_embeddings"
-    )
-    return {key: getattr(config, key, None) for key in keys.split()}
 
 
 def _notes_on_scaling(world: World, workload: Workload) -> list[str]:

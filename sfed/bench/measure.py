@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig
 
 from sfed.utils import versions
 
@@ -209,6 +210,15 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         known["device_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
         known["cuda"] = torch.version.cuda
     return known
+
+
+def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """The dimensions of a model that bear on a figure."""
+    keys = (
+        "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads vocab_size tie_word_embeddings"
+    )
+    return {key: getattr(config, key, None) for key in keys.split()}
 
 
 def _cpu_name() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,6 +12,27 @@ from sfed.bench.steps import GAMMA, TRAIN, Contestant
 from sfed.bench.workload import Workload
 from sfed.lora.adapters import peft_alpha
 from sfed.lora.layout import Layout
+
+
+def with_adapters(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    lora_rank: int,
+    target_modules: tuple[str, ...] | str,
+    autocast: bool = True,
+) -> PeftModel:
+    """The model with an adapter of each name; the first is active."""
+    is_named = not isinstance(target_modules, str)
+    settings = LoraConfig(
+        r=lora_rank,
+        lora_alpha=peft_alpha(GAMMA, lora_rank),
+        target_modules=list(target_modules) if is_named else target_modules,
+        task_type="CAUSAL_LM",
+    )
+    made: PeftModel = get_peft_model(model, settings, names[0], autocast_adapter_dtype=autocast)
+    for name in names[1:]:
+        made.add_adapter(name, settings, autocast_adapter_dtype=autocast)
+    return made
 
 
 class StockPeft(Contestant):
@@ -31,20 +52,10 @@ class StockPeft(Contestant):
     ) -> None:
         super().__init__(workload, input_ids)
         self.num_turns = workload.num_clients
-        targets = workload.target_modules
-        settings = LoraConfig(
-            r=workload.lora_rank,
-            lora_alpha=peft_alpha(GAMMA, workload.lora_rank),
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            task_type="CAUSAL_LM",
-        )
         names = [f"client-{client}" for client in range(workload.num_clients)]
         self._names = names
-        self.model: PeftModel = get_peft_model(
-            model, settings, names[0], autocast_adapter_dtype=autocast_adapter_dtype
-        )
-        for name in names[1:]:
-            self.model.add_adapter(name, settings, autocast_adapter_dtype=autocast_adapter_dtype)
+        adapted = (workload.lora_rank, workload.target_modules)
+        self.model = with_adapters(model, names, *adapted, autocast_adapter_dtype)
         self._parameters = dict(self.model.named_parameters())
         self._optimizers = [self._make_optimizer(name) for name in names]
         self._turn = 0

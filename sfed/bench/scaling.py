@@ -1,14 +1,24 @@
 """Scaling: whole rounds on this job's processes, weak and strong, and where their time goes.
 
 A job measures its own number of processes; ``scaling_tables`` puts several jobs beside each other.
+``measure_clients`` measures whole runs against the number of clients, on one process.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import math
+import multiprocessing
+import resource
+import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +28,22 @@ from sfed.bench.measure import Clock, Spread, describe_machine
 from sfed.bench.sharded import Sharded
 from sfed.bench.steps import Sfed
 from sfed.bench.workload import Workload, random_tokens
+from sfed.config import load as config_load
 from sfed.config.schema import DEFAULT_LOCAL_STEPS
+from sfed.data import demo, splits
 from sfed.data.partition import place
 from sfed.distributed import sync
 from sfed.distributed import world as distributed
 from sfed.distributed.world import World
+from sfed.federated import evaluate, local, preflight, rounds, session
+from sfed.federated.round_metrics import RoundLog
 from sfed.methods import aggregation
 from sfed.models.synthetic import twin
+from sfed.storage import checkpoint
+from sfed.storage.checkpoint_writer import Writer
+from sfed.storage.previous_run import FINISHED_FILE
+from sfed.storage.run_folder import RunFolder
+from sfed.utils.errors import UserError
 from sfed.utils.launcher import launch
 
 REPLICA, SHARDS, SECONDARY = "replica", "zero3", "zero3 hpZ"
@@ -208,3 +227,193 @@ def _gathers(seconds: Seconds, kind: str, name: str, whole: list[float]) -> dict
         for parts, replica, one in turns
     )
     return Spread.of(list(longer)).as_json()
+
+
+# --- whole runs against the number of clients -----------------------------------------------------
+
+_ROWS_OF_A_CLIENT = 4
+"""Three to train on and one that is held out."""
+
+
+class Parts:
+    """CPU seconds of the parts of a run, each without those within it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._of_thread = threading.local()
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Add the CPU seconds of this thread within to a part, and to no part around it."""
+        inner: list[float] = getattr(self._of_thread, "inner", [])
+        self._of_thread.inner = inner
+        started = time.thread_time()
+        inner.append(0.0)
+        try:
+            yield
+        finally:
+            used, within = time.thread_time() - started, inner.pop()
+            self.seconds[part] = self.seconds.get(part, 0.0) + used - within
+            if inner:
+                inner[-1] += used
+
+    def watch(self, owner: Any, name: str, part: str) -> None:
+        """Count each call of a function of a module or class as a part, from now on."""
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def counted(*arguments: Any, **named: Any) -> Any:
+            with self.of(part):
+                return function(*arguments, **named)
+
+        setattr(owner, name, counted)
+
+
+def measure_clients(
+    counts: Sequence[int], clients_per_pass: int, cohort: int | None
+) -> dict[str, Any]:
+    """Measure runs of the demo's model with these numbers of clients, each in processes of its own.
+
+    A run is one round of one step of every client, with an evaluation before and after it, a
+    checkpoint and the adapters. It is then started again twice: as if it had been killed while it
+    wrote the adapters, and when there is nothing to do.
+
+    Args:
+        counts: numbers of clients, N.
+        clients_per_pass: most clients that share a pass.
+        cohort: number of clients of the round, and of those that are evaluated; None = all.
+
+    Returns:
+        The results, as ``scaling_tables`` reads them.
+
+    Raises:
+        UserError: where a run ends with an error.
+    """
+    points = []
+    for num_clients in counts:
+        with tempfile.TemporaryDirectory(prefix="sfed-bench-") as folder:
+            settings = _settings_of(Path(folder), num_clients, clients_per_pass)
+            if cohort is not None:
+                settings["federated"]["clients_per_round"] = min(cohort, num_clients)
+                settings["evaluation"] = {"clients": min(cohort, num_clients)}
+            started = [_in_a_process(settings, start) for start in _STARTS]
+            points.append(
+                {"clients": num_clients, "starts": dict(zip(_STARTS, started, strict=True))}
+            )
+    machine = describe_machine(torch.device("cpu")) | {"processes": 1, "threads": 1}
+    return {"machine": machine, "cohort": cohort, "points": points}
+
+
+def _settings_of(folder: Path, num_clients: int, clients_per_pass: int) -> dict[str, Any]:
+    """Write the rows of the demo for so many clients; returns the settings of the run."""
+    per_kind = -(-_ROWS_OF_A_CLIENT * num_clients // len(demo.KINDS))
+    rows = demo.rows("train", per_kind, 0)[: _ROWS_OF_A_CLIENT * num_clients]
+    lines = (
+        json.dumps({"prompt": row["question"], "completion": row["answer"]}) + "\n" for row in rows
+    )
+    (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {
+        "model": {"name": "demo"},
+        "data": {
+            "task": "text",
+            "train_files": str(folder / "rows.jsonl"),
+            "eval_fraction": 1 / _ROWS_OF_A_CLIENT,
+            "max_tokens": 64,
+        },
+        "federated": {
+            "num_clients": num_clients,
+            "num_rounds": 1,
+            "clients_per_pass": clients_per_pass,
+        },
+        "train": {"local_steps": 1, "batch_size": 2},
+        "output": {"dir": str(folder), "name": "run"},
+    }
+
+
+_STARTS = ("first", "again", "nothing to do")
+
+
+def _in_a_process(settings: dict[str, Any], start: str) -> dict[str, Any]:
+    """Start a run in a new process; returns what it measured of itself."""
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_start, args=(settings, start, sending))
+    process.start()
+    sending.close()
+    try:
+        found: dict[str, Any] | str = receiving.recv()
+    except EOFError:
+        found = "it ended without a word"
+    process.join()
+    if isinstance(found, str):
+        clients = settings["federated"]["num_clients"]
+        raise UserError(f"--scaling-clients: the run of {clients} clients failed: {found}")
+    return found
+
+
+def _start(settings: dict[str, Any], start: str, sending: Connection) -> None:
+    """One start of a run, in a process of its own; the result, or an error in words, is sent."""
+    config, parts = config_load.validate(settings), Parts()
+    folder = Path(config.output.dir) / config.run_name
+    torch.set_num_threads(1)  # the seconds of a part are those of its thread
+    if start == "again":
+        (folder / FINISHED_FILE).unlink()
+    _watch_all(parts)
+    began = time.process_time()
+    try:
+        with parts.of("checking the files"):
+            preflight.check(config)
+            is_complete = preflight.look_back(config) is not None
+        if not is_complete:
+            session.run_session(config)
+    except UserError as mistake:
+        sending.send(str(mistake))
+        return
+    total = time.process_time() - began
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    sending.send(
+        {
+            "cpu_seconds": total,
+            "parts": {**parts.seconds, "the rest": total - math.fsum(parts.seconds.values())},
+            "peak_bytes": _peak_bytes(),
+            "did_nothing": is_complete,
+            "checkpoint_files": sum(path.parent.parent.name == "checkpoints" for path in files),
+            "adapter_files": sum(path.parent.parent.name == "adapters" for path in files),
+        }
+    )
+
+
+def _watch_all(parts: Parts) -> None:
+    watched: list[tuple[Any, str, str]] = [
+        (RunFolder, "look", "looking at the run folder"),
+        (RunFolder, "make", "making the run folder"),
+        (session, "build", "loading"),
+        (splits, "load", "reading"),
+        (rounds, "prepare", "drawing A"),
+        (checkpoint, "load", "resuming"),
+        (local, "train", "steps"),
+        (rounds, "_compare_clients", "similarity"),
+        (rounds, "_average", "mean"),
+        (evaluate, "evaluate", "evaluation"),
+        (RoundLog, "end", "events"),
+        (Writer, "save", "checkpoint"),
+        (Writer, "_write", "checkpoint"),
+        (Writer, "_complete", "checkpoint"),
+        (session, "_write_adapters", "export"),
+        (session, "_close", "closing table"),
+    ]
+    for owner, name, part in watched:
+        parts.watch(owner, name, part)
+
+
+def _peak_bytes() -> int:
+    """Most memory of this process so far.
+
+    ru_maxrss is that of the process which started it, where that was larger.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

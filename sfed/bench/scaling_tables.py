@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ _KINDS = {
     "weak": "weak scaling: as many clients on each process",
     "strong": "strong scaling: as many clients on all processes together",
 }
+
+
+_STARTS = {"first": "first start", "again": "again", "nothing to do": "nothing to do"}
 
 
 # What a file may make of a table that takes it for results: a key that is not there, another type.
@@ -131,6 +135,54 @@ def _percent(share: Json | None) -> str:
     if share is None:
         return ""
     return f"{100 * share['median']:.1f} %"
+
+
+def clients_tables(points: Sequence[Json]) -> list[Table]:
+    """Parts of runs against the number of clients: of the first start, and of later ones."""
+    tables = []
+    for start, title in _STARTS.items():
+        found = [point["starts"][start] for point in points]
+        table = Table(title=f"{title}: CPU seconds", title_justify="left")
+        table.add_column("N")
+        for point in points:
+            table.add_column(f"{point['clients']:,}", justify="right")
+        table.add_column("growth", justify="right")
+        parts = dict.fromkeys(part for one in found for part in one["parts"])
+        for part in parts:
+            seconds = [one["parts"].get(part, 0.0) for one in found]
+            table.add_row(part, *(f"{x:,.2f}" for x in seconds), _growth(points, seconds))
+        table.add_section()
+        whole = [one["cpu_seconds"] for one in found]
+        table.add_row("all", *(f"{x:,.2f}" for x in whole), _growth(points, whole))
+        peaks = [one["peak_bytes"] for one in found]
+        shown = [f"{x / 2**20:,.0f} MiB" for x in peaks]
+        table.add_row("peak memory", *shown, _growth(points, peaks))
+        for key in ("checkpoint_files", "adapter_files"):
+            table.add_row(key.replace("_", " "), *(f"{one[key]:,}" for one in found), "")
+        tables.append(table)
+    return tables
+
+
+_LEAST_SECONDS = 0.2
+"""Below it the growth of a part says nothing."""
+
+
+def _growth(points: Sequence[Json], values: Sequence[float]) -> str:
+    """The exponent p with which a value grows as N^p from the last but one N to the last."""
+    if len(points) < 2 or values[-1] < _LEAST_SECONDS or values[-2] <= 0:
+        return ""
+    counts = [point["clients"] for point in points]
+    return f"N^{math.log(values[-1] / values[-2]) / math.log(counts[-1] / counts[-2]):.2f}"
+
+
+CLIENTS_EXPLANATIONS = (
+    "One process, one thread, the demo's model: a round of one step of every client, or of "
+    "those of --cohort, evaluated before and after, a checkpoint, the adapters. again: as after a "
+    "kill while the adapters were written. CPU seconds, since they depend less on other work of "
+    "the machine than the clock; the checkpoint is written by a thread beside the run.",
+    "growth: from the last but one N to the last; N^1 is in proportion. A part is without those "
+    "that are within it.",
+)
 
 
 EXPLANATIONS = (

@@ -20,7 +20,7 @@ from sfed.clients.state import MOMENTS
 from sfed.clients.store import ClientStore
 from sfed.config.schema import TrainSection
 from sfed.data.batches import Batch
-from sfed.lora import adapters
+from sfed.lora import adapters, packed_attention
 from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.hf_blocks import patch_blocks
 from sfed.models.backbone import Backbone
@@ -92,6 +92,7 @@ def every_position(input_ids: torch.Tensor) -> torch.Tensor:
 
 def replica(model: PreTrainedModel) -> Backbone:
     """The model as it is, without any hooks."""
+    packed_attention.install(model, model.device)
     return Backbone(model, None, Sharding("none", "one process"), None)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from sfed.bench import scaling_tables
+from sfed.bench.against import tables as against_tables
 from sfed.utils.text import size_text
 
 _STEPS_OF_A_ROUND = 10
@@ -23,26 +24,46 @@ def show(results: Json) -> None:
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     for line in _heading(results):
         console.print(line, markup=False, soft_wrap=True)
-    if "variants" in results:
-        tables = [_speed(results), _memory(results), _ratios(results), _parts(results)]
-    elif "compare" in results:
-        tables = [_comparison(results["compare"])]
-    elif "scaling" in results:
-        tables = scaling_tables.tables(results["scaling"])
-    else:
-        tables = [_collectives(results["collectives"])]
+    _print(console, _tables(results))
+    for note in (*_explanations(results), *results["notes"]):
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def show_clients(results: Json) -> None:
+    """Print the tables of runs against the number of clients."""
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    for line in _machine(results["machine"]):
+        console.print(line, markup=False, soft_wrap=True)
+    _print(console, scaling_tables.clients_tables(results["points"]))
+    if results["cohort"] is not None:
+        console.print(f"{results['cohort']} clients train and are evaluated in the round")
+    for note in scaling_tables.CLIENTS_EXPLANATIONS:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def _print(console: Console, tables: Iterable[Table]) -> None:
     for table in tables:
         if not console.is_terminal:  # nothing bounds a file
             console.width = _WIDEST
             console.width = console.measure(table).maximum
         console.print(table)
-    for note in (*_explanations(results), *results["notes"]):
-        console.print(note, markup=False, soft_wrap=True)
+
+
+def _tables(results: Json) -> Sequence[Table]:
+    """The tables of what was measured."""
+    if "variants" in results:
+        return [_speed(results), _memory(results), _ratios(results), _parts(results)]
+    if "compare" in results:
+        return [_comparison(results["compare"])]
+    if "against" in results:
+        return [against_tables.table(results["against"])]
+    if "scaling" in results:
+        return scaling_tables.tables(results["scaling"])
+    return [_collectives(results["collectives"])]
 
 
 def _heading(results: Json) -> list[str]:
     machine, asked = results["machine"], results["configuration"]
-    versions = "  ".join(f"{name} {number}" for name, number in machine["versions"].items())
     shape = asked["shape"]
     name = asked["model_folder"] or asked["model"]
     targets = asked["target_modules"]
@@ -50,14 +71,22 @@ def _heading(results: Json) -> list[str]:
     adapters += targets if isinstance(targets, str) else ", ".join(targets)
     clients = f"{asked['rows']} rows x {asked['tokens']} tokens of each of "
     clients += f"{asked['num_clients']} clients"
+    clients = asked.get("about_rows", clients)
+    return [
+        *_machine(machine),
+        f"model    {name}, {shape['num_hidden_layers']} x {shape['hidden_size']}, "
+        f"{asked['dtype']}; {adapters}: A has {asked['a_bytes']:,} bytes",
+        *([] if "collectives" in results else [f"step     {clients}"]),
+    ]
+
+
+def _machine(machine: Json) -> list[str]:
+    versions = "  ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return [
         f"machine  {machine['device']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{size_text(machine['memory_bytes'], 2)} of memory, {machine['processes']} processes; "
         f"load {machine['load_average']:.1f} at the start",
         f"versions {versions}",
-        f"model    {name}, {shape['num_hidden_layers']} x {shape['hidden_size']}, "
-        f"{asked['dtype']}; {adapters}: A has {asked['a_bytes']:,} bytes",
-        *([] if "collectives" in results else [f"step     {clients}"]),
     ]
 
 
@@ -209,6 +238,8 @@ def _explanations(results: Json) -> list[str]:
             "medians; d as a: how many times as fast, turn by turn.",
             "slope: log-log, over all values; 1 = in proportion, 0 = free.",
         ]
+    if "against" in results:
+        return [*against_tables.notes(results["against"]), *against_tables.EXPLANATIONS]
     if "scaling" in results:
         return list(scaling_tables.EXPLANATIONS)
     return [

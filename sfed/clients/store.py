@@ -215,9 +215,7 @@ class ClientStore:
         """Those who changed since ``collect_changes``."""
         return frozenset(self._changed)
 
-    def collect_changes(
-        self, *, also: Iterable[int] = (), everything: bool = False
-    ) -> tuple[Parts, dict[int, Parts]]:
+    def collect_changes(self, *, also: Iterable[int] = ()) -> tuple[Parts, dict[int, Parts]]:
         """What clients have in common, and all that those hold who changed since the last call.
 
         In host memory that nobody writes to again. What a client holds in host memory is replaced
@@ -225,12 +223,8 @@ class ClientStore:
 
         Args:
             also: clients that are taken whether they changed or not.
-            everything: all that hold something.
         """
         self._changed |= set(also)
-        if everything:
-            drawn = self.examples_drawn
-            self._changed |= {client for client in self.own if self._parts[client] or drawn[client]}
         with self._ferry.aside():
             common = {name: self._at_rest(part) for name, part in self._common.items()}
             common |= {name: self._ferry.keep(part) for name, part in self.common_state.items()}
@@ -247,19 +241,30 @@ class ClientStore:
     def _at_rest(self, part: torch.Tensor) -> torch.Tensor:
         return part if self._stay is None else self._ferry.keep(part)
 
-    def restore(self, common: Parts, held: dict[int, Parts]) -> None:
+    @property
+    def holders(self) -> frozenset[int]:
+        """The clients that hold something of their own, or have drawn examples."""
+        drawn = self.examples_drawn
+        return frozenset(client for client in self.own if self._parts[client] or drawn[client])
+
+    def held_bytes(self, client: int) -> int:
+        """Bytes of what a client holds of its own."""
+        return sum(part.nbytes for part in self._parts[client].values())
+
+    def restore(self, common: Parts, held: Iterable[tuple[int, Parts]]) -> None:
         """Restore the state that ``collect_changes`` returned.
 
         Args:
             common: what the clients share, and what the server keeps.
-            held: what clients hold of their own; those that are not named hold nothing.
+            held: what clients hold of their own, one after another; it is copied. Those that are
+                not named hold nothing.
         """
         for factor in self.layout.factors:
             self.set_shared(factor, common[factor.lower()])
         self.common_state = {
             name: part.to(self._device) for name, part in common.items() if name not in self._common
         }
-        for client, parts in held.items():
+        for client, parts in held:
             self.examples_drawn[client] = int(parts[DRAWN])
             self.set_own(client, {name: part for name, part in parts.items() if name != DRAWN})
         self._changed.clear()

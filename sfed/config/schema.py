@@ -67,7 +67,8 @@ class ModelSection(Section):
     'sfed[quantization]'."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
     """Attention implementation of transformers. auto = sdpa where the model supports it, else
-    eager; flash_attention_2 is used only where it is named. May change on resume."""
+    eager, and packed rows without a mask where that is possible; sdpa = with a mask;
+    flash_attention_2 is used only where it is named. May change on resume."""
 
 
 class PartitionSection(Section):
@@ -238,6 +239,9 @@ class EvaluationSection(Section):
     )
     """Adapters that are evaluated: personal = each client's adapter on its own held-out data;
     global = averaged A and mean B on the held-out data of all clients."""
+    clients: PositiveInt | None = None
+    """Number of clients that are evaluated, at most N: a random sample, drawn from the seed and the
+    same in all rounds; means are then means over the sample. null = all. May change on resume."""
     generate: bool = False
     """Generate answers by greedy decoding: exact match for gsm8k, samples in the report for all
     text tasks."""
@@ -260,6 +264,10 @@ class OutputSection(Section):
     letter or a digit. null = TASK-METHOD, such as gsm8k-sfed."""
     checkpoint_every_rounds: PositiveInt = 1
     """Interval of checkpoints in rounds. There is always one at the end of the run."""
+    checkpoint_every_seconds: float | None = Field(default=None, gt=0, le=1e7)
+    """Minimum time in seconds from the beginning of a checkpoint to the next, above 0 and at most
+    1e7, by the clock of process 0: rounds of checkpoint_every_rounds that end sooner get none. null
+    = no minimum."""
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints that are kept; older ones are deleted. With 2 or more, every
     client has two files, so one damaged file costs one checkpoint."""
@@ -334,6 +342,12 @@ class Config(Section):
             raise ValueError(
                 f"federated.clients_per_round={federated.clients_per_round} is more than "
                 f"federated.num_clients={federated.num_clients}"
+            )
+        if (self.evaluation.clients or 1) > (federated.num_clients or math.inf):
+            raise ValueError(
+                f"evaluation.clients={self.evaluation.clients} is more than "
+                f"federated.num_clients={federated.num_clients}; lower it, or set it to null for "
+                "all clients"
             )
         return self
 

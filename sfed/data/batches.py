@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfed.data.packing import Packing, pack, round_up
+from sfed.data.packing import Layout, Packing, pack, round_up
 from sfed.data.tokenize import Examples, Row
+from sfed.distributed.transfer import to_device
 from sfed.utils.rng import Stream, generator
 
 IGNORED_LABEL = -100
@@ -29,10 +30,10 @@ class Documents:
     """(rows, tokens) int64: from 0 in each document, those that are padding included."""
     starts: torch.Tensor
     """(documents + 1,) int32: first places of the documents in the flattened rows, and the end."""
-
-    def to(self, device: torch.device) -> Documents:
-        """Move to a device."""
-        return Documents(self.position_ids.to(device), self.starts.to(device))
+    lengths: tuple[int, ...]
+    """Tokens of each document, known without asking the device."""
+    is_masked: bool = False
+    """Whether a mask is to keep them apart although attention could go without: it is cheaper."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,15 @@ class Batch:
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> Batch:
-        """Move to a device."""
-        return Batch(
-            self.input_ids.to(device),
-            self.labels.to(device),
-            self.positions.to(device),
-            self.targets.to(device),
-            self.is_token.to(device),
-            self.is_second.to(device),
-            None if self.documents is None else self.documents.to(device),
-        )
+        """Move to a device, in one copy."""
+        tensors = {name: one for name, one in vars(self).items() if name != "documents"}
+        told = self.documents
+        if told is None:
+            return Batch(**to_device(tensors, device), documents=None)
+        tensors |= {"position_ids": told.position_ids, "starts": told.starts}
+        moved = to_device(tensors, device)
+        places = (moved.pop("position_ids"), moved.pop("starts"))
+        return Batch(**moved, documents=Documents(*places, told.lengths, told.is_masked))
 
 
 class Order:
@@ -129,20 +129,51 @@ def collate(
         packing: lay several examples into a row where that is cheaper; None = never.
     """
     lengths_by_client = [[len(row.ids) for row in rows] for rows in rows_by_client]
-    longest = max((length for lengths in lengths_by_client for length in lengths), default=2)
-    width = round_up(longest)
-    lines_by_client = [[[number] for number in range(len(rows))] for rows in rows_by_client]
-    packed = None
-    if packing is not None:
-        packed = pack(lengths_by_client, rows_per_client, packing)
-    if packed is not None:
-        width, lines_by_client = packed
-        rows_per_client = max(map(len, lines_by_client))
-    filling = _Filling(len(rows_by_client) * rows_per_client, width)
-    for client, (rows, lines) in enumerate(zip(rows_by_client, lines_by_client, strict=True)):
+    layout, is_packed = _laid_out(lengths_by_client, rows_per_client, packing)
+    if is_packed:
+        rows_per_client = max(map(len, layout.lines))
+    filling = _Filling(len(rows_by_client) * rows_per_client, layout.width)
+    for client, (rows, lines) in enumerate(zip(rows_by_client, layout.lines, strict=True)):
         for place, line in enumerate(lines, start=client * rows_per_client):
             filling.fill(place, [rows[number] for number in line])
-    return filling.batch(is_packed=packed is not None)
+    documents = filling.documents(is_masked=layout.is_masked) if is_packed else None
+    return filling.batch(documents)
+
+
+@dataclass(frozen=True)
+class PassSize:
+    """What a pass computes."""
+
+    slots: int
+    """Tokens, padding included."""
+    places: float
+    """To which attention attends for each of them, at the rate of matrix products: under a mask all
+    of a row, at half the rate."""
+
+
+def pass_size(
+    lengths_by_client: Sequence[Sequence[int]], rows_per_client: int, packing: Packing | None
+) -> PassSize:
+    """The size of the batch that ``collate`` makes of examples of these lengths."""
+    layout, is_packed = _laid_out(lengths_by_client, rows_per_client, packing)
+    rows = max(map(len, layout.lines)) if is_packed else rows_per_client
+    seen = 2 * layout.width if layout.is_masked else _padded_width(lengths_by_client) / 2
+    return PassSize(len(lengths_by_client) * rows * layout.width, seen)
+
+
+def _laid_out(
+    lengths_by_client: Sequence[Sequence[int]], rows_per_client: int, packing: Packing | None
+) -> tuple[Layout, bool]:
+    """The rows of a pass, and whether they hold several examples."""
+    packed = None if packing is None else pack(lengths_by_client, rows_per_client, packing)
+    if packed is not None:
+        return packed, True
+    lines = [[[number] for number in range(len(lengths))] for lengths in lengths_by_client]
+    return Layout(_padded_width(lengths_by_client), lines, is_masked=False), False
+
+
+def _padded_width(lengths_by_client: Sequence[Sequence[int]]) -> int:
+    return round_up(max((length for lengths in lengths_by_client for length in lengths), default=2))
 
 
 class _Filling:
@@ -182,7 +213,7 @@ class _Filling:
         longest = max((len(row.ids) for row in rows), default=width)
         self._position_ids[place, start:] = np.arange(width - start) % longest
 
-    def batch(self, *, is_packed: bool) -> Batch:
+    def batch(self, documents: Documents | None) -> Batch:
         """The filled batch."""
         positions = np.concatenate(self._predicted_from)
         # A pass without any still goes through the head, as under ZeRO-3 all processes must.
@@ -194,11 +225,15 @@ class _Filling:
             torch.from_numpy(self._targets),
             torch.from_numpy(self._is_token),
             torch.from_numpy(self._is_second),
-            self._documents() if is_packed else None,
+            documents,
         )
 
-    def _documents(self) -> Documents:
+    def documents(self, *, is_masked: bool) -> Documents:
+        """The examples, and the padding of the rows."""
         starts = np.append(np.flatnonzero(self._position_ids == 0), self._position_ids.size)
         return Documents(
-            torch.from_numpy(self._position_ids), torch.from_numpy(starts.astype(np.int32))
+            torch.from_numpy(self._position_ids),
+            torch.from_numpy(starts.astype(np.int32)),
+            tuple(np.diff(starts).tolist()),
+            is_masked,
         )

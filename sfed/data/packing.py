@@ -1,10 +1,12 @@
 """Which examples share a row of a pass, and how wide the rows are. Plain numbers; needs no torch.
 
 All clients of a pass have equally many rows of one width, since the adapters are a product batched
-over clients. Packed rows have fewer empty slots. But documents are kept apart by a mask, with which
-attention computes all pairs of places in a row, not half of them; so wide rows cost more a slot.
+over clients. Packed rows have fewer empty slots. But where documents are kept apart by a mask,
+attention computes all pairs of places in a row, not half of them, so wide rows cost more a slot;
+and where attention takes one document after another, each costs some time of its own.
 Of all numbers of rows the cheapest is taken, each with the least width that holds every client's
-examples; padded rows, one for each example, where none is cheaper.
+examples and the cheaper way to keep them apart; padded rows, one for each example, where none is
+cheaper.
 """
 
 from __future__ import annotations
@@ -28,21 +30,44 @@ class Packing:
     widest: int
     """Tokens that a row may have."""
     even_width: float
-    """Width at which attention under a mask takes as long as all matrix products of a token; inf
-    where attention skips what it does not see."""
+    """Width at which attention under a mask takes as long as all matrix products of a token."""
+    document_slots: float = math.inf
+    """What a document of its own costs attention without a mask, in slots without attention: 0
+    where one kernel computes them all, inf where there has to be a mask."""
 
     def cost(self, slots: int, seen_width: float) -> float:
         """Time of a pass, in slots without attention, where a slot attends to so many places."""
         return slots * (1.0 + seen_width / self.even_width)
 
+    def all_in_one(self) -> list[Packing]:
+        """For each way in which this one may keep documents apart, one that packs all it can."""
+        ways = [0.0] if self.document_slots < math.inf else []
+        ways += [math.inf] if self.document_slots > 0 else []
+        return [Packing(2**31, math.inf, slots) for slots in ways]
+
     def widest_row(self, padded_rows: int, padded_width: int) -> int:
         """Bound the width of the rows that ``pack`` chooses over so many padded ones.
 
-        The widest is a row that holds everything: w (1 + w / even_width) < cost of the padded rows.
+        The widest is a row that holds everything. Under a mask w (1 + w / even_width) < cost of the
+        padded rows.
         """
+        widest = min(self.widest, padded_rows * padded_width)
+        if self.document_slots < math.inf:
+            return widest
         padded = self.cost(padded_rows * padded_width, padded_width / 2)
         width = 2 * padded / (1 + math.sqrt(1 + 4 * padded / self.even_width))
-        return min(self.widest, padded_rows * padded_width, math.floor(width))
+        return min(widest, math.floor(width))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of a packed pass."""
+
+    width: int
+    lines: list[Lines]
+    """Of each client."""
+    is_masked: bool
+    """Whether a mask keeps the examples apart at less cost than attention of each by itself."""
 
 
 def round_up(tokens: int) -> int:
@@ -57,7 +82,7 @@ def round_down(tokens: int) -> int:
 
 def pack(
     lengths_by_client: Sequence[Sequence[int]], padded_rows: int, packing: Packing
-) -> tuple[int, list[Lines]] | None:
+) -> Layout | None:
     """Choose width and rows of a packed pass.
 
     Args:
@@ -66,22 +91,34 @@ def pack(
         packing: of the model.
 
     Returns:
-        The width and each client's rows; None where padded rows cost no more.
+        None where padded rows cost no more.
     """
     longest = max((length for lengths in lengths_by_client for length in lengths), default=0)
     most = max(map(sum, lengths_by_client))
+    examples = sum(map(len, lengths_by_client)) / len(lengths_by_client)
     padded_width = round_up(longest)
+
+    def costs(num_rows: int, width: int) -> tuple[float, float]:
+        """Of a client's rows without a mask, where their padding is a document too; and under one.
+
+        Without, a token sees no more than in padded rows.
+        """
+        apart = packing.document_slots * (examples + num_rows)
+        apart += packing.cost(num_rows * width, padded_width / 2)
+        return apart, packing.cost(num_rows * width, width)
+
     best, least = None, packing.cost(padded_rows * padded_width, padded_width / 2)
     for num_rows in range(1, padded_rows):
         width = max(padded_width, round_up(-(-most // num_rows)))
         while (
             width <= packing.widest
             and num_rows * width < padded_rows * padded_width
-            and packing.cost(num_rows * width, width) < least
+            and min(costs(num_rows, width)) < least
         ):
             lines = [first_fit_decreasing(lengths, width) for lengths in lengths_by_client]
             if max(map(len, lines)) <= num_rows:
-                best, least = (width, lines), packing.cost(num_rows * width, width)
+                apart, masked = costs(num_rows, width)
+                best, least = Layout(width, lines, masked < apart), min(apart, masked)
             else:
                 width = round_up(max(width + 1, math.ceil(width * (1 + _STEP))))
     return best

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,12 @@ class Data:
     left_out: tuple[str, ...] = ()
     """Names of files with too few rows, which are no clients (``data.on_small_client=skip``)."""
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """The name of each client: of its file, or its value of a column; "" where it has none."""
         return [entry["name"] for entry in self.summary["clients"]]
 
-    @property
+    @cached_property
     def adapter_folders(self) -> list[str]:
         """The name of the folder of each client's adapter."""
         return [entry["adapter"] for entry in self.summary["clients"]]
@@ -81,7 +82,7 @@ class Data:
         """The columns of the training rows that a client's were read from, in use."""
         return frozenset(self.summary["clients"][client]["columns"])
 
-    @property
+    @cached_property
     def digests(self) -> list[str]:
         """Digests of the training and held-out examples of each client."""
         return [entry["digest"] for entry in self.summary["clients"]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -205,9 +206,9 @@ def _ragged_pass(step: Sfed, rows: int, width: int, packed: bool) -> None:
         half = width // 2
         places = torch.arange(width, device=device).repeat(rows, 1)
         places[:, half:] -= half
-        row_starts = torch.arange(rows + 1, device=device)[:, None] * width
-        starts = (row_starts + torch.tensor([[0, half]], device=device)).flatten()[:-1]
-        documents = Documents(places, starts.int())
+        lengths = (half, width - half) * rows
+        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+        documents = Documents(places, starts, lengths)
     step.rows.grads.zero_()
     losses = step.backbone.token_losses(ids, ids, every_position(ids), documents)
     torch.autograd.backward(losses.sum() / width)

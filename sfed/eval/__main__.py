@@ -57,6 +57,8 @@ def main(arguments: Sequence[str]) -> None:
                 f"{override!r}: after the run or adapter come key=value of the sections model, "
                 "data, backbone and evaluation"
             )
+        if override.startswith("evaluation.clients="):
+            raise UserError(f"{override}: all adapters that are named are scored; remove it")
     command.check_json(given.json)
     chosen = adapter_ref.choose(adapter_ref.find_adapters(given.adapters), names)
     command.tell("loading PyTorch and transformers ...")

@@ -7,8 +7,10 @@ Which rounds a run has on disk follows from ``output.checkpoint_every_rounds`` a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,11 +18,20 @@ from safetensors import SafetensorError, safe_open
 from sfed.lora.layout import Layout
 from sfed.methods.aggregation import weighted_sum
 from sfed.methods.holders import Holders, sum_of_common_b
-from sfed.storage.checkpoint import file_of
-from sfed.storage.checkpoint_folder import COMMON, CheckpointRef, age_of_name, by_age, metadata_of
+from sfed.storage.checkpoint import client_prefix
+from sfed.storage.checkpoint_folder import (
+    COMMON,
+    CheckpointRef,
+    age_of_name,
+    by_age,
+    metadata_of,
+    packs_of,
+)
 from sfed.storage.resume import problem_of
 from sfed.utils.errors import CheckpointError
 from sfed.utils.text import one_line
+
+_MOST_OPEN = 8
 
 
 def whole_rounds(run_folder: Path) -> dict[int, Path]:
@@ -76,6 +87,7 @@ class CheckpointRows:
     layout: Layout
     gammas: Sequence[float] = ()
     """(N,) of each client where LoRA ranks differ, else empty."""
+    _opened: dict[str, tuple[Any, frozenset[str]]] = field(default_factory=dict)
 
     def row(self, client: int) -> torch.Tensor:
         """One client's adapter, (layout.size,) fp32: what is its own, else what is shared.
@@ -84,11 +96,11 @@ class CheckpointRows:
             CheckpointError: where the files do not hold it.
         """
         row = torch.empty(self.layout.size)
-        own = self._own_file(client)
+        own = self._files.get(client)
         for factor in self.layout.factors:
             name, values = factor.lower(), None
             if own is not None:
-                values = self._read(own, f"clients/{client:04d}/{name}", factor)
+                values = self._read(own, f"{client_prefix(client)}/{name}", factor)
             if values is None:
                 values = self._common(factor).clone()
                 self.layout.take_common([client], factor, values[None])
@@ -130,18 +142,29 @@ class CheckpointRows:
     def _rows(self, num_clients: int) -> Iterator[torch.Tensor]:
         return (self.row(client) for client in range(num_clients))
 
-    def _own_file(self, client: int) -> str | None:
-        name = file_of(client)
-        return name if name in self.found.metadata["files"] else None
+    @cached_property
+    def _files(self) -> dict[int, str]:
+        """The file of each client that has one."""
+        packs = packs_of(self.found.metadata)
+        return {client: name for name, clients in packs.items() for client in clients}
+
+    def _open(self, file: str) -> tuple[Any, frozenset[str]]:
+        """A file and the names of its tensors; a few stay open, since each holds many clients."""
+        if file not in self._opened:
+            opened: Any = safe_open(self.found.folder / file, framework="pt")
+            if len(self._opened) >= _MOST_OPEN:
+                del self._opened[next(iter(self._opened))]
+            self._opened[file] = opened, frozenset(opened.keys())
+        return self._opened[file]
 
     def _read(self, file: str, key: str, factor: str) -> torch.Tensor | None:
         """A tensor of a file; None where the file holds none of that name."""
         path, columns = self.found.folder / file, self.layout.columns(factor)
         try:
-            with safe_open(path, framework="pt") as opened:
-                if key not in opened.keys():  # noqa: SIM118  (it is no mapping)
-                    return None
-                tensor: torch.Tensor = opened.get_tensor(key)
+            opened, names = self._open(file)
+            if key not in names:
+                return None
+            tensor: torch.Tensor = opened.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read ({one_line(error)})") from None
         if tensor.shape != (columns.stop - columns.start,):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sfed.clients.state import MOMENTS
-from sfed.clients.store import ClientStore
 from sfed.config.schema import Config
 from sfed.data import classification, splits
 from sfed.data.splits import Data
@@ -18,12 +15,12 @@ from sfed.data.tasks import task_of
 from sfed.data.tokenizer import identity_of
 from sfed.distributed import consistency, sync
 from sfed.distributed.world import World
-from sfed.federated import context, fingerprints, round_metrics
+from sfed.federated import context, fingerprints, passes, round_metrics
 from sfed.federated.context import Run
 from sfed.lora import adapters
 from sfed.lora.adapters import LoraSpec
 from sfed.memory import clients_per_pass
-from sfed.memory.clients_per_pass import ClientsPerPass, Start
+from sfed.memory.clients_per_pass import Start
 from sfed.methods import by_layer, scaling
 from sfed.methods import method as methods
 from sfed.methods.method import Method
@@ -32,9 +29,7 @@ from sfed.models import demo as demo_model
 from sfed.models.backbone import Backbone
 from sfed.models.changed_weights import ChangedWeights
 from sfed.models.hf_config import MetaModel
-from sfed.models.isolation import check
 from sfed.models.tokenizer import load_tokenizer
-from sfed.models.trial_passes import Subject, ordinary_tokens
 from sfed.observability import metrics
 from sfed.observability.console import Console
 from sfed.privacy import mean as private_mean
@@ -107,13 +102,13 @@ def build(
     if sharing.is_doubtful:
         console.warn(f"memory may not suffice: {sharing.reason}")
     of_config = (asked, world, task_of(config), tokenizer, method, num_clients, gammas)
-    clients = _clients(config, world, attached, placed[world.rank], sharing)
+    clients = passes.new_clients(config, world, attached, placed[world.rank], sharing)
     rest = (resume.course_from(found, config), None, _class_weights(config, world, held))
     run = Run(*of_config, frozen, attached, held, clients, sharing, *rest)
     run = _with_options(run, source, found)
     loaded = fingerprints.when_built(run, tokenizer_digest)
     consistency.require_same(world, "what was loaded", loaded)
-    run = _as_far_as_right(run, console.warn)
+    run = passes.at_the_knee(passes.as_far_as_right(run, console.warn))
     if config.federated.scaffold:
         run.clients.keep_controls(run.received)
     for line in round_metrics.header(run):
@@ -197,12 +192,17 @@ def _loaded_factors(run: Run, source: Source) -> tuple[str, ...]:
 
 
 def _check_cohort(config: Config, num_clients: int) -> None:
-    """Refuse a cohort of more clients than there are: N may follow from processes or files."""
-    if num_clients < (config.federated.clients_per_round or 1):
-        raise UserError(
-            f"federated.clients_per_round = {config.federated.clients_per_round} is more than the "
-            f"{num_clients} clients; set it to at most {num_clients}"
-        )
+    """Refuse a cohort or sample of more clients than there are: N may follow from files."""
+    asked = {
+        "federated.clients_per_round": config.federated.clients_per_round,
+        "evaluation.clients": config.evaluation.clients,
+    }
+    for key, count in asked.items():
+        if num_clients < (count or 1):
+            raise UserError(
+                f"{key} = {count} is more than the {num_clients} clients; set it to at most "
+                f"{num_clients}"
+            )
 
 
 def _backbone(start: Start, name: str, meta: MetaModel, held: Data) -> Backbone:
@@ -251,23 +251,6 @@ def _warn_of_alpha(config: Config, held: Data, gammas: Sequence[float], console:
     given = config.lora.alpha
     if given and (doubt := scaling.alpha_of_another_formula(given, lora_rank, gamma)):
         console.warn(doubt)
-
-
-def _clients(
-    config: Config,
-    world: World,
-    attached: adapters.Adapters,
-    own: Sequence[int],
-    sharing: ClientsPerPass,
-) -> ClientStore:
-    """The clients of this process, all zero."""
-    return ClientStore(
-        own,
-        attached.layout,
-        world.device,
-        clients_per_pass=sharing.of(own),
-        moments=MOMENTS if config.train.optimizer == "adamw" else (),
-    )
 
 
 def _tokenizer(
@@ -347,48 +330,3 @@ def _say_end_mark(tokenizer: PreTrainedTokenizerFast, source: str, console: Cons
             "config.json one that its vocabulary holds, so no row teaches the adapters to stop; "
             "set eos_token in tokenizer_config.json of the model"
         )
-
-
-def _as_far_as_right(run: Run, warn: Callable[[str], None]) -> Run:
-    """Share passes and rows only where the start check found that to be right. Collective.
-
-    Args:
-        run: of which nothing has trained.
-        warn: takes a line.
-
-    Raises:
-        UserError: on every process, where the backbone cannot be trained with right numbers.
-    """
-    widest = max(run.sharing.of(own) for own in run.placement)
-    found = check(_subject_of(run), partial(_first, run.world), shares_passes=widest > 1)
-    if run.packing is not None and not found.documents_share_rows:
-        warn(f"each sequence gets a row of its own: {found.packing_reason}")
-        run.backbone.keep_documents_in_rows_of_their_own()
-    if widest == 1 or found.clients_share_passes:
-        return run
-    warn(f"each client gets passes of its own: {found.reason}")
-    sharing = ClientsPerPass(1, found.reason)
-    clients = _clients(run.config, run.world, run.adapters, run.clients.own, sharing)
-    return dataclasses.replace(run, sharing=sharing, clients=clients)
-
-
-def _subject_of(run: Run) -> Subject:
-    """The parts of a run that are tried."""
-    rows = (some[client] for some in (run.data.train, run.data.held_out) for client in some)
-    longest = max(int(max(examples.lengths, default=0)) for examples in rows)
-    if run.config.evaluation.generate:
-        longest = min(longest + run.config.evaluation.max_new_tokens, run.backbone.context_tokens)
-    return Subject(
-        run.backbone,
-        run.adapters,
-        run.world.device,
-        ordinary_tokens(run.tokenizer, run.backbone.vocabulary_size),
-        max(sync.gather_json(run.world, "longest row", longest)),
-        run.packing,
-    )
-
-
-def _first(world: World, reason: str | None) -> str | None:
-    """The reason of the first process that has one. Collective."""
-    found = sync.gather_json(world, "checking the backbone", reason)
-    return next((one for one in found if one), None)

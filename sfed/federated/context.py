@@ -163,6 +163,19 @@ class Run:
         """All N clients."""
         return tuple(range(self.num_clients))
 
+    @property
+    def evaluated(self) -> tuple[int, ...]:
+        """The clients that are evaluated: all N, or the sample of ``evaluation.clients``."""
+        return sampling.evaluated(
+            self.config.seed, self.num_clients, self.config.evaluation.clients
+        )
+
+    @property
+    def sample(self) -> list[int] | None:
+        """The clients that are evaluated, where not all are."""
+        found = self.evaluated
+        return None if len(found) == self.num_clients else list(found)
+
     def is_due(self, finished_rounds: int, every: int) -> bool:
         """Whether something that happens every so many rounds does now.
 

@@ -108,7 +108,7 @@ def score_of_part(name: str, part: str) -> str:
 
 
 def evaluate(run: Run, stop: StopRequest, finished_rounds: int) -> Evaluation | None:
-    """Evaluate all clients, whoever trained last. Collective.
+    """Evaluate all clients, or those of the sample, whoever trained last. Collective.
 
     Under a sharded backbone all processes make equally many passes. Where every client has the same
     adapter, the personal one is the global one, and one measurement serves both.
@@ -154,7 +154,7 @@ def evaluate(run: Run, stop: StopRequest, finished_rounds: int) -> Evaluation | 
 
 
 class Measuring:
-    """Measures the held-out data of all clients, each with its own adapter, or all with one."""
+    """Measures the held-out data of the clients, each with its own adapter, or all with one."""
 
     def __init__(self, run: Run, shared_row: torch.Tensor | None) -> None:
         """Measure nothing yet.
@@ -177,7 +177,7 @@ class Measuring:
             writes: whether answers are written, where ``evaluation.generate`` is on.
         """
         run, samples = self._run, dict[int, list[Sample]]()
-        groups = run.groups(run.everyone)
+        groups = run.groups(run.evaluated)
         schedule = Lockstep(run, stop, "evaluation, pass", groups, self._passes)
         for group in schedule.groups:
             rows = run.clients.load_values(group) if self._shared_row is None else self._shared_row

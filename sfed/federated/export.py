@@ -35,6 +35,7 @@ def export_adapters(run: Run, folder: Path) -> str:
         weights = run.weights(run.everyone)
         own = run.own_factors(run.config.federated.num_rounds)
         row_of_all = aggregation.global_row(run.world, run.clients, weights, own, run.gammas)
+    taken = set(data.adapter_folders)
     try:
         for client in run.clients.own:
             path = folder / "adapters" / data.adapter_folders[client]
@@ -42,7 +43,8 @@ def export_adapters(run: Run, folder: Path) -> str:
             facts = card_facts.of_client(client, name, data.train_counts[client])
             described = Described(data.columns_of(client), facts, client, name)
             writer.write(path, run.clients.row(client), described)
-            _remove_former(run, folder, client)
+            if (former := adapter_folder(client)) not in taken:
+                _remove_former(folder / "adapters" / former)
         if row_of_all is not None and run.world.is_main:
             described = Described(data.used_columns, card_facts.of_global(data.train_counts))
             writer.write(folder / "adapters" / GLOBAL, row_of_all, described)
@@ -98,8 +100,7 @@ def writer_of(run: Run, privacy: str = "") -> FolderWriter:
     return FolderWriter(run.adapters, trained, card_facts.of_run(run.config, course))
 
 
-def _remove_former(run: Run, folder: Path, client: int) -> None:
+def _remove_former(folder: Path) -> None:
     """Remove what an older version, which knew no names, has written of a client that has one."""
-    former = adapter_folder(client)
-    if former not in run.data.adapter_folders and (folder / "adapters" / former).is_dir():
-        shutil.rmtree(folder / "adapters" / former)
+    if folder.is_dir():
+        shutil.rmtree(folder)

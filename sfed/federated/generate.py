@@ -52,7 +52,7 @@ def write_answers(
     """
     own, size = run.clients.own, run.config.evaluation.batch_size
     samples: dict[int, list[Sample]] = {client: [] for client in own}
-    groups = run.groups(run.everyone)
+    groups = run.groups(run.evaluated)
     schedule = Lockstep(run, stop, "generation, batch", groups, partial(_batches, run))
     for group in schedule.groups:
         if shared_row is not None:

@@ -25,6 +25,7 @@ from sfed.data.batches import Order
 from sfed.data.tokenize import Row
 from sfed.distributed.shutdown import StopRequest
 from sfed.distributed.sync import barrier
+from sfed.distributed.transfer import to_device
 from sfed.distributed.world import all_gather_rows
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.lockstep import Lockstep
@@ -193,11 +194,26 @@ class LocalSteps:
         self._latest_taken_C = torch.zeros_like(self._latest_losses_C, dtype=torch.bool)
         self._start = rows.values.clone()
         self._terms = terms
-        self._mean_weights = {
-            c: mean_weights([self._rate(c, step) for step in range(plan.steps[c])])
-            for c in (rows.clients if terms and terms.controls else ())
-        }
+        self._known = self._known_before()
         self.latest_tokens = 0
+
+    def _known_before(self) -> dict[str, torch.Tensor]:
+        """What is known of all steps of the round, on the device: (steps, C) each.
+
+        Whether a client makes a step; its learning rate; the weight of the step's gradient in the
+        mean gradient, where there are control variates.
+        """
+        plan, steps = self.plan, range(self.last)
+        rates = [[self._rate(client, step) for client in self._clients] for step in steps]
+        active = [[self._first[c] <= t < plan.steps[c] for c in self._clients] for t in steps]
+        known = {"lr": torch.tensor(rates), "active": torch.tensor(active)}
+        if self._terms is not None and self._terms.controls:
+            weights = torch.zeros(self.last, len(self._clients))
+            for place, client in enumerate(self._clients):
+                of_steps = mean_weights([one[place] for one in rates[: plan.steps[client]]])
+                weights[: len(of_steps), place] = torch.tensor(of_steps)
+            known["weight"] = weights
+        return to_device(known, self._run.world.device)
 
     def latest_loss(self) -> float:
         """Mean loss of the latest step over the clients that made it. Waits for the device."""
@@ -206,20 +222,22 @@ class LocalSteps:
 
     def make(self, step: int) -> None:
         """Make one optimizer step of every client that has this step to make."""
-        device, clients = self._run.world.device, self._clients
+        clients = self._clients
         active = [self._first[c] <= step < self.plan.steps[c] for c in clients]
         drawn = [self._draw(c, step) if on else [] for c, on in zip(clients, active, strict=True)]
-        supervised_C = torch.tensor(list(map(batches.supervised_count, drawn)), device=device)
+        counts = {"supervised": torch.tensor(list(map(batches.supervised_count, drawn)))}
+        supervised_C = to_device(counts, self._run.world.device)["supervised"]
         losses_C = self._backward(drawn, supervised_C, step)
-        active_C = torch.tensor(active, device=device)
+        known = {name: values_SC[step] for name, values_SC in self._known.items()}
+        active_C = known["active"]
         if self._terms is not None:
-            self._terms.add_to(self._rows, self._weights_of_means(step), active_C)
+            self._terms.add_to(self._rows, known.get("weight"), active_C)
         norms_C = self._optimizer.gradient_norms(self._rows)
         finite_C = torch.isfinite(losses_C) & torch.isfinite(norms_C)
         # A client that turned non-finite rests until the round ends.
         self._is_bad_C |= active_C & ~finite_C
         taken_C = active_C & ~self._is_bad_C
-        self._optimizer.step(self._rows, self._learning_rates(step), norms_C, taken_C)
+        self._optimizer.step(self._rows, known["lr"], norms_C, taken_C)
         self._latest_losses_C, self._latest_taken_C = losses_C, taken_C
         self._sums["loss_sum"] += (losses_C * supervised_C).where(taken_C, 0.0)
         self._sums["norm_sum"] += norms_C.where(taken_C, 0.0)
@@ -281,24 +299,12 @@ class LocalSteps:
         words = (self._run.config.seed, self.plan.round_index, step, number)
         return tuple(derive(Stream.DROPOUT, *words, client) for client in self._clients)
 
-    def _learning_rates(self, step: int) -> torch.Tensor:
-        """(C,) learning rates: the schedule runs over the whole run, per client."""
-        rates = [self._rate(client, step) for client in self._clients]
-        return torch.tensor(rates, device=self._run.world.device)
-
     def _rate(self, client: int, step: int) -> float:
+        """The learning rate of a client's step: the schedule runs over the whole run."""
         run, begun = self._run, self.plan.round_index
         done = min(step / self.plan.steps[client], 1.0)
         lr = run.data.settings[client].lr
         return learning_rate(run.config.train, lr, run.course.num_rounds(begun), begun + done)
-
-    def _weights_of_means(self, step: int) -> torch.Tensor | None:
-        """(C,) weights of this step's gradients in the mean gradients; None without controls."""
-        if not self._mean_weights:
-            return None
-        weights = [self._mean_weights[client] for client in self._clients]
-        of_step = [some[step] if step < len(some) else 0.0 for some in weights]
-        return torch.tensor(of_step, device=self._run.world.device)
 
     def close(self) -> None:
         """Write the sums down; a client that turned non-finite is back where the round began."""

@@ -16,7 +16,7 @@ from sfed.config.clients import settings_of
 from sfed.config.schema import Config, OutputSection
 from sfed.data.forms.pair import Pair
 from sfed.data.partition import value_of
-from sfed.data.tasks import checked_pair, task_of
+from sfed.data.tasks import Task, checked_pair, task_of
 from sfed.files.checks import Checked, Fault, check_files
 from sfed.files.listing import is_local, list_files
 from sfed.files.silos import least_rows, num_clients_of, silos_of
@@ -69,7 +69,9 @@ def check(config: Config, num_processes: int | None = None) -> str:
         )
     mistakes += [*_of_output(config.output), *_missing_quantization(config)]
     files = [name for listing in listings for name in listing.files if is_local(name)]
-    checked = check_files(files, partial(_check_row, config))
+    # What a chat template makes of a conversation is seen when the tokenizer is there.
+    task = task_of(config, lambda _turns, _tools: Pair("", ""))
+    checked = check_files(files, partial(_check_row, config, task))
     faults = _said(files, checked.faults + _too_few(config, files, checked))
     if mistakes:
         raise ConfigError("\n".join([*mistakes, *faults]))
@@ -156,9 +158,8 @@ def _of_clients(config: Config, num_processes: int) -> list[str]:
     ]
 
 
-def _check_row(config: Config, row: Any, where: str) -> None:
-    # What a chat template makes of a conversation is seen when the tokenizer is there.
-    checked_pair(task_of(config, lambda _turns, _tools: Pair("", "")), row, where)
+def _check_row(config: Config, task: Task, row: Any, where: str) -> None:
+    checked_pair(task, row, where)
     if config.partition.key is not None:
         value_of(row, config.partition.key, where)
 

@@ -6,7 +6,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from sfed.observability.console import Console
 from sfed.observability.trackers import MetricLogger
 from sfed.storage.checkpoint_writer import Writer
 from sfed.utils import versions
+from sfed.utils.errors import UserError
 from sfed.utils.text import counted, printable
 
 _MOST_NAMED = 8
@@ -57,12 +58,11 @@ def header(run: Run) -> list[str]:
         *filter(None, [fp8.summary(run.backbone.model)]),
         f"attention: {_attention(run)}",
         *_placement(run),
-        f"rows: padded ({run.why_padded})"
-        if run.why_padded
-        else "rows: short sequences share one where that is cheaper",
+        f"rows: {_rows(run)}",
         *_passes(run),
         *_classes(run),
         *filter(None, [run.course.line(run.config.train)]),
+        *_sample(run),
         f"losses: {run.task.loss_in_words}; personal = each client's adapter on its own held-out "
         "data" + ("" if method.is_alone else ", global = A with the mean of B on everybody's"),
     ]
@@ -146,6 +146,15 @@ def _attention(run: Run) -> str:
     return f"{used} ({kind} has no sdpa in transformers)" if is_forced else used
 
 
+def _rows(run: Run) -> str:
+    """Whether sequences share rows, and what attention needs for that."""
+    if run.why_padded:
+        return f"padded ({run.why_padded})"
+    masked = run.backbone.why_masked
+    apart = f"kept apart by a mask ({masked})" if masked else "attention needs no mask for that"
+    return f"short sequences share one where that is cheaper; {apart}"
+
+
 def _placement(run: Run) -> list[str]:
     """The line about which process holds which client, where that is not by number."""
     placed = run.data.placement
@@ -157,13 +166,26 @@ def _placement(run: Run) -> list[str]:
 
 
 def _passes(run: Run) -> list[str]:
-    """The line about clients per pass, where not all clients of a process share one."""
+    """The line about clients per pass, where it was chosen or not all of a process share one."""
     widest = max(run.placement, key=len)
     sharing = run.sharing.of(widest)
-    if sharing == len(widest):
+    is_chosen = run.config.federated.clients_per_pass == "auto" and len(widest) > 1  # noqa: S105
+    if sharing == len(widest) and not is_chosen:
         return []
     of_all = f"{sharing} of a process's {len(widest)} clients"
     return [f"passes: {of_all} share one: {run.sharing.reason}"]
+
+
+def _sample(run: Run) -> list[str]:
+    """The line about the clients that are evaluated, where that is a sample."""
+    sample = run.sample
+    if sample is None:
+        return []
+    more = f" and {len(sample) - _MOST_NAMED} more" if len(sample) > _MOST_NAMED else ""
+    return [
+        f"evaluation: a sample of {len(sample):,} of {run.num_clients:,} clients, drawn from the "
+        f"seed: {', '.join(map(str, sample[:_MOST_NAMED]))}{more}"
+    ]
 
 
 def _classes(run: Run) -> list[str]:
@@ -204,6 +226,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "backbone_digest": run.backbone.weights_digest,
             "placement": [list(own) for own in run.placement],
             "placement_reason": run.data.placement.reason,
+            "evaluated_clients": run.sample,
             "left_out_clients": list(run.data.left_out),
             "clients_per_pass": run.clients.clients_per_pass,
             "clients_per_pass_reason": run.sharing.reason,
@@ -321,6 +344,25 @@ class RoundLog:
             self._journal.write_event(event)
         self._console.end_round(event)
 
+    def end_of_start(self, checkpoint_seconds: float, export_seconds: float | None) -> None:
+        """The rounds of this start are done: keep what no round's event holds.
+
+        Args:
+            checkpoint_seconds: how long the last checkpoint held this process up.
+            export_seconds: of writing the adapters; None where they were not written.
+        """
+        if self._journal is None:
+            return
+        event = {
+            "event": "end",
+            metrics.CHECKPOINT_SECONDS: checkpoint_seconds,
+            metrics.EXPORT_SECONDS: export_seconds,
+            metrics.CPU_SECONDS: time.process_time() - self._cpu_seconds,
+            metrics.PEAK_BYTES: peak_bytes(self._run.world.device),
+        }
+        with suppress(UserError):  # a full disk: the run itself is whole
+            self._journal.write_event(event)
+
 
 def round_event(
     run: Run,
@@ -341,6 +383,9 @@ def round_event(
     event.update(_training(run, stats))
     event.update(_schedule(run, finished_rounds))
     event.update(_held_out(run, evaluation))
+    event[metrics.EVALUATED] = None if evaluation is None else len(run.evaluated)
+    if evaluation is not None and run.sample is not None:
+        event[metrics.SAMPLE] = run.sample
     if evaluation is not None and run.task.classes and finished_rounds == _last_round(run):
         event[metrics.CONFUSION] = {
             kind: measured.confusion(len(run.task.classes))

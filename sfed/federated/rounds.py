@@ -74,7 +74,7 @@ def train(
             checkpoints.save(state)
             return False
         state = State(plan.finished_rounds, None, bad_rounds)
-        if run.is_due(state.finished_rounds, run.config.output.checkpoint_every_rounds):
+        if checkpoints.is_due(state.finished_rounds):
             checkpoints.save(state)
     return True
 

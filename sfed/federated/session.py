@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -218,17 +219,22 @@ def _train_and_export(
         run.course,
         None if run.origin is None else run.origin.as_record(),
     )
+    reported = RoundLog(run, console, log)
+    export_seconds: float | None = None
     with Writer(identity, world, run.clients, folder.path, found) as writer:
-        finished = rounds.train(run, state, writer, RoundLog(run, console, log), stop)
+        finished = rounds.train(run, state, writer, reported, stop)
         writer.finish()
     console.end_rounds()
     if finished:
+        started = time.monotonic()
         _write_adapters(run, folder.path, console)
+        export_seconds = time.monotonic() - started
     else:
         console.say(
             f"stopped as asked; the same command resumes from {folder.path / 'checkpoints'}"
         )
         console.say(f"report     sfed report {folder.path}  (the rounds so far)")
+    reported.end_of_start(writer.take_seconds()[0], export_seconds)
     if log is not None:
         log.close()
     return finished
@@ -262,7 +268,8 @@ def _close(run: Run, folder: Path, console: Console) -> None:
     """The closing table and where everything is."""
     if not run.world.is_main:
         return
-    events = read_rounds(folder).events
+    found = read_rounds(folder)
+    events = found.events
     evaluated = [event for event in events if _has_losses(event)]
     if evaluated:
         before = evaluated[0] if evaluated[0]["round"] == 0 else None
@@ -276,7 +283,7 @@ def _close(run: Run, folder: Path, console: Console) -> None:
     if run.privacy is not None:
         told = privacy_of(open_run(folder).config, events[-1] if events else None)
         console.say(f"privacy    {told}")
-    console.where_the_time_went(events)
+    console.where_the_time_went([*events, *found.ends])
     console.where_processes_waited(events)
 
 

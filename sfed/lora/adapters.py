@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from sfed.lora.head import Head
 from sfed.lora.layout import Layout, Piece
 from sfed.lora.linear import PassContext, Siblings, StackedLoraLinear
 from sfed.lora.quantized import CodedLinear
-from sfed.lora.tensor_files import save_tensors
+from sfed.lora.tensor_files import write_tensors
 from sfed.utils.errors import UserError
-from sfed.utils.files import replacing
+from sfed.utils.files import write_changed
 from sfed.utils.text import counted, one_line
 
 _WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -177,6 +178,8 @@ class Adapters:
     ) -> None:
         """Write one client's row as a stock PEFT adapter, whole or not at all.
 
+        Files that hold this adapter already are left alone.
+
         ``PeftModel.from_pretrained(base, folder)`` then computes what the trainer computed, and so
         does other software: ``lora_alpha / r`` is gamma, without rsLoRA's flag, which some ignore.
 
@@ -193,7 +196,7 @@ class Adapters:
             OSError, SafetensorError: where a file cannot be written.
         """
         lora_rank, gamma = self.rank_and_gamma(client)
-        settings = {**self.peft_config.to_dict(), "inference_mode": True}
+        settings = dict(self._peft_settings)
         if client is not None and self.gammas:
             settings |= {"r": lora_rank, "lora_alpha": peft_alpha(gamma, lora_rank)}
         by_piece = _cut(self.layout, row.detach().cpu(), lora_rank)
@@ -205,8 +208,7 @@ class Adapters:
             for piece, values in by_piece.items()
         }
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / _WEIGHTS) as temporary:
-            save_tensors(tensors, temporary, {"format": "pt"})
+        write_tensors(tensors, folder / _WEIGHTS, {"format": "pt"})
         if self.head is not None:
             settings["task_type"] = "SEQ_CLS"
             settings["modules_to_save"] = self.head.modules
@@ -214,7 +216,12 @@ class Adapters:
             settings["lora_alpha"] = int(settings["lora_alpha"])
         plain = {key: plain_json(key, value) for key, value in settings.items()}
         text = json.dumps(plain, indent=2, sort_keys=True, allow_nan=False)
-        (folder / _SETTINGS).write_text(text + "\n", encoding="utf-8")
+        write_changed(folder / _SETTINGS, text + "\n")
+
+    @cached_property
+    def _peft_settings(self) -> dict[str, Any]:
+        """PEFT's settings of all adapters: it takes long to list them."""
+        return {**self.peft_config.to_dict(), "inference_mode": True}
 
     def read_peft_folder(self, folder: Path) -> torch.Tensor:
         """Read a row from a folder that ``write_peft_folder`` wrote, or stock PEFT.

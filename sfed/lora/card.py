@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfed.utils.files import replacing
+from sfed.utils.files import write_changed
 from sfed.utils.text import printable
 
 LABELS_FILE, CARD_FILE = "labels.json", "README.md"
@@ -185,8 +185,8 @@ class ModelCard:
         """
         if isinstance(self.use, ClassifierUse) and self.use.labels:
             labels = json.dumps(list(self.use.labels), ensure_ascii=False)
-            _write(folder / LABELS_FILE, f"{labels}\n")
-        _write(folder / CARD_FILE, self._text(name or folder.name))
+            write_changed(folder / LABELS_FILE, f"{labels}\n")
+        write_changed(folder / CARD_FILE, self._text(name or folder.name))
 
     def _text(self, name: str) -> str:
         about, prompting = self.use.about(is_merged=self.is_merged), self.use.prompting()
@@ -268,8 +268,3 @@ def _loading(kind: str, arguments: Sequence[str], is_merged: bool) -> str:
         f"model = {name}.from_pretrained(\n{call})\n{finding}"
         f"tokenizer = AutoTokenizer.from_pretrained({base})\n"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -1,6 +1,7 @@
-"""How many clients of a process share a pass: as configured, or as many as fit.
+"""How many clients of a process share a pass: as configured, or at most as many as fit.
 
-All processes use one limit, since how many passes each of them makes follows from it.
+Whether fewer are as fast is decided once the data and the model are there (``knee``). All processes
+use one number, since how many passes each of them makes follows from it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class ClientsPerPass:
     reason: str
     is_doubtful: bool = False
     """Whether not even one client is sure to fit."""
+    is_limit: bool = False
+    """Whether the run is free to take fewer."""
 
     def of(self, own: Sequence[int]) -> int:
         """Most clients in one pass of a process that holds these."""
@@ -65,7 +68,7 @@ class Estimate:
     costs: Costs
 
     def most(self, state: ClientState, free: int) -> ClientsPerPass:
-        """As many clients as fit beside the backbone: the rule of ``auto``.
+        """As many clients as fit beside the backbone: the limit of ``auto``.
 
         Args:
             state: of a client.
@@ -77,7 +80,7 @@ class Estimate:
         of_pass = f"{work.train_rows} rows of up to {work.tokens} tokens each"
         if fitting:
             reason = f"{of_pass} need about {needed} of the {size_text(free)} that are free"
-            return ClientsPerPass(fitting, reason)
+            return ClientsPerPass(fitting, reason, is_limit=True)
         reason = f"even one, with {of_pass}, needs about {needed}, and {size_text(free)} are free"
         return ClientsPerPass(1, reason, is_doubtful=True)
 
@@ -122,14 +125,14 @@ def estimate(
     with raise_everywhere(world, "measuring a pass"):
         if world.is_main:
             targets = counts.counts_of(config, meta).targets
-            frozen = Frozen(meta.config, dtype, targets)
+            frozen = Frozen(meta.config, dtype, targets, world.device.type)
             costs = profile.measure(config, frozen, say)
     told = gather_json(world, "costs of a pass", costs and dataclasses.asdict(costs))[0]
     return Estimate(work, Costs.of_json(told))
 
 
 def agree(start: Start, found: Estimate | None, numbers: int) -> ClientsPerPass:
-    """Choose as many clients per pass as fit on the process with the least memory. Collective.
+    """As configured, or as many as fit on the process with the least memory. Collective.
 
     Args:
         start: the run.
@@ -139,14 +142,14 @@ def agree(start: Start, found: Estimate | None, numbers: int) -> ClientsPerPass:
     if known := _settled(start.config, start.before):
         return known
     if found is None:
-        return ClientsPerPass(_in_round(start.config), "all of a process fit")
+        return ClientsPerPass(_in_round(start.config), "all of a process fit", is_limit=True)
     world = start.world
     free = min(gather_json(world, "free memory beside the backbone", _free(world)))
     return found.most(state_of(start.config, numbers), free)
 
 
 def planned(config: Config, found: Estimate, numbers: int, free: int) -> ClientsPerPass:
-    """The limit of a run that begins on processes with so much memory beside the backbone."""
+    """At most so many in a run that begins on processes with so much memory beside the backbone."""
     return _settled(config, None) or found.most(state_of(config, numbers), free)
 
 

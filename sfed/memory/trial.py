@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,8 @@ from sfed.clients.state import FACTORS, MOMENTS, PassState
 from sfed.config.schema import Config
 from sfed.data import batches
 from sfed.data.batches import Batch
-from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
-from sfed.lora import fp8
+from sfed.lora import fp8, packed_attention
 from sfed.lora.hf_blocks import patch_blocks
 from sfed.lora.quantized import put_stand_ins
 from sfed.memory.costs import Load
@@ -58,6 +56,8 @@ class Frozen:
     dtype: torch.dtype
     targets: tuple[str, ...]
     """Names of the adapted layers within a layer of the transformer."""
+    device: str
+    """Type of the device that will train it: cpu or cuda."""
 
     def small(self, num_layers: int) -> PreTrainedConfig:
         """Return the same configuration with few layers and a small vocabulary."""
@@ -94,9 +94,11 @@ class Trial:
             self.backbone = _backbone(config, frozen, num_layers)
         self._objective = objective_of(self.backbone)
         is_padded = why_padded(config, self.backbone) is not None
-        # flash-attn needs no mask for packed rows: they cost no more than padded ones.
-        needs_no_mask = config.model.attention == "flash_attention_2"
-        self.packing = None if is_padded or needs_no_mask else self.backbone.packing
+        # A kernel that needs no mask for packed rows: they cost no more than padded ones. On a CPU
+        # the masks of short documents are not counted: such passes hold less than long ones.
+        is_told = frozen.device == "cuda" and packed_attention.is_installed(self.backbone.model)
+        has_kernel = is_told or config.model.attention == "flash_attention_2"
+        self.packing = None if is_padded or has_kernel else self.backbone.packing
         # Not under fake tensors: PEFT puts its own weights on the meta device.
         model, head = self.backbone.model, self.backbone.head
         self._adapters = attach(config, model, head, frozen.targets, lora_rank)
@@ -170,7 +172,7 @@ class Trial:
             return self._objective.collate([[row] * load.rows] * load.clients, load.rows)
         lengths = [load.tokens - _SHORT, _SHORT] * load.rows
         rows = [Row(np.zeros(length, dtype=np.int32), part, None) for length in lengths]
-        as_wide = Packing(widest=load.tokens, even_width=math.inf)
+        as_wide = replace(self.packing.all_in_one()[0], widest=load.tokens)
         return batches.collate([rows] * load.clients, len(rows), as_wide)
 
 
@@ -196,6 +198,8 @@ def _backbone(config: Config, frozen: Frozen, num_layers: int) -> Backbone:
     head = heads.detach_head(config, model, _ALL_FOUND, lambda _: nullcontext())
     if config.backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if asked is None:
+        packed_attention.install(model, torch.device(frozen.device))
     traits = None if head else Traits(keeps_documents_apart=True, returns_logits=_returns(model))
     return Backbone(model, head, Sharding("none", "a trial"), None, traits)
 

@@ -1,6 +1,6 @@
-"""Which clients take part in a round.
+"""Which clients take part in a round, and which are evaluated.
 
-A pure function of its arguments: every process computes the same cohort.
+Pure functions of their arguments: every process computes the same clients.
 """
 
 from __future__ import annotations
@@ -17,4 +17,15 @@ def cohort(
         return tuple(range(num_clients))
     generator = rng.generator(Stream.COHORT, seed, round_index)
     drawn = generator.choice(num_clients, size=clients_per_round, replace=False)
+    return tuple(sorted(int(client) for client in drawn))
+
+
+def evaluated(seed: int, num_clients: int, count: int | None) -> tuple[int, ...]:
+    """Return the sorted clients that are evaluated: all, or so many drawn from the seed alone.
+
+    The same in every round and at every resume, so that the rounds of a run can be compared.
+    """
+    if count is None or count >= num_clients:
+        return tuple(range(num_clients))
+    drawn = rng.generator(Stream.EVALUATED, seed).choice(num_clients, size=count, replace=False)
     return tuple(sorted(int(client) for client in drawn))

@@ -21,7 +21,7 @@ from sfed.data.batches import Documents
 from sfed.data.packing import Packing
 from sfed.data.tasks import task_of
 from sfed.distributed.world import World
-from sfed.lora import fp8, quantized
+from sfed.lora import fp8, packed_attention, quantized
 from sfed.lora.head import Head
 from sfed.lora.hf_blocks import patch_blocks
 from sfed.models import heads
@@ -43,6 +43,10 @@ from sfed.utils.errors import UserError
 # A token's 4 * 12 d^2 FLOPs of matrix products, and 12 d w of attention to w places, which runs at
 # about half their rate under a mask, are even at w = 2 d.
 _EVEN_WIDTH_OF_HIDDEN = 2
+# Attention of one document after another: a call forward and backward takes a CPU as long as 17
+# tokens of a layer of width 64 and 2 of one of width 512. So it is even with a mask where the width
+# of the rows times the mean length of their documents is about 2,200.
+_DOCUMENT_SLOTS_BY_HIDDEN = 1_100
 _UNBOUNDED = 2**31
 
 
@@ -73,7 +77,17 @@ class Backbone:
     @property
     def attention(self) -> str:
         """The attention implementation of transformers that the language model uses."""
+        if packed_attention.is_installed(self.model):
+            return "sdpa"
         return str(self.model.config.get_text_config()._attn_implementation)
+
+    @property
+    def why_masked(self) -> str | None:
+        """Why attention keeps the documents of a row apart by a mask; None where it needs none."""
+        model, attention = self.model, self.attention
+        if attention == "flash_attention_2" or packed_attention.is_installed(model):
+            return None
+        return packed_attention.why_masked(model, model.device) or f"model.attention={attention}"
 
     @property
     def vocabulary_size(self) -> int:
@@ -93,10 +107,11 @@ class Backbone:
         """What rows of several documents may be and cost; None where these would see each other."""
         if self._losses is None or not self._losses.keeps_documents_apart:
             return None
-        even = _EVEN_WIDTH_OF_HIDDEN * self.model.config.get_text_config().hidden_size
-        if self.attention == "flash_attention_2":
-            even = math.inf
-        return Packing(self.context_tokens, even)
+        hidden, each = self.model.config.get_text_config().hidden_size, math.inf
+        if self.why_masked is None:
+            is_loop = self.attention == "sdpa" and self.model.device.type == "cpu"
+            each = _DOCUMENT_SLOTS_BY_HIDDEN / hidden if is_loop else 0.0
+        return Packing(self.context_tokens, _EVEN_WIDTH_OF_HIDDEN * hidden, each)
 
     def token_losses(
         self,
@@ -261,8 +276,7 @@ def load(
     """
     meta = meta or MetaModel.read(config, name)
     sharding = sharding or choose_sharding(config, meta, world)
-    computes_fp8 = config.backbone.compute == "fp8"
-    if computes_fp8:
+    if config.backbone.compute == "fp8":
         fp8.refuse_device(world.device, DTYPES[dtype_name(config, world)])
         fp8.chosen_layers(meta.unquantised())  # what is refused, before any weight is read
     settings, into_shards = None, None
@@ -288,14 +302,25 @@ def load(
         model.to(world.device)
     else:
         keep_alive = (into_shards, shard(model, settings))
-    if computes_fp8:
+    _set_computing(config, model, world.device)
+    loaded = Backbone(model, head, sharding, keep_alive)
+    loaded.release()
+    return loaded
+
+
+def _set_computing(config: Config, model: PreTrainedModel, device: torch.device) -> None:
+    """Set how passes compute: the products of frozen layers, recomputation, attention.
+
+    Raises:
+        UserError: where weights are not finite and their products are to be in FP8.
+    """
+    if config.backbone.compute == "fp8":
         fp8.convert(model)
         fp8.refuse_nonfinite(model)
     if config.backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    loaded = Backbone(model, head, sharding, keep_alive)
-    loaded.release()
-    return loaded
+    if config.model.attention == "auto":
+        packed_attention.install(model, device)
 
 
 def hooked(model: PreTrainedModel, config: Config) -> Backbone:

@@ -17,7 +17,6 @@ too, the model is refused.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -260,10 +259,17 @@ class _Trial:
 
         The learned document of client 0 lies behind another one in its row.
         """
-        all_in_one, clients = Packing(widest=2**31, even_width=math.inf), (0, 1)[:num_clients]
+        assert self._subject.packing is not None
+        # All of them, whatever is found: a pass may be collective.
+        reasons = [self._why_mixed(one, num_clients) for one in self._subject.packing.all_in_one()]
+        return next(filter(None, reasons), None)
+
+    def _why_mixed(self, packing: Packing, num_clients: int) -> str | None:
+        """The same of one way to keep documents apart."""
+        clients = (0, 1)[:num_clients]
 
         def found(kept: int | None) -> list[Numbers]:
-            return self._together(self._case(clients, kept, has_company=True), all_in_one)
+            return self._together(self._case(clients, kept, has_company=True), packing)
 
         try:
             numbers = found(None)

@@ -14,6 +14,7 @@ Shape suffixes: S supervised tokens, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sfed.data.batches import IGNORED_LABEL, Documents
+from sfed.lora import packed_attention
 
 # Of fp32 logits at a time. Two more buffers of the size or less exist beside them for a moment.
 CHUNK_BYTES = 128 * 2**20
@@ -111,11 +113,16 @@ class TokenLosses:
     def _outputs(self, input_ids: torch.Tensor, documents: Documents | None) -> torch.Tensor:
         """What the model gives out as its logits."""
         told: dict[str, Any] = {}
-        if documents is not None:
-            # Other attention than flash-attn's makes its mask of the positions.
+        needs_no_mask = packed_attention.is_installed(self._model)
+        if documents is None:
+            told = packed_attention.told_of_rows(input_ids.device) if needs_no_mask else {}
+        else:
+            # transformers makes a mask of the positions where attention is told no more.
             told["position_ids"] = documents.position_ids
-            if self._model.config._attn_implementation == "flash_attention_2":
-                starts, longest = documents.starts, input_ids.shape[1]
+            if needs_no_mask and not documents.is_masked:
+                told |= packed_attention.told(documents.starts, documents.lengths)
+            elif self._model.config._attn_implementation == "flash_attention_2":
+                starts, longest = documents.starts, max(documents.lengths)
                 told |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
                 told |= {"max_length_q": longest, "max_length_k": longest}
         logits: torch.Tensor = self._model(input_ids=input_ids, use_cache=False, **told).logits
@@ -156,8 +163,9 @@ class TokenLosses:
         positions = (begins[:, None] + counted).flatten().to(device)
         position_ids = torch.arange(width).repeat(3, 1)
         position_ids[2, first:] -= first
-        starts = torch.tensor([0, width, 2 * width, 2 * width + first, 3 * width])
-        documents = Documents(position_ids, starts.int()).to(device)
+        lengths = (width, width, first, second)
+        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        documents = Documents(position_ids.to(device), starts.to(device), lengths)
         may_pack = "position_ids" in inspect.signature(self._model.forward).parameters
         given: list[torch.Tensor] = []
         hook = self._head.register_forward_hook(

@@ -150,7 +150,7 @@ def _losses(subject: Subject, case: Case, batch: Batch) -> torch.Tensor:
         outputs = backbone.outputs(ids, batch.is_token, batch.is_second, position_ids)
         return target_losses(outputs, batch.targets)
     starts = torch.arange(len(ids) + 1, device=ids.device, dtype=torch.int32) * ids.shape[1]
-    documents = Documents(position_ids, starts)
+    documents = Documents(position_ids, starts, (ids.shape[1],) * len(ids))
     return backbone.token_losses(ids, batch.labels, batch.positions, documents)
 
 

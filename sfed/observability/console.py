@@ -162,6 +162,8 @@ class Console:
             for kind in ("personal", "global")
             if event.get(key := metrics.held_out_key(kind, name, metrics.UNWEIGHTED)) is not None
         ]
+        if (sample := event.get(metrics.SAMPLE)) is not None:
+            parts.append(f"({_of_sample(sample, event['clients'])})")
         if finished:
             parts.append(f"{event[metrics.ROUND_SECONDS]:.1f} s")
             if event[metrics.TOKENS_PER_SECOND]:
@@ -200,7 +202,12 @@ class Console:
         if not self.is_main:
             return
         what = "held-out loss and scores" if self._scores else "held-out loss"
-        table = Table(title=f"{what} after round {after['round']}", title_justify="left")
+        clients: Sequence[Mapping[str, Any]] = after["clients"]
+        title, sample = f"{what} after round {after['round']}", after.get(metrics.SAMPLE)
+        if sample is not None:
+            title += f", {_of_sample(sample, clients)}"
+            clients = [entry for entry in clients if entry["client"] in set(sample)]
+        table = Table(title=title, title_justify="left")
         table.add_column("client")
         scores = [
             (kind, name)
@@ -213,7 +220,6 @@ class Console:
         for kind, name in scores:  # on words of their own, so that a narrow terminal breaks lines
             table.add_column(f"{kind} {name.replace('_', ' ')}", justify="right")
         first = {} if before is None else {entry["client"]: entry for entry in before["clients"]}
-        clients: Sequence[Mapping[str, Any]] = after["clients"]
         shown = _best_and_worst(clients)
         for position, entry in enumerate(shown):
             if len(shown) < len(clients) and position == len(shown) // 2:
@@ -270,6 +276,11 @@ def print_table(rich: RichConsole, table: Table) -> None:
         rich.width = _WIDEST
         rich.width = rich.measure(table).maximum
     rich.print(table)
+
+
+def _of_sample(sample: Sequence[int], clients: Sequence[Mapping[str, Any]]) -> str:
+    """Which clients were evaluated, where not all were."""
+    return f"a sample of {len(sample):,} of {len(clients):,} clients"
 
 
 def _best_and_worst(clients: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

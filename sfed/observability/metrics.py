@@ -30,6 +30,10 @@ FIRST_GRAD_NORM = "adapter/first_grad_norm"
 OUTPUT_RMS = "adapter/output_rms"
 SIMILARITIES = {"A": "adapter/a_similarity", "B": "adapter/b_similarity"}
 """By factor: how alike the clients' factors are."""
+EVALUATED = "eval/clients"
+"""How many clients were evaluated."""
+SAMPLE = "evaluated_clients"
+"""Which, where only a sample of the clients was evaluated; every value under eval/ is of them."""
 CONFUSION = "confusion"
 """By kind of adapter: held-out examples by class (rows) and predicted class (columns)."""
 UPLOADED_BYTES = "comm/uploaded_bytes"
@@ -49,6 +53,8 @@ AGGREGATE_SECONDS = "time/aggregate_seconds"
 EVALUATE_SECONDS = "time/evaluate_seconds"
 CHECKPOINT_SECONDS = "time/checkpoint_seconds"
 CHECKPOINT_WRITE_SECONDS = "time/checkpoint_write_seconds"
+EXPORT_SECONDS = "time/export_seconds"
+"""Of writing the adapters, in the event of the end of a start."""
 FILL = "tokens/fill"  # tokens of the data over all that were computed, padding included
 CPU_SECONDS = "time/cpu_seconds"
 """Of process 0 with all its threads, since the event before."""
@@ -73,6 +79,7 @@ _PHASES = {
     AGGREGATE_SECONDS: "averaging",
     EVALUATE_SECONDS: "evaluation",
     CHECKPOINT_SECONDS: "checkpoints",
+    EXPORT_SECONDS: "writing the adapters",
 }
 _BEFORE_TRAINING = "evaluation before training"
 _MOST_NAMED = 8
@@ -91,7 +98,11 @@ def held_out_key(adapter: str, what: str, mean: str = "") -> str:
 
 
 def time_spent(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of each phase of a run, over all its starts, in the order of a run."""
+    """Seconds of each phase of a run, over all its starts, in the order of a run.
+
+    Args:
+        events: of rounds, and of the ends of starts.
+    """
     spent = dict.fromkeys([*list(_PHASES.values())[:4], _BEFORE_TRAINING, *_PHASES.values()], 0.0)
     for event in events:
         for key, name in _PHASES.items():

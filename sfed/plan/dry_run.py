@@ -397,7 +397,8 @@ def _costs(facts: Facts) -> Iterator[str]:
         f"{'' if has_gpu else ' (assumed: there is none here)'}: {verdict}"
     )
     yield (
-        f"           {counted(plan['clients_per_pass'], 'client')} in a pass, backbone "
+        f"           {'at most ' if plan['auto_clients_per_pass'] else ''}"
+        f"{counted(plan['clients_per_pass'], 'client')} in a pass, backbone "
         f"{plan['sharding']['kind']} ({plan['sharding']['reason']})"
     )
     whole = rounds * facts.round_seconds

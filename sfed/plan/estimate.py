@@ -20,6 +20,8 @@ from sfed.config.clients import largest_batch, largest_rank, may_have_mixed_rank
 from sfed.config.schema import Config
 from sfed.data.tasks import task_of
 from sfed.memory.costs import USABLE_SHARE
+from sfed.memory.knee import Reading, Typical, sizes_up_to, smallest_good
+from sfed.memory.pass_time import GPU, PassTime, Trained
 from sfed.methods import method as methods
 from sfed.plan.checks import check_plan
 from sfed.plan.planner import CONTEXT_BYTES, MemoryPlan, Planner, remedies
@@ -134,6 +136,7 @@ def predict(
     return {
         **_asked(config, found),
         **_memory(config, found),
+        "auto_clients_per_pass": _auto(config, found, pace),
         "upload": _upload(config, found),
         "round": _round(config, found, pace),
         "remedies": [] if found.fits else remedies(config, planner),
@@ -183,7 +186,7 @@ def _host_bytes(found: MemoryPlan) -> int:
     While a checkpoint is written, the state that it reads is there beside that of the next round.
     """
     work = found.work
-    rests = found.clients_per_pass < work.own_clients
+    rests = found.clients_per_pass < work.own_clients or found.limit is not None
     held = work.own_clients + work.round_clients
     return found.backbone.host + (held * found.state.resting_bytes if rests else 0)
 
@@ -269,6 +272,31 @@ def _round(config: Config, found: MemoryPlan, pace: Pace) -> dict[str, Any]:
         "tokens_per_second": pace.tokens_per_second,
         "used_share": USED_SHARE,
         "datasheet_flops_per_second": machine.datasheet_flops,
+    }
+
+
+def _auto(config: Config, found: MemoryPlan, pace: Pace) -> dict[str, Any] | None:
+    """What ``federated.clients_per_pass: auto`` takes of rows of one length; None = what fits."""
+    if found.limit is None:
+        return None
+    one, rows, clients = _pass(config, found, pace), largest_batch(config), found.work.round_clients
+    trained = Trained(
+        one.num_layers,
+        one.hidden_size,
+        one.matmul_weights,
+        found.backbone.stored // found.counts.num_weights,
+        one.adapter_numbers,
+        one.recomputes,
+    )
+    reading = Reading(config.seed, (), config.train.micro_batch_size, packing=None)
+    steps = Typical(reading, PassTime.of(trained, GPU), [[[one.tokens] * rows] * clients])
+    sizes = sizes_up_to(found.clients_per_pass, clients)
+    rates = {size: steps.tokens / steps.seconds(size) for size in sizes}
+    chosen = smallest_good(found.limit, rates)
+    return {
+        "clients_per_pass": chosen.of(range(clients)),
+        "tokens_per_row": one.tokens,
+        "reason": chosen.reason,
     }
 
 

@@ -14,7 +14,7 @@ from sfed.config.schema import Config
 from sfed.data.partition import place
 from sfed.files.silos import num_clients_of
 from sfed.memory import clients_per_pass, counts, profile
-from sfed.memory.clients_per_pass import Estimate
+from sfed.memory.clients_per_pass import ClientsPerPass, Estimate
 from sfed.memory.costs import USABLE_SHARE, ClientState, Costs, Needs, Work, largest
 from sfed.memory.counts import ModelCounts
 from sfed.memory.trial import Frozen
@@ -56,6 +56,8 @@ class MemoryPlan:
     work: Work
     state: ClientState
     clients_per_pass: int
+    limit: ClientsPerPass | None = None
+    """As many as fit, where a run takes fewer if these are as fast; None where it does not."""
 
     @property
     def free_bytes(self) -> int:
@@ -147,7 +149,7 @@ class Planner:
         # Unequal clients are dealt by work, which is in the data: a GPU may then hold more of them.
         own = max(map(len, place(num_clients, machine.gpus)))
         tokens = min(config.data.max_tokens, _positions(meta.config))
-        frozen = Frozen(meta.config, dtype, counted.targets)
+        frozen = Frozen(meta.config, dtype, counted.targets, "cuda")
         found = MemoryPlan(
             machine=machine,
             model_config=meta.config,
@@ -165,8 +167,10 @@ class Planner:
         sharing = clients_per_pass.planned(
             config, Estimate(found.work, found.costs), counted.numbers, found.free_bytes
         )
+        clients = sharing.of(range(found.work.round_clients))
+        is_free = sharing.is_limit and clients > 1 and not sharding.is_sharded
         return dataclasses.replace(
-            found, clients_per_pass=sharing.of(range(found.work.round_clients))
+            found, clients_per_pass=clients, limit=sharing if is_free else None
         )
 
     def _counted(self, config: Config) -> tuple[MetaModel, ModelCounts]:

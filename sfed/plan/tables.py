@@ -79,16 +79,27 @@ def _memory(results: Json) -> Table:
 
 
 def _verdict(results: Json) -> list[str]:
+    auto = results["auto_clients_per_pass"]
     if results["fits"]:
         return [
             f"It fits. At most {results['most_clients_per_pass']:,} clients would fit into a pass; "
             f"or {results['most_rows_per_client_and_pass']:,} rows of a client with "
             f"{results['clients_per_pass']} of them.",
+            *([_auto(auto)] if auto else []),
         ]
     lines = [f"It does not fit: GPUs of {size_text(results['needed_bytes'])} would do."]
     if results["remedies"]:
         return [*lines, "Or change one of these:", *(f"  {one}" for one in results["remedies"])]
     return [*lines, "No setting alone or with others makes it fit: take more or larger GPUs."]
+
+
+def _auto(found: Json) -> str:
+    """How many clients would share a pass, and how fast that is, in words."""
+    return (
+        f"Were all rows of {found['tokens_per_row']} tokens, "
+        f"{counted(found['clients_per_pass'], 'client')} would share a pass: {found['reason']}. "
+        "A run goes by its own rows and says so at its start (federated.clients_per_pass=auto)."
+    )
 
 
 def _round(results: Json) -> list[str]:

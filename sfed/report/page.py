@@ -69,6 +69,7 @@ def run_section(story: RunRecord, anchor: str, pictures: Sequence[Picture]) -> d
         "facts": tables.facts_table(story),
         "excluded": tables.excluded(story),
         "last_round": story.evaluated[-1]["round"] if story.evaluated else None,
+        "sample": tables.sample_words(story),
         "means": tables.means_table(story),
         "pooled_over": tables.pooled_over(story),
         "clients": tables.clients_tables(story),

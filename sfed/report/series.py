@@ -52,3 +52,18 @@ def unit_of(stories: Sequence[RunRecord]) -> str:
     """The unit of the losses in brackets; nothing where runs have different ones."""
     units = {story.unit for story in stories}
     return f" ({units.pop()})" if len(units) == 1 else ""
+
+
+def sample_of(event: Event) -> list[int] | None:
+    """The clients that were evaluated in a round; None where all were."""
+    found = event.get(metrics.SAMPLE)
+    return [one for one in found if type(one) is int] if isinstance(found, list) else None
+
+
+def evaluated_of(event: Event) -> list[Event]:
+    """The clients of an evaluated round that were evaluated."""
+    sample, entries = sample_of(event), clients_of(event)
+    if sample is None:
+        return entries
+    asked = set(sample)
+    return [entry for entry in entries if entry["client"] in asked]

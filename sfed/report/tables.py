@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sfed.observability import metrics
-from sfed.report.series import last_samples
+from sfed.report.series import evaluated_of, last_samples, sample_of
 from sfed.storage.card_facts import privacy_of
 from sfed.storage.run_record import (
     KINDS,
@@ -91,7 +91,7 @@ def _clients_table(story: RunRecord, shown: Sequence[str]) -> Table:
                 for cell in _before_and_after(old.get(entry["client"], {}), entry, what)
             ),
         ]
-        for entry in clients_of(last)
+        for entry in evaluated_of(last)
     ]
     head = ["client", "holds", "train examples"]
     parts = ["before", "after", "change", "global"] * len(shown)
@@ -116,7 +116,10 @@ def _personal_key(entry: Event, what: str) -> str:
 
 
 def means_table(story: RunRecord) -> Table:
-    """Means over clients after the last evaluated round, and the best round beside them."""
+    """Means over clients after the last evaluated round, and the best round beside them.
+
+    The best of the rounds that evaluated the same clients: means over others tell nothing of it.
+    """
     last = story.evaluated[-1] if story.evaluated else {}
     rows = []
     for what in story.held:
@@ -133,6 +136,15 @@ def means_table(story: RunRecord) -> Table:
     return Table(head, rows, text_columns=2, style="means")
 
 
+def sample_words(story: RunRecord) -> str:
+    """Of which clients the last evaluation is, where that is a sample; empty where it is all."""
+    last = story.evaluated[-1] if story.evaluated else {}
+    sample = sample_of(last)
+    if sample is None:
+        return ""
+    return f"a sample of {len(sample):,} of {len(clients_of(last)):,} clients"
+
+
 def pooled_over(story: RunRecord) -> str:
     """What a pooled mean counts."""
     if not story.by_token:
@@ -141,7 +153,9 @@ def pooled_over(story: RunRecord) -> str:
 
 
 def _best(story: RunRecord, kind: str, what: str) -> str:
-    known = [(x, e["round"]) for e in story.evaluated if (x := held_out(e, kind, what)) is not None]
+    same = sample_of(story.evaluated[-1])
+    events = [event for event in story.evaluated if sample_of(event) == same]
+    known = [(x, e["round"]) for e in events if (x := held_out(e, kind, what)) is not None]
     if not known:
         return NONE
     # the first of equal rounds, whichever way is better
@@ -175,6 +189,7 @@ def facts_table(story: RunRecord) -> Table:
     config, last = story.config, story.rounds[-1] if story.rounds else {}
     speeds = [v for e in story.rounds if (v := number(e, metrics.TOKENS_PER_SECOND))]
     peaks = [v for e in story.rounds if (v := number(e, metrics.PEAK_BYTES))]
+    sample = sample_words(story)
     model, task, kind = (
         str(look(config, name) or NONE) for name in ("model.name", "data.task", "partition.kind")
     )
@@ -183,6 +198,7 @@ def facts_table(story: RunRecord) -> Table:
         "model, data, partition": f"{model}, {task}, {kind}",
         **({"started from": story.started_from} if story.started_from else {}),
         **_left_out(story),
+        **({"evaluated": f"{sample}, drawn from the seed"} if sample else {}),
         **_schedule(story),
         "seed": show(number(config, "seed"), ".0f"),
         "training examples": show(float(sum(story.sizes.values())) or None, ",.0f"),
@@ -240,7 +256,7 @@ def _idle(story: RunRecord) -> dict[str, str]:
 
 def time_table(story: RunRecord) -> Table:
     """Where the time of a run went, over all its starts."""
-    spent = metrics.time_spent(story.rounds)
+    spent = metrics.time_spent([*story.rounds, *story.ends])
     whole = math.fsum(spent.values())
     rows = [
         [phase, f"{seconds:,.1f} s", f"{100 * seconds / whole:.1f} %"]

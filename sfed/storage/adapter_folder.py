@@ -25,6 +25,7 @@ from sfed.files.names import CLIENT_FILE
 from sfed.lora.adapters import Adapters
 from sfed.lora.card import ClassifierUse, ModelCard, TextUse, Use
 from sfed.storage import card_facts
+from sfed.utils.files import write_changed
 from sfed.utils.redaction import mask
 
 PROMPT_FILE, CHAT_FILE = "prompt_template.json", "chat_template.jinja"
@@ -207,11 +208,11 @@ class FolderWriter:
         files, _ = self._of(described)
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_changed(folder / name, text)
         if described.name:  # the folder's may lack letters of it
             facts = {"client": described.client, "name": mask(described.name)}
             text = json.dumps(facts, ensure_ascii=False)
-            (folder / CLIENT_FILE).write_text(text + "\n", encoding="utf-8")
+            write_changed(folder / CLIENT_FILE, text + "\n")
         return files
 
     def card(self, described: Described, *, is_merged: bool = False) -> ModelCard:

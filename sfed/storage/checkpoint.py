@@ -3,25 +3,28 @@
     checkpoints/round-000010/            after 10 finished rounds
     checkpoints/round-000010-partial/    stopped by SIGTERM within the 11th
         common.safetensors               what is common, the server's too: common/a, a_m, ...
-        client-0003.safetensors          what is client 3's own: clients/0003/b, a_control, ...
+        clients-0001-000010-0.safetensors
+                                         what is the clients' own: clients/0003/b, a_control, ...
         server-0001.safetensors          the server step's state of process 1's layers, if any
-        run.json                         rounds, sums, configuration, size and digest of each file
+        run.json                         rounds, sums, configuration, whose state is in which file,
+                                         size and digest of each file
 
-A client that has never taken part has no file. Tensors are in safetensors files: nothing is ever
+A client that has never taken part is in no file. In format 1 each client has a file of its own,
+client-0003.safetensors. Tensors are in safetensors files: nothing is ever
 pickled. ``checkpoint_writer`` writes the folders and ``resume`` finds the one that a run resumes
 from; here is what they are, and how one is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sfed.clients.state import Parts
@@ -29,7 +32,7 @@ from sfed.clients.store import ClientStore
 from sfed.data.partition import place
 from sfed.distributed.sync import raise_everywhere
 from sfed.distributed.world import World
-from sfed.storage.checkpoint_folder import COMMON, CheckpointRef, folder_name
+from sfed.storage.checkpoint_folder import COMMON, CheckpointRef, folder_name, packs_of
 from sfed.utils.errors import CheckpointError
 from sfed.utils.text import one_line
 
@@ -58,9 +61,14 @@ class State:
         return folder_name(self.finished_rounds, is_within=self.is_within)
 
 
-def file_of(client: int) -> str:
-    """Name of the file that holds what is a client's own."""
-    return f"client-{client:04d}.safetensors"
+def pack_file(process: int, finished_rounds: int, number: int) -> str:
+    """Name of a file that holds what is some clients' own, as a process wrote it after a round."""
+    return f"clients-{process:04d}-{finished_rounds:06d}-{number}.safetensors"
+
+
+def client_prefix(client: int) -> str:
+    """What the names of a client's tensors begin with."""
+    return f"clients/{client:04d}"
 
 
 def server_file(process: int) -> str:
@@ -129,12 +137,7 @@ def _restore(found: CheckpointRef, clients: ClientStore) -> None:
     common = _read(found.folder / COMMON, "common/", clients)
     if missing := {factor.lower() for factor in clients.layout.factors} - common.keys():
         raise ValueError(f"{COMMON} lacks {', '.join(sorted(missing))}")
-    held: dict[int, Parts] = {}
-    for client in clients.own:
-        if file_of(client) in found.metadata["files"]:
-            path = found.folder / file_of(client)
-            held[client] = _read(path, f"clients/{client:04d}/", clients)
-    clients.restore(common, held)
+    clients.restore(common, _held(found, clients))
     # Which process has which layer may be another now: each takes all and uses its own.
     clients.server_state = {
         name.removeprefix("server/"): tensor
@@ -144,14 +147,37 @@ def _restore(found: CheckpointRef, clients: ClientStore) -> None:
     }
 
 
+def _held(found: CheckpointRef, clients: ClientStore) -> Iterator[tuple[int, Parts]]:
+    """What this process's clients hold of their own, one client at a time."""
+    for file, packed in packs_of(found.metadata).items():
+        mine = [client for client in packed if client in clients.lines]
+        if not mine:
+            continue
+        path = found.folder / file
+        with safe_open(path, framework="pt") as opened:
+            names: dict[str, list[str]] = {}
+            for name in opened.keys():  # noqa: SIM118  (it is no mapping)
+                names.setdefault(name.rpartition("/")[0], []).append(name)
+            for client in mine:
+                prefix = client_prefix(client)
+                if prefix not in names:
+                    raise ValueError(f"{file} lacks client {client}")
+                tensors = {name: opened.get_tensor(name) for name in names[prefix]}
+                yield client, _checked(path, f"{prefix}/", tensors, clients)
+
+
 def _read(path: Path, prefix: str, clients: ClientStore) -> Parts:
     """Read one file.
 
     Raises:
         ValueError: where a tensor is none that the run knows.
     """
+    return _checked(path, prefix, load_file(path), clients)
+
+
+def _checked(path: Path, prefix: str, tensors: Parts, clients: ClientStore) -> Parts:
     parts: Parts = {}
-    for name, tensor in load_file(path).items():
+    for name, tensor in tensors.items():
         short = name.removeprefix(prefix)
         if tensor.shape != (clients.widths.get(short),):
             raise ValueError(f"{path.name}: {name} of shape {tuple(tensor.shape)} has no place")

@@ -12,8 +12,12 @@ from sfed.utils import json_text
 
 METADATA_FILE = "run.json"
 COMMON = "common.safetensors"
-FORMAT = 1
-"""Format of a checkpoint; one without a number has this format."""
+FORMAT = 2
+"""Format of a checkpoint: several clients share a file, and ``packs`` says which. In format 1, that
+of a checkpoint without a number, each client has a file of its own."""
+FORMATS = (1, FORMAT)
+"""Those that are read."""
+_CLIENT_FILE = re.compile(r"client-(\d{4,})\.safetensors")
 _NAME = re.compile(r"round-(\d{6})(-partial)?")
 
 
@@ -61,6 +65,14 @@ def metadata_of(folder: Path) -> dict[str, Any]:
     """
     facts: dict[str, Any] = json_text.read(folder / METADATA_FILE)
     return facts
+
+
+def packs_of(facts: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The files of clients and whose state is to be read from each, of any format."""
+    if facts.get("format", 1) != 1:
+        return {str(name): list(clients) for name, clients in facts["packs"].items()}
+    named = ((name, _CLIENT_FILE.fullmatch(name)) for name in facts["files"])
+    return {name: [int(match[1])] for name, match in named if match}
 
 
 def age_of(facts: Mapping[str, Any]) -> tuple[int, bool]:

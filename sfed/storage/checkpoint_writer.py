@@ -1,10 +1,14 @@
 """Writing checkpoints behind the next round.
 
 At the end of a round each process takes hold of what has changed of its clients, and goes on. A
-thread of it then writes and flushes a file for each of these clients into a temporary folder, gives
-the other clients' files of an earlier checkpoint a second name there, and leaves a note of them
-all. When the notes of all processes are there, process 0's thread completes the folder and renames
-it: it exists whole or not at all. One checkpoint is under way at a time.
+thread of it then writes and flushes these clients into a few files of a temporary folder, gives the
+other clients' files of an earlier checkpoint a second name there, and leaves a note of them all.
+When the notes of all processes are there, process 0's thread completes the folder and renames it:
+it exists whole or not at all. One checkpoint is under way at a time.
+
+A file holds many clients, and some of them may have changed since it was written: ``run.json`` says
+whose state is to be read from which file. Clients of files that are small, or mostly outdated, are
+written again with those that changed, so that files stay few and disk space bounded.
 
 Two checkpoints in a row share no file, so that one damaged file costs one of them: a client that
 rests is written a second time, and then has the two files in turn. Only where a single checkpoint
@@ -17,6 +21,7 @@ leave the launcher's store to the main threads.
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
 import shutil
 import threading
@@ -33,26 +38,35 @@ import torch
 from safetensors import SafetensorError
 
 from sfed.clients.schedule import Course
+from sfed.clients.state import Parts
 from sfed.clients.store import ClientStore
 from sfed.config.diff import comparable
 from sfed.config.schema import Config
-from sfed.distributed.sync import raise_everywhere
+from sfed.distributed.sync import gather_json, raise_everywhere
 from sfed.distributed.world import World
-from sfed.lora.tensor_files import save_tensors
-from sfed.storage.checkpoint import State, file_of, keyed, server_file
+from sfed.lora.tensor_files import write_described
+from sfed.storage.checkpoint import State, client_prefix, keyed, pack_file, server_file
 from sfed.storage.checkpoint_folder import (
     COMMON,
+    FORMAT,
     METADATA_FILE,
     CheckpointRef,
     by_age,
     metadata_of,
+    packs_of,
 )
 from sfed.utils.errors import CheckpointError, MissingProcessError, UserError
-from sfed.utils.files import describe, replace_folder, second_name, sync
+from sfed.utils.files import replace_folder, second_name, sync
 from sfed.utils.text import one_line
 
 _SECONDS_BETWEEN_LOOKS = 0.02
 _SECONDS_FOR_OTHERS_AFTER_AN_ERROR = 10.0
+_PACK_BYTES = 2**28
+"""Most of a file of several clients; a client with more has a file of its own."""
+_OUTDATED = 0.5
+"""A file with less than this share of its bytes in use is written anew."""
+Packs = dict[str, frozenset[int]]
+"""By file: the clients whose state is to be read from it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,8 @@ class _Job:
     """Names of files that are the same as in an earlier checkpoint."""
     source: Path | None
     """The earlier checkpoint."""
+    packs: Mapping[str, frozenset[int]]
+    """Whose state is in which of these files."""
     facts: dict[str, Any]
     started: float
 
@@ -80,8 +96,9 @@ class _Written:
     """An earlier checkpoint, as far as it is this process's."""
 
     folder: Path
-    names: set[str]
-    """Names of its clients' files."""
+    packs: Packs
+    sizes: Mapping[str, int]
+    """Bytes of these files."""
     changed: frozenset[int]
     """Clients that changed between the checkpoint before and this one."""
 
@@ -129,15 +146,15 @@ class Writer:
         """
         self._identity, self._world, self._clients = identity, world, clients
         self._parent = run_folder / "checkpoints"
-        files = () if found is None else found.metadata["files"]
-        names = {file_of(client) for client in clients.own} & set(files)
-        self._earlier = [] if found is None else [_Written(found.folder, names, frozenset())]
+        self._earlier = [] if found is None else [_written_before(found, identity, clients)]
         """The last checkpoints, the newest first: as many as it takes until files are shared."""
         self._distance = 2 if identity.config.output.keep_checkpoints > 1 else 1
         self._under_way: list[Future[float]] = []
         """What this process writes and, on process 0, the completion of the folder."""
         self._is_over = threading.Event()
         self._blocked_seconds = 0.0
+        self._latest_began = time.monotonic()
+        """When the newest checkpoint began, or this start."""
 
     def __enter__(self) -> Writer:
         return self
@@ -154,6 +171,25 @@ class Writer:
             concurrent.futures.wait(self._under_way, _SECONDS_FOR_OTHERS_AFTER_AN_ERROR)
         self._is_over.set()
 
+    def is_due(self, finished_rounds: int) -> bool:
+        """Whether a finished round gets a checkpoint; the last one always does. Collective.
+
+        The clock of process 0 decides for all, since those of the others may be ahead or behind.
+        """
+        output = self._identity.config.output
+        if finished_rounds == self._identity.config.federated.num_rounds:
+            return True
+        if finished_rounds % output.checkpoint_every_rounds:
+            return False
+        if output.checkpoint_every_seconds is None:
+            return True
+        is_time = self._elapsed() >= output.checkpoint_every_seconds
+        return bool(gather_json(self._world, "time for a checkpoint", is_time)[0])
+
+    def _elapsed(self) -> float:
+        """Seconds since the newest checkpoint began, or since this start did."""
+        return time.monotonic() - self._latest_began
+
     def save(self, state: State) -> None:
         """Begin a checkpoint, after the end of the one before. Collective.
 
@@ -161,22 +197,25 @@ class Writer:
             UserError: on every process, where the one before failed on any.
         """
         started, identity, world = time.monotonic(), self._identity, self._world
+        self._latest_began = started
         world.watch.at(f"the checkpoint {state.name}")
         self._settle()
         folder = self._parent / state.name
         changed_now = self._clients.changed
         source = self._source()
-        rested = [] if source is None else [one.changed for one in self._earlier[:-1]]
-        common, changed = self._clients.collect_changes(
-            also=frozenset().union(*rested), everything=source is None
-        )
-        files = {file_of(c): keyed(f"clients/{c:04d}", parts) for c, parts in changed.items()}
+        kept = self._kept_packs(source)
+        in_files = frozenset[int]().union(*kept.values())
+        common, changed = self._clients.collect_changes(also=self._clients.holders - in_files)
+        files, packs = self._new_packs(changed, state.finished_rounds, kept)
+        sizes = {name: sum(one.nbytes for one in files[name].values()) for name in packs}
+        if source is not None:
+            sizes |= {name: source.sizes[name] for name in kept}
         if world.is_main:
             files[COMMON] = keyed("common", common)
-        unshared = {COMMON, server_file(world.rank)}
         if self._clients.server_state:
             files[server_file(world.rank)] = keyed("server", self._clients.server_state)
         facts = {
+            "format": FORMAT,
             "finished_rounds": state.finished_rounds,
             "bad_rounds": state.bad_rounds,
             "unreported": state.unreported,
@@ -193,16 +232,15 @@ class Writer:
             "data_digests": list(identity.data_digests),
             "config": comparable(identity.config, identity.num_clients),
         }
-        kept = () if source is None else tuple(sorted(source.names - files.keys()))
         where = None if source is None else source.folder
-        job = _Job(folder, files, kept, where, facts, time.monotonic())
+        job = _Job(folder, files, tuple(sorted(kept)), where, kept | packs, facts, time.monotonic())
         with raise_everywhere(world, "checkpoint"), disk_errors(folder):
             if world.is_main:
                 _make_room(job.temporary)
         self._under_way = [_in_thread(lambda: self._write(job))]
         if world.is_main:
             self._under_way.append(_in_thread(lambda: self._complete(job)))
-        written = _Written(folder, {*kept, *files} - unshared, changed_now)
+        written = _Written(folder, kept | packs, sizes, changed_now)
         self._earlier = [written, *self._earlier][: self._distance]
         self._blocked_seconds += time.monotonic() - started
 
@@ -211,6 +249,44 @@ class Writer:
         if len(self._earlier) < self._distance or not self._earlier[-1].folder.is_dir():
             return None
         return self._earlier[-1]
+
+    def _kept_packs(self, source: _Written | None) -> Packs:
+        """The files of an earlier checkpoint that serve once more, and the clients that they serve.
+
+        Not those with little in use beside what is written anyway: the rest of them is written too.
+        """
+        if source is None:
+            return {}
+        store = self._clients
+        outdated = store.changed.union(*(one.changed for one in self._earlier[:-1]))
+        kept = {name: clients - outdated for name, clients in source.packs.items()}
+        used = {name: sum(map(store.held_bytes, clients)) for name, clients in kept.items()}
+        written = sum(map(store.held_bytes, outdated))
+        for name in sorted(kept, key=lambda name: (used[name], name)):
+            is_small = used[name] <= min(written, _PACK_BYTES * _OUTDATED)
+            if not kept[name] or is_small or used[name] < _OUTDATED * source.sizes[name]:
+                written += used[name]
+                del kept[name]
+        return kept
+
+    def _new_packs(
+        self, changed: Mapping[int, Parts], finished_rounds: int, kept: Packs
+    ) -> tuple[dict[str, dict[str, torch.Tensor]], Packs]:
+        """Put clients into as few files as their size allows: the files; who is in which."""
+        files: dict[str, dict[str, torch.Tensor]] = {}
+        packs: dict[str, frozenset[int]] = {}
+        numbers = itertools.count()
+        room = 0
+        for client, parts in sorted(changed.items()):
+            size = sum(part.nbytes for part in parts.values())
+            if size > room:
+                names = (pack_file(self._world.rank, finished_rounds, n) for n in numbers)
+                name = next(name for name in names if name not in kept)
+                files[name], packs[name], room = {}, frozenset(), _PACK_BYTES
+            files[name] |= keyed(client_prefix(client), parts)
+            packs[name] |= {client}
+            room -= size
+        return files, packs
 
     def finish(self) -> None:
         """Wait until the last checkpoint is whole. Collective.
@@ -260,28 +336,30 @@ class Writer:
     def _write(self, job: _Job) -> float:
         """Write this process's files and a note of them; in the thread."""
         with disk_errors(job.folder):
-            for name, tensors in job.files.items():
-                save_tensors(tensors, job.temporary / name)
-                sync(job.temporary / name)
+            files = {
+                name: write_described(tensors, job.temporary / name)
+                for name, tensors in job.files.items()
+            }
             for name in job.kept:
                 assert job.source is not None
                 second_name(job.source / name, job.temporary / name)
-            files = {name: describe(job.temporary / name) for name in job.files}
             if job.source is not None and job.kept:
                 known = metadata_of(job.source)["files"]
                 files |= {name: known[name] for name in job.kept}
+            packs = {name: sorted(clients) for name, clients in job.packs.items()}
             note = job.temporary / _note(self._world.rank)
             unfinished = note.with_suffix(".part")
-            unfinished.write_text(json.dumps(files), encoding="utf-8")
+            text = json.dumps({"files": files, "packs": packs})
+            unfinished.write_text(text, encoding="utf-8")
             unfinished.rename(note)
         return time.monotonic() - job.started
 
     def _complete(self, job: _Job) -> float:
         """Make the folder whole when all have written; in the thread of process 0."""
         with disk_errors(job.folder):
-            files = self._files_of_all(job)
+            written = self._notes_of_all(job)
             with (job.temporary / METADATA_FILE).open("w", encoding="utf-8") as file:
-                json.dump({**job.facts, "files": files}, file)
+                json.dump({**job.facts, **written}, file)
             sync(job.temporary / METADATA_FILE)
             for process in range(self._world.size):
                 (job.temporary / _note(process)).unlink()
@@ -290,8 +368,8 @@ class Writer:
             _prune(self._parent, self._identity.config.output.keep_checkpoints)
         return time.monotonic() - job.started
 
-    def _files_of_all(self, job: _Job) -> dict[str, Any]:
-        """Wait for the notes of all processes.
+    def _notes_of_all(self, job: _Job) -> dict[str, Any]:
+        """Wait for the notes of all processes; returns the files and packs of all.
 
         Raises:
             MissingProcessError: naming whose is not there before the deadline, or at the end.
@@ -306,10 +384,25 @@ class Writer:
                     f"the checkpoint {job.folder}: process {names} of {world.size} did not write "
                     f"its part within {world.deadline_seconds:g} s (federated.deadline_seconds)"
                 )
-        files: dict[str, Any] = {}
+        written: dict[str, Any] = {"files": {}, "packs": {}}
         for name in expected.values():
-            files |= json.loads((job.temporary / name).read_text(encoding="utf-8"))
-        return files
+            note = json.loads((job.temporary / name).read_text(encoding="utf-8"))
+            written = {key: held | note[key] for key, held in written.items()}
+        return written
+
+
+def _written_before(found: CheckpointRef, identity: RunIdentity, clients: ClientStore) -> _Written:
+    """The checkpoint that a run resumes from, as far as this process may use its files again.
+
+    With other clients on a process than then, two processes might want one file.
+    """
+    facts = found.metadata
+    packs: Packs = {}
+    if facts.get("placement") == [list(own) for own in identity.placement]:
+        all_packs = {name: frozenset(some) for name, some in packs_of(facts).items()}
+        packs = {name: some for name, some in all_packs.items() if some & clients.lines.keys()}
+    sizes = {name: int(facts["files"][name]["bytes"]) for name in packs}
+    return _Written(found.folder, packs, sizes, frozenset())
 
 
 def _in_thread(work: Callable[[], float]) -> Future[float]:

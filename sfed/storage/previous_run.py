@@ -10,6 +10,7 @@ from typing import Any
 from sfed.config.diff import comparable, differences, flatten
 from sfed.config.schema import Config
 from sfed.files.names import ADAPTER_FILE
+from sfed.observability.metrics import CHECKPOINT_WRITE_SECONDS
 from sfed.storage.checkpoint_folder import CheckpointRef, by_age, metadata_of
 from sfed.storage.resume import refuse_fewer_rounds, refuse_other_run
 from sfed.storage.run_record import (
@@ -17,6 +18,7 @@ from sfed.storage.run_record import (
     METRICS_FILE,
     ForeignFileError,
     SavedConfig,
+    SavedRounds,
     expected_adapters,
     read_config,
     read_rounds,
@@ -164,12 +166,20 @@ def read_attempt(folder: Path) -> Attempt:
     found = read_rounds(folder)
     if found.is_foreign:
         foreign = foreign or METRICS_FILE
-    # A checkpoint is whole before the next but one begins.
-    surely = 2 * (config.output.checkpoint_every_rounds if config else 1)
     has_ended = (folder / "adapters").is_dir()
     return Attempt(
-        found.finished, config, num_clients, has_ended or found.finished > surely, foreign
+        found.finished, config, num_clients, has_ended or _had_checkpoint(found, config), foreign
     )
+
+
+def _had_checkpoint(found: SavedRounds, config: Config | None) -> bool:
+    """Whether a checkpoint must have been whole, by the reported rounds."""
+    if any(isinstance(one.get(CHECKPOINT_WRITE_SECONDS), int | float) for one in found.events):
+        return True
+    if config is not None and config.output.checkpoint_every_seconds is not None:
+        return False  # how many rounds there were until the first one follows from nothing here
+    # A checkpoint is whole before the next but one begins.
+    return found.finished > 2 * (config.output.checkpoint_every_rounds if config else 1)
 
 
 def _settings(saved: SavedConfig | None) -> tuple[Config | None, int]:

@@ -20,7 +20,7 @@ from sfed.config.diff import comparable, differences
 from sfed.config.schema import Config
 from sfed.storage.checkpoint_folder import (
     COMMON,
-    FORMAT,
+    FORMATS,
     METADATA_FILE,
     CheckpointRef,
     age_of,
@@ -248,10 +248,10 @@ def _wrong_facts(facts: Any) -> str | None:
     """
     if not isinstance(facts, dict):
         return f"{METADATA_FILE} holds {type(facts).__name__}, not an object"
-    if facts.get("format", FORMAT) != FORMAT:
+    if facts.get("format", 1) not in FORMATS:
         raise _UnknownFormatError(
             f"{METADATA_FILE} is of format {facts['format']!r} and this version of sfed reads "
-            f"{FORMAT}; use the version that wrote it, or a later one"
+            f"{' and '.join(map(str, FORMATS))}; use the version that wrote it, or a later one"
         )
     if missing := sorted(_FACTS.keys() - _NEWER - facts.keys()):
         return f"{METADATA_FILE} lacks {', '.join(missing)}"
@@ -277,7 +277,7 @@ def _wrong_details(facts: Mapping[str, Any]) -> str | None:
         return "data_digests are not texts"
     if facts["ledger"] is not None and np.asarray(facts["ledger"], dtype=np.float64).ndim != 2:
         return "ledger is no table"
-    return _wrong_files(facts["files"])
+    return _wrong_files(facts["files"]) or _wrong_packs(facts)
 
 
 def _is_course(parts: Any) -> bool:
@@ -302,6 +302,21 @@ def _wrong_files(files: Mapping[str, Any]) -> str | None:
         if Path(name).name != name or not isinstance(known, dict):
             return f"{shown(name)} is no file of a checkpoint with its size and digest"
     return None if COMMON in files else f"it does not name {COMMON}"
+
+
+def _wrong_packs(facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with whose state is in which file; the files are right."""
+    if facts.get("format", 1) == 1:
+        return None
+    packs = facts.get("packs")
+    if not isinstance(packs, dict) or not all(isinstance(some, list) for some in packs.values()):
+        return "packs is no object of lists"
+    clients = [client for some in packs.values() for client in some]
+    if not all(type(client) is int for client in clients) or len(set(clients)) < len(clients):
+        return "packs names a client twice, or what is none"
+    if missing := packs.keys() - facts["files"].keys():
+        return f"packs names {shown(min(missing))}, which is no file of the checkpoint"
+    return None
 
 
 def _wrong_name(name: str, facts: Mapping[str, Any]) -> str | None:

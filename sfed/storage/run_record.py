@@ -72,6 +72,8 @@ class RunRecord:
     """The columns in use of the rows that a client's were read from; an older version says none."""
     adapter_folders: Mapping[int, str] = field(default_factory=dict)
     """Name of the folder of each client's adapter, where it is not client-0000 and so on."""
+    ends: Sequence[Event] = ()
+    """Events of the ends of starts, with the seconds that are in no round."""
     digests: Mapping[int, str] = field(default_factory=dict)
     """Of the tokens of each client's training and held-out examples; an older version says none."""
 
@@ -342,6 +344,8 @@ class SavedRounds:
     """An event for each round, in order."""
     note: str | None = None
     """What was passed over while reading; None where nothing was."""
+    ends: Sequence[Event] = ()
+    """An event for the end of each start that came to its end."""
     is_foreign: bool = False
     """Whether the file has lines and none of them is an event."""
 
@@ -360,7 +364,9 @@ def read_rounds(folder: Path) -> SavedRounds:
     found = metrics.read_metrics(folder / METRICS_FILE)
     rounds = {event["round"]: event for event in found.events if event["event"] == "round"}
     events = [rounds[key] for key in sorted(rounds)]
-    return SavedRounds(events, found.note, bool(found.odd_lines) and not found.events)
+    ends = [event for event in found.events if event["event"] == "end"]
+    is_foreign = bool(found.odd_lines) and not found.events
+    return SavedRounds(events, found.note, ends, is_foreign)
 
 
 def open_run(folder: Path | str) -> RunRecord:
@@ -407,6 +413,7 @@ def open_run(folder: Path | str) -> RunRecord:
             if isinstance(some := part.get("columns"), list)
         },
         adapter_folders=_texts(parts, "adapter"),
+        ends=found.ends,
         digests=_texts(parts, "digest"),
     )
 

@@ -36,6 +36,22 @@ def damage(file: Path, known: dict[str, Any]) -> str | None:
     return None
 
 
+def holds(file: Path, content: bytes) -> bool:
+    """Whether a file is there and holds just this."""
+    try:
+        return file.stat().st_size == len(content) and file.read_bytes() == content
+    except OSError:
+        return False
+
+
+def write_changed(file: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all; a file that holds it already is left alone."""
+    content = text.encode()
+    if not holds(file, content):
+        with replacing(file) as temporary:
+            temporary.write_bytes(content)
+
+
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """Give a temporary name beside ``file``, which it is renamed to at the end of the block.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 MASK = "***"
@@ -37,12 +39,12 @@ _SHORTEST = 8
 
 def mask(text: str) -> str:
     """Return a message with every secret in it replaced by asterisks."""
-    return _ASSIGNED.sub(_without_value, _mask_values(text))
+    return _ASSIGNED.sub(_without_value, _mask_values(text, _secrets_of_environment()))
 
 
-def _mask_values(text: str) -> str:
+def _mask_values(text: str, secrets: Sequence[str]) -> str:
     """Replace what is known as a secret by itself, whatever stands beside it."""
-    for secret in _secrets_of_environment():
+    for secret in secrets:
         text = text.replace(secret, MASK)
     return _FORMS.sub(MASK, text)
 
@@ -57,21 +59,28 @@ def _without_value(found: re.Match[str]) -> str:
 def masked(value: Any, under: str = "") -> Any:
     """Return a JSON value with all secrets in it replaced, in keys, values and lists.
 
+    The environment is read once for the whole value, which may be the event of many clients.
+
     Args:
         value: of any form.
         under: the key that it stands under.
     """
+    return _masked(value, under, _secrets_of_environment())
+
+
+def _masked(value: Any, under: str, secrets: Sequence[str]) -> Any:
+    """The same with the secrets of the environment."""
     if isinstance(value, str):
-        return _mask_values(value)
+        return _mask_values(value, secrets)
     if isinstance(value, dict):
         return {
-            _mask_values(str(key)): MASK
+            _mask_values(str(key), secrets): MASK
             if inner and is_secret_name(f"{under}.{key}" if key == "key" else str(key))
-            else masked(inner, str(key))
+            else _masked(inner, str(key), secrets)
             for key, inner in value.items()
         }
     if isinstance(value, list | tuple):
-        return [masked(inner, under) for inner in value]
+        return [_masked(inner, under, secrets) for inner in value]
     return value
 
 
@@ -85,6 +94,7 @@ def _secrets_of_environment() -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
+@lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
     """Whether what stands under a name is a secret: hub_token, API-Key, authToken, a.password."""
     if name in _OURS:

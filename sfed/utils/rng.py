@@ -23,6 +23,7 @@ class Stream(IntEnum):
     DROPOUT = 7
     INIT_HEAD = 8
     SERVER_STEP = 9
+    EVALUATED = 10
 
 
 def generator(stream: Stream, *words: int) -> np.random.Generator:

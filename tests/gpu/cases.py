@@ -7,6 +7,7 @@ so that the one that compares touches no GPU.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional
 
 from sfed.bench import meters
 from sfed.clients.optimizer import StackedOptimizer
 from sfed.distributed import world as distributed
 from sfed.doctor import measurements
 from sfed.doctor.measurements import Size
+from sfed.lora import packed_attention
 from sfed.memory.costs import USABLE_SHARE
 from tests.gpu import measure
 from tests.support import glue, runs, tiny
@@ -40,6 +44,8 @@ AGAIN = {"cpu": 0.0, "cuda": 1e-5}
 """The same between two runs on one device that do the same work."""
 GROUPED = {"cpu": 1e-6, "cuda": 1e-4}
 """The same where clients share passes in other groups, or the backbone is stored in shards."""
+UNMASKED = {"cpu": 1e-5, "cuda": 2e-2}
+"""Of attention without a mask, in fp32 on a CPU and in bf16 on a GPU, from fp32 under a mask."""
 NOTHING_STAYS_GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
@@ -308,6 +314,53 @@ def _memory_of(size: Size, device: str) -> Figures:
     return measurements.memory(torch.device(device), size)
 
 
+def packed_attention_is_that_under_a_mask(device: str, folder: Path) -> Figures:
+    """Attention without a mask, and its gradients, are those of a CPU in fp32 under a mask."""
+    del folder
+    (found,) = on_processes(1, _without_a_mask, device, environment=environment_of(device))
+    for name, difference in found["differences"].items():
+        require_near(name, difference, UNMASKED[device])
+    return found
+
+
+def _without_a_mask(device: str) -> Figures:
+    """For widths of heads and windows; and whether a second backward pass gives the same bits."""
+    generator, lengths = torch.Generator().manual_seed(0), (50, 1, 13, 40, 24)
+    dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}[device]
+    differences, is_repeated = {}, True
+    for width, window in itertools.product((8, 64, 128, 256), (None, 16)):
+        shapes = [(2, heads, sum(lengths) // 2, width) for heads in (8, 2, 2, 8)]
+        drawn = [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
+        own, again = (_attended(drawn, lengths, window, device) for _ in range(2))
+        is_repeated &= all(map(torch.equal, own, again))
+        expected = _attended([one.float() for one in drawn], lengths, window, None)
+        for name, one, other in zip(("o", "dq", "dk", "dv"), own, expected, strict=True):
+            difference = float((one.float() - other).norm() / other.norm())
+            differences[f"{name}, heads of {width}, window {window}"] = difference
+    return {"differences": differences, "backward_repeats": is_repeated}
+
+
+def _attended(
+    drawn: list[torch.Tensor], lengths: tuple[int, ...], window: int | None, device: str | None
+) -> list[torch.Tensor]:
+    """Output and gradients of q, k, v, on the host; device: None = under a mask."""
+    *qkv, gradient = (one.detach().to(device or "cpu").requires_grad_() for one in drawn)
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    if device is not None:
+        told = packed_attention.told(starts.to(device), lengths)
+        output, _ = packed_attention.attend(nn.Identity(), *qkv, **told, sliding_window=window)
+    else:
+        place = torch.arange(sum(lengths)).view(2, 1, -1)
+        document = torch.bucketize(place, starts[1:], right=True)
+        behind = place[..., None] - place[..., None, :]
+        seen = (document[..., None] == document[..., None, :]) & (behind >= 0)
+        seen &= behind < (window or sum(lengths))
+        of_rows = functional.scaled_dot_product_attention(*qkv, attn_mask=seen, enable_gqa=True)
+        output = of_rows.transpose(1, 2)
+    torch.autograd.backward(output, gradient.detach().transpose(1, 2))
+    return [one.detach().cpu() for one in (output, *(one.grad for one in qkv))]
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -324,6 +377,7 @@ CASES: dict[str, Case] = {
         an_error_ends_all_processes,
         host_seldom_waits,
         memory_is_planned,
+        packed_attention_is_that_under_a_mask,
     )
 }
 

@@ -22,6 +22,7 @@ CASES = (
     "offloaded_shards_equal_replicas",
     "host_seldom_waits",
     "memory_is_planned",
+    "packed_attention_is_that_under_a_mask",
 )
 _OF_A_CASE = ("datasets", "peft", "pytest", "transformers")
 _SHARDED = {"shards_equal_replicas", "offloaded_shards_equal_replicas"}

@@ -185,29 +185,32 @@ ERRORS = [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE, errno.ENOTCONN, e
 
 
 @pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
-@pytest.mark.parametrize("name", ["client-0002.safetensors", "run.json"])
+@pytest.mark.parametrize("kind", ["clients-*.safetensors", "run.json"])
 def test_what_the_system_does_not_let_be_read_is_no_damage(
     folder: Path,
     go_on: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
-    name: str,
+    kind: str,
     number: int,
 ) -> None:
     """No older checkpoint is taken instead; a minute later the run goes on as if nothing was."""
     before = content(folder)
     with monkeypatch.context() as patch:
-        fail_at(patch, number, lambda path: path.name == name)
+        fail_at(patch, number, lambda path: path.match(kind))
         with pytest.raises(UserError, match="no checkpoint of this run can be read") as raised:
             go_on()
     for checkpoint in ("round-000002", "round-000003"):
-        assert f"{checkpoint}: {name} cannot be read ({os.strerror(number)})" in str(raised.value)
+        [file] = (folder / "checkpoints" / checkpoint).glob(kind)
+        assert f"{checkpoint}: {file.name} cannot be read ({os.strerror(number)})" in str(
+            raised.value
+        )
     with monkeypatch.context() as patch:
-        fail_at(patch, number, lambda path: path == newest(folder) / name)
+        fail_at(patch, number, lambda path: path == file)
         with pytest.raises(
             UserError, match="the newest checkpoint of this run cannot be"
         ) as raised:
             go_on()
-    assert f"round-000003: {name} cannot be read ({os.strerror(number)})" in str(raised.value)
+    assert f"round-000003: {file.name} cannot be read ({os.strerror(number)})" in str(raised.value)
     assert f"output.resume={folder / 'checkpoints' / 'round-000002'}" in str(raised.value)
     assert content(folder) == before
 
@@ -246,6 +249,10 @@ WRONG_FACTS: list[dict[str, Any]] = [
     {"config": []},
     {"files": ["common.safetensors"]},
     {"files": {"common.safetensors": 7}},
+    {"packs": None},
+    {"packs": {"clients-0000-000003-0.safetensors": 7}},
+    {"packs": {"clients-0000-000003-0.safetensors": [0, 1, 1]}},
+    {"packs": {"elsewhere.safetensors": [0]}},
 ]
 
 
@@ -273,7 +280,8 @@ def test_facts_that_are_no_object_are_damage(folder: Path, text: bytes) -> None:
 def test_a_damaged_checkpoint_that_is_passed_over_is_kept_aside(
     folder: Path, longer: Path, go_on: Callable[..., Path]
 ) -> None:
-    flip(newest(folder) / "client-0001.safetensors")
+    [file] = newest(folder).glob("clients-*.safetensors")
+    flip(file)
     before = content(folder)
     go_on()
     assert runs.identical(runs.adapters(longer), runs.adapters(folder))
@@ -431,7 +439,7 @@ def test_lines_that_are_no_events_are_named_and_the_file_is_kept(
     before = (folder / "metrics.jsonl").read_bytes()
     go_on()
     said = " ".join(capsys.readouterr().out.split())
-    assert "metrics.jsonl: 2 lines are no events and are passed over (line 5, line 6)" in said
+    assert "metrics.jsonl: 2 lines are no events and are passed over (line 6, line 7)" in said
     assert "kept as metrics.jsonl.damaged-1" in said
     assert (folder / "metrics.jsonl.damaged-1").read_bytes() == before
     assert [event["round"] for event in runs.rounds(folder)] == list(range(ROUNDS + 3))

@@ -748,7 +748,7 @@ def test_a_bound_above_the_models_context_is_no_mistake_while_the_rows_are_short
 
 
 def a_shard(checkpoint: Path) -> Path:
-    return min(checkpoint.glob("client-*.safetensors"))
+    return min(checkpoint.glob("clients-*.safetensors"))
 
 
 def truncate_shard(checkpoint: Path) -> None:

@@ -183,7 +183,7 @@ def test_only_whole_checkpoints_exist_and_a_damaged_one_is_passed_over(
     folder = runs.run(1, short)
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["round-000002", "round-000003"]
-    shard = next((folder / "checkpoints" / "round-000003").glob("client-*.safetensors"))
+    shard = next((folder / "checkpoints" / "round-000003").glob("clients-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
     # What a process that died while writing leaves behind.
     shutil.copytree(folder / "checkpoints" / "round-000002", folder / "checkpoints" / ".x.tmp")

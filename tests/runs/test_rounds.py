@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from sfed.config import load as config_load
 from sfed.federated import session
+from sfed.methods import sampling
 from sfed.models import backbone
 from sfed.observability.console import Console
 from sfed.report.page import write_report
 from sfed.storage.run_record import open_run
+from sfed.utils.errors import UserError
 from tests.support import runs, tiny
 from tests.support.processes import on_processes
 
@@ -171,6 +173,9 @@ def test_a_run_folder_holds_what_it_promises(tiny_folder: Path, tmp_path: Path) 
     weighted = [(entry["train_loss"], entry["examples"]) for entry in events[2]["clients"]]
     assert min(loss for loss, _ in weighted) <= events[2]["train/loss"]
     assert events[2]["eval/loss"] < events[0]["eval/loss"]
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == "end"
+    assert all(last[key] > 0 for key in ("time/checkpoint_seconds", "time/export_seconds"))
 
 
 def test_the_reported_loss_is_that_of_stock_peft_on_the_held_out_rows(
@@ -286,6 +291,43 @@ def test_without_evaluation_nothing_held_out_is_read(tiny_folder: Path, tmp_path
     assert runs.identical(*(runs.adapters(tmp_path / name) for name in ("quiet", "measured")))
     page = write_report([open_run(tmp_path / "quiet")], tmp_path / "page")
     assert page.is_file()
+
+
+@pytest.mark.dist
+def test_a_sample_is_evaluated_as_all_are_and_named_wherever_its_means_are(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    whole = settings(tiny_folder, tmp_path, "all", train=SGD)
+    session.run_session(config_load.validate(whole))
+    few = {"clients": 2}
+    for rounds, num in ((1, 2), (3, 1)):
+        part = {**whole["federated"], "num_rounds": rounds}
+        own = settings(tiny_folder, tmp_path, "few", train=SGD, federated=part, evaluation=few)
+        runs.run(num, own)
+    asked = sampling.evaluated(0, 4, 2)
+    config = json.loads((tmp_path / "few" / "config.json").read_text())
+    assert config["resolved"]["evaluated_clients"] == list(asked)
+    for sampled, every in zip(*(runs.rounds(tmp_path / n) for n in ("few", "all")), strict=True):
+        assert sampled["evaluated_clients"] == list(asked) and sampled["eval/clients"] == 2
+        assert "evaluated_clients" not in every and every["eval/clients"] == 4
+        measured = {e["client"]: e["personal_loss"] for e in sampled["clients"]}
+        assert {client for client, loss in measured.items() if loss is not None} == set(asked)
+        theirs = [every["clients"][client]["personal_loss"] for client in asked]
+        assert [measured[client] for client in asked] == pytest.approx(theirs, rel=1e-5)
+        assert sampled["eval/personal_loss_unweighted"] == pytest.approx(sum(theirs) / 2, rel=1e-5)
+    both = [runs.adapters(tmp_path / name) for name in ("few", "all")]
+    assert runs.relative_difference(*both) <= 1e-6, "who is evaluated changes no training"
+    page = write_report([open_run(tmp_path / "few")], tmp_path / "page").read_text()
+    assert "a sample of 2 of 4 clients" in page
+
+
+def test_more_evaluated_clients_than_the_files_give_are_refused(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    federated = {"num_clients": None, "num_rounds": 1}
+    own = settings(tiny_folder, tmp_path, "x", federated=federated, evaluation={"clients": 2})
+    with pytest.raises(UserError, match=r"evaluation\.clients = 2 is more than the 1 clients"):
+        session.run_session(config_load.validate(own))
 
 
 def test_the_loss_within_a_round_is_that_of_the_clients_that_made_the_step(

@@ -209,14 +209,15 @@ def test_control_variates_go_on_within_a_round_and_on_other_processes(
     own = settings(tiny_folder, tmp_path, "stopped", **shape)
     ends_of(2, train_with_signal, own, Moment(0, 3, 1), signal.SIGTERM)
     [partial] = (tmp_path / "stopped" / "checkpoints").glob("*-partial")
-    held = {name for path in partial.glob("client-*") for name in load_file(path)}
-    assert any(name.endswith("/a_mean_gradient") for name in held)
-    assert not any("b_control" in name for name in held), "B has none"
+    held = {name for own in runs.held_by_clients(partial).values() for name in own}
+    assert "a_mean_gradient" in held
+    assert "b_control" not in held, "B has none"
     assert "common/a_control" in load_file(partial / "common.safetensors")
     stopped = runs.run(2, own)
     assert runs.identical(runs.adapters(calm), runs.adapters(stopped))
-    whole = load_file(next((stopped / "checkpoints" / "round-000004").glob("client-*")))
-    assert not any(name.endswith("mean_gradient") for name in whole), "the round is over"
+    whole = runs.held_by_clients(stopped / "checkpoints" / "round-000004")
+    names = {name for own in whole.values() for name in own}
+    assert names and not any(name.endswith("mean_gradient") for name in names), "the round is over"
 
 
 def test_control_variates_are_the_same_wherever_their_clients_are(
@@ -241,8 +242,7 @@ def test_a_shared_head_is_received_too(glue_folder: Path, tmp_path: Path) -> Non
     common = load_file(checkpoint / "common.safetensors")
     own = {"a", "b", "head", "head_m", "head_v", "head_control"}
     assert common.keys() == {f"common/{name}" for name in own}
-    clients = [load_file(path) for path in checkpoint.glob("client-*")]
-    kept = [{n.split("/")[-1]: t for n, t in tensors.items()} for tensors in clients]
+    kept = runs.held_by_clients(checkpoint).values()
     assert all("a_control" not in one for one in kept) and any("a" in one for one in kept)
     total = sum(one["head_control"] for one in kept if "head_control" in one)
     torch.testing.assert_close(common["common/head_control"], total / glue.N)

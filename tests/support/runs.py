@@ -64,6 +64,22 @@ def adapters(run_folder: Path) -> dict[str, Tensors]:
     return {name: load_file(path / "adapter_model.safetensors") for name, path in paths.items()}
 
 
+def held_by_clients(checkpoint: Path) -> dict[int, Tensors]:
+    """What each client holds of its own in a checkpoint, by the names of the parts."""
+    facts = json.loads((checkpoint / "run.json").read_text())
+    held: dict[int, Tensors] = {}
+    for name, clients in facts["packs"].items():
+        tensors = load_file(checkpoint / name)
+        for client in clients:
+            prefix = f"clients/{client:04d}/"
+            held[client] = {
+                key.removeprefix(prefix): one
+                for key, one in tensors.items()
+                if key.startswith(prefix)
+            }
+    return held
+
+
 def rounds(run_folder: Path) -> list[dict[str, Any]]:
     """The round events of a run."""
     lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sfed.observability import metrics
 from sfed.report.arms.blocks import Arm
+from sfed.report.series import sample_of
 from sfed.storage.run_record import RunRecord, clients_of, held_out, number
 
 
@@ -35,7 +36,10 @@ def reached(story: RunRecord, kind: str, target: float) -> Reached | None:
     Returns:
         None where this loss was never measured.
     """
-    losses = [(e["round"], x) for e in story.rounds if (x := held_out(e, kind)) is not None]
+    # Means over other clients than those of the last evaluation say nothing of the target.
+    same = sample_of(story.evaluated[-1]) if story.evaluated else None
+    events = [event for event in story.rounds if sample_of(event) == same]
+    losses = [(e["round"], x) for e in events if (x := held_out(e, kind)) is not None]
     if not losses:
         return None
     first = next((number for number, loss in losses if loss <= target), None)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sfed.observability import metrics
-from sfed.report.tables import mebibytes, show, total
+from sfed.report.series import evaluated_of
+from sfed.report.tables import mebibytes, sample_words, show, total
 from sfed.storage.run_record import LOSS, Event, RunRecord, clients_of, look, number, words_of
 
 BEFORE, GLOBAL, OWN = "before", "global", "own"
@@ -60,7 +61,10 @@ class Outcome:
     base: str
     """What "before" is, in words."""
     clients: Sequence[ClientOutcome]
+    """Those that were evaluated."""
     traffic: Traffic
+    sample: str = ""
+    """Which clients these are, where not all were evaluated."""
 
     def values(self, state: str) -> list[float]:
         """The values of all clients that have one."""
@@ -79,7 +83,7 @@ class Outcome:
 def outcome_of(story: RunRecord) -> Outcome | None:
     """What a run came to; None where no client was evaluated after the start."""
     last = story.evaluated[-1] if story.evaluated else {"round": 0}
-    after = clients_of(last) if last["round"] else []
+    after = evaluated_of(last) if last["round"] else []
     main = next((what for what in (*story.score_names[:1], LOSS) if _has(after, what)), None)
     if main is None:
         return None
@@ -102,6 +106,7 @@ def outcome_of(story: RunRecord) -> Outcome | None:
             for entry in after
         ],
         traffic=_traffic(story),
+        sample=sample_words(story),
     )
 
 
@@ -166,7 +171,8 @@ def sentences(outcome: Outcome) -> str:
             f"After {rounds} the clients' mean {outcome.what} with {_ADAPTERS[state]} is {mean}; "
             "it was not measured before training."
         )
-    return f"{told} {_sent(outcome.traffic)}"
+    sampled = f" These are {outcome.sample}." if outcome.sample else ""
+    return f"{told}{sampled} {_sent(outcome.traffic)}"
 
 
 def _counted(outcome: Outcome, state: str, pairs: Sequence[tuple[float, float]]) -> str:

@@ -112,7 +112,7 @@ def opening_of(story: RunRecord) -> Opening | None:
         height=_TOP_PIXELS + _ROW_PIXELS * len(outcome.clients) + 4,
         lines=[] if few else [_line(outcome, axis, state) for state in outcome.states],
         quantiles=None if few else _quantiles(outcome),
-        bars=_bars(outcome.traffic, len(outcome.clients)),
+        bars=_bars(outcome.traffic, int(story.num_clients or len(outcome.clients))),
         has_evaluation=bool(outcome.traffic.evaluation),
         base=outcome.base,
     )

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import varlen
 
+from tests.support.pretended_gpu import kernels
 from tests.support.pretended_gpu.calls import PretendedGenerator
 from tests.support.pretended_gpu.device import Devices
 
@@ -31,6 +33,7 @@ def patch(put: Put, devices: Devices) -> None:
         put(torch.version, "cuda", "13.0")
         put(torch.cuda.nccl, "version", lambda: (2, 29, 7))
     put(torch, "Generator", PretendedGenerator)
+    put(varlen, "varlen_attn", kernels.varlen_attn)
     _patch_tensors(put, devices)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,3 +178,67 @@ def test_secondary_shards_are_gathered_to_the_same_bits() -> None:
         (plain, _), *others = ways
         assert all(torch.equal(plain, adapters) for adapters, _ in others)
         assert [copies > 0 for _, copies in others] == [False, True, False]
+
+
+# --- whole runs against the number of clients -----------------------------------------------------
+
+
+def test_a_part_is_without_those_within_it_and_without_other_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clocks: dict[int, float] = {}
+
+    def work(seconds: float) -> None:
+        clocks[threading.get_ident()] = clocks.get(threading.get_ident(), 0.0) + seconds
+
+    monkeypatch.setattr(scaling.time, "thread_time", lambda: clocks.get(threading.get_ident(), 0.0))
+    parts, owner = scaling.Parts(), SimpleNamespace(inner=work)
+    parts.watch(owner, "inner", "inner")
+    with parts.of("outer"):
+        work(1.0)
+        owner.inner(10.0)
+        beside = threading.Thread(target=owner.inner, args=(100.0,))
+        beside.start()
+        beside.join()
+        owner.inner(10.0)
+        work(2.0)
+    assert parts.seconds == {"outer": 3.0, "inner": 120.0}
+
+
+def point(clients: int, steps: float, peak: int) -> dict[str, Any]:
+    one = {"cpu_seconds": steps + 1.0, "parts": {"steps": steps, "the rest": 1.0}}
+    one |= {"peak_bytes": peak, "checkpoint_files": 3, "adapter_files": 3 * clients}
+    return {"clients": clients, "starts": dict.fromkeys(("first", "again", "nothing to do"), one)}
+
+
+def test_growth_is_the_exponent_of_n() -> None:
+    points = [point(64, 1.0, 2**20), point(512, 8.0, 2**20), point(4096, 512.0, 8 * 2**20)]
+    table = scaling_tables.clients_tables(points)[0]
+    rows = dict(zip(*(list(table.columns[c].cells) for c in (0, -1)), strict=True))
+    assert (rows["steps"], rows["the rest"], rows["peak memory"]) == ("N^2.00", "N^0.00", "N^1.00")
+    assert scaling_tables.clients_tables(points[:1])[0].row_count == table.row_count
+
+
+@pytest.mark.full
+def test_runs_are_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+    words = ["--scaling-clients", "2,4", "--cohort", "3", "--json", str(tmp_path / "x.json")]
+    bench.main(words)
+    found = json.loads((tmp_path / "x.json").read_text())["points"]
+    assert [one["clients"] for one in found] == [2, 4]
+    for one in found:
+        first, again, nothing = (one["starts"][s] for s in ("first", "again", "nothing to do"))
+        assert {"reading", "steps", "mean", "evaluation", "checkpoint", "export"} <= {
+            *first["parts"]
+        }
+        assert "resuming" in again["parts"] and "steps" not in again["parts"]
+        assert [start["did_nothing"] for start in (first, again, nothing)] == [False, False, True]
+        assert first["adapter_files"] == again["adapter_files"] > one["clients"]
+        assert first["peak_bytes"] > 2**26
+        assert sum(first["parts"].values()) == pytest.approx(first["cpu_seconds"])
+
+
+def test_clients_are_measured_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="--scaling-clients measures one process"):
+        bench.main(["--scaling-clients", "2"])

@@ -159,7 +159,8 @@ def test_a_client_takes_the_common_b_with_its_own_factor_once(per_pass: int) -> 
     clients.set_shared("A", torch.ones(clients.widths["a"]))
     clients.set_shared("B", torch.ones(clients.widths["b"]))
     clients.set_own(2, {"b": torch.full((clients.widths["b"],), 3.0)})
-    clients.restore(*clients.collect_changes(everything=True))
+    common, held = clients.collect_changes(also=clients.holders)
+    clients.restore(common, held.items())
     expected = {client: 3.0 if client == 2 else scales[client] for client in range(N)}
 
     def check(client: int, row: torch.Tensor) -> None:
@@ -244,10 +245,10 @@ def test_changes_are_those_since_the_last_time_and_stay_as_they_were(clients_per
     common, later = clients.collect_changes()
     assert set(later) == {0, 4}
     other = make(N + 2 - clients_per_pass)
-    other.restore(common, {**changed, **later})
+    other.restore(common, {**changed, **later}.items())
     assert_same(clients, other)
     assert other.collect_changes()[1] == {}
-    assert set(other.collect_changes(everything=True)[1]) == {0, 1, 4}
+    assert set(other.collect_changes(also=other.holders)[1]) == {0, 1, 4}
 
 
 class LateFerry(HostOffload):

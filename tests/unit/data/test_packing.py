@@ -264,10 +264,29 @@ def test_groups_fit_into_the_width_and_first_fit_leaves_no_two_half_empty(length
 
 def test_rows_get_as_wide_as_pays():
     lengths = [[100] * 7 + [120], [100] * 8]
-    width, lines = pack(lengths, 8, Packing(4096, math.inf))
-    assert (width, [len(own) for own in lines]) == (824, [1, 1])
-    assert pack(lengths, 8, Packing(512, math.inf))[0] == 432, "a narrow context"
+    found = pack(lengths, 8, Packing(4096, math.inf))
+    assert (found.width, [len(own) for own in found.lines]) == (824, [1, 1])
+    assert pack(lengths, 8, Packing(512, math.inf)).width == 432, "a narrow context"
     assert pack(lengths, 8, Packing(4096, 64.0)) is None, "attention is most of a pass"
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+def test_documents_have_a_mask_where_each_by_itself_costs_more(clients):
+    """Two rows of 40 for each client, or one of 72 with three documents, the padding being one."""
+    lengths, even = [[30, 37]] * clients, 1000.0
+    extra = 72 * (72 - 40 / 2) / even / 3
+    assert not pack(lengths, 2, Packing(4096, even, 0.99 * extra)).is_masked
+    assert pack(lengths, 2, Packing(4096, even, 1.01 * extra)).is_masked
+    assert pack(lengths, 2, Packing(4096, even)).is_masked, "nothing else can be done"
+    assert not pack(lengths, 2, Packing(4096, 1.0, 0.0)).is_masked, "one kernel"
+
+
+def test_documents_stay_padded_where_each_costs_more_than_it_saves():
+    """Four rows of 40 or one of 128, too wide for a mask."""
+    lengths, even = [[30, 30, 30, 37]] * 3, 30.0
+    saved = (160 - 128) * (1 + 40 / 2 / even) / 5
+    assert pack(lengths, 4, Packing(4096, even, 0.99 * saved)) is not None
+    assert pack(lengths, 4, Packing(4096, even, 1.01 * saved)) is None
 
 
 def test_examples_of_one_length_stay_padded():
@@ -317,16 +336,17 @@ def test_a_packed_run_trains_the_adapters_of_a_padded_one(tiny_folder: Path, tmp
 @given(
     st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=8), min_size=1, max_size=4),
     st.floats(16, 1e6),
+    st.sampled_from([0.0, 17.0, math.inf]),
     st.integers(64, 512),
 )
 def test_no_row_is_wider_than_the_plan_of_memory_assumes(
-    lengths_by_client: list[list[int]], even_width: float, widest: int
+    lengths_by_client: list[list[int]], even_width: float, document_slots: float, widest: int
 ) -> None:
-    packing, longest = Packing(widest, even_width), 60
+    packing, longest = Packing(widest, even_width, document_slots), 60
     padded_rows = max(map(len, lengths_by_client))
     found = pack(lengths_by_client, padded_rows, packing)
     if found is not None:
-        assert found[0] <= packing.widest_row(padded_rows, round_up(longest))
+        assert found.width <= packing.widest_row(padded_rows, round_up(longest))
 
 
 def test_the_widest_row_is_the_last_one_that_costs_less() -> None:

@@ -23,6 +23,7 @@ from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
 from sfed.distributed import world as distributed
 from sfed.federated import session
+from sfed.lora import packed_attention
 from sfed.memory import clients_per_pass, counts, profile
 from sfed.memory.costs import ClientState, Cost, Costs, Load, Work, largest
 from sfed.memory.live_bytes import LiveBytes
@@ -36,9 +37,17 @@ CPU = torch.device("cpu")
 ALL, ATTENTION = "all-linear", ("q_proj", "v_proj")
 
 
-def settings(rank: int, targets: Any, checkpointing: bool = False, *, packing: bool = False) -> Any:
+def settings(
+    rank: int,
+    targets: Any,
+    checkpointing: bool = False,
+    *,
+    packing: bool = False,
+    attention: str = "auto",
+) -> Any:
     return config_load.validate(
         {
+            "model": {"attention": attention},
             "data": {"task": "gsm8k", "packing": packing},
             "lora": {"rank": rank, "target_modules": targets},
             "backbone": {"gradient_checkpointing": checkpointing},
@@ -46,9 +55,9 @@ def settings(rank: int, targets: Any, checkpointing: bool = False, *, packing: b
     )
 
 
-def measured(config: Any, model_config: Any, dtype: torch.dtype) -> Costs:
+def measured(config: Any, model_config: Any, dtype: torch.dtype, device: str = "cpu") -> Costs:
     targets = counts.counts_of(config, hf_config.MetaModel(config, model_config)).targets
-    return profile.measure(config, Frozen(model_config, dtype, targets), pytest.fail)
+    return profile.measure(config, Frozen(model_config, dtype, targets, device), pytest.fail)
 
 
 def trainer(name: str, load: Load, rank: int, targets: Any, dtype: torch.dtype) -> Sfed:
@@ -99,23 +108,27 @@ def packed_into_one_row(load: Load) -> batches.Batch:
     """One row for each client, of a long sequence and seven short ones."""
     lengths = [load.tokens - 70, *[9] * 7]
     rows = [Row(np.zeros(length, dtype=np.int32), 1, None) for length in lengths]
-    packing = Packing(widest=load.tokens, even_width=math.inf)
+    packing = Packing(widest=load.tokens, even_width=math.inf, document_slots=0.0)
     packed = batches.collate([rows] * load.clients, len(rows), packing)
     assert packed.documents is not None
     assert packed.input_ids.shape == (load.clients, load.tokens)
     return packed
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "auto"], ids=["a mask", "no mask"])
 @pytest.mark.parametrize(("clients", "dtype"), [(1, torch.float32), (3, torch.bfloat16)])
-def test_a_packed_pass_keeps_a_mask_in_each_layer_and_that_is_counted(
-    clients: int, dtype: torch.dtype
+def test_what_a_packed_pass_keeps_is_counted_with_its_masks_where_it_has_some(
+    clients: int, dtype: torch.dtype, attention: str
 ) -> None:
     """Masks of 512 x 512 are half of what a packed pass of this model keeps."""
     load = Load(clients, 1, 512)
     model_config = synthetic.model_config("stories", None, None)
-    costs = measured(settings(16, ALL, packing=True), model_config, dtype)
+    costs = measured(settings(16, ALL, packing=True, attention=attention), model_config, dtype)
     assert costs.packing is not None
     ours, batch = trainer("stories", load, 16, ALL, dtype), packed_into_one_row(load)
+    ours.backbone.model.set_attn_implementation(
+        packed_attention.NAME if attention == "auto" else attention
+    )
     with LiveBytes() as live:
         ours.enter(0)
         loss = ours.backbone.token_losses(
@@ -132,7 +145,19 @@ def test_a_packed_pass_keeps_a_mask_in_each_layer_and_that_is_counted(
     assert peak <= 1.15 * live.peak
     padded = measured(settings(16, ALL), model_config, dtype)
     assert padded.packing is None
-    assert padded.kept.of(load) < 0.7 * kept
+    if attention == "sdpa":
+        assert padded.kept.of(load) < 0.7 * kept
+    else:
+        assert costs.kept.per_square == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_kernel_without_a_mask_keeps_no_more_of_packed_rows_than_of_padded_ones() -> None:
+    model_config = synthetic.model_config("stories", None, None)
+    padded = measured(settings(16, ALL), model_config, torch.bfloat16)
+    packs = settings(16, ALL, packing=True)
+    assert measured(packs, model_config, torch.bfloat16, "cuda") == padded
+    masked = measured(packs, model_config, torch.float32, "cuda")  # which the kernel cannot compute
+    assert masked.packing is not None and masked.kept.per_square > 0
 
 
 @pytest.mark.parametrize(("clients", "rank"), [(1, 4), (4, 16), (8, 2)])
@@ -240,7 +265,7 @@ def test_the_largest_that_fits_is_found(limit: int, edge: int) -> None:
 
 def test_costs_travel_as_json() -> None:
     costs = dataclasses.replace(FREE, kept=Cost(1, 2.5, 3, 4, 5), cache_per_token=7)
-    for packing in (None, Packing(4096, math.inf)):
+    for packing in (None, Packing(4096, 128.0), Packing(4096, 128.0, 17.0)):
         sent = dataclasses.replace(costs, packing=packing)
         assert Costs.of_json(json.loads(json.dumps(dataclasses.asdict(sent)))) == sent
 

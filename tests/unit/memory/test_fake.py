@@ -78,7 +78,7 @@ def run_config(said: dict[str, Any]) -> Config:
 def frozen_of(config: Config, family: str, settings: dict[str, Any], dtype: torch.dtype) -> Frozen:
     shape = fitted(config, getattr(transformers, f"{family}Config")(**settings))
     targets = counts.counts_of(config, MetaModel(config, shape)).targets
-    return Frozen(shape, dtype, targets)
+    return Frozen(shape, dtype, targets, "cpu")
 
 
 def figures(trial: Trial) -> tuple[Any, ...]:
@@ -105,7 +105,7 @@ class Packed(Trial):
     def batch(self, load: Load) -> batches.Batch:
         lengths = [load.tokens - 2, 11, 9] * load.rows
         rows = [Row(np.zeros(length, dtype=np.int32), 1, None) for length in lengths]
-        packing = Packing(widest=load.tokens, even_width=1e9)
+        packing = Packing(widest=load.tokens, even_width=1e9, document_slots=0.0)
         packed = batches.collate([rows] * load.clients, len(rows), packing)
         assert packed.documents is not None
         return packed
@@ -113,7 +113,12 @@ class Packed(Trial):
 
 @pytest.mark.parametrize(
     ("family", "settings", "said"),
-    [("Llama", DECODER, {}), ("Llama", DECODER, EAGER), ("Qwen3", HEAD, CHECKPOINTED)],
+    [
+        ("Llama", DECODER, {}),
+        ("Llama", DECODER, {"model": {"attention": "sdpa"}}),
+        ("Llama", DECODER, EAGER),
+        ("Qwen3", HEAD, CHECKPOINTED),
+    ],
 )
 def test_so_they_do_where_rows_are_packed(
     family: str, settings: dict[str, Any], said: dict[str, Any]
@@ -132,7 +137,7 @@ def test_a_pass_of_large_layers_is_followed_without_memory_for_them() -> None:
     shape = fitted(config, synthetic.model_config("llama2-7b", None, None))
     targets = counts.counts_of(config, MetaModel(config, shape)).targets
     said: list[str] = []
-    costs = profile.measure(config, Frozen(shape, BF16, targets), said.append)
+    costs = profile.measure(config, Frozen(shape, BF16, targets, "cpu"), said.append)
     assert costs.kept_by_layer.per_token == 93_352
     assert not said
 

@@ -121,9 +121,9 @@ def shared(kind: str) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
             sent = aggregation.share(world, clients, ("A",), weights, ServerSide(optimizer))
             assert sent == 4 * clients.widths["a"], "the state costs no bytes"
             paths.append(clients.factor(own[-1], "A").clone())
-            common, held = clients.collect_changes(everything=True)
+            common, held = clients.collect_changes(also=clients.holders)
             clients = store(own)
-            clients.restore(common, held)
+            clients.restore(common, held.items())
         sync.barrier(world, "end")
         sync.leave_store_last(world)
         return paths, clients.common_state

@@ -38,6 +38,17 @@ def test_a_table_of_few_clients_holds_all_in_order(monkeypatch):
     assert rows == list(range(32)) and not said
 
 
+def test_a_table_of_a_sample_holds_the_sample_and_says_so(monkeypatch):
+    tables: list[Table] = []
+    monkeypatch.setattr(Console, "print_table", lambda _self, table: tables.append(table))
+    after = event([float(c) for c in range(1000)])
+    after[metrics.SAMPLE] = [3, 500]
+    Console(is_main=True).closing_table(after, after, {})
+    [table] = tables
+    assert [str(cell) for cell in table.columns[0].cells] == ["3", "500"]
+    assert "a sample of 2 of 1,000 clients" in str(table.title)
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [

@@ -74,7 +74,7 @@ def test_more_tokens_per_second_and_faster_links_take_less_time(tiny_folder: Pat
 
 
 def test_host_memory_holds_what_rests_and_what_a_checkpoint_still_reads(tiny_folder: Path) -> None:
-    def host_bytes(**federated: int | None) -> int:
+    def host_bytes(**federated: object) -> int:
         own = {"num_clients": 6, "clients_per_pass": 2, **federated}
         return int(predicted(tiny.config(tiny_folder, federated=own))["host_bytes"])
 
@@ -83,6 +83,29 @@ def test_host_memory_holds_what_rests_and_what_a_checkpoint_still_reads(tiny_fol
     assert host_bytes() == (6 + 6) * state
     assert host_bytes(clients_per_round=2) == (6 + 2) * state
     assert host_bytes(clients_per_pass=6) == 0
+    assert host_bytes(clients_per_pass="auto") == (6 + 6) * state, "a run may take fewer"
+
+
+def test_a_plan_says_where_a_run_may_take_fewer_clients_than_fit(tiny_folder: Path) -> None:
+    def may(sharding: str = "none", **federated: object) -> bool:
+        own = {"num_clients": 6, **federated}
+        config = tiny.config(tiny_folder, federated=own, backbone={"sharding": sharding})
+        found = predicted(config, gpus=2)
+        said = "would share a pass" in " ".join(tables._verdict(found))
+        assert said == (found["auto_clients_per_pass"] is not None)
+        return said
+
+    assert may()
+    auto = predicted(tiny.config(tiny_folder, federated={"num_clients": 6}))[
+        "auto_clients_per_pass"
+    ]
+    assert auto["clients_per_pass"] == 6, "launches are all that a GPU does for a tiny model"
+    assert (
+        "tokens/s are expected with 6" in auto["reason"] and "100 % of the best" in auto["reason"]
+    )
+    assert not may("zero3")
+    assert not may(num_clients=2)
+    assert not may(clients_per_pass=3)
 
 
 def test_host_memory_holds_original_weights_and_what_is_added_to_them(tiny_folder: Path) -> None:

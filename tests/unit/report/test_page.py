@@ -15,6 +15,7 @@ import pytest
 
 from sfed.report import __main__ as report
 from sfed.report import comparison_tables, grouping, plotting, series, tables
+from sfed.report.arms.convergence import reached
 from sfed.report.comparison_figures import comparisons
 from sfed.storage import run_record
 from sfed.storage.run_record import open_run
@@ -152,6 +153,30 @@ def test_the_last_round_counts_and_the_best_is_named_so(run: Path) -> None:
     assert "Means over clients after round 2" in words
     assert "its own data 1.4500 1.4520 1.4510 1.2500 (round 1)" in words
     assert "best round, unweighted" in words
+
+
+def test_the_best_round_is_one_of_those_that_evaluated_the_same_clients(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "sampled", rounds=3)
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    events[1]["eval/personal_loss_unweighted"] = 0.001
+    for event in events[2:]:
+        event["evaluated_clients"] = [1, 3]
+    write_events(folder, events)
+    story = open_run(folder)
+    [personal, *_] = tables.means_table(story).rows
+    assert "(round 3)" in personal[-1] and "0.001" not in personal[-1]
+    assert [row[0] for row in tables.clients_tables(story)[0].rows] == ["1", "3"]
+    assert reached(story, "personal", 0.01).round is None, "a mean over other clients"
+
+
+def test_seconds_after_the_last_round_are_counted_too(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        end = {"event": "end", "time/checkpoint_seconds": 7.0, "time/export_seconds": 5.0}
+        file.write(json.dumps(end) + "\n")
+    story = open_run(run)
+    spent = {row[0]: row[1] for row in tables.time_table(story).rows}
+    assert spent["writing the adapters"] == "5.0 s" and spent["checkpoints"] == "7.0 s"
+    assert all(event["event"] == "round" for event in story.rounds)
 
 
 def test_the_page_says_where_the_time_went(run: Path) -> None:

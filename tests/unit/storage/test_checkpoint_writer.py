@@ -8,8 +8,12 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from sfed import train
 from sfed.config import load as config_load
@@ -17,6 +21,7 @@ from sfed.federated import local
 from sfed.federated.context import RoundPlan
 from sfed.lora import tensor_files
 from sfed.storage import checkpoint_writer
+from sfed.storage.checkpoint import State
 from sfed.utils import files as utils_files
 from sfed.utils.errors import UserError
 from tests.support import runs, tiny
@@ -49,18 +54,18 @@ def test_a_round_is_written_while_the_next_one_trains(
     calm = runs.adapters(run(settings(tiny_folder, tmp_path, "calm")))
     trained = [threading.Event() for _ in range(ROUNDS + 1)]
     trained[ROUNDS].set()
-    save_file, train_round = tensor_files.save_tensors, local.train
+    write, train_round = tensor_files.write_described, local.train
 
-    def late(tensors: dict, path: Path) -> None:
+    def late(tensors: dict, path: Path) -> dict:
         finished = int(path.parent.name.removeprefix(".round-").removesuffix(".tmp"))
         assert trained[finished].wait(HANG_SECONDS), "training waits for the checkpoint"
-        save_file(tensors, path)
+        return write(tensors, path)
 
     def note_the_end(run_: object, plan: RoundPlan, *arguments: object) -> None:
         train_round(run_, plan, *arguments)
         trained[plan.round_index].set()
 
-    monkeypatch.setattr(checkpoint_writer, "save_tensors", late)
+    monkeypatch.setattr(checkpoint_writer, "write_described", late)
     monkeypatch.setattr(local, "train", note_the_end)
     folder = run(settings(tiny_folder, tmp_path))
     monkeypatch.undo()
@@ -75,20 +80,20 @@ def test_a_round_is_written_while_the_next_one_trains(
 
 
 def fail_on_process_1(own: dict, failing_round: int) -> str:
-    save_file = tensor_files.save_tensors
+    write = tensor_files.write_described
 
-    def full(tensors: dict, path: Path) -> None:
+    def full(tensors: dict, path: Path) -> dict:
         if os.environ["RANK"] == "1" and path.parent.name == f".round-{failing_round:06d}.tmp":
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path)
+        return write(tensors, path)
 
-    checkpoint_writer.save_tensors = full
+    checkpoint_writer.write_described = full
     try:
         train.run(config_load.validate(own))
     except UserError as mistake:
         return str(mistake)
     finally:
-        checkpoint_writer.save_tensors = save_file
+        checkpoint_writer.write_described = write
     return ""
 
 
@@ -123,10 +128,24 @@ def test_what_a_killed_process_left_half_written_is_removed(
     assert whole(folder) == [f"round-{number:06d}" for number in (1, 2, 3)]
 
 
+def packs_of(checkpoint: Path) -> dict[str, list[int]]:
+    facts = json.loads((checkpoint / "run.json").read_text())
+    on_disk = {path.name for path in checkpoint.glob("*.safetensors")}
+    assert on_disk == facts["files"].keys() == {"common.safetensors", *facts["packs"]}
+    return facts["packs"]
+
+
+@pytest.mark.parametrize("pack_bytes", [2**28, 1])
 @pytest.mark.parametrize("has_links", [True, False])
-def test_a_client_that_rests_is_written_once_more_and_then_has_two_files_in_turn(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+def test_who_rests_is_written_once_more_and_two_checkpoints_in_a_row_share_no_file(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_links: bool,
+    pack_bytes: int,
 ) -> None:
+    """With 1 byte each client has a file of its own, and no file is small."""
+    monkeypatch.setattr(checkpoint_writer, "_PACK_BYTES", pack_bytes)
     if not has_links:
 
         def refuse(*_: object) -> None:
@@ -138,28 +157,83 @@ def test_a_client_that_rests_is_written_once_more_and_then_has_two_files_in_turn
     own["output"]["keep_checkpoints"] = ROUNDS + 2
     folder = run(own)
     taken_part: set[int] = set()
-    before: list[dict[str, int]] = [{}, {}]
+    before: list[dict[int, int]] = [{}, {}]
     cohorts: list[set[int]] = [set(), set()]
     for event in runs.rounds(folder)[1:]:
         cohort = {entry["client"] for entry in event["clients"] if "steps" in entry}
         taken_part |= cohort
         checkpoint = folder / "checkpoints" / f"round-{event['round']:06d}"
-        files = {path.name: path.stat().st_ino for path in checkpoint.glob("client-*")}
-        assert files.keys() == {f"client-{client:04d}.safetensors" for client in taken_part}
-        assert set(json.loads((checkpoint / "run.json").read_text())["files"]) == {
-            "common.safetensors",
-            *files,
+        packs = packs_of(checkpoint)
+        inodes = {
+            client: (checkpoint / name).stat().st_ino
+            for name, some in packs.items()
+            for client in some
         }
-        assert not set(files.values()) & set(before[-1].values()), "a damaged file costs both"
-        if has_links and event["round"] > 2:
-            same = {name for name, inode in files.items() if before[-2].get(name) == inode}
-            rested = taken_part - cohort - cohorts[-1]
-            assert same == {f"client-{client:04d}.safetensors" for client in rested}
-        before.append(files)
+        assert inodes.keys() == taken_part
+        assert not set(inodes.values()) & set(before[-1].values()), "a damaged file costs both"
+        if pack_bytes > 1:
+            assert len(packs) <= 3
+        elif has_links and event["round"] > 2:
+            same = {client for client, inode in inodes.items() if before[-2].get(client) == inode}
+            assert same == taken_part - cohort - cohorts[-1]
+        before.append(inodes)
         cohorts.append(cohort)
     longer = settings(tiny_folder, tmp_path, federated={**shape, "num_rounds": ROUNDS + 4})
     calm = run(settings(tiny_folder, tmp_path, "calm", federated=longer["federated"]))
     assert runs.identical(runs.adapters(calm), runs.adapters(run(longer)))
+
+
+def test_files_stay_few_and_what_is_outdated_in_them_is_bounded(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    shape = {"num_clients": 16, "clients_per_round": 1, "num_rounds": 24}
+    own = settings(tiny_folder, tmp_path, federated=shape)
+    own["train"] |= {"local_steps": 1, "batch_size": 1}
+    own["evaluation"] = {"every_rounds": 0}
+    own["output"]["keep_checkpoints"] = 24
+    checkpoints = sorted((run(own) / "checkpoints").iterdir())
+    for checkpoint in checkpoints:
+        packs = packs_of(checkpoint)
+        assert len(packs) <= 5, "log2 of the clients, and one"
+        for name, clients in packs.items():
+            held = {key.split("/")[1] for key in load_file(checkpoint / name)}
+            assert 2 * len(clients) >= len(held), "half of a file is in use"
+
+
+def test_a_checkpoint_of_a_file_per_client_is_resumed(tiny_folder: Path, tmp_path: Path) -> None:
+    """As versions before format 2 wrote it."""
+    calm = run(settings(tiny_folder, tmp_path, "calm"))
+    folder = run(settings(tiny_folder, tmp_path, federated={"num_rounds": 2}))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        facts = json.loads((checkpoint / "run.json").read_text())
+        for name in facts.pop("packs"):
+            tensors = load_file(checkpoint / name)
+            (checkpoint / name).unlink()
+            del facts["files"][name]
+            for client in {key.split("/")[1] for key in tensors}:
+                of_client = {k: t for k, t in tensors.items() if k.split("/")[1] == client}
+                file = checkpoint / f"client-{client}.safetensors"
+                facts["files"][file.name] = tensor_files.write_described(of_client, file)
+        del facts["format"]
+        (checkpoint / "run.json").write_text(json.dumps(facts))
+    assert len(list(checkpoint.glob("client-*"))) == 4
+    assert runs.identical(runs.adapters(calm), runs.adapters(run(settings(tiny_folder, tmp_path))))
+
+
+def test_a_partial_checkpoint_that_is_replaced_shares_no_name_with_what_it_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = checkpoint_writer.Writer.__new__(checkpoint_writer.Writer)
+    writer._world = SimpleNamespace(rank=1)
+    kept = {"clients-0001-000010-0.safetensors": frozenset({5})}
+    parts = {client: {"b": torch.zeros(4)} for client in (3, 1)}
+    monkeypatch.setattr(checkpoint_writer, "_PACK_BYTES", 16)
+    files, packs = writer._new_packs(parts, 10, kept)
+    assert packs == {
+        "clients-0001-000010-1.safetensors": {1},
+        "clients-0001-000010-2.safetensors": {3},
+    }
+    assert [*files["clients-0001-000010-1.safetensors"]] == ["clients/0001/b"]
 
 
 def test_a_checkpoint_that_vanished_meanwhile_is_not_missed(
@@ -185,10 +259,74 @@ def test_a_checkpoint_that_vanished_meanwhile_is_not_missed(
     )
 
 
+@pytest.mark.dist
+def test_the_clock_of_process_0_says_for_all_when_a_checkpoint_is_due(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    own = settings(tiny_folder, tmp_path, federated={"num_rounds": 6})
+    own["output"] |= {"checkpoint_every_seconds": 30.0, "keep_checkpoints": 6}
+    on_processes(2, train_by_other_clocks, own)
+    assert whole(tmp_path / "run") == ["round-000003", "round-000006"]
+    assert runs.identical(
+        runs.adapters(tmp_path / "run"),
+        runs.adapters(
+            runs.run(2, settings(tiny_folder, tmp_path, "x", federated={"num_rounds": 6}))
+        ),
+    )
+
+
+def train_by_other_clocks(own: dict) -> None:
+    """Since the last checkpoint, process 0 sees 11 seconds a round pass, and process 1 none."""
+    rounds, save = [0], checkpoint_writer.Writer.save
+
+    def elapsed(_: checkpoint_writer.Writer) -> float:
+        rounds[0] += 1
+        return 11.0 * rounds[0] if os.environ["RANK"] == "0" else 0.0
+
+    def save_and_begin_anew(self: checkpoint_writer.Writer, state: State) -> None:
+        rounds[0] = 0
+        save(self, state)
+
+    checkpoint_writer.Writer._elapsed = elapsed
+    checkpoint_writer.Writer.save = save_and_begin_anew
+    train.run(config_load.validate(own))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_a_file_is_described_as_it_is_read_and_holds_what_was_given(
+    tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    file = tmp_path / "x.safetensors"
+    tensors = {
+        "odd": torch.arange(5, dtype=torch.uint8),
+        "b/\u00e9": torch.ones(shape).to(dtype),
+        "a": torch.arange(6.0).view(2, 3).T,
+    }
+    assert tensor_files.write_described(tensors, file) == utils_files.describe(file)
+    found = load_file(file)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+def test_a_file_that_holds_these_tensors_already_is_left_alone(tmp_path: Path) -> None:
+    file, tensors = tmp_path / "x.safetensors", {"a": torch.arange(4.0), "b": torch.ones(2, 2)}
+    tensor_files.write_tensors(tensors, file, {"format": "pt"})
+    first, inode = file.read_bytes(), file.stat().st_ino
+    tensor_files.write_tensors(tensors, file, {"format": "pt"})
+    assert file.stat().st_ino == inode
+    tensor_files.write_tensors({**tensors, "a": torch.zeros(4)}, file, {"format": "pt"})
+    assert file.stat().st_ino != inode and len(file.read_bytes()) == len(first)
+    assert torch.equal(load_file(file)["a"], torch.zeros(4))
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
 def hang_on_process_1(own: dict) -> str:
     """What ends a run of two processes of which the second never gets its files to the disk."""
     if os.environ["RANK"] == "1":
-        checkpoint_writer.save_tensors = lambda *_: threading.Event().wait()
+        checkpoint_writer.write_described = lambda *_: threading.Event().wait()
     try:
         train.run(config_load.validate(own))
     except (UserError, SystemExit) as end:
@@ -247,9 +385,18 @@ def test_a_damaged_file_costs_one_of_two_checkpoints_whenever_its_client_trained
         assert costs == [{f"round-{num_rounds:06d}"}] * len(costs)
     calm = go_on("calm", 9)
     assert runs.identical(runs.adapters(calm), runs.adapters(folder))
-    newest = [{p.name: p.read_bytes() for p in (f / "checkpoints/round-000009").glob("*.s*")}
-              for f in (calm, folder)]  # fmt: skip
-    assert newest[0] == newest[1]
+    newest = [held_by(f / "checkpoints/round-000009") for f in (calm, folder)]
+    assert newest[0].keys() == newest[1].keys()
+    assert all(torch.equal(tensor, newest[1][name]) for name, tensor in newest[0].items())
+
+
+def held_by(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What a checkpoint says of all clients, whichever files it is in."""
+    found = load_file(checkpoint / "common.safetensors")
+    for name, clients in packs_of(checkpoint).items():
+        tensors = load_file(checkpoint / name)
+        found |= {k: t for k, t in tensors.items() if int(k.split("/")[1]) in clients}
+    return found
 
 
 def test_a_client_of_which_only_the_examples_drawn_are_its_own_is_kept_over_a_start(

@@ -52,7 +52,7 @@ def test_tensors_may_be_read_by_whom_their_folder_lets_in(tmp_path: Path, mode: 
     folder = tmp_path / "adapter"
     folder.mkdir()
     folder.chmod(mode)
-    tensor_files.save_tensors({"a": torch.zeros(2)}, folder / "a.safetensors")
+    tensor_files.write_tensors({"a": torch.zeros(2)}, folder / "a.safetensors", {})
     assert (folder / "a.safetensors").stat().st_mode & 0o777 == expected
 
 

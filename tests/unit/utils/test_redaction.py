@@ -7,7 +7,7 @@ import pytest
 from sfed.config import load as config_load
 from sfed.config.diff import comparable
 from sfed.observability.metrics import MetricsFile, read_events
-from sfed.utils import command
+from sfed.utils import command, redaction
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import MASK, is_secret_name, mask, masked
 
@@ -61,6 +61,20 @@ def test_values_under_secret_keys_and_secrets_anywhere_are_masked_the_rest_is_ke
         "data": {"max_tokens": 8},
         "wandb": {"api_key": None},
     }
+
+
+def test_the_environment_is_read_once_for_a_value_of_any_size(monkeypatch):
+    read, reads = redaction._secrets_of_environment, []
+
+    def counting():
+        reads.append(read())
+        return reads[-1]
+
+    monkeypatch.setattr(redaction, "_secrets_of_environment", counting)
+    monkeypatch.setenv("MY_TOKEN", "correct horse")
+    event = {"clients": [{"client": n, "name": "a correct horse"} for n in range(50)]}
+    assert masked(event)["clients"] == [{"client": n, "name": f"a {MASK}"} for n in range(50)]
+    assert len(reads) == 1
 
 
 def test_two_runs_that_differ_in_a_secret_only_are_the_same_run():

@@ -56,6 +56,18 @@ def told(folder: Path) -> str:
 START = losses((2.0, 2.0), (3.0, 3.0), (4.0, 4.0))
 
 
+def test_of_a_sample_only_the_clients_that_were_evaluated_are_told_of(tmp_path: Path) -> None:
+    end = losses((1.0, 1.5), (1.0, 2.0), (2.5, 2.5))
+    folder = run_of(tmp_path / "run", [START, end])
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    events = [{**json.loads(line), "evaluated_clients": [0, 2]} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
+    outcome = outcome_of(open_run(folder))
+    assert outcome is not None and [one.client for one in outcome.clients] == [0, 2]
+    assert "2 of 2 clients" in told(folder)
+    assert "These are a sample of 2 of 3 clients." in told(folder)
+
+
 def test_a_run_that_got_better(tmp_path: Path) -> None:
     end = losses((1.0, 1.5), (1.0, 2.0), (2.5, 2.5))
     run = run_of(tmp_path / "run", [START, START, end], own={"B": MIB})

@@ -1,0 +1,1 @@
+"""``--against``: whole rounds beside loops that people write. Read ``contest`` first."""
