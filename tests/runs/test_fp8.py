@@ -142,7 +142,7 @@ def test_a_plan_counts_two_bytes_a_weight_and_offers_no_shards(
     fp8, full = found["fp8"], found["full"]
     assert fp8["weights"] == full["weights"] and fp8["sharding"]["kind"] == "none"
     # In bf16, beside codes of as many bytes: a scale for each row of W and of W^T.
-    sides = 2 * (4 * 32 + 2 * 32 + 2 * (32 + 16) + 3 * (32 + 80))
+    sides = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 80))
     assert fp8["backbone_bytes"] - full["backbone_bytes"] == 4 * sides
     # To look for remedies is to check each: zero3, which fp8 excludes, would raise an error.
     assert not fp8["fits"] and not full["fits"]

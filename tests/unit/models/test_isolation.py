@@ -16,7 +16,7 @@ from torch import nn
 from sfed.data.batches import collate
 from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
-from sfed.lora import adapters
+from sfed.lora import adapters, fp8
 from sfed.lora.adapters import LoraSpec
 from sfed.lora.hf_blocks import patch_blocks
 from sfed.models import isolation
@@ -39,8 +39,10 @@ def subject(
     **settings: float,
 ) -> Subject:
     """A language model with adapters, as the trainer makes them."""
-    model = model.to(dtype).requires_grad_(False)
+    model = model.to(torch.float32 if dtype == fp8.CODES else dtype).requires_grad_(False)
     patch_blocks(model)
+    if dtype == fp8.CODES:
+        fp8.convert(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     backbone = Backbone(model, None, Sharding("none", "one process"), None)
@@ -56,6 +58,7 @@ def check(tried: Subject, *, shares_passes: bool = True) -> Isolation:
     return isolation.check(tried, lambda reason: reason, shares_passes=shares_passes)
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": fp8.CODES}
 HARMLESS = [strange.BatchStatistics, strange.Jitter, strange.LayerDrop, strange.LooksAtDtype]
 HARMLESS += [strange.Twice, strange.InPlace]
 MIXES_CLIENTS = [
@@ -84,7 +87,7 @@ def test_layers_that_are_used_as_they_are_share_passes(layer):
 @pytest.mark.parametrize(
     ("layer", "name"), MIXES_CLIENTS, ids=lambda one: getattr(one, "__name__", "")
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_layers_that_mix_clients_get_a_client_per_pass_and_are_named(layer, name, dtype):
     found = check(subject(strange.model(layer), dtype=dtype))
     assert not found.clients_share_passes
@@ -98,7 +101,19 @@ def test_layers_that_are_wrong_with_one_client_too_are_refused_by_name(layer, wo
         check(subject(strange.model(layer)), shares_passes=shares_passes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, fp8.CODES], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    # What LongestRow does is not larger than the rounding of either; bytes are read by no layer.
+    [one for one in REFUSED if one[0] not in (strange.LongestRow, strange.ReadsWeight)],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_coarse_numbers_hide_none_of_these(layer, words, dtype):
+    with pytest.raises(UserError, match=words):
+        check(subject(strange.model(layer), dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_documents_that_change_each_other_get_rows_of_their_own(dtype):
     tried = subject(strange.model(strange.LeaksThroughDocuments), dtype=dtype)
     found = check(dataclasses.replace(tried, packing=Packing(64, math.inf)))
@@ -106,7 +121,7 @@ def test_documents_that_change_each_other_get_rows_of_their_own(dtype):
     assert "documents in one row change each other" in found.packing_reason
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_llama_shares_passes_and_rows(dtype, checkpointing):
     tried = subject(strange.model(strange.Twice, at=0), dtype=dtype, checkpointing=checkpointing)
