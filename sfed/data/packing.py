@@ -28,7 +28,7 @@ class Packing:
     """What a model says about packed rows."""
 
     widest: int
-    """Tokens that a row may have."""
+    """Tokens that a row may have: the model's context, where it was not seen to read wider rows."""
     even_width: float
     """Width at which attention under a mask takes as long as all matrix products of a token."""
     document_slots: float = math.inf

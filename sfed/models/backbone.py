@@ -111,7 +111,11 @@ class Backbone:
         if self.why_masked is None:
             is_loop = self.attention == "sdpa" and self.model.device.type == "cpu"
             each = _DOCUMENT_SLOTS_BY_HIDDEN / hidden if is_loop else 0.0
-        return Packing(self.context_tokens, _EVEN_WIDTH_OF_HIDDEN * hidden, each)
+        # These families are known to read no more of a row than the positions of its documents, so
+        # a row may be wider than the model's context; others may keep a table as wide as a row.
+        is_known = packed_attention.is_installed(self.model)
+        widest = _UNBOUNDED if is_known else self.context_tokens
+        return Packing(widest, _EVEN_WIDTH_OF_HIDDEN * hidden, each)
 
     def token_losses(
         self,

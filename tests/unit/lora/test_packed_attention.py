@@ -119,6 +119,36 @@ def test_losses_and_gradients_are_those_of_transformers_masks(family: Family) ->
     assert_close(passed(made(family), batch, unmasked=True), expected)
 
 
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("family", UNMASKED, ids=lambda one: one.name)
+def test_a_row_may_be_wider_than_the_context(family: Family, is_masked: bool) -> None:
+    generator, found = np.random.default_rng(0), []
+    rows = [
+        [Row(generator.integers(2, WORDS, length).astype(np.int32), 1) for length in own]
+        for own in ((100, 60, 3), (120, 40, 11))
+    ]
+    for packs in (False, True):
+        model = made(family)
+        packed_attention.install(model, CPU)
+        backbone = backbone_of(model)
+        batch = collate(rows, 3, replace(backbone.packing, document_slots=0.0) if packs else None)
+        if packs:
+            assert batch.input_ids.shape == (2, 176)
+            assert backbone.context_tokens < 176
+            batch = replace(batch, documents=replace(batch.documents, is_masked=is_masked))
+        losses, grads = passed(model, batch, unmasked=True)
+        found.append([losses.view(2, -1).sum(dim=1), grads])
+    assert_close(*found)
+
+
+def test_a_model_that_is_not_known_gets_no_row_wider_than_its_context() -> None:
+    backbone = backbone_of(made())
+    assert backbone.why_masked is not None
+    assert backbone.packing.widest == backbone.context_tokens == 128
+    packed_attention.install(backbone.model, CPU)
+    assert backbone_of(backbone.model).packing.widest == 2**31
+
+
 def test_the_rows_of_these_tests_have_what_may_go_wrong() -> None:
     documents, width = batch_of().documents, batch_of().input_ids.shape[1]
     starts = documents.starts.tolist()
