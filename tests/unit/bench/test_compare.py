@@ -159,6 +159,7 @@ def test_operations_of_a_known_graph() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full  # a minute; the figures of benchmarks.md
 def test_counts_of_peft_on_llama2_7b_are_those_of_the_notes() -> None:
     config = synthetic.model_config("llama2-7b", None, None)
     load = Workload(1, 1, 8, 16, "all-linear", torch.bfloat16)
