@@ -194,6 +194,10 @@ class LocalSteps:
         self._latest_taken_C = torch.zeros_like(self._latest_losses_C, dtype=torch.bool)
         self._start = rows.values.clone()
         self._terms = terms
+        self._active = [
+            [self._first[c] <= step < plan.steps[c] for c in self._clients]
+            for step in range(self.last)
+        ]
         self._known = self._known_before()
         self.latest_tokens = 0
 
@@ -205,8 +209,7 @@ class LocalSteps:
         """
         plan, steps = self.plan, range(self.last)
         rates = [[self._rate(client, step) for client in self._clients] for step in steps]
-        active = [[self._first[c] <= t < plan.steps[c] for c in self._clients] for t in steps]
-        known = {"lr": torch.tensor(rates), "active": torch.tensor(active)}
+        known = {"lr": torch.tensor(rates), "active": torch.tensor(self._active)}
         if self._terms is not None and self._terms.controls:
             weights = torch.zeros(self.last, len(self._clients))
             for place, client in enumerate(self._clients):
@@ -223,7 +226,7 @@ class LocalSteps:
     def make(self, step: int) -> None:
         """Make one optimizer step of every client that has this step to make."""
         clients = self._clients
-        active = [self._first[c] <= step < self.plan.steps[c] for c in clients]
+        active = self._active[step]
         drawn = [self._draw(c, step) if on else [] for c, on in zip(clients, active, strict=True)]
         counts = {"supervised": torch.tensor(list(map(batches.supervised_count, drawn)))}
         supervised_C = to_device(counts, self._run.world.device)["supervised"]

@@ -208,10 +208,6 @@ def test_packed_rows_are_one_kernel_of_attention_in_a_layer(steps: dict[str, See
     assert not [name for name in launches if "scaled_dot_product" in name]
 
 
-def waits_of(seen: Seen) -> list[tuple[tuple[str, str], int]]:
-    return list(seen.steps[0].host_waits.items())
-
-
 @pytest.mark.slow
 def test_a_layer_launches_no_more_kernels_than_it_did(steps: dict[str, Seen]):
     one, three = (steps[name].steps[-1] for name in ("padded", "three layers"))
