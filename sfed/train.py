@@ -19,7 +19,7 @@ from sfed.federated import preflight
 from sfed.observability import logs
 from sfed.storage import origin
 from sfed.storage.run_record import open_run
-from sfed.utils import command
+from sfed.utils import command, garbage
 from sfed.utils.errors import DivergedError, MissingProcessError, TrainingFailedError, UserError
 from sfed.utils.launcher import launch
 from sfed.utils.text import one_line
@@ -71,12 +71,13 @@ def _report(config: Config) -> None:
         return
     folder = Path(config.output.dir) / config.run_name
     try:
-        from sfed.report import page
-        from sfed.report.opening.outcome import outcome_of, sentences
+        with garbage.permanent():
+            from sfed.report import page
+            from sfed.report.opening.outcome import outcome_of, sentences
 
-        story = open_run(folder)
-        outcome = outcome_of(story)
-        path = page.write_report([story], folder)
+            story = open_run(folder)
+            outcome = outcome_of(story)
+            path = page.write_report([story], folder)
     except Exception as error:  # noqa: BLE001  (it is named, and all else is on disk)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = f"{kind}{one_line(error, 200)}"
@@ -109,8 +110,9 @@ def run(config: Config, *, one_of_many: bool = False) -> SessionEnd:
             another process is the cause.
     """
     started = time.monotonic()
-    from sfed.federated import session
-    from sfed.observability.third_party import quieten
+    with garbage.permanent():
+        from sfed.federated import session
+        from sfed.observability.third_party import quieten
 
     import_seconds = time.monotonic() - started
 

@@ -28,7 +28,7 @@ from sfed.clients.state import (
     part_widths,
 )
 from sfed.lora.adapters import Adapters
-from sfed.lora.layout import Layout
+from sfed.lora.layout import Layout, zero_rows
 from sfed.utils.rng import Stream, derive
 
 
@@ -59,10 +59,11 @@ class ClientStore:
         self.layout = layout
         self.clients_per_pass = min(clients_per_pass, len(own))
         self.examples_drawn = dict.fromkeys(own, 0)
-        self._device = device
+        self.device = device
+        """Of the passes."""
         self.moments = tuple(moments)
         self._ferry = HostOffload(device)
-        self._grads = torch.zeros(self.clients_per_pass, layout.size, device=device)
+        self._grads = zero_rows(self.clients_per_pass, layout.size, device)
         self._places: list[PassState] = []
         """Memory of the device for groups that come and go: one, or two where there are several."""
         self.controlled: tuple[str, ...] = ()
@@ -118,7 +119,7 @@ class ClientStore:
         """Bring only the adapters of these clients to the device: (C, layout.size)."""
         if self._stay is not None and tuple(clients) == self.own:
             return self._stay.values
-        values = torch.empty(len(clients), self.layout.size, device=self._device)
+        values = torch.empty(len(clients), self.layout.size, device=self.device)
         for factor in self.layout.factors:
             for row, client in zip(values[:, self.layout.columns(factor)], clients, strict=True):
                 row.copy_(self.factor(client, factor), non_blocking=True)
@@ -137,6 +138,13 @@ class ClientStore:
         taken = self._common[name].clone()
         self.layout.take_common([client], factor, taken[None])
         return taken
+
+    def on_device(self, client: int, factor: str) -> torch.Tensor:
+        """One client's factor, flat, on the device. Not to be written to.
+
+        The host does not wait for the copy of a client that rests.
+        """
+        return self.factor(client, factor).to(self.device, non_blocking=True)
 
     def shared(self, factor: str) -> torch.Tensor:
         """The factor of all clients that hold none of their own, flat, where it rests.
@@ -171,9 +179,13 @@ class ClientStore:
                 self._changed.add(client)
 
     def control_change(self, client: int, factor: str) -> torch.Tensor:
-        """The mean gradient of the round without the client's control variate, where they rest."""
+        """The mean gradient of the round without the client's control variate, on the device."""
         parts, short = self._parts[client], factor.lower()
-        return parts[f"{short}_{GRADIENT}"] - parts[f"{short}_{CONTROL}"]
+        gradient, control = (
+            parts[f"{short}_{name}"].to(self.device, non_blocking=True)
+            for name in (GRADIENT, CONTROL)
+        )
+        return gradient - control
 
     def take_controls(self, clients: Iterable[int]) -> None:
         """Let the mean gradients of the round be these clients' control variates; drop the rest."""
@@ -262,7 +274,7 @@ class ClientStore:
         for factor in self.layout.factors:
             self.set_shared(factor, common[factor.lower()])
         self.common_state = {
-            name: part.to(self._device) for name, part in common.items() if name not in self._common
+            name: part.to(self.device) for name, part in common.items() if name not in self._common
         }
         for client, parts in held:
             self.examples_drawn[client] = int(parts[DRAWN])
@@ -271,7 +283,7 @@ class ClientStore:
 
     def _set_common(self, factor: str, values: torch.Tensor) -> None:
         if self._stay is not None:
-            self._common[factor.lower()] = values.to(self._device, copy=True)
+            self._common[factor.lower()] = values.to(self.device, copy=True)
             staying = self._stay.values[:, self.layout.columns(factor)]
             staying.copy_(self._common[factor.lower()])
             self.layout.take_common(self.own, factor, staying)
@@ -284,16 +296,16 @@ class ClientStore:
         shape = (self.clients_per_pass, self.layout.size)
         return PassState(
             self.own[: self.clients_per_pass],
-            torch.zeros(shape, device=self._device),
+            zero_rows(*shape, self.device),
             self._grads,
-            {name: torch.zeros(shape, device=self._device) for name in self.moments},
-            torch.zeros(self.clients_per_pass, len(FACTORS), device=self._device),
+            {name: zero_rows(*shape, self.device) for name in self.moments},
+            torch.zeros(self.clients_per_pass, len(FACTORS), device=self.device),
             self._new_controls(),
         )
 
     def _new_controls(self) -> Parts:
         return {
-            name: torch.zeros(self.clients_per_pass, self.widths[name], device=self._device)
+            name: torch.zeros(self.clients_per_pass, self.widths[name], device=self.device)
             for factor in self.controlled
             for name in (f"{factor.lower()}_{CONTROL}", f"{factor.lower()}_{GRADIENT}")
         }

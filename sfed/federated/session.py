@@ -33,6 +33,7 @@ from sfed.storage.checkpoint_writer import RunIdentity, Writer
 from sfed.storage.previous_run import mark_finished
 from sfed.storage.run_folder import RunFolder
 from sfed.storage.run_record import METRICS_FILE, RunRecord, open_run, read_rounds
+from sfed.utils import garbage
 
 OnStart = Callable[[World, StopRequest], None]
 """What a command does at the start of a session, such as to listen to signals."""
@@ -222,7 +223,8 @@ def _train_and_export(
     reported = RoundLog(run, console, log)
     export_seconds: float | None = None
     with Writer(identity, world, run.clients, folder.path, found) as writer:
-        finished = rounds.train(run, state, writer, reported, stop)
+        with garbage.only_of_the_body():
+            finished = rounds.train(run, state, writer, reported, stop)
         writer.finish()
     console.end_rounds()
     if finished:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import Variable
 
-from sfed.lora.layout import Piece
+from sfed.lora.layout import Piece, zero_rows
 
 
 class PassRows:
@@ -41,9 +41,10 @@ class PassRows:
         self._backward_pass = -1
         self.values_CN, self.grads_CN = values_CN, grads_CN
         if self._is_copied:
-            self.values_CN = torch.empty_like(values_CN, dtype=dtype)
+            num_clients, width = values_CN.shape
+            self.values_CN = zero_rows(num_clients, width, values_CN.device, dtype)
             if grads_CN is not None:
-                self.grads_CN = torch.zeros_like(grads_CN, dtype=dtype)
+                self.grads_CN = zero_rows(num_clients, width, values_CN.device, dtype)
 
     def refresh(self) -> None:
         """Before the values are read: make the copy anew where the rows have changed."""

@@ -206,7 +206,7 @@ def _control_sum(
     """The weighted sum of the changes of this process's control variates."""
     senders = [client for client in clients.own if control_weights[client] > 0]
     changes = (clients.control_change(client, factor) for client in senders)
-    nothing = torch.zeros_like(clients.shared(factor))
+    nothing = torch.zeros_like(clients.shared(factor), device=clients.device)
     return weighted_sum(chain([nothing], changes), [0.0, *(control_weights[c] for c in senders)])
 
 
@@ -254,7 +254,7 @@ def _held(clients: ClientStore, factor: str) -> list[list[int]]:
 def _own_sum(clients: ClientStore, factor: str, weights: Sequence[float]) -> torch.Tensor:
     """The weighted sum over this process's clients; those that hold nothing cost nothing."""
     held = _held(clients, factor)
-    rows = (clients.factor(some[0], factor) for some in held)
+    rows = (clients.on_device(some[0], factor) for some in held)
     return weighted_sum(rows, [math.fsum(weights[client] for client in some) for some in held])
 
 
@@ -310,15 +310,16 @@ def similarity(world: World, clients: ClientStore) -> dict[str, float | None]:
     """
     sums: list[torch.Tensor] = []
     for factor in ("A", "B"):
-        units, num = torch.zeros_like(clients.shared(factor)), 0
+        units = torch.zeros_like(clients.shared(factor), device=world.device)
+        num = torch.zeros_like(units[:1])
         for some in _held(clients, factor):
-            row = clients.factor(some[0], factor)
-            norm = float(torch.linalg.vector_norm(row))
-            if 0 < norm < math.inf:
-                units.add_(row / norm, alpha=len(some))
-                num += len(some)
-        sums += [units, torch.full_like(units[:1], num)]
-    flat = all_reduce_sum(torch.cat(sums).to(world.device))
+            row = clients.on_device(some[0], factor)
+            norm = torch.linalg.vector_norm(row)
+            counts = (norm > 0) & (norm < math.inf)
+            units.add_(torch.where(counts, row / norm, 0.0), alpha=len(some))
+            num.add_(counts, alpha=len(some))
+        sums += [units, num]
+    flat = all_reduce_sum(torch.cat(sums))
     found: dict[str, float | None] = {}
     widths = [len(units) + 1 for units in sums[::2]]
     for name, part in zip("ab", torch.split(flat, widths), strict=True):

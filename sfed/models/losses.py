@@ -134,7 +134,9 @@ class TokenLosses:
         """Select the hidden states of supervised tokens for the vocabulary's head: (1, S, D)."""
         if self._positions is None:
             return None
-        return (inputs[0].flatten(0, 1)[self._positions][None], *inputs[1:])
+        # Indexing would sort the positions in the backward pass, since they might repeat.
+        selected_SD = inputs[0].flatten(0, 1).index_select(0, self._positions)
+        return (selected_SD[None], *inputs[1:])
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head's forward: logits as ever, or (1, S, 1) losses where targets are set."""

@@ -37,21 +37,21 @@ def clipped_sum(
         (M,) int64: the sum in units; how many more changes are within the clip than beyond it.
     """
     balance = 0
-    totals = [torch.zeros_like(clients.shared(f), dtype=torch.int64) for f in factors]
+    received = [clients.shared(f).to(clients.device) for f in factors]
+    totals = [torch.zeros_like(one, dtype=torch.int64) for one in received]
     for client in participants:
-        norm = math.hypot(*(_norm(_change(clients, client, f)) for f in factors))
+        changes = [
+            clients.on_device(client, factor).double() - one.double()
+            for factor, one in zip(factors, received, strict=True)
+        ]
+        norm = math.hypot(*map(_norm, changes))
         if not math.isfinite(norm):
             continue
         balance += 1 if norm <= clip else -1
         scale = UNITS * _SLACK * (1 / clip if norm <= clip else 1 / norm)
-        for factor, total in zip(factors, totals, strict=True):
-            total += (_change(clients, client, factor) * scale).trunc().to(torch.int64)
+        for change, total in zip(changes, totals, strict=True):
+            total += (change * scale).trunc().to(torch.int64)
     return torch.cat(totals), balance
-
-
-def _change(clients: ClientStore, client: int, factor: str) -> torch.Tensor:
-    """A client's change of a factor since it received it: fp64."""
-    return clients.factor(client, factor).double() - clients.shared(factor).double()
 
 
 def _norm(change: torch.Tensor) -> float:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import sys
 
+from sfed.utils.garbage import permanent
+
 _is_hidden = "bitsandbytes" not in sys.modules
 if _is_hidden:
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 try:
-    import sfed.federated.session
-    import sfed.observability.third_party  # noqa: F401
+    # The memory of objects that no collection visits stays shared with the processes that it forks.
+    with permanent():
+        import sfed.federated.session
+        import sfed.observability.third_party  # noqa: F401
 finally:
     if _is_hidden:
         del sys.modules["bitsandbytes"]

@@ -18,6 +18,7 @@ from sfed.clients.offload import HostOffload
 from sfed.clients.state import MOMENTS, PassState
 from sfed.clients.store import ClientStore, groups
 from sfed.distributed import world as distributed
+from sfed.lora.factors import PassRows
 from sfed.lora.layout import Layout
 from sfed.methods import aggregation
 from tests.support import runs, tiny
@@ -198,12 +199,9 @@ def test_the_device_holds_two_groups_whatever_the_number_of_clients() -> None:
         memory = {t.untyped_storage().data_ptr(): t for t in clients.memory()}
         return sum(t.untyped_storage().nbytes() for t in memory.values() if id(t) not in resting)
 
-    # Two groups of two rows: values, two moments and steps each; one of gradients for both.
-    assert (
-        on_the_device(6)
-        == on_the_device(60)
-        == 4 * (2 * 2 * (3 * LAYOUT.size + 3) + 2 * LAYOUT.size)
-    )
+    # Two groups of two rows: values, two moments and steps each; one of gradients for both. A row
+    # of 38 numbers has room for 64.
+    assert on_the_device(6) == on_the_device(60) == 4 * (2 * 2 * (3 * 64 + 3) + 2 * 64)
 
 
 def test_who_has_never_taken_part_costs_nothing_and_a_mean_leaves_one_a() -> None:
@@ -344,3 +342,16 @@ def test_a_paged_run_ends_with_the_adapters_of_one_that_stays(
 
     monkeypatch.setattr(ClientStore, "__init__", all_stay)
     assert runs.identical(paged, run("staying"))
+
+
+@pytest.mark.parametrize("per_pass", [2, 3])
+def test_rows_of_a_pass_begin_at_addresses_that_matrix_products_like(per_pass: int) -> None:
+    assert LAYOUT.size % 64, "every row would begin so by itself"
+    clients = make(per_pass, num_clients=3)
+    with closing(clients.passes([(0, 1)], ALL)) as passes:
+        for rows in passes:
+            for tensor in (rows.values, rows.grads, *rows.moments.values()):
+                assert tensor.shape == (2, LAYOUT.size)
+                assert all(row.data_ptr() % 64 == 0 for row in tensor)
+            half = PassRows(rows.values, rows.grads, torch.bfloat16)
+            assert all(row.data_ptr() % 64 == 0 for row in half.values_CN)
