@@ -26,12 +26,13 @@ from sfed.bench.measure import (
     ratios,
     shape_of,
 )
-from sfed.bench.steps import Contestant, attach
+from sfed.bench.steps import TRAIN, Contestant, attach
 from sfed.bench.variants import VARIANTS, count, line_up, seconds_of_step
 from sfed.bench.workload import Workload, random_tokens
 from sfed.distributed import sync
 from sfed.distributed import world as distributed
 from sfed.distributed.world import World
+from sfed.kernels.choice import choose
 from sfed.lora.layout import Layout
 from sfed.methods import aggregation
 from sfed.models.hf_config import DTYPES
@@ -314,6 +315,9 @@ def _notes(world: World, workload: Workload) -> list[str]:
             f"figures are those of process 0, while {world.size} processes ran the same side by "
             "side; the aggregation is among all of them"
         )
+    if world.device.type != "cpu":
+        kernels = choose(TRAIN.kernels, world.device, workload.dtype)
+        notes.append(f"kernels of c and d: {kernels.line}")
     if world.device.type == "cpu":
         notes.append("peak memory: measured on GPUs only; see what a pass keeps instead")
     return notes

@@ -20,6 +20,7 @@ from sfed.clients.state import MOMENTS
 from sfed.clients.store import ClientStore
 from sfed.config.schema import TrainSection
 from sfed.data.batches import Batch
+from sfed.kernels.choice import choose
 from sfed.lora import adapters, packed_attention
 from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.hf_blocks import patch_blocks
@@ -109,8 +110,10 @@ class Sfed(Contestant):
         store: Callable[[PreTrainedModel], Backbone] = replica,
     ) -> None:
         super().__init__(workload, input_ids)
-        patch_blocks(model)
+        kernels = choose(TRAIN.kernels, input_ids.device, workload.dtype)
+        patch_blocks(model, kernels)
         self.backbone = store(model)
+        self.backbone.kernels = kernels
         self.adapters = attach(model, workload)
         own = range(workload.num_clients)
         self.clients = ClientStore(
@@ -170,7 +173,7 @@ class Sfed(Contestant):
 
     def update(self) -> None:
         """The per-client optimizer over flat rows, with the norms that a round notes."""
-        adam = StackedOptimizer(TRAIN, self.clients.layout, _TRAINED)
+        adam = StackedOptimizer(TRAIN, self.clients.layout, _TRAINED, self.backbone.kernels)
         norms_C = adam.gradient_norms(self.rows)
         taken_C = self._everyone.bool() & torch.isfinite(norms_C)
         lr_C = self._everyone * TRAIN.lr

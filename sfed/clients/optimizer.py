@@ -1,22 +1,22 @@
 """One optimizer step for all clients of a pass, each as if it were alone.
 
-AdamW (arXiv 1711.05101) and SGD over the flat rows of the clients. Learning rate, clipping, weight
-decay and bias correction are per client; a client that does not step keeps every bit of its row and
-of its moments. Shape suffixes: C clients, N parameters of a row.
+Learning rate, clipping, weight decay and bias correction are per client; a client that does not
+step keeps every bit of its row and of its moments. What is done to the numbers then is in
+``kernels.plain.adamw``. Shape suffixes: C clients, N parameters of a row.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from sfed.clients.state import FACTORS, PassState
+from sfed.clients.state import FACTORS, MOMENTS, PassState
 from sfed.config.schema import TrainSection
+from sfed.kernels.choice import PLAIN, Kernels
+from sfed.kernels.interface import AdamwRows, ClientStep, FactorStep
+from sfed.kernels.plain.adamw import sgd
 from sfed.lora.layout import Layout
-
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class StackedOptimizer:
     """Layout of a client's row."""
     trained: tuple[str, ...]
     """Factors that move."""
+    kernels: Kernels = PLAIN
 
     def gradient_norms(self, rows: PassState) -> torch.Tensor:
         """Return the Euclidean norm of each client's gradient over its trained factors: (C,)."""
@@ -51,48 +52,24 @@ class StackedOptimizer:
             norms_C: (C,) norm of each gradient, for clipping.
             active_C: (C,) bool, who takes the step. The gradients of the others may hold anything.
         """
-        section, active_C1 = self.section, active_C[:, None]
-        rows.grads.masked_fill_(~active_C1, 0.0)
+        section, clip_C = self.section, None
         if section.max_grad_norm is not None:
             clip_C = (section.max_grad_norm / (norms_C + 1e-6)).clamp(max=1.0)
-            rows.grads.mul_(clip_C.where(active_C, 0.0)[:, None])
+        step = ClientStep(active_C, clip_C, section.weight_decay)
+        rates_C = lr_C * active_C
+        factors = [self._step_of(rows, factor, rates_C, active_C) for factor in self.trained]
         if section.optimizer == "adamw":
-            for span in self.layout.spans(self.trained):
-                _update_moments(rows, span, active_C1)
-        lr_C1 = (lr_C * active_C)[:, None]
-        for factor in self.trained:
-            steps_C1 = rows.optimizer_steps[:, FACTORS.index(factor), None]
-            steps_C1.add_(active_C1)
-            rates_C1 = lr_C1 * section.loraplus_ratio if factor == "B" else lr_C1
-            columns = self.layout.columns(factor)
-            values_CN, update_CN = rows.values[:, columns], rows.grads[:, columns]
-            if section.weight_decay:
-                values_CN.mul_(1.0 - rates_C1 * section.weight_decay)
-            if section.optimizer == "adamw":
-                rates_C1 = rates_C1 * _adam(rows, columns, steps_C1, update_CN)
-            values_CN.addcmul_(update_CN, rates_C1, value=-1.0)
+            moments = (rows.moments[name] for name in MOMENTS)
+            self.kernels.adamw(AdamwRows(rows.values, rows.grads, *moments), factors, step)
+        else:
+            sgd(rows.values, rows.grads, factors, step)
 
-
-def _update_moments(rows: PassState, columns: slice, active_C1: torch.Tensor) -> None:
-    """Move the means of the gradient and of its square; of who does not step, by nothing."""
-    grads_CN, weight_C1 = rows.grads[:, columns], active_C1.to(rows.grads.dtype)
-    rows.moments["exp_avg"][:, columns].lerp_(grads_CN, (1.0 - BETA1) * weight_C1)
-    square_CN = rows.moments["exp_avg_sq"][:, columns]
-    square_CN.mul_(1.0 - (1.0 - BETA2) * weight_C1)
-    square_CN.addcmul_(grads_CN, grads_CN, value=1.0 - BETA2)
-
-
-def _adam(
-    rows: PassState, columns: slice, steps_C1: torch.Tensor, update_CN: torch.Tensor
-) -> torch.Tensor:
-    """Write mean / (sqrt(square) + eps * c) to ``update_CN``; return the factor c / (1 - beta1^t).
-
-    With c = sqrt(1 - beta2^t), that is Adam's corrected mean / (sqrt(corrected square) + eps).
-    """
-    steps_C1 = steps_C1.clamp(min=1.0)  # 0 of who never stepped: unused
-    # 1 - beta^steps, without the cancellation.
-    correction1_C1 = -torch.expm1(steps_C1 * math.log(BETA1))
-    root_C1 = torch.expm1(steps_C1 * math.log(BETA2)).neg_().sqrt_()
-    torch.sqrt(rows.moments["exp_avg_sq"][:, columns], out=update_CN)
-    torch.div(rows.moments["exp_avg"][:, columns], update_CN.add_(EPS * root_C1), out=update_CN)
-    return root_C1 / correction1_C1
+    def _step_of(
+        self, rows: PassState, factor: str, rates_C: torch.Tensor, active_C: torch.Tensor
+    ) -> FactorStep:
+        """Count a factor's step; returns where the factor is, and its rates."""
+        steps_C = rows.optimizer_steps[:, FACTORS.index(factor)]
+        steps_C.add_(active_C)
+        if factor == "B":
+            rates_C = rates_C * self.section.loraplus_ratio
+        return FactorStep(self.layout.columns(factor), rates_C, steps_C)

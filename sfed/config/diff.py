@@ -23,6 +23,7 @@ _FREE_KEYS = (
     "federated.num_rounds",  # finished rounds keep their learning rates (clients/schedule)
     "model.attention",
     "privacy.key_folder",
+    "train.kernels",
 )
 
 

@@ -81,6 +81,7 @@ def build(
     source = _source(config, world, found)
     asked, config = config, splits.with_labels(config, world, num_clients)
     name = model_folder(config)
+    _choose_kernels(config, world, console)
     tokenizer, tokenizer_digest = _tokenizer(config, name, world, console)
     meta = MetaModel.read(config, name)
     # Once: the memory that is free, and with it the answer, changes while things are loaded.
@@ -126,6 +127,14 @@ def _with_options(run: Run, source: Source | None, found: CheckpointRef | None) 
         changed=_changed_weights(run.method, run.world, run.backbone, run.adapters),
         origin=_origin(run, source, found),
     )
+
+
+def _choose_kernels(config: Config, world: World, console: Console) -> None:
+    """Try the kernels before anything is loaded, and say which cannot be used. Collective."""
+    with sync.raise_everywhere(world, "kernels"):
+        faults = backbone.kernels_of(config, world).faults
+    for fault in faults:
+        console.warn(f"train.kernels=auto takes torch's operations for {fault}")
 
 
 def _source(config: Config, world: World, found: CheckpointRef | None) -> Source | None:

@@ -135,6 +135,7 @@ def when_built(run: Run, tokenizer: str) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "classes": run.task.classes,
         "backbone": run.backbone.weights_digest,
+        "train.kernels": run.backbone.kernels.by_name,
         "examples of each client": digest(json.dumps(counts)),
         "layout of the adapters": digest(repr(run.clients.layout.pieces)),
         "LoRA ranks": list(run.clients.layout.ranks),

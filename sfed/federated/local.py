@@ -181,7 +181,9 @@ class LocalSteps:
         self._run, self._rows, self._stats = run, rows, stats
         self._clients = list(rows.clients)
         self._objective = run.objective
-        self._optimizer = StackedOptimizer(run.config.train, run.clients.layout, plan.trained)
+        self._optimizer = StackedOptimizer(
+            run.config.train, run.clients.layout, plan.trained, run.backbone.kernels
+        )
         seed = run.config.seed
         self._orders = {c: Order(seed, c, len(run.data.train[c])) for c in rows.clients}
         self._first = {c: int(stats.steps[c]) for c in rows.clients}

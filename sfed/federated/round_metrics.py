@@ -57,6 +57,7 @@ def header(run: Run) -> list[str]:
         *filter(None, [quantized.summary(run.backbone.model, run.config.model.quantization)]),
         *filter(None, [fp8.summary(run.backbone.model)]),
         f"attention: {_attention(run)}",
+        *_kernels(run),
         *_placement(run),
         f"rows: {_rows(run)}",
         *_passes(run),
@@ -146,6 +147,12 @@ def _attention(run: Run) -> str:
     return f"{used} ({kind} has no sdpa in transformers)" if is_forced else used
 
 
+def _kernels(run: Run) -> list[str]:
+    """The line about kernels, where there was a choice: on a CPU there is none."""
+    has_choice = run.world.device.type != "cpu" or run.config.train.kernels != "auto"
+    return [f"kernels: {run.backbone.kernels.line}"] if has_choice else []
+
+
 def _rows(run: Run) -> str:
     """Whether sequences share rows, and what attention needs for that."""
     if run.why_padded:
@@ -221,6 +228,8 @@ def describe_run(run: Run) -> dict[str, Any]:
             "loss_unit": run.task.loss_unit,
             "dtype": dtype_name(run.config, run.world),
             "attention": run.backbone.attention,
+            "kernels": run.backbone.kernels.by_name,
+            "kernels_reason": run.backbone.kernels.reason,
             "sharding": run.backbone.sharding.kind,
             "sharding_reason": run.backbone.sharding.reason,
             "backbone_digest": run.backbone.weights_digest,

@@ -16,20 +16,26 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sfed.kernels.choice import PLAIN, Kernels
 from sfed.lora.linear import project
 from sfed.lora.ops import rms_norm, rotate, swiglu
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
-def patch_blocks(model: nn.Module) -> None:
-    """Give the model's attentions, MLPs and RMSNorms their lean forms, in place."""
+def patch_blocks(model: nn.Module, kernels: Kernels = PLAIN) -> None:
+    """Give the model's attentions, MLPs and RMSNorms their lean forms, in place.
+
+    Args:
+        model: a model of transformers.
+        kernels: that compute the steps between the matrix products.
+    """
     for module in model.modules():
         kind = _kind(module)
         if kind == "Attention":
-            module.forward = _AttentionForward(module)
+            module.forward = _AttentionForward(module, kernels)
         elif kind == "MLP" and _is_silu(module.act_fn):
-            module.forward = _MlpForward(module)
+            module.forward = _MlpForward(module, kernels)
         elif kind == "RMSNorm":
             module.forward = _NormForward(module)
 
@@ -83,8 +89,8 @@ class _AttentionForward:
     Mask, cache and the attention's implementation are transformers' own.
     """
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
+    def __init__(self, module: Any, kernels: Kernels) -> None:
+        self._module, self._kernels = module, kernels
         own = sys.modules[type(module).__module__]
         self._eager = own.eager_attention_forward
         self._settings: dict[str, Any] = {"scaling": module.scaling}
@@ -106,7 +112,7 @@ class _AttentionForward:
         q, k, v = (one.view(*shape, -1, module.head_dim) for one in projected)
         if hasattr(module, "q_norm"):
             q, k = module.q_norm(q), module.k_norm(k)
-        q, k = rotate(q, k, *position_embeddings)
+        q, k = rotate(q, k, *position_embeddings, self._kernels)
         q, k, v = (one.transpose(1, 2) for one in (q, k, v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, module.layer_idx)
@@ -123,14 +129,13 @@ class _AttentionForward:
 class _MlpForward:
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
+    def __init__(self, module: Any, kernels: Kernels) -> None:
+        self._module, self._kernels = module, kernels
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         module = self._module
-        output: torch.Tensor = module.down_proj(
-            swiglu(*project(x, (module.gate_proj, module.up_proj)))
-        )
+        gate, up = project(x, (module.gate_proj, module.up_proj))
+        output: torch.Tensor = module.down_proj(swiglu(gate, up, self._kernels))
         return output
 
 

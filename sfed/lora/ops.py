@@ -16,6 +16,9 @@ import torch
 from torch.autograd import Function
 from torch.nn import functional
 
+from sfed.kernels.choice import PLAIN, Kernels
+from sfed.kernels.interface import Swiglu, Turn
+
 _RECIPE = "_sfed_recipe"
 
 
@@ -88,52 +91,37 @@ class _RmsNorm(Function):
 # --- silu(gate) * up -----------------------------------------------------------------------------
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate: torch.Tensor, up: torch.Tensor, kernels: Kernels = PLAIN) -> torch.Tensor:
     """Return silu(gate) * up, with a recipe."""
-    kept = _Silu()
-    product: torch.Tensor = _Swiglu.apply(gate, up, kept)  # type: ignore[no-untyped-call]
-    setattr(product, _RECIPE, Recipe(kept.product, (gate, up)))
+    arithmetic = kernels.swiglu()
+    product: torch.Tensor = _Swiglu.apply(gate, up, arithmetic)  # type: ignore[no-untyped-call]
+    setattr(product, _RECIPE, Recipe(arithmetic.again, (gate, up)))
     return product
-
-
-class _Silu:
-    """Hands silu(gate) from where the product is made again to the gradients, which come next."""
-
-    def __init__(self) -> None:
-        self._silu: torch.Tensor | None = None
-
-    def product(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        self._silu = functional.silu(gate)
-        return self._silu * up
-
-    def take(self, gate: torch.Tensor) -> torch.Tensor:
-        silu, self._silu = self._silu, None
-        return functional.silu(gate) if silu is None else silu
 
 
 class _Swiglu(Function):
     """silu(gate) * up; saves the two and neither silu(gate) nor the product."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, kept: _Silu) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, arithmetic: Swiglu) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.kept = kept
-        return functional.silu(gate).mul_(up)
+        ctx.arithmetic = arithmetic
+        return arithmetic.product(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,), (gate, up) = grads, ctx.saved_tensors
-        grad_up = ctx.kept.take(gate).mul_(grad)
-        grad_silu = grad * up
-        torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=grad_silu)
-        return grad_silu, grad_up, None
+        return *ctx.arithmetic.gradients(grads[0], *ctx.saved_tensors), None
 
 
 # --- rotary position embedding -------------------------------------------------------------------
 
 
 def rotate(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kernels: Kernels = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate queries and keys by their positions (arXiv 2104.09864), halves apart as in LLaMA.
 
@@ -144,8 +132,9 @@ def rotate(
         k: (rows, T, heads of keys, D).
         cos: (rows or 1, T, D).
         sin: likewise.
+        kernels: that turn them.
     """
-    angles = (cos.unsqueeze(2), sin.unsqueeze(2))
+    angles = (cos.unsqueeze(2), sin.unsqueeze(2), kernels.turn)
     return (
         _Rotary.apply(q, *angles),  # type: ignore[no-untyped-call]
         _Rotary.apply(k, *angles),  # type: ignore[no-untyped-call]
@@ -156,19 +145,13 @@ class _Rotary(Function):
     """Saves the angles alone; the gradient is turned back by them."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turn: Turn
+    ) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        output = x * cos
-        (x1, x2), (y1, y2), (sin1, sin2) = (t.chunk(2, dim=-1) for t in (x, output, sin))
-        y1.addcmul_(x2, sin1, value=-1.0)
-        y2.addcmul_(x1, sin2)
-        return output
+        ctx.turn = turn
+        return turn(x, cos, sin, False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad,), (cos, sin) = grads, ctx.saved_tensors
-        grad_x = grad * cos
-        (g1, g2), (x1, x2), (sin1, sin2) = (t.chunk(2, dim=-1) for t in (grad, grad_x, sin))
-        x1.addcmul_(g2, sin2)
-        x2.addcmul_(g1, sin1, value=-1.0)
-        return grad_x, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.turn(grads[0], *ctx.saved_tensors, True), None, None, None

@@ -21,6 +21,8 @@ from sfed.data.batches import Documents
 from sfed.data.packing import Packing
 from sfed.data.tasks import task_of
 from sfed.distributed.world import World
+from sfed.kernels import choice
+from sfed.kernels.choice import PLAIN, Kernels
 from sfed.lora import fp8, packed_attention, quantized
 from sfed.lora.head import Head
 from sfed.lora.hf_blocks import patch_blocks
@@ -61,6 +63,8 @@ class Backbone:
         keep_alive: Any,
         traits: Traits | None = None,
     ) -> None:
+        self.kernels = PLAIN
+        """What computes the steps between its matrix products, and the optimizer."""
         self.model = model
         self.head = head
         self.sharding = sharding
@@ -299,7 +303,8 @@ def load(
             "choose another model.name"
         )
     model.requires_grad_(False)
-    patch_blocks(model)
+    kernels = kernels_of(config, world)
+    patch_blocks(model, kernels)
     head = heads.detach_head(config, model, loading, gathered_whole)
     keep_alive = None
     if settings is None:
@@ -308,8 +313,19 @@ def load(
         keep_alive = (into_shards, shard(model, settings))
     _set_computing(config, model, world.device)
     loaded = Backbone(model, head, sharding, keep_alive)
+    loaded.kernels = kernels
     loaded.release()
     return loaded
+
+
+def kernels_of(config: Config, world: World) -> Kernels:
+    """The kernels that a run uses on this process.
+
+    Raises:
+        UserError: where they are named in the configuration and do not run here.
+    """
+    dtype = DTYPES[dtype_name(config, world)]
+    return choice.choose(config.train.kernels, world.device, dtype)
 
 
 def _set_computing(config: Config, model: PreTrainedModel, device: torch.device) -> None:

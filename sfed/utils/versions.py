@@ -10,7 +10,7 @@ from sfed.utils.version import __version__
 
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed")
 """What a run stands on; its processes must have the same of each."""
-RECORDED = (*LIBRARIES, "datasets", "safetensors", "numpy")
+RECORDED = (*LIBRARIES, "datasets", "safetensors", "numpy", "triton")
 """What ``config.json`` of a run folder names."""
 
 

@@ -33,6 +33,7 @@ IMPORTED_ONLY_WHERE_ASKED_FOR = {
     "mlflow": ("mlflow", "mlflow-skinny"),
     "dp_accounting": ("privacy", "dp-accounting"),
     "bitsandbytes": ("quantization", "bitsandbytes"),
+    "triton": ("kernels", "triton"),
 }
 
 

@@ -19,6 +19,7 @@ from sfed.lora.hf_blocks import patch_blocks
 from sfed.memory.clients_per_pass import ClientsPerPass
 from sfed.methods import aggregation
 from sfed.methods import method as methods
+from sfed.models.backbone import kernels_of
 from sfed.storage import resume
 
 _ALL = 2**31
@@ -80,7 +81,10 @@ def _nobody(_done: int, _last: int, _loss: Callable[[], float], _tokens: int) ->
 def _run(material: Material, sharing: ClientsPerPass) -> Run:
     """A run of the trainer, with nothing of it on disk."""
     job, config, world = material.job, material.job.config, material.world
-    patch_blocks(material.model)
+    kernels = kernels_of(config, world)
+    patch_blocks(material.model, kernels)
+    backbone = replica(material.model)
+    backbone.kernels = kernels
     attached = job.attach(material.model)
     clients = passes.new_clients(config, world, attached, range(job.num_clients), sharing)
     return Run(
@@ -91,7 +95,7 @@ def _run(material: Material, sharing: ClientsPerPass) -> Run:
         method=methods.resolve(config),
         num_clients=job.num_clients,
         gammas=(GAMMA,) * job.num_clients,
-        backbone=replica(material.model),
+        backbone=backbone,
         adapters=attached,
         data=material.data,
         clients=clients,

@@ -1,0 +1,109 @@
+"""Compares an implementation with the plain one on small inputs, at the start of a run.
+
+Sizes are odd and rows have strides, so that masks at the ends of blocks matter. Each function gives
+the largest difference over its tolerance: right is at most 1, and NaN is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from sfed.kernels.interface import Adamw, AdamwRows, ClientStep, FactorStep, Swiglu, Turn
+from sfed.kernels.plain import adamw as plain_adamw
+from sfed.kernels.plain import rotary as plain_rotary
+from sfed.kernels.plain.swiglu import PlainSwiglu
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-5}
+"""Of the largest number of a tensor: another order in fp32; four roundings to bf16 on both sides,
+which are towards 0 in Triton's interpreter."""
+_CLIENTS, _WIDTH, _PADDING = 3, 2053, 11
+
+
+def excess(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """The largest difference of tensors over its tolerance; NaN where a number is none.
+
+    Args:
+        pairs: of a tensor and what it should be.
+    """
+    ratios = [
+        (found.float() - expected.float()).abs().max()
+        / (TOLERANCES[expected.dtype] * expected.float().abs().max())
+        for found, expected in pairs
+    ]
+    return float(torch.stack(ratios).max())
+
+
+def adamw(kernel: Adamw, device: torch.device, dtype: torch.dtype) -> float:
+    """Compare two steps of AdamW, the second of which one client does not make.
+
+    Always in fp32, whatever the dtype. A bit of a client that does not step counts as infinity.
+    """
+    del dtype
+    cut, rates_C = _WIDTH // 3, torch.tensor([1e-2, 3e-3, 1e-1])
+    found, expected = (AdamwRows(*_rows(device)) for _ in range(2))
+    for number in (1.0, 2.0):
+        active_C = torch.tensor([True, number == 1.0, True])
+        steps_CF = torch.full((_CLIENTS, 2), number, device=device)
+        factors = [
+            FactorStep(slice(0, cut), (rates_C * active_C).to(device), steps_CF[:, 0]),
+            FactorStep(slice(cut, _WIDTH), (2.0 * rates_C * active_C).to(device), steps_CF[:, 1]),
+        ]
+        clip_C = torch.tensor([1.0, 0.5, 0.01], device=device)
+        step = ClientStep(active_C.to(device), clip_C, 0.1)
+        before = [rows[1].clone() for rows in found]
+        kernel(found, factors, step)
+        plain_adamw.adamw(expected, factors, step)
+        gradients = torch.full_like(found.grads, -0.7)
+        for rows in (found, expected):
+            rows.grads.copy_(gradients)
+    kept = [torch.equal(now[1], then) for now, then in zip(found, before, strict=True)]
+    is_kept = kept[0] and kept[2] and kept[3]  # gradients may be used up
+    return excess(zip(found, expected, strict=True)) if is_kept else float("inf")
+
+
+def swiglu(made: Callable[[], Swiglu], device: torch.device, dtype: torch.dtype) -> float:
+    """Compare the product, the product made again, and the gradients."""
+    grad, gate, up = (_spread((5, 411), shift, device, dtype) for shift in (0.1, 0.5, 0.9))
+    ours, plain = made(), PlainSwiglu()
+    found, expected = (
+        (one.product(gate, up), one.again(gate, up), *one.gradients(grad, gate, up))
+        for one in (ours, plain)
+    )
+    return excess(zip(found, expected, strict=True))
+
+
+def turn(kernel: Turn, device: torch.device, dtype: torch.dtype) -> float:
+    """Compare both directions, on heads as attention's gradients have them."""
+    x = _spread((2, 9, 5, 24), 0.3, device, dtype).transpose(1, 2)
+    cos, sin = (_spread((1, 5, 1, 24), shift, device, dtype) for shift in (0.2, 0.7))
+    directions = (False, True)
+    return excess(
+        (kernel(x, cos, sin, back), plain_rotary.turn(x, cos, sin, back)) for back in directions
+    )
+
+
+BY_NAME: dict[str, Callable[[Any, torch.device, torch.dtype], float]] = {
+    "adamw": adamw,
+    "swiglu": swiglu,
+    "turn": turn,
+}
+
+
+def _spread(
+    shape: tuple[int, ...], shift: float, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Numbers between -3 and 3 without an order; no random state is touched."""
+    count = torch.Size(shape).numel()
+    numbers = torch.arange(count, dtype=torch.float32).mul_(0.61803).add_(shift).frac_()
+    return numbers.mul_(6.0).sub_(3.0).view(shape).to(device, dtype)
+
+
+def _rows(device: torch.device) -> Iterable[torch.Tensor]:
+    """Values, gradients and moments; rows are longer than what is used of them."""
+    shape = (_CLIENTS, _WIDTH + _PADDING)
+    for shift in (0.1, 0.4, 0.6, 0.8):
+        rows = _spread(shape, shift, device, torch.float32)
+        yield (rows.abs_() if shift == 0.8 else rows)[:, :_WIDTH]

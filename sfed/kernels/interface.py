@@ -1,0 +1,69 @@
+"""What there is of each kind of arithmetic, whoever computes it; C: the clients of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class AdamwRows(NamedTuple):
+    """The rows of the clients: (C, parameters) fp32 each, the parameters next to each other."""
+
+    values: torch.Tensor
+    grads: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+    def at(self, columns: slice) -> AdamwRows:
+        """The same columns of all four, as views."""
+        return AdamwRows(*(rows[:, columns] for rows in self))
+
+
+class FactorStep(NamedTuple):
+    """How one factor steps: its columns, and for each client rate and number of the step."""
+
+    columns: slice
+    rates: torch.Tensor
+    """(C,) fp32 learning rates; 0 of who does not step."""
+    steps: torch.Tensor
+    """(C,) fp32, whole numbers: steps that the factor has made, with this one."""
+
+
+@dataclass(frozen=True)
+class ClientStep:
+    """What holds for all factors of a client."""
+
+    active: torch.Tensor
+    """(C,) bool: who steps. The gradients of the others may hold anything."""
+    clip: torch.Tensor | None
+    """(C,) fp32 factors of the gradients; None = 1."""
+    weight_decay: float
+    """Decoupled: times the learning rate."""
+
+
+Adamw = Callable[[AdamwRows, Sequence[FactorStep], ClientStep], None]
+"""A step of AdamW in place, of all clients. Uses the gradients up; waits for no device."""
+
+Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+"""turn(x, cos, sin, back): heads turned by their positions, or back. Allocates its result.
+
+x is (rows, T, heads, D); cos and sin are (rows or 1, T, 1, D).
+"""
+
+
+class Swiglu(Protocol):
+    """silu(gate) * up of one call, made again in its backward pass, and its gradients."""
+
+    def product(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up, in the dtype and shape of both."""
+
+    def again(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return the same bits; the gradients may be asked for next."""
+
+    def gradients(
+        self, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of gate and of up, where ``grad`` is that of the product."""
