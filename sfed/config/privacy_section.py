@@ -46,7 +46,10 @@ class PrivacySection(Section):
             key for key in ("noise_multiplier", "target_epsilon") if getattr(self, key) is not None
         ]
         if self.clip is None and given:
-            raise ValueError(f"{given[0]}={getattr(self, given[0])} needs privacy.clip")
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])} needs privacy.clip; set it to the largest "
+                "norm of a client's change, such as 1.0"
+            )
         self._check_adaptive()
         if self.clip is not None and len(given) != 1:
             what = "exclude each other" if given else "are both null"
@@ -65,7 +68,10 @@ class PrivacySection(Section):
         }
         for key, needed in needs.items():
             if getattr(self, key) is not None and getattr(self, needed) is None:
-                raise ValueError(f"{key}={getattr(self, key):g} needs privacy.{needed}")
+                raise ValueError(
+                    f"{key}={getattr(self, key):g} needs privacy.{needed}; set it too, or leave "
+                    f"privacy.{key} out"
+                )
         if self.clip_count_noise is not None and self.noise_multiplier == 0:
             raise ValueError(
                 f"clip_count_noise={self.clip_count_noise:g} and noise_multiplier=0, which means "

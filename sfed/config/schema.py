@@ -290,6 +290,10 @@ class OutputSection(Section):
     reads files that end in .prom. null = none."""
 
 
+def _needs_files(task: str) -> str:
+    return f"data.task={task} needs data.train_files; set it to a file, a folder or a glob"
+
+
 class Config(Section):
     """One run."""
 
@@ -442,7 +446,7 @@ class Config(Section):
                 )
             return self
         if not data.train_files:
-            raise ValueError("data.task=classification needs data.train_files")
+            raise ValueError(_needs_files(data.task))
         if unknown := sorted(data.column_names.keys() - set(CLASS_COLUMNS)):
             raise ValueError(
                 f"data.columns: {unknown[0]!r} is none of {', '.join(CLASS_COLUMNS)}, which "
@@ -474,7 +478,7 @@ class Config(Section):
                 "partition.kind=by_file"
             )
         if self.data.is_text and not files:
-            raise ValueError(f"data.task={self.data.task} needs data.train_files")
+            raise ValueError(_needs_files(self.data.task))
         if self.data.task == "demo" and files:
             raise ValueError("data.task=demo makes its own data; set data.task=text for files")
         return self

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Dequantiser(Protocol):
         """Move the scales."""
 
 
-class CodedLinear(nn.Linear):
+class CodedLinear(nn.Linear, ABC):
     """A frozen linear layer that stores codes and scales in the place of its weight."""
 
     def __init__(
@@ -79,9 +80,9 @@ class CodedLinear(nn.Linear):
         self.was_transposed = was_transposed
 
     @property
+    @abstractmethod
     def scales(self) -> tuple[torch.Tensor, ...]:
         """All scales, fp32."""
-        raise NotImplementedError
 
     @property
     def num_codes(self) -> int:

@@ -8,6 +8,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,11 @@ from sfed.bench.against.sfed_rounds import SfedRounds
 from sfed.distributed import world as distributed
 from sfed.observability.third_party import quieten
 from sfed.utils.errors import UserError
+from sfed.utils.text import duration
 
 _DEADLINE_SECONDS = 600.0
+_ANSWER_SECONDS = 3600.0
+"""For a contestant to be made, or for one of its rounds."""
 OTHERS: dict[str, tuple[str, Callable[[Material], Rounds]]] = {
     "lean": ("lean loop", Lean),
     "trainer": ("HF Trainer + PEFT", TrainerRounds),
@@ -71,7 +75,9 @@ class Process:
 
     def _result(self, coming: Future[_Value]) -> _Value:
         try:
-            return coming.result()
+            return coming.result(_ANSWER_SECONDS)
+        except FutureTimeoutError:
+            told = f"has not answered for {duration(_ANSWER_SECONDS)}"
         except BrokenProcessPool:
             told = "ended; the system does that where memory is short"
         except (MemoryError, torch.OutOfMemoryError):
@@ -90,6 +96,9 @@ class Process:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            for child in multiprocessing.active_children():  # it may compute for hours
+                child.kill()
         self._pool.shutdown(cancel_futures=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 
 from sfed.bench import __main__ as bench
-from sfed.bench.against import contest, material
+from sfed.bench.against import contest, material, processes
 from sfed.bench.against.hf_trainer import TrainerRounds
 from sfed.bench.against.job import LONGEST_SHARE, SIGMA_OF_LENGTHS, Job
 from sfed.bench.against.lean import Lean
 from sfed.bench.against.material import Material
+from sfed.bench.against.processes import Process
 from sfed.bench.against.rounds import Rounds
 from sfed.bench.against.sfed_rounds import SfedRounds
 from sfed.distributed import world as distributed
@@ -144,6 +146,15 @@ def test_each_contestant_is_measured_in_a_process_of_its_own(
     assert lean["peak_bytes"] > lean["imported_bytes"] > 0
     assert found["losses_apart"] < 1e-3
     assert "as fast as lean" in capsys.readouterr().out
+
+
+def test_a_contestant_that_does_not_answer_is_named_and_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes, "_ANSWER_SECONDS", 0.01)
+    with pytest.raises(UserError, match="'lean' has not answered"), Process(JOB, "lean") as one:
+        one.ready()
+    assert not multiprocessing.active_children()
 
 
 def test_targets_that_the_shape_lacks_are_told_by_their_option() -> None:

@@ -90,7 +90,10 @@ def test_a_count_that_would_spend_everything_is_refused() -> None:
 @pytest.mark.parametrize(
     ("privacy", "named"),
     [
-        ({"clip_quantile": 0.5}, "clip_quantile=0.5 needs privacy.clip"),
+        (
+            {"clip_quantile": 0.5},
+            "clip_quantile=0.5 needs privacy.clip; set it too, or leave privacy.clip_quantile out",
+        ),
         ({"clip": 1, "noise_multiplier": 1, "clip_lr": 0.1}, "clip_lr=0.1 needs privacy.clip_quan"),
         (
             {"clip": 1, "noise_multiplier": 1, "clip_count_noise": 2},
