@@ -71,6 +71,14 @@ def _parser() -> command.Parser:
         prog="python -m sfed.bench",
         description="Measure sfed beside HF + PEFT, in turns, on random weights of a given shape.",
     )
+    _add_step(parser)
+    _add_against(parser.add_argument_group("whole rounds beside other loops"))
+    _add_scaling(parser.add_argument_group("several processes, many clients"))
+    return parser
+
+
+def _add_step(parser: command.Parser) -> None:
+    """What is in a step, and how often it is measured."""
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
@@ -102,6 +110,10 @@ def _parser() -> command.Parser:
         type=_compared,
         help="cost against clients or rank, such as clients=1,2,4,8 or rank=4,64",
     )
+
+
+def _add_against(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--against",
         metavar="NAMES",
@@ -122,6 +134,10 @@ def _parser() -> command.Parser:
         help="with --against: real examples, of at most T tokens, and not random ones",
     )
     add("--task", choices=TASKS, help="form of these examples, as data.task [text]")
+
+
+def _add_scaling(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--collectives",
         action="store_true",
@@ -152,7 +168,6 @@ def _parser() -> command.Parser:
         type=Path,
         help="measure nothing: show what --scaling --json of several jobs has written in one table",
     )
-    return parser
 
 
 def _check(options: argparse.Namespace) -> None:
