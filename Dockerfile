@@ -45,6 +45,16 @@ COPY sfed ./sfed
 RUN pip install --no-deps .
 
 FROM base AS runtime
+# Triton compiles kernels on the machine that trains (train.kernels). Empty = an image without a
+# compiler, on which these steps are computed by torch.
+ARG COMPILER="gcc"
+# hadolint ignore=DL3008
+RUN if [ -n "${COMPILER}" ] && ! command -v gcc; then \
+        apt-get update \
+        && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+            gcc libc6-dev python3-dev \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
 ARG UID=1000
 ARG GID=1000
 RUN install -d -o "${UID}" -g "${GID}" /workspace

@@ -28,7 +28,7 @@ from sfed.doctor import measurements
 from sfed.doctor.measurements import Size
 from sfed.lora import packed_attention
 from sfed.memory.costs import USABLE_SHARE
-from tests.gpu import measure
+from tests.gpu import arithmetic, measure
 from tests.support import glue, runs, tiny
 from tests.support.processes import ends_of, on_processes
 
@@ -46,6 +46,8 @@ GROUPED = {"cpu": 1e-6, "cuda": 1e-4}
 """The same where clients share passes in other groups, or the backbone is stored in shards."""
 UNMASKED = {"cpu": 1e-5, "cuda": 2e-2}
 """Of attention without a mask, in fp32 on a CPU and in bf16 on a GPU, from fp32 under a mask."""
+FP8 = {"cpu": 2.0**-7, "cuda": 2.0**-7}
+"""Of a product in FP8 from its definition: a rounding to bf16, and sums in another order."""
 NOTHING_STAYS_GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
@@ -80,8 +82,8 @@ class Place:
 def environment_of(device: str) -> dict[str, str]:
     """What makes a process use a device: a CPU hides the GPUs, a GPU is what sfed takes."""
     if device == "cpu":
-        return {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    return {"DS_ACCELERATOR": "cuda"}
+        return {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "1"}
+    return {"DS_ACCELERATOR": "cuda", "TRITON_INTERPRET": "0"}
 
 
 def processes_at_hand(device: str) -> int:
@@ -361,6 +363,25 @@ def _attended(
     return [one.detach().cpu() for one in (output, *(one.grad for one in qkv))]
 
 
+def kernels_equal_torch(device: str, folder: Path) -> Figures:
+    """Kernels of Triton give what torch's operations give; and the seconds of both."""
+    del folder
+    (found,) = on_processes(1, arithmetic.kernels, device, environment=environment_of(device))
+    if "skipped" not in found:
+        for name, one in found.items():
+            assert one["excess"] <= 1.0, (name, one)
+    return found
+
+
+def fp8_products_are_their_definition(device: str, folder: Path) -> Figures:
+    """A layer in FP8 gives the products of the rounded numbers; and its seconds beside bf16."""
+    del folder
+    (found,) = on_processes(1, arithmetic.fp8_products, device, environment=environment_of(device))
+    for name, difference in found.get("differences", {}).items():
+        require_near(name, difference, FP8[device])
+    return found
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -378,6 +399,8 @@ CASES: dict[str, Case] = {
         host_seldom_waits,
         memory_is_planned,
         packed_attention_is_that_under_a_mask,
+        kernels_equal_torch,
+        fp8_products_are_their_definition,
     )
 }
 

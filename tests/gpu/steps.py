@@ -23,6 +23,8 @@ CASES = (
     "host_seldom_waits",
     "memory_is_planned",
     "packed_attention_is_that_under_a_mask",
+    "kernels_equal_torch",
+    "fp8_products_are_their_definition",
 )
 _OF_A_CASE = ("datasets", "peft", "pytest", "transformers")
 _SHARDED = {"shards_equal_replicas", "offloaded_shards_equal_replicas"}

@@ -42,7 +42,8 @@ class FusedSwiglu:
 def product_kernel(gate, up, output, count, BLOCK: tl.constexpr):
     """Write silu(gate) * up of ``count`` numbers to the output."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside, dtype = place < count, output.dtype.element_ty
+    inside = place < count
+    dtype: tl.constexpr = output.dtype.element_ty
     g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
     silu = (g * tl.sigmoid(g)).to(dtype).to(tl.float32)
@@ -53,7 +54,8 @@ def product_kernel(gate, up, output, count, BLOCK: tl.constexpr):
 def gradients_kernel(grad, gate, up, grad_gate, grad_up, count, BLOCK: tl.constexpr):
     """The gradients of gate and up; silu'(g) = s + g s (1 - s) with s = sigmoid(g)."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside, dtype = place < count, grad_up.dtype.element_ty
+    inside = place < count
+    dtype: tl.constexpr = grad_up.dtype.element_ty
     d = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)

@@ -24,7 +24,7 @@ from sfed.kernels.plain import rotary as plain_rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
 
 FP32, BF16 = torch.float32, torch.bfloat16
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=20, deadline=None)
 dtypes = st.sampled_from([FP32, BF16])
 
 
@@ -174,8 +174,8 @@ def test_products_and_gradients_are_those_of_the_formula(
     shape: list[int], dtype: torch.dtype, strided: bool
 ) -> None:
     gate, up, grad = (drawn(seed, *shape, 7, dtype=dtype) for seed in range(3))
-    if strided:
-        gate, up, grad = (one.transpose(0, -1) for one in (gate, up, grad))
+    if strided:  # other strides than those of up
+        gate, grad = (one.transpose(0, -1).contiguous().transpose(0, -1) for one in (gate, grad))
     g, u, d = gate.double(), up.double(), grad.double()
     s = torch.sigmoid(g)
     swiglu = FusedSwiglu()
