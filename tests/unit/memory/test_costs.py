@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -346,31 +347,21 @@ def _train_with(free: int, settings: dict[str, Any]) -> None:
     session.run_session(config_load.validate(settings))
 
 
-def _facts(folder: Path) -> dict[str, Any]:
-    newest = sorted((folder / "checkpoints").iterdir())[-1]
-    facts: dict[str, Any] = json.loads((newest / "run.json").read_text(encoding="utf-8"))
-    return facts
-
-
 @pytest.mark.dist
 def test_what_does_not_fit_into_one_pass_makes_several_with_the_same_numbers(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     """Two of four clients fit. Resumed with plenty of memory, it stays two: bit for bit."""
 
-    def settings(name: str, **federated: Any) -> dict[str, Any]:
-        own = tiny.settings(tiny_folder, federated={"num_clients": 4, **federated})
-        own["output"] = {"dir": str(tmp_path), "name": name}
-        return own
-
+    settings = partial(tiny.named_settings, tiny_folder, tmp_path)
     needed = _free_for_two(tiny_folder)
     on_processes(1, _train_with, needed, settings("auto", num_rounds=1))
-    assert _facts(tmp_path / "auto")["clients_per_pass"] == 2
+    assert runs.newest_facts(tmp_path / "auto")["clients_per_pass"] == 2
     on_processes(1, _train_with, 10**12, settings("auto", num_rounds=2))
-    assert _facts(tmp_path / "auto")["clients_per_pass"] == 2
+    assert runs.newest_facts(tmp_path / "auto")["clients_per_pass"] == 2
     on_processes(1, _train_with, 10**12, settings("two", num_rounds=2, clients_per_pass=2))
     on_processes(1, _train_with, 10**12, settings("all", num_rounds=2))
-    assert _facts(tmp_path / "all")["clients_per_pass"] > 4
+    assert runs.newest_facts(tmp_path / "all")["clients_per_pass"] > 4
     auto, two, whole = (runs.adapters(tmp_path / name) for name in ("auto", "two", "all"))
     assert runs.identical(auto, two)
     assert runs.relative_difference(auto, whole) < 1e-3
