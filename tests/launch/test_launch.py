@@ -146,7 +146,8 @@ DEEPSPEED = ["deepspeed", "--hostfile", "hostfile", "--no_ssh", "--master_addr",
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.netns
-@pytest.mark.parametrize("kind", ["static", full("c10d"), full("deepspeed without ssh")])
+@pytest.mark.full  # torchrun on two nodes: test_kubernetes; what the script asks of it: above
+@pytest.mark.parametrize("kind", ["static", "c10d", "deepspeed without ssh"])
 def test_two_nodes_end_with_the_adapters_of_one(
     nodes: tuple[Node, Node], tiny_folder: Path, tmp_path: Path, on_one_node: dict, kind: str
 ) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import runs, tiny
-from tests.support.launchers import ROOT, python
-from tests.support.processes import free_port
+from tests.support import launchers, runs, tiny
+from tests.support.launchers import ROOT
+from tests.support.processes import ends_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -29,16 +32,21 @@ def script(tiny_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "train.py"
 
 
+def run_script(script: Path, *words: str) -> None:
+    """What ``python train.py WORDS`` does in the folder of the script, in this process."""
+    os.chdir(script.parent)
+    sys.argv = [script.name, *words]
+    runpy.run_path(script.name, run_name="__main__")
+
+
 def test_the_example_trains_in_one_process_and_under_torchrun(script: Path):
     folder = script.parent
-    alone = python("train.py", "my.json", "output.name=alone", cwd=folder)
-    port = f"--master_port={free_port()}"
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", port)
-    both = python(*torchrun, "train.py", "my.json", "output.name=both", cwd=folder)
-    for done in (alone, both):
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.splitlines()[0] == "rounds 2 of 2"
-        clients = re.findall(r"^client (\d) \d+ examples (.+)$", done.stdout, re.MULTILINE)
+    (alone,) = ends_of(1, run_script, script, "my.json", "output.name=alone")
+    both = launchers.torchrun(2, "train.py", "my.json", "output.name=both", cwd=folder)
+    assert (alone.code, both.returncode) == (0, 0), alone.said + both.stdout + both.stderr
+    for said in (alone.said, both.stdout):
+        assert "rounds 2 of 2" in said.splitlines()
+        clients = re.findall(r"^client (\d) \d+ examples (.+)$", said, re.MULTILINE)
         assert [number for number, _ in clients] == ["0", "1", "2", "3"]
         assert all((Path(adapter) / "adapter_config.json").is_file() for _, adapter in clients)
     one, two = (runs.adapters(folder / "runs" / name) for name in ("alone", "both"))
@@ -48,8 +56,6 @@ def test_the_example_trains_in_one_process_and_under_torchrun(script: Path):
 
 def test_the_example_says_what_is_wrong_and_every_process_ends(script: Path):
     (script.parent / "bad.jsonl").write_text("[]\n", encoding="utf-8")
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
-    words = (*torchrun, "train.py", "my.json", "data.train_files=bad.jsonl")
-    ended = python(*words, cwd=script.parent)
-    assert ended.returncode == 1
-    assert "DataError: " in ended.stderr and "bad.jsonl" in ended.stderr
+    for end in ends_of(2, run_script, script, "my.json", "data.train_files=bad.jsonl"):
+        assert end.code == 1
+        assert "DataError: " in end.said and "bad.jsonl" in end.said

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sfed import train
 from sfed.config.load import validate
 from sfed.plan import dry_run
+from sfed.utils import command
 from sfed.utils.errors import UserError
-from tests.support import glue, launchers, tiny
-from tests.support.processes import on_processes
+from tests.support import glue, tiny
+from tests.support.processes import ends_of
 
 ESCAPE = "\x1b]0;x\x07 [/b]"
 
@@ -40,7 +44,6 @@ def table_of(lines: list[str]) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-@pytest.mark.dist
 def test_a_text_task_shows_rows_labels_and_what_is_supervised(tiny_folder: Path, tmp_path: Path):
     rows = [
         {"prompt": f"q{i} {ESCAPE}\n", "completion": f" a{i}", "site": f"{ESCAPE} {i % 2}"}
@@ -54,7 +57,7 @@ def test_a_text_task_shows_rows_labels_and_what_is_supervised(tiny_folder: Path,
         federated={"num_clients": 2},
         output={"dir": str(tmp_path / "runs"), "name": "dry"},
     )
-    [lines] = on_processes(1, screen, settings, 2)
+    lines = screen(settings, 2)
     whole = "\n".join(lines)
     assert whole.replace("\n", "").isprintable() and len(lines) <= 40
     head, *clients = table_of(lines)
@@ -70,7 +73,6 @@ def test_a_text_task_shows_rows_labels_and_what_is_supervised(tiny_folder: Path,
     assert not (tmp_path / "runs" / "dry").exists()
 
 
-@pytest.mark.dist
 def test_settings_of_single_clients_are_shown_where_they_differ(tiny_folder: Path):
     """By the name that a client has, and the names that there are where one is wrong."""
     settings = tiny.settings(
@@ -79,7 +81,7 @@ def test_settings_of_single_clients_are_shown_where_they_differ(tiny_folder: Pat
         federated={"num_clients": 4, "method": "fedsa"},
         clients={"kind-1": {"rank": 2, "local_steps": 7}, "2": {"lr": 0.5, "batch_size": 3}},
     )
-    [lines] = on_processes(1, screen, settings)
+    lines = screen(settings)
     head, *clients = table_of(lines)
     assert head[-4:] == ["r", "gamma", "lr", "rows"]
     assert [row[-4:] for row in clients] == [
@@ -92,11 +94,10 @@ def test_settings_of_single_clients_are_shown_where_they_differ(tiny_folder: Pat
     whole = "\n".join(lines)
     assert "r = 2 to 4, gamma = 4 to 8" in whole and "of 3 to 7 steps of 3 to 4 rows" in whole
     settings["clients"] = {"kind-7": {"rank": 2}}
-    [message] = on_processes(1, refused, settings)
+    message = refused(settings)
     assert "clients.kind-7: no client has this name; the clients are kind-0, kind-1, " in message
 
 
-@pytest.mark.dist
 def test_a_classifier_shows_its_classes(tmp_path: Path):
     tiny.save_roberta(tmp_path / "roberta")
     files = glue.save_rows(tmp_path / "rows.jsonl", "rte", 24)
@@ -106,21 +107,27 @@ def test_a_classifier_shows_its_classes(tmp_path: Path):
         "federated": {"num_clients": 3, "method": "fedsa"},
         "lora": {"target_modules": ["query", "value"]},
     }
-    [lines] = on_processes(1, screen, settings)
+    lines = screen(settings)
     whole = "\n".join(lines)
     assert "columns sentence1, sentence2, label" in whole
     assert all("entailment" in row[7] and "%" in row[7] for row in table_of(lines)[1:])
     assert "-> [[entailment]]" in whole or "-> [[not_entailment]]" in whole
 
 
-@pytest.mark.dist
 def test_what_a_run_would_refuse_is_refused(tiny_folder: Path):
     settings = tiny.settings(tiny_folder, data={"max_tokens": 64}, lora={"target_modules": ["no"]})
-    assert "lora.target_modules" in on_processes(1, refused, settings)[0]
+    assert "lora.target_modules" in refused(settings)
+
+
+def dry_run_of_the_demo(folder: Path) -> None:
+    os.chdir(folder)
+    sys.argv = ["sfed.train", "--dry-run"]
+    command.run_command(train.main)
 
 
 @pytest.mark.dist
 def test_the_command_ends_with_0_and_process_0_alone_speaks(tmp_path: Path):
-    done = launchers.python("-m", "sfed.train", "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "gamma" in done.stdout and not list(tmp_path.iterdir())
+    one, other = ends_of(2, dry_run_of_the_demo, tmp_path)
+    assert (one.code, other.code) == (0, 0), one.said + other.said
+    assert "gamma" in one.said and "on 2 GPUs" in one.said and not other.said
+    assert not list(tmp_path.iterdir())

@@ -154,6 +154,7 @@ def test_without_the_rendezvous_host_the_others_end_and_a_restart_goes_on(
     assert runs.identical(job.undisturbed(2), job.resumed(2))
 
 
+@pytest.mark.full  # SIGTERM to one of two processes: test_resume; nodes that torchrun loses: above
 def test_sigterm_to_one_nodes_torchrun_stops_the_run_with_everything_written(
     nodes: Nodes, tiny_folder: Path, tmp_path: Path
 ) -> None:

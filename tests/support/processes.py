@@ -24,14 +24,7 @@ import torch.multiprocessing as mp
 
 from tests.support import deadlines
 
-PRELOAD = [
-    "torch",
-    "torch.distributed",
-    "transformers",
-    "peft",
-    "datasets",
-    "sfed.federated.session",
-]
+PRELOAD = ["tests.support.preload"]
 
 
 _PORTS = range(10000, 32000)
@@ -67,8 +60,17 @@ def _enter(
         **environment,
     )
     torch.set_num_threads(1)
+    _use_accelerator_of(environment)
     result = function(*arguments)
     (Path(folder) / str(process)).write_bytes(pickle.dumps(result))
+
+
+def _use_accelerator_of(environment: Mapping[str, str]) -> None:
+    """DeepSpeed has chosen one already, when the fork server imported it."""
+    if "DS_ACCELERATOR" in environment:
+        from deepspeed.accelerator import real_accelerator
+
+        real_accelerator.ds_accelerator = None
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,13 @@ def held_by_clients(checkpoint: Path) -> dict[int, Tensors]:
     return held
 
 
+def newest_facts(run_folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint of a run says of itself."""
+    newest = max((run_folder / "checkpoints").iterdir())
+    facts: dict[str, Any] = json.loads((newest / "run.json").read_text(encoding="utf-8"))
+    return facts
+
+
 def rounds(run_folder: Path) -> list[dict[str, Any]]:
     """The round events of a run."""
     lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -189,6 +189,12 @@ def settings(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def named_settings(folder: Path, out: Path, name: str, **federated: Any) -> dict[str, Any]:
+    """Settings of a run of four clients that is written to ``out``/``name``."""
+    output = {"dir": str(out), "name": name}
+    return settings(folder, output=output, federated={"num_clients": 4, **federated})
+
+
 def config(folder: Path, **sections: dict[str, Any]) -> Config:
     """The same as a checked configuration."""
     return validate(settings(folder, **sections))

@@ -117,10 +117,11 @@ def test_a_layer_agrees_with_that_of_bitsandbytes_and_does_not_warn(scheme: str)
 
 
 def test_an_odd_number_of_weights_is_stored() -> None:
-    theirs, weight = linear("nf4", torch.float32, (7, 5))
-    layer = ours(theirs, torch.float32)
-    assert layer.weight.numel() == 18
-    assert layer.dequantise(layer.weight).shape == weight.shape
+    with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles what it does of them
+        theirs, weight = linear("nf4", torch.float32, (7, 5))
+        layer = ours(theirs, torch.float32)
+        assert layer.weight.numel() == 18
+        assert layer.dequantise(layer.weight).shape == weight.shape
 
 
 def test_the_backward_pass_keeps_codes_and_nothing_else() -> None:

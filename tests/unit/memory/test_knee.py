@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,34 +204,28 @@ def _train(speed: Speed, settings: dict[str, Any]) -> None:
     session.run_session(config_load.validate(settings))
 
 
-def _facts(folder: Path) -> dict[str, Any]:
-    newest = sorted((folder / "checkpoints").iterdir())[-1]
-    facts: dict[str, Any] = json.loads((newest / "run.json").read_text(encoding="utf-8"))
-    return facts
-
-
 @pytest.mark.dist
 def test_a_run_trains_at_the_knee_and_goes_on_there_on_another_machine(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     """Bit for bit as with that number asked for, and as never stopped."""
 
-    def settings(name: str, **federated: Any) -> dict[str, Any]:
-        own = tiny.settings(tiny_folder, federated={"num_clients": 4, **federated})
-        own["output"] = {"dir": str(tmp_path), "name": name}
-        return own
-
+    settings = partial(tiny.named_settings, tiny_folder, tmp_path)
     on_processes(1, _train, NO_LAUNCH, settings("auto", num_rounds=1))
     resolved = json.loads((tmp_path / "auto" / "config.json").read_text())["resolved"]
-    assert resolved["clients_per_pass"] == _facts(tmp_path / "auto")["clients_per_pass"] == 1
+    assert (
+        resolved["clients_per_pass"]
+        == runs.newest_facts(tmp_path / "auto")["clients_per_pass"]
+        == 1
+    )
     assert "of the best" in resolved["clients_per_pass_reason"]
     on_processes(1, _train, ONLY_LAUNCH, settings("auto", num_rounds=2))
-    assert _facts(tmp_path / "auto")["clients_per_pass"] == 1
+    assert runs.newest_facts(tmp_path / "auto")["clients_per_pass"] == 1
     on_processes(1, _train, ONLY_LAUNCH, settings("one", num_rounds=2, clients_per_pass=1))
     on_processes(1, _train, ONLY_LAUNCH, settings("all", num_rounds=1))
-    assert _facts(tmp_path / "all")["clients_per_pass"] > 4
+    assert runs.newest_facts(tmp_path / "all")["clients_per_pass"] > 4
     on_processes(1, _train, NO_LAUNCH, settings("three", num_rounds=1, clients_per_pass=3))
-    assert _facts(tmp_path / "three")["clients_per_pass"] == 3, "a number is a number"
+    assert runs.newest_facts(tmp_path / "three")["clients_per_pass"] == 3, "a number is a number"
     assert runs.identical(runs.adapters(tmp_path / "auto"), runs.adapters(tmp_path / "one"))
 
 

@@ -14,6 +14,7 @@ from sfed.config.federated_section import FederatedSection
 from sfed.data import partition
 from sfed.distributed import sync
 from sfed.distributed import world as distributed
+from sfed.distributed.world import World
 from sfed.lora.layout import Layout
 from sfed.methods import aggregation, scaling
 from sfed.methods.aggregation import ServerSide
@@ -27,6 +28,20 @@ B = torch.tensor([[[1.0, 0], [0, 1], [1, 1]], [[0, 1], [1, 0], [2, 2]], [[1, 1],
 LAYOUT = Layout.of([("layer", 2, 3)], lora_rank=2)
 MEAN_A = [[2 / 3, 1], [4 / 3, 5 / 3]]
 MEAN_B = [[2 / 3, 2 / 3], [2 / 3, 2 / 3], [1, 4 / 3]]
+EXAMPLES = (10, 20, 70)
+# Examples, who takes part, the means of A and B.
+WORKED: dict[str, tuple[tuple | None, tuple, list, list]] = {
+    "uniform": (None, (0, 1, 2), MEAN_A, MEAN_B),
+    "by examples": (
+        *(EXAMPLES, (0, 1, 2), [[-0.2, 0.9], [1.0, 0.1]]),
+        [[0.8, 0.9], [0.9, 0.8], [0.5, 1.2]],
+    ),
+    "two of three": (None, (0, 2), [[0, 1.5], [2, 1.5]], [[1, 0.5], [0.5, 1], [0.5, 1]]),
+    "two of three by examples": (
+        *(EXAMPLES, (0, 2), [[-0.75, 1.125], [1.25, -0.375]]),
+        [[1, 0.875], [0.875, 1], [0.125, 1]],
+    ),
+}
 
 
 def three_clients(own: range) -> ClientStore:
@@ -36,51 +51,51 @@ def three_clients(own: range) -> ClientStore:
     return clients
 
 
-def shared(factors: tuple[str, ...], weights: list[float]) -> tuple[int, dict[int, torch.Tensor]]:
+Shared = tuple[int, dict[int, torch.Tensor]]
+
+
+def shared(asked: list[tuple[tuple[str, ...], list[float]]]) -> list[Shared]:
+    """Bytes and own rows after sharing these factors with these weights, each from the start."""
     world = distributed.start(RUN_SECONDS)
     try:
-        clients = three_clients(partition.place(3, world.size)[world.rank])
-        sent = aggregation.share(world, clients, factors, weights)
+        found = []
+        for factors, weights in asked:
+            clients = three_clients(partition.place(3, world.size)[world.rank])
+            sent = aggregation.share(world, clients, factors, weights)
+            found.append((sent, {client: clients.row(client) for client in clients.own}))
         sync.barrier(world, "end")  # nobody leaves while another still connects,
         sync.leave_store_last(world)  # and the store not before all have read that
-        return sent, {client: clients.row(client) for client in clients.own}
+        return found
     finally:
         distributed.stop(world)
 
 
-def rows_after(num: int, factors: tuple[str, ...], weights: list[float]) -> dict:
-    rows: dict[int, torch.Tensor] = {}
-    for _, held in on_processes(num, shared, factors, weights):
-        rows.update(held)
-    return {c: (row[:4].view(2, 2), row[4:].view(3, 2)) for c, row in rows.items()}
+def rows_after(num: int, factors: tuple[str, ...], many: list[list[float]]) -> list[dict]:
+    """Factors of each client, for each of these weights."""
+    of_processes = on_processes(num, shared, [(factors, weights) for weights in many])
+    return [
+        {c: (row[:4].view(2, 2), row[4:].view(3, 2)) for _, held in some for c, row in held.items()}
+        for some in zip(*of_processes, strict=True)
+    ]
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
-@pytest.mark.parametrize(
-    ("counts", "participants", "mean_a", "mean_b"),
-    [
-        (None, (0, 1, 2), MEAN_A, MEAN_B),
-        ((10, 20, 70), (0, 1, 2), [[-0.2, 0.9], [1.0, 0.1]], [[0.8, 0.9], [0.9, 0.8], [0.5, 1.2]]),
-        (None, (0, 2), [[0, 1.5], [2, 1.5]], [[1, 0.5], [0.5, 1], [0.5, 1]]),
-        ((10, 20, 70), (0, 2), [[-0.75, 1.125], [1.25, -0.375]], None),
-    ],
-    ids=["uniform", "by examples", "two of three", "two of three by examples"],
-)
-def test_the_mean_is_the_worked_example(
-    num_processes: int, counts: tuple | None, participants: tuple, mean_a: list, mean_b: list | None
-) -> None:
-    weights = aggregation.normalised_weights(3, participants, counts)
-    after = rows_after(num_processes, ("A", "B"), weights)
-    for client in range(3):
-        torch.testing.assert_close(after[client][0], torch.tensor(mean_a))
-        if mean_b is not None:
-            torch.testing.assert_close(after[client][1], torch.tensor(mean_b))
+def test_the_mean_is_the_worked_example(num_processes: int) -> None:
+    many = [
+        aggregation.normalised_weights(3, participants, counts)
+        for counts, participants, _, _ in WORKED.values()
+    ]
+    all_after = rows_after(num_processes, ("A", "B"), many)
+    for (name, (_, _, *means)), after in zip(WORKED.items(), all_after, strict=True):
+        for client in range(3):
+            for found, mean in zip(after[client], means, strict=True):
+                torch.testing.assert_close(found, torch.tensor(mean), msg=f"{name}: {found}")
 
 
 @pytest.mark.dist
 def test_sharing_a_leaves_every_b_alone_and_gives_the_worked_products() -> None:
-    after = rows_after(2, ("A",), [1 / 3] * 3)
+    [after] = rows_after(2, ("A",), [[1 / 3] * 3])
     for client, (a, b) in after.items():
         assert torch.equal(b, B[client])
         torch.testing.assert_close(a, torch.tensor(MEAN_A))
@@ -97,10 +112,11 @@ def test_sharing_a_leaves_every_b_alone_and_gives_the_worked_products() -> None:
 
 @pytest.mark.dist
 def test_the_message_is_exactly_the_shared_factor_whatever_the_number_of_clients() -> None:
-    for factors, numbers in ((("A",), 4), (("B",), 6), (("A", "B"), 10), ((), 0)):
-        for num_processes in (1, 3):
-            for sent, _ in on_processes(num_processes, shared, factors, [1 / 3] * 3):
-                assert sent == 4 * numbers
+    numbers = {("A",): 4, ("B",): 6, ("A", "B"): 10, (): 0}
+    for num_processes in (1, 3):
+        asked = [(factors, [1 / 3] * 3) for factors in numbers]
+        for found in on_processes(num_processes, shared, asked):
+            assert [sent for sent, _ in found] == [4 * count for count in numbers.values()]
 
 
 def test_a_client_of_weight_zero_cannot_spread_nan() -> None:
@@ -183,33 +199,45 @@ def three_of_mixed_ranks(own: range, *, paged: bool) -> ClientStore:
     return clients
 
 
-def mixed_after(weights: list[float], paged: bool) -> tuple[dict, torch.Tensor, torch.Tensor]:
+def mixed_after(
+    many: list[list[float]], paged: bool
+) -> list[tuple[dict, torch.Tensor, torch.Tensor]]:
     """Rows after the mean of A; the global row before it would not be exact, so after it."""
     world = distributed.start(RUN_SECONDS)
     try:
-        clients = three_of_mixed_ranks(partition.place(3, world.size)[world.rank], paged=paged)
-        aggregation.share(world, clients, ("A",), weights)
-        everyone = [0.2, 0.3, 0.5]
-        of_all = aggregation.global_row(world, clients, everyone, ("B",), GAMMAS)
-        rows = {client: clients.row(client) for client in clients.own}
-        aggregation.share(world, clients, ("B",), weights)
-        of_shared = aggregation.global_row(world, clients, everyone, (), GAMMAS)
-        own = {client: (rows[client], clients.row(client)) for client in clients.own}
+        found = [_mixed_after(world, weights, paged) for weights in many]
         sync.barrier(world, "end")
         sync.leave_store_last(world)
-        return own, of_all, of_shared
+        return found
     finally:
         distributed.stop(world)
 
 
+def _mixed_after(
+    world: World, weights: list[float], paged: bool
+) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    clients = three_of_mixed_ranks(partition.place(3, world.size)[world.rank], paged=paged)
+    aggregation.share(world, clients, ("A",), weights)
+    everyone = [0.2, 0.3, 0.5]
+    of_all = aggregation.global_row(world, clients, everyone, ("B",), GAMMAS)
+    rows = {client: clients.row(client) for client in clients.own}
+    aggregation.share(world, clients, ("B",), weights)
+    of_shared = aggregation.global_row(world, clients, everyone, (), GAMMAS)
+    own = {client: (rows[client], clients.row(client)) for client in clients.own}
+    return own, of_all, of_shared
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
-@pytest.mark.parametrize("weights", [[0.2, 0.3, 0.5], [0.5, 0.0, 0.5], [1.0, 0.0, 0.0]])
-def test_a_row_is_the_mean_over_those_that_hold_it(
-    num_processes: int, weights: list[float]
-) -> None:
+def test_a_row_is_the_mean_over_those_that_hold_it(num_processes: int) -> None:
     """And keeps its value where nobody of the cohort does: 5 of A, 7 of B."""
-    found = on_processes(num_processes, mixed_after, weights, num_processes == 1)
+    many = [[0.2, 0.3, 0.5], [0.5, 0.0, 0.5], [1.0, 0.0, 0.0]]
+    of_processes = on_processes(num_processes, mixed_after, many, num_processes == 1)
+    for weights, found in zip(many, zip(*of_processes, strict=True), strict=True):
+        _require_means_over_holders(weights, found)
+
+
+def _require_means_over_holders(weights: list[float], found: tuple) -> None:
     a_mean, b_mean = torch.full((3, 2), 5.0), torch.full((3, 3), 7.0)
     for row in range(3):
         holders = [c for c in range(3) if MIXED[c] > row and weights[c] > 0]

@@ -17,6 +17,7 @@ from sfed.clients.store import ClientStore
 from sfed.config import load as config_load
 from sfed.data import partition
 from sfed.distributed import world as distributed
+from sfed.distributed.world import World
 from sfed.federated import session
 from sfed.lora.layout import Layout
 from sfed.methods import aggregation
@@ -48,31 +49,42 @@ def mean_cosine(rows: list[torch.Tensor]) -> float:
     return sum(cosines) / len(cosines)
 
 
-def similarity_of(values: torch.Tensor) -> dict[str, float | None]:
+Similarity = dict[str, float | None]
+
+
+def similarities_of(some: list[torch.Tensor]) -> list[Similarity]:
     world = distributed.start(RUN_SECONDS)
     try:
-        own = partition.place(len(values), world.size)[world.rank]
-        num = len(own)
-        clients = ClientStore(own, LAYOUT, torch.device("cpu"), clients_per_pass=num, moments=())
-        for client in own:
-            clients.set_own(client, {"a": values[client, A], "b": values[client, B]})
-        before = clients.load_values(own).clone()
-        found = aggregation.similarity(world, clients)
-        torch.testing.assert_close(clients.load_values(own), before, rtol=0, atol=0, equal_nan=True)
-        return found
+        return [_similarity_of(world, values) for values in some]
     finally:
         distributed.stop(world)
 
 
+def _similarity_of(world: World, values: torch.Tensor) -> Similarity:
+    own = partition.place(len(values), world.size)[world.rank]
+    num = len(own)
+    clients = ClientStore(own, LAYOUT, torch.device("cpu"), clients_per_pass=num, moments=())
+    for client in own:
+        clients.set_own(client, {"a": values[client, A], "b": values[client, B]})
+    before = clients.load_values(own).clone()
+    found = aggregation.similarity(world, clients)
+    torch.testing.assert_close(clients.load_values(own), before, rtol=0, atol=0, equal_nan=True)
+    return found
+
+
+def similarity_of(values: torch.Tensor) -> Similarity:
+    return similarities_of([values])[0]
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
-@pytest.mark.parametrize("num_clients", [3, 5])
-def test_similarity_is_the_mean_over_pairs_of_clients(num_processes, num_clients):
-    values = values_of(num_clients)
-    expected = {"a": mean_cosine(list(values[:, A])), "b": mean_cosine(list(values[:, B]))}
-    assert abs(expected["a"] - expected["b"]) > 0.01
-    for found in on_processes(num_processes, similarity_of, values):
-        assert found == pytest.approx(expected, abs=1e-5)
+def test_similarity_is_the_mean_over_pairs_of_clients(num_processes):
+    some = [values_of(num_clients) for num_clients in (3, 5)]
+    of_processes = on_processes(num_processes, similarities_of, some)
+    for values, found in zip(some, zip(*of_processes, strict=True), strict=True):
+        expected = {"a": mean_cosine(list(values[:, A])), "b": mean_cosine(list(values[:, B]))}
+        assert abs(expected["a"] - expected["b"]) > 0.01
+        assert list(found) == [pytest.approx(expected, abs=1e-5)] * num_processes
 
 
 def test_the_bounds_of_similarity():

@@ -47,7 +47,8 @@ def train(folder: Path, out: Path, num: int, sharding: str, **sections: object) 
     return runs.adapters(runs.run(num, settings))
 
 
-@pytest.mark.parametrize("num_processes", [2, full(4)])
+@pytest.mark.full  # with other settings in each of test_zero3_agrees_under
+@pytest.mark.parametrize("num_processes", [2, 4])
 def test_zero3_trains_the_adapters_of_a_replica(
     tiny_folder: Path, tmp_path: Path, num_processes: int
 ) -> None:
@@ -56,15 +57,22 @@ def test_zero3_trains_the_adapters_of_a_replica(
     assert runs.relative_difference(plain, sharded) <= 5e-6
 
 
+@pytest.fixture(scope="module")
+def on_shards(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The adapters of two processes on shards, in fp32."""
+    return train(tiny_folder, tmp_path_factory.mktemp("shards"), 2, "zero3", backbone=EXACT)
+
+
 def secondary(size: int) -> dict:
     zero = EXACT["deepspeed"]["zero_optimization"] | {"zero_hpz_partition_size": size}
     return {"deepspeed": {"zero_optimization": zero}}
 
 
-def test_a_secondary_partition_trains_the_same_bits(tiny_folder: Path, tmp_path: Path) -> None:
-    plain = train(tiny_folder, tmp_path / "plain", 2, "zero3", backbone=EXACT)
-    second = train(tiny_folder, tmp_path / "second", 2, "zero3", backbone=secondary(2))
-    assert runs.identical(plain, second)
+def test_a_secondary_partition_trains_the_same_bits(
+    tiny_folder: Path, tmp_path: Path, on_shards: dict
+) -> None:
+    second = train(tiny_folder, tmp_path, 2, "zero3", backbone=secondary(2))
+    assert runs.identical(on_shards, second)
 
 
 def refused(settings: dict) -> str:
@@ -126,10 +134,15 @@ def test_zero3_agrees_under(tiny_folder: Path, tmp_path: Path, sections: dict) -
     assert runs.relative_difference(plain, sharded) <= 5e-6
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_zero3_equals_replicas_bit_for_bit(tiny_folder: Path, tmp_path: Path, dtype: str) -> None:
-    """The same processes and passes, fp32 factors: gathering changes no bit."""
-    model = {"name": str(tiny_folder / "model"), "dtype": dtype}
+def test_zero3_equals_replicas_bit_for_bit(
+    tiny_folder: Path, tmp_path: Path, on_shards: dict
+) -> None:
+    """The same processes and passes: gathering changes no bit."""
+    assert runs.identical(train(tiny_folder, tmp_path, 2, "none"), on_shards)
+
+
+def test_so_it_does_in_bf16_with_factors_in_fp32(tiny_folder: Path, tmp_path: Path) -> None:
+    model = {"name": str(tiny_folder / "model"), "dtype": "bf16"}
     plain = train(tiny_folder, tmp_path, 2, "none", model=model)
     sharded = train(tiny_folder, tmp_path, 2, "zero3", backbone=EXACT, model=model)
     assert runs.identical(plain, sharded)

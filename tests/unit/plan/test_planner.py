@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sfed.config import load as config_load
+from sfed.memory import profile
 from sfed.plan import __main__ as plan
 from sfed.plan import estimate, tables
 from sfed.plan.request import Machine, Pace
@@ -18,6 +19,24 @@ from sfed.utils.errors import UserError
 from tests.support import runs, tiny
 
 LLAMA = ["model.name=llama2-7b", "data.task=gsm8k", "train.micro_batch_size=1"]
+
+
+@pytest.fixture(autouse=True)
+def _passes_are_followed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To follow one takes seconds of CPU, and it costs what it costs in every test."""
+    follow = profile.measure
+
+    def measure(config: Any, frozen: Any, say: Any) -> Any:
+        of_pass = ("model", "data", "lora", "clients", "train", "backbone")
+        key = (config.model_dump_json(include=dict.fromkeys(of_pass, True)), repr(frozen))
+        if key not in _FOLLOWED:
+            _FOLLOWED[key] = follow(config, frozen, say)
+        return _FOLLOWED[key]
+
+    monkeypatch.setattr(profile, "measure", measure)
+
+
+_FOLLOWED: dict[Any, Any] = {}
 
 
 def predicted(config, gpus=1, link="nvlink", pace=Pace()):  # noqa: B008  (frozen)

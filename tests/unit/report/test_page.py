@@ -6,7 +6,7 @@ import json
 import re
 import statistics
 import struct
-import subprocess
+import sys
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +19,7 @@ from sfed.report.arms.convergence import reached
 from sfed.report.comparison_figures import comparisons
 from sfed.storage import run_record
 from sfed.storage.run_record import open_run
+from sfed.utils.command import run_command
 from sfed.utils.errors import UserError
 from tests.support import launchers
 from tests.support.run_folders import costs, write_events, write_run
@@ -197,6 +198,7 @@ def test_the_page_says_where_the_time_went(run: Path) -> None:
 def undrawn(monkeypatch) -> None:
     """Figures are made but not drawn, which is most of the time; for tests that read words."""
     monkeypatch.setattr(plotting, "_png", lambda *_: b"\x89PNG")
+    monkeypatch.setattr(plotting, "_vector", lambda *_: b"%PDF")
 
 
 class Loads(HTMLParser):
@@ -212,6 +214,7 @@ class Loads(HTMLParser):
         self.found += [value for name, value in attrs if name in names]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_loads_nothing_from_elsewhere(run: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "two", [[2.0, 2.0], [1.0, 1.0]], seed=1)
     html = make_report(run, other, "--out", tmp_path / "out")
@@ -269,6 +272,7 @@ def test_many_clients_many_labels_many_rounds(tmp_path: Path) -> None:
     assert figures(folder) == SINGLE
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_text_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script>&$x_{$"
     labels = [{evil: 5}, {"_a$b$": 2, "\u9910\u5385": 1}]
@@ -382,6 +386,7 @@ def test_final_loss_against_rank_and_clients_where_they_vary(tmp_path: Path) -> 
     assert "final-loss-by-num-clients" in figures(tmp_path / "c")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_runs_go_to_a_folder_of_their_own(run: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     twin = make_run(tmp_path / "elsewhere" / "one", [[2.0, 2.0]])
@@ -394,6 +399,7 @@ def test_several_runs_go_to_a_folder_of_their_own(run: Path, tmp_path: Path, mon
 GLUE = {"scores": ("accuracy", "f1"), "loss_unit": "example"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_scores_stand_in_the_tables_and_figures(tmp_path: Path) -> None:
     run = write_run(tmp_path / "mrpc", num_clients=2, **GLUE)
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -642,20 +648,22 @@ def test_mistakes_in_the_arguments(run: Path, monkeypatch, arguments, words: str
         report.main(arguments)
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return launchers.python("-m", "sfed.report", *words)
+def test_the_command_says_mistakes_plainly_and_helps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(word: str) -> object:
+        monkeypatch.setattr(sys, "argv", ["sfed.report", word])
+        try:
+            run_command(report.main)
+        except SystemExit as left:
+            return left.code
+        return 0
 
-
-def test_the_command_says_mistakes_plainly_and_helps() -> None:
-    done = command("/nowhere/at/all")
-    assert done.returncode == 2
-    assert (
-        done.stderr
-        == "sfed: the run folder '/nowhere/at/all' does not exist; name one, such as runs/demo\n"
-    )
-    done = command("--help")
-    assert done.returncode == 0
-    assert "--out DIR" in done.stdout
+    assert ended("/nowhere/at/all") == 2
+    said = "the run folder '/nowhere/at/all' does not exist; name one, such as runs/demo"
+    assert capsys.readouterr().err == f"sfed: {said}\n"
+    assert ended("--help") == 0
+    assert "--out DIR" in capsys.readouterr().out
 
 
 def test_no_torch_is_imported(run: Path) -> None:

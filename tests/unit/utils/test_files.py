@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -92,17 +92,19 @@ def test_metrics_that_find_no_room_are_a_mistake_and_whole_lines_stay(small_disk
     ids=["nothing left", "no checkpoint fits"],
 )
 def test_a_full_disk_is_said_and_with_room_the_run_goes_on(
-    tiny_folder: Path, tmp_path: Path, small_disk: Path, pages_left: int, words: str
+    tiny_folder: Path, trained: Callable[..., Path], small_disk: Path, pages_left: int, words: str
 ):
+    shape = {"evaluation": {"adapters": ["personal"]}}
+
     def settings(folder: Path, num_rounds: int) -> dict:
         return tiny.settings(
             tiny_folder,
             output={"dir": str(folder), "name": "run"},
             federated={"num_clients": 4, "num_rounds": num_rounds},
-            evaluation={"adapters": ["personal"]},
+            **shape,
         )
 
-    calm = runs.run(2, settings(tmp_path / "calm", 4))
+    calm = trained(2, federated={"num_clients": 4, "num_rounds": 4}, **shape)
     folder = runs.run(2, settings(small_disk, 2))
     shutil.rmtree(folder / "adapters")
     whole = sorted(path.name for path in (folder / "checkpoints").iterdir())
