@@ -6,11 +6,17 @@ forked from bare imports. No operation of torch may run here: its threads would 
 
 from __future__ import annotations
 
-import distutils.ccompiler  # noqa: F401  (what DeepSpeed looks for compilers with)
+from contextlib import suppress
 
-from transformers import conversion_mapping
+from sfed.utils.garbage import permanent
 
-import tests.support.runs  # noqa: F401
+with permanent():
+    with suppress(ImportError):  # until Python 3.11
+        import distutils.ccompiler  # noqa: F401  (what DeepSpeed looks for compilers with)
 
-# Compiles a thousand regular expressions, and keeps them for this process.
-conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    from transformers import conversion_mapping
+
+    import tests.support.runs  # noqa: F401
+
+    # Compiles a thousand regular expressions, and keeps them for this process.
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
