@@ -27,7 +27,16 @@ from sfed.utils.text import one_line
 _KEY = "train.kernels"
 _NAMES = {"adamw": "AdamW", "swiglu": "SwiGLU", "turn": "rotary embedding"}
 # What Triton raises, beside errors of its own, where it finds no compiler, driver or memory.
-_ERRORS = (RuntimeError, OSError, ImportError, AttributeError, TypeError, ValueError)
+_ERRORS = (
+    RuntimeError,
+    OSError,
+    ImportError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,11 @@ def choose(asked: str, device: torch.device, dtype: torch.dtype) -> Kernels:
         return Kernels(reason=lack)
     fused = _fused()
     found = {name: _fault(getattr(fused, name), name, device, dtype) for name in _NAMES}
-    faults = tuple(f"{_NAMES[name]}: {fault}" for name, fault in found.items() if fault)
+    by_fault: dict[str, list[str]] = {}  # one cause, such as a missing compiler, is said once
+    for name, fault in found.items():
+        if fault is not None:
+            by_fault.setdefault(fault, []).append(_NAMES[name])
+    faults = tuple(f"{', '.join(names)}: {fault}" for fault, names in by_fault.items())
     if faults and asked == "triton":
         raise UserError(f"{_KEY}=triton: {'; '.join(faults)}; set {_KEY}=auto or {_KEY}=torch")
     kept = tuple(name for name, fault in found.items() if fault is None)

@@ -164,6 +164,7 @@ def test_a_wrong_kernel_is_not_used_and_is_refused_where_it_is_asked_for(
     [
         RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
         subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+        AssertionError("libcuda.so cannot found!"),
         ImportError("failed to map segment from shared object"),
     ],
 )
@@ -178,8 +179,9 @@ def test_a_compiler_that_is_missing_leaves_torch_and_says_what_to_install(
     monkeypatch.setattr(choice, "_lack", lambda _device, is_asked: None)
     monkeypatch.setattr(choice, "_fused", lambda: Kernels(fails, fails, fails))
     chosen = choose("auto", CPU, FP32)
-    assert functions(chosen) == functions(PLAIN) and len(chosen.faults) == 3
-    assert all("gcc and python3-dev" in fault for fault in chosen.faults)
+    assert functions(chosen) == functions(PLAIN)
+    (fault,) = chosen.faults
+    assert fault.startswith("AdamW, SwiGLU, rotary embedding: ") and "gcc and python3-dev" in fault
     with pytest.raises(UserError, match="gcc and python3-dev"):
         choose("triton", CPU, FP32)
 
