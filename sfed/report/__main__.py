@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sfed.report.page import MOST_SECTIONS, write_report
-from sfed.storage.run_record import find_runs, open_run
+from sfed.storage.found_runs import find_runs
+from sfed.storage.run_record import open_run
 from sfed.utils import command
 from sfed.utils.errors import UserError
 from sfed.utils.redaction import mask

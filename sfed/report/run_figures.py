@@ -11,7 +11,8 @@ from functools import cached_property, partial
 from sfed.observability import metrics
 from sfed.report import plotting
 from sfed.report.plotting import Bars, Curve, Panel
-from sfed.storage.run_record import KINDS, LOSS, RunRecord, clients_of, natural, number, words_of
+from sfed.storage.run_record import KINDS, LOSS, RunRecord, clients_of, number, words_of
+from sfed.utils.text import natural
 
 PERPLEXITY, ROUND = "perplexity per token", "round"
 BYTES = {"federated message": metrics.UPLOADED_BYTES, "for evaluation": metrics.EVALUATION_BYTES}

@@ -196,7 +196,7 @@ class Writer:
         Raises:
             UserError: on every process, where the one before failed on any.
         """
-        started, identity, world = time.monotonic(), self._identity, self._world
+        started, world = time.monotonic(), self._world
         self._latest_began = started
         world.watch.at(f"the checkpoint {state.name}")
         self._settle()
@@ -214,25 +214,7 @@ class Writer:
             files[COMMON] = keyed("common", common)
         if self._clients.server_state:
             files[server_file(world.rank)] = keyed("server", self._clients.server_state)
-        facts = {
-            "format": FORMAT,
-            "finished_rounds": state.finished_rounds,
-            "bad_rounds": state.bad_rounds,
-            "unreported": state.unreported,
-            "ledger": None if state.stats is None else state.stats.tolist(),
-            "num_clients": identity.num_clients,
-            "gamma": identity.gamma,
-            "ranks": list(identity.ranks),
-            "layout_size": self._clients.layout.size,
-            "processes": world.size,
-            "placement": [list(own) for own in identity.placement],
-            "course": [list(part) for part in identity.course.parts],
-            "origin": identity.origin,
-            "clients_per_pass": identity.clients_per_pass,
-            "data_digests": list(identity.data_digests),
-            "config": comparable(identity.config, identity.num_clients),
-        }
-        where = None if source is None else source.folder
+        where, facts = None if source is None else source.folder, self._facts(state)
         job = _Job(folder, files, tuple(sorted(kept)), where, kept | packs, facts, time.monotonic())
         with raise_everywhere(world, "checkpoint"), disk_errors(folder):
             if world.is_main:
@@ -243,6 +225,28 @@ class Writer:
         written = _Written(folder, kept | packs, sizes, changed_now)
         self._earlier = [written, *self._earlier][: self._distance]
         self._blocked_seconds += time.monotonic() - started
+
+    def _facts(self, state: State) -> dict[str, Any]:
+        """What the checkpoint says of the run and of how far it is."""
+        identity = self._identity
+        return {
+            "format": FORMAT,
+            "finished_rounds": state.finished_rounds,
+            "bad_rounds": state.bad_rounds,
+            "unreported": state.unreported,
+            "ledger": None if state.stats is None else state.stats.tolist(),
+            "num_clients": identity.num_clients,
+            "gamma": identity.gamma,
+            "ranks": list(identity.ranks),
+            "layout_size": self._clients.layout.size,
+            "processes": self._world.size,
+            "placement": [list(own) for own in identity.placement],
+            "course": [list(part) for part in identity.course.parts],
+            "origin": identity.origin,
+            "clients_per_pass": identity.clients_per_pass,
+            "data_digests": list(identity.data_digests),
+            "config": comparable(identity.config, identity.num_clients),
+        }
 
     def _source(self) -> _Written | None:
         """The checkpoint whose files serve a client that rests; None where each is written."""

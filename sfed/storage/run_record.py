@@ -5,9 +5,7 @@ The report, sweeps, a start that may resume, and the public API read through it.
 
 from __future__ import annotations
 
-import csv
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -466,39 +464,3 @@ def expected_adapters(folder: Path, num_clients: int) -> set[str]:
         parts = []
     known = _texts(parts, "adapter")
     return {known.get(client) or adapter_folder(client) for client in range(num_clients)}
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """The folder itself, or the run folders in it; what a newer run put aside is left out.
-
-    Runs of a sweep stand in the order of its ``sweep.csv``, others in that of their names.
-    """
-    if (folder / METRICS_FILE).is_file():
-        return [folder]
-    inside = (path.parent for path in folder.glob(f"*/{METRICS_FILE}"))
-    kept = [run for run in inside if not re.search(r"\.old-\d+$", run.name)]
-    place = {name: i for i, name in enumerate(_cells_of_sweep(folder))}
-
-    def order(run: Path) -> tuple[int, list[tuple[int, str]]]:
-        return place.get(run.name, len(place)), natural(run.name)
-
-    return sorted(kept, key=order) or [folder]
-
-
-def _cells_of_sweep(folder: Path) -> list[str]:
-    """The runs that ``sweep.csv`` names, in its order; none where there is no such file."""
-    path = folder / SWEEP_FILE
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return [row["cell"] for row in csv.DictReader(file) if row.get("cell")]
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not readable: {error}") from None
-
-
-def natural(text: str) -> list[tuple[int, str]]:
-    """Sort key that puts label 7 before label 28."""
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)
-    ]

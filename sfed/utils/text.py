@@ -93,3 +93,10 @@ def size_text(num_bytes: float, decimals: int = 1) -> str:
     if num_bytes >= 2**30:
         return f"{num_bytes / 2**30:.{decimals}f} GiB"
     return f"{num_bytes / 2**20:.{decimals}f} MiB"
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """Sort key that puts label 7 before label 28."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)
+    ]

@@ -19,6 +19,7 @@ from tests.support.disturbed import Moment, at
 from tests.support.launchers import ROOT, python, torchrun
 from tests.support.pretended_gpu import PretendedGpu
 from tests.support.processes import End, ends_of, on_processes
+from tests.support.selection import full
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -178,7 +179,7 @@ def examine_and_break(folder: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "code", "reason"),
-    [("error", 1, "RuntimeError: injected here"), ("kill", -9, "it is gone without a word")],
+    [full("error", 1, "RuntimeError: injected here"), ("kill", -9, "it is gone without a word")],
 )
 def test_a_process_that_breaks_is_named_and_all_end(
     tmp_path: Path, kind: str, code: int, reason: str

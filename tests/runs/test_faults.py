@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.netns, pytest.mark.dist, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 Nodes = tuple[Node, Node]
 SGD = {"optimizer": "sgd", "lr": 0.1, "local_steps": 4, "batch_size": 4}
-DEADLINE = deadlines.scaled(20.0)
+DEADLINE = deadlines.scaled(12.0)
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Without it a fresh torchrun waits in vain for the address of a master that is there already."""
 

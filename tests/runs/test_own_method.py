@@ -77,7 +77,6 @@ def test_the_state_of_a_server_step_survives_a_resume_on_another_number_of_proce
     path.write_text(COUNTING)
     method = f"{path}:Damped"
     whole = runs.run(1, settings(tiny_folder, tmp_path, method, "whole", num_rounds=3))
-    runs.run(2, settings(tiny_folder, tmp_path, method, "parts", num_rounds=1))
     parts = runs.run(1, settings(tiny_folder, tmp_path, method, "parts", num_rounds=2))
     checkpoint = parts / "checkpoints" / "round-000002"
     assert {file.name for file in checkpoint.glob("server-*")} == {"server-0000.safetensors"}

@@ -50,7 +50,7 @@ SCENARIOS: dict[str, dict[str, dict[str, Any]]] = {
     "int8 codes": {"model": {"quantization": "int8"}},
     "offload": {"backbone": {**ZERO3, "offload": "cpu"}},
 }
-IN_FULL = ("two of five", "llama")
+IN_FULL = ("two of five", "rolora", "llama")
 BROKEN = {
     "before the passes": ("aside", {"federated": {"clients_per_pass": 1}}),
     "passes before the copies": ("wait", {"federated": {"clients_per_pass": 1}}),

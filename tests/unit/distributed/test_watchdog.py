@@ -152,7 +152,7 @@ def test_a_process_that_hangs_or_fails_is_named_with_its_place(
         federated={"num_clients": 2, "num_rounds": 3, "deadline_seconds": DEADLINE},
         evaluation={"adapters": ["personal"], "every_rounds": 3},
     )
-    grace = scaled(10.0) if how == "stopped" else GRACE_SECONDS  # it never ends by itself
+    grace = scaled(1.0) if how == "stopped" else GRACE_SECONDS  # it never ends by itself
     survivor, culprit = ends_of(2, hang, settings, how, grace_seconds=grace)
     assert survivor.code == 1 and culprit.code in (1, -signal.SIGKILL)
     (line,) = [line for line in survivor.said.splitlines() if line.startswith("  process ")]
