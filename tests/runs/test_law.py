@@ -14,6 +14,7 @@ import torch
 from sfed.clients import optimizer
 from sfed.clients.state import PassState
 from sfed.config.schema import TrainSection
+from sfed.kernels.plain import adamw
 from sfed.lora.layout import Layout
 from sfed.methods import scaling
 
@@ -145,7 +146,7 @@ def test_sfed_is_rslora_from_the_scaled_mean_with_a_faster_a(
     kind: str, factor: float, tolerance: float, num_clients: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """lr of A times N under SGD, times sqrt(N) under Adam with eps -> 0; B's unchanged."""
-    monkeypatch.setattr(optimizer, "EPS", 1e-14)
+    monkeypatch.setattr(adamw, "EPS", 1e-14)
     lora_rank, lr = 8, 1e-3 if kind == "adamw" else 0.3
     mean = independent_mean(num_clients, lora_rank, 3)
     gamma = {
