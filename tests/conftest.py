@@ -10,11 +10,15 @@ from pathlib import Path
 # Before any library reads them.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ["TRITON_INTERPRET"] = "1"  # kernels as Python, on a CPU; where Triton is installed
+
+import torch
+
+# Before anything imports Triton, whose own functions are made for the interpreter or the compiler.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import datasets
 import pytest
-import torch
 from hypothesis import settings
 
 from tests.support import glue, netns, runs, tiny, used

@@ -15,9 +15,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from sfed.storage import checkpoint
 from sfed.storage.checkpoint_writer import Writer
 from sfed.storage.previous_run import FINISHED_FILE
 from sfed.storage.run_folder import RunFolder
+from sfed.utils import command
 from sfed.utils.errors import UserError
 from sfed.utils.launcher import launch
 
@@ -335,24 +337,18 @@ _STARTS = ("first", "again", "nothing to do")
 
 def _in_a_process(settings: dict[str, Any], start: str) -> dict[str, Any]:
     """Start a run in a new process; returns what it measured of itself."""
-    context = multiprocessing.get_context("spawn")
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_start, args=(settings, start, sending))
-    process.start()
-    sending.close()
+    spawning = multiprocessing.get_context("spawn")
     try:
-        found: dict[str, Any] | str = receiving.recv()
-    except EOFError:
-        found = "it ended without a word"
-    process.join()
-    if isinstance(found, str):
+        with ProcessPoolExecutor(1, spawning, initializer=command.quieten_imports) as pool:
+            return pool.submit(_start, settings, start).result()
+    except (BrokenProcessPool, UserError) as error:
+        told = error if isinstance(error, UserError) else "it ended without a word"
         clients = settings["federated"]["num_clients"]
-        raise UserError(f"--scaling-clients: the run of {clients} clients failed: {found}")
-    return found
+        raise UserError(f"--scaling-clients: the run of {clients} clients failed: {told}") from None
 
 
-def _start(settings: dict[str, Any], start: str, sending: Connection) -> None:
-    """One start of a run, in a process of its own; the result, or an error in words, is sent."""
+def _start(settings: dict[str, Any], start: str) -> dict[str, Any]:
+    """One start of a run, in a process of its own; returns what it took."""
     config, parts = config_load.validate(settings), Parts()
     folder = Path(config.output.dir) / config.run_name
     torch.set_num_threads(1)  # the seconds of a part are those of its thread
@@ -360,27 +356,21 @@ def _start(settings: dict[str, Any], start: str, sending: Connection) -> None:
         (folder / FINISHED_FILE).unlink()
     _watch_all(parts)
     began = time.process_time()
-    try:
-        with parts.of("checking the files"):
-            preflight.check(config)
-            is_complete = preflight.look_back(config) is not None
-        if not is_complete:
-            session.run_session(config)
-    except UserError as mistake:
-        sending.send(str(mistake))
-        return
+    with parts.of("checking the files"):
+        preflight.check(config)
+        is_complete = preflight.look_back(config) is not None
+    if not is_complete:
+        session.run_session(config)
     total = time.process_time() - began
     files = [path for path in folder.rglob("*") if path.is_file()]
-    sending.send(
-        {
-            "cpu_seconds": total,
-            "parts": {**parts.seconds, "the rest": total - math.fsum(parts.seconds.values())},
-            "peak_bytes": _peak_bytes(),
-            "did_nothing": is_complete,
-            "checkpoint_files": sum(path.parent.parent.name == "checkpoints" for path in files),
-            "adapter_files": sum(path.parent.parent.name == "adapters" for path in files),
-        }
-    )
+    return {
+        "cpu_seconds": total,
+        "parts": {**parts.seconds, "the rest": total - math.fsum(parts.seconds.values())},
+        "peak_bytes": _peak_bytes(),
+        "did_nothing": is_complete,
+        "checkpoint_files": sum(path.parent.parent.name == "checkpoints" for path in files),
+        "adapter_files": sum(path.parent.parent.name == "adapters" for path in files),
+    }
 
 
 def _watch_all(parts: Parts) -> None:

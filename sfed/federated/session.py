@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -87,7 +88,7 @@ def fit(config: Config) -> RunRecord:
 @contextmanager
 def _unchanged_process() -> Iterator[None]:
     """Restore what a session changes in the process of its caller."""
-    environment = dict(os.environ)
+    environment, frozen = dict(os.environ), gc.get_freeze_count()
     # DeepSpeed, which other libraries import too, otherwise announces its own guess.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -97,6 +98,9 @@ def _unchanged_process() -> Iterator[None]:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
+        if frozen:  # and the rounds have let go of all
+            gc.collect()
+            gc.freeze()
 
 
 def run_session(

@@ -89,8 +89,7 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
     """
     os.umask(os.umask(0) | stat.S_IWOTH)
     sys.excepthook = print_masked
-    # PEFT imports bitsandbytes where that is installed, which asks for a kernel of no use here.
-    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+    quieten_imports()
     try:
         command(sys.argv[1:])
     except UserError as mistake:
@@ -107,6 +106,11 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
         sys.stdout.flush()
         say_error(end.code)
         os._exit(1)
+
+
+def quieten_imports() -> None:
+    """Silence what PEFT's import of bitsandbytes says: it asks for a kernel of no use here."""
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
 
 
 def print_masked(

@@ -29,7 +29,7 @@ from sfed.doctor.measurements import Size
 from sfed.lora import packed_attention
 from sfed.memory.costs import USABLE_SHARE
 from tests.gpu import arithmetic, measure
-from tests.support import glue, runs, tiny
+from tests.support import glue, launchers, runs, tiny
 from tests.support.processes import ends_of, on_processes
 
 Figures = dict[str, Any]
@@ -366,7 +366,11 @@ def _attended(
 def kernels_equal_torch(device: str, folder: Path) -> Figures:
     """Kernels of Triton give what torch's operations give; and the seconds of both."""
     del folder
-    (found,) = on_processes(1, arithmetic.kernels, device, environment=environment_of(device))
+    # A fresh process: the fork server has imported Triton for the interpreter, or for the compiler.
+    variables = launchers.environment(**environment_of(device))
+    done = launchers.python("-m", "tests.gpu.arithmetic", device, env=variables)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: Figures = json.loads(done.stdout.splitlines()[-1])
     if "skipped" not in found:
         for name, one in found.items():
             assert one["excess"] <= 1.0, (name, one)

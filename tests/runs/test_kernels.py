@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from sfed.kernels.choice import PLAIN, Kernels, choose
 from sfed.lora import ops
 from sfed.lora.hf_blocks import patch_blocks
-from tests.support import runs, tiny
+from tests.support import interpreter, runs, tiny
 
-pytest.importorskip("triton", reason="Triton is not installed (pip install 'sfed[kernels]')")
+interpreter.require()
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {

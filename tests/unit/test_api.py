@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -82,6 +83,7 @@ def state_of_the_process() -> dict[str, Any]:
         "handlers": list(logging.getLogger().handlers),
         "levels": [logging.getLogger(name).level for name in ("", "sfed")],
         "distributed": torch.distributed.is_initialized(),
+        "collector": (gc.isenabled(), gc.get_freeze_count() > 0),
     }
 
 
@@ -92,6 +94,7 @@ def test_fit_returns_the_record_and_leaves_the_process_as_it_was(
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     torch.set_float32_matmul_precision("medium")
+    gc.freeze()
     try:
         before = state_of_the_process()
         run = sfed.fit(validate(settings))
@@ -99,6 +102,7 @@ def test_fit_returns_the_record_and_leaves_the_process_as_it_was(
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("highest")
+        gc.unfreeze()
     assert run == sfed.open_run(tmp_path / "run")
     assert [event["round"] for event in run.rounds] == [0, 1, 2]
     assert run.config["federated"]["num_rounds"] == 2

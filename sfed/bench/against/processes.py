@@ -25,6 +25,7 @@ from sfed.bench.against.rounds import Parts, Rounds
 from sfed.bench.against.sfed_rounds import SfedRounds
 from sfed.distributed import world as distributed
 from sfed.observability.third_party import quieten
+from sfed.utils import command
 from sfed.utils.errors import UserError
 from sfed.utils.text import duration
 
@@ -58,7 +59,8 @@ class Process:
 
     def __init__(self, job: Job, name: str) -> None:
         self._name = name
-        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        spawning = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, spawning, initializer=command.quieten_imports)
         self._made = self._pool.submit(_Here.make, job, name, torch.get_num_threads())
 
     def ready(self) -> None:

@@ -20,7 +20,7 @@ from sfed.kernels.plain import adamw as plain_adamw
 from sfed.kernels.plain import rotary as plain_rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
 from sfed.utils.errors import UserError
-from tests.support import launchers
+from tests.support import interpreter, launchers
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
@@ -61,7 +61,7 @@ def test_without_triton_auto_takes_torch_and_triton_is_refused(
 def test_on_a_cpu_triton_is_refused_unless_it_is_interpreted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed (pip install 'sfed[kernels]')")
+    interpreter.require()
     assert choose("triton", CPU, BF16).fused == ("adamw", "swiglu", "turn")
     choose.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET")
@@ -144,7 +144,7 @@ def test_the_plain_operations_are_as_they_are(name: str, dtype: torch.dtype) -> 
 def test_a_wrong_kernel_is_not_used_and_is_refused_where_it_is_asked_for(
     name: str, wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed (pip install 'sfed[kernels]')")
+    interpreter.require()
     monkeypatch.setattr(choice, "_lack", lambda _device, is_asked: None)
     made = dataclasses.replace(PLAIN, **{name: wrong})
     monkeypatch.setattr(choice, "_fused", lambda: made)
@@ -171,7 +171,7 @@ def test_a_wrong_kernel_is_not_used_and_is_refused_where_it_is_asked_for(
 def test_a_compiler_that_is_missing_leaves_torch_and_says_what_to_install(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed (pip install 'sfed[kernels]')")
+    interpreter.require()
 
     def fails(*_arguments: Any) -> None:
         raise error
@@ -191,7 +191,7 @@ def test_a_compiler_that_is_missing_leaves_torch_and_says_what_to_install(
 
 def test_every_kernel_compiles_for_compute_capability_9_0() -> None:
     """In a process of its own: here kernels are interpreted."""
-    pytest.importorskip("triton", reason="Triton is not installed (pip install 'sfed[kernels]')")
+    interpreter.require()
     variables = launchers.environment(TRITON_INTERPRET="0")
     done = launchers.python("-m", "tests.support.compiled_kernels", env=variables)
     assert done.returncode == 0, done.stderr[-2000:]

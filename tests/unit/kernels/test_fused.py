@@ -22,6 +22,9 @@ from sfed.kernels.interface import AdamwRows, ClientStep, FactorStep
 from sfed.kernels.plain import adamw as plain_adamw
 from sfed.kernels.plain import rotary as plain_rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
+from tests.support import interpreter
+
+interpreter.require()
 
 FP32, BF16 = torch.float32, torch.bfloat16
 few = settings(max_examples=20, deadline=None)
