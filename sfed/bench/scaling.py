@@ -40,6 +40,7 @@ from sfed.federated import evaluate, local, preflight, rounds, session
 from sfed.federated.round_metrics import RoundLog
 from sfed.methods import aggregation
 from sfed.models.synthetic import twin
+from sfed.observability.third_party import quieten
 from sfed.storage import checkpoint
 from sfed.storage.checkpoint_writer import Writer
 from sfed.storage.previous_run import FINISHED_FILE
@@ -360,7 +361,9 @@ def _start(settings: dict[str, Any], start: str) -> dict[str, Any]:
         preflight.check(config)
         is_complete = preflight.look_back(config) is not None
     if not is_complete:
-        session.run_session(config)
+        session.run_session(
+            config, on_start=lambda world, _stop: quieten(world.rank, world.device.type)
+        )
     total = time.process_time() - began
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from sfed.kernels.plain import adamw as plain_adamw
 from sfed.kernels.plain import rotary as plain_rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
 from sfed.utils.errors import UserError
-from tests.support import interpreter, launchers
+from sfed.utils.launcher import launch
+from tests.support import interpreter, launchers, runs, tiny
+from tests.support.processes import ends_of
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
@@ -199,3 +202,26 @@ def test_every_kernel_compiles_for_compute_capability_9_0() -> None:
     assert len(found) == 12
     for name, one in found.items():
         assert one["cubin_bytes"] > 1000 and one["is_for_the_gpu"], name
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def train_with_kernels_of_its_own(settings: dict[str, Any]) -> None:
+    """Process 1 takes another implementation, as where it alone has a compiler."""
+    if launch().rank == 1:
+        other = dataclasses.replace(PLAIN, fused=("adamw",))
+        choice.choose = lambda *_arguments: other  # the process ends with the test
+    runs.train_or_leave(settings)
+
+
+@pytest.mark.dist
+def test_processes_that_compute_differently_train_nothing(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    output = {"dir": str(tmp_path), "name": "run"}
+    ends = ends_of(2, train_with_kernels_of_its_own, tiny.settings(tiny_folder, output=output))
+    assert [end.code for end in ends] == [2, 2], ends
+    told = ends[0].said
+    assert "the processes do not agree, so nothing was trained" in told
+    assert "train.kernels: " in told and '"adamw": "triton"' in told and "process 1" in told
