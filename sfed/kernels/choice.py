@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 
 from sfed.kernels import comparison
-from sfed.kernels.interface import Adamw, Swiglu, Turn
+from sfed.kernels.interface import Adamw, Rotary, Swiglu
 from sfed.kernels.plain.adamw import adamw
-from sfed.kernels.plain.rotary import turn
+from sfed.kernels.plain.rotary import rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
 from sfed.utils.errors import UserError
 from sfed.utils.text import one_line
 
 _KEY = "train.kernels"
-_NAMES = {"adamw": "AdamW", "swiglu": "SwiGLU", "turn": "rotary embedding"}
+_NAMES = {"adamw": "AdamW", "swiglu": "SwiGLU", "rotary": "rotary embedding"}
 # What Triton raises, beside errors of its own, where it finds no compiler, driver or memory.
 _ERRORS = (
     RuntimeError,
@@ -45,7 +45,7 @@ class Kernels:
 
     adamw: Adamw = adamw
     swiglu: Callable[[], Swiglu] = PlainSwiglu
-    turn: Turn = turn
+    rotary: Rotary = rotary
     fused: tuple[str, ...] = ()
     """Those of the fields above that are kernels of Triton."""
     reason: str = ""
@@ -124,7 +124,7 @@ def _fused() -> Kernels:
     """All kernels of Triton."""
     names = ("adamw", "rotary", "swiglu")
     own = {name: importlib.import_module(f"sfed.kernels.fused.{name}") for name in names}
-    return Kernels(own["adamw"].adamw, own["swiglu"].FusedSwiglu, own["rotary"].turn)
+    return Kernels(own["adamw"].adamw, own["swiglu"].FusedSwiglu, own["rotary"].rotary)
 
 
 def _fault(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sfed.kernels.interface import Adamw, AdamwRows, ClientStep, FactorStep, Swiglu, Turn
+from sfed.kernels.interface import Adamw, AdamwRows, ClientStep, FactorStep, Rotary, Swiglu
 from sfed.kernels.plain import adamw as plain_adamw
 from sfed.kernels.plain import rotary as plain_rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
@@ -65,30 +65,30 @@ def adamw(kernel: Adamw, device: torch.device, dtype: torch.dtype) -> float:
 
 
 def swiglu(made: Callable[[], Swiglu], device: torch.device, dtype: torch.dtype) -> float:
-    """Compare the product, the product made again, and the gradients."""
+    """Compare the product, the product recomputed, and the gradients."""
     grad, gate, up = (_spread((5, 411), shift, device, dtype) for shift in (0.1, 0.5, 0.9))
     ours, plain = made(), PlainSwiglu()
     found, expected = (
-        (one.product(gate, up), one.again(gate, up), *one.gradients(grad, gate, up))
+        (one.product(gate, up), one.recompute(gate, up), *one.gradients(grad, gate, up))
         for one in (ours, plain)
     )
     return excess(zip(found, expected, strict=True))
 
 
-def turn(kernel: Turn, device: torch.device, dtype: torch.dtype) -> float:
+def rotary(kernel: Rotary, device: torch.device, dtype: torch.dtype) -> float:
     """Compare both directions, on heads as attention's gradients have them."""
     x = _spread((2, 9, 5, 24), 0.3, device, dtype).transpose(1, 2)
     cos, sin = (_spread((1, 5, 1, 24), shift, device, dtype) for shift in (0.2, 0.7))
     directions = (False, True)
     return excess(
-        (kernel(x, cos, sin, back), plain_rotary.turn(x, cos, sin, back)) for back in directions
+        (kernel(x, cos, sin, back), plain_rotary.rotary(x, cos, sin, back)) for back in directions
     )
 
 
 BY_NAME: dict[str, Callable[[Any, torch.device, torch.dtype], float]] = {
     "adamw": adamw,
     "swiglu": swiglu,
-    "turn": turn,
+    "rotary": rotary,
 }
 
 

@@ -47,20 +47,20 @@ class ClientStep:
 Adamw = Callable[[AdamwRows, Sequence[FactorStep], ClientStep], None]
 """A step of AdamW in place, of all clients. Uses the gradients up; waits for no device."""
 
-Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
-"""turn(x, cos, sin, back): heads turned by their positions, or back. Allocates its result.
+Rotary = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+"""rotary(x, cos, sin, back): heads rotated by their positions, or back. Allocates its result.
 
 x is (rows, T, heads, D); cos and sin are (rows or 1, T, 1, D).
 """
 
 
 class Swiglu(Protocol):
-    """silu(gate) * up of one call, made again in its backward pass, and its gradients."""
+    """silu(gate) * up of one call, recomputed in its backward pass, and its gradients."""
 
     def product(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up, in the dtype and shape of both."""
 
-    def again(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def recompute(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Return the same bits; the gradients may be asked for next."""
 
     def gradients(

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from sfed.kernels.choice import PLAIN, Kernels
-from sfed.kernels.interface import Swiglu, Turn
+from sfed.kernels.interface import Rotary, Swiglu
 
 _RECIPE = "_sfed_recipe"
 
@@ -95,7 +95,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, kernels: Kernels = PLAIN) -> to
     """Return silu(gate) * up, with a recipe."""
     arithmetic = kernels.swiglu()
     product: torch.Tensor = _Swiglu.apply(gate, up, arithmetic)  # type: ignore[no-untyped-call]
-    setattr(product, _RECIPE, Recipe(arithmetic.again, (gate, up)))
+    setattr(product, _RECIPE, Recipe(arithmetic.recompute, (gate, up)))
     return product
 
 
@@ -132,9 +132,9 @@ def rotate(
         k: (rows, T, heads of keys, D).
         cos: (rows or 1, T, D).
         sin: likewise.
-        kernels: that turn them.
+        kernels: that rotate them.
     """
-    angles = (cos.unsqueeze(2), sin.unsqueeze(2), kernels.turn)
+    angles = (cos.unsqueeze(2), sin.unsqueeze(2), kernels.rotary)
     return (
         _Rotary.apply(q, *angles),  # type: ignore[no-untyped-call]
         _Rotary.apply(k, *angles),  # type: ignore[no-untyped-call]
@@ -146,12 +146,12 @@ class _Rotary(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turn: Turn
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary: Rotary
     ) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.turn = turn
-        return turn(x, cos, sin, False)
+        ctx.rotary = rotary
+        return rotary(x, cos, sin, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.turn(grads[0], *ctx.saved_tensors, True), None, None, None
+        return ctx.rotary(grads[0], *ctx.saved_tensors, True), None, None, None

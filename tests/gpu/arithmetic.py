@@ -50,7 +50,7 @@ def kernels(device_type: str) -> Figures:
     device, sizes = torch.device(device_type), SIZES[device_type]
     fused = choice.choose("triton", device, torch.bfloat16)
     found: Figures = {}
-    for name, work in (("adamw", _adamw), ("swiglu", _swiglu), ("turn", _turn)):
+    for name, work in (("adamw", _adamw), ("swiglu", _swiglu), ("rotary", _rotary)):
         by_both = [work(made, device, sizes) for made in (fused, choice.PLAIN)]
         (ours, own_step), (plain, plain_step) = by_both
         found[name] = {
@@ -85,19 +85,19 @@ def _swiglu(made: choice.Kernels, device: torch.device, sizes: Sizes) -> Outcome
 
     def work() -> list[torch.Tensor]:
         one = made.swiglu()
-        return [one.product(gate, up), one.again(gate, up), *one.gradients(grad, gate, up)]
+        return [one.product(gate, up), one.recompute(gate, up), *one.gradients(grad, gate, up)]
 
     return work(), work
 
 
-def _turn(made: choice.Kernels, device: torch.device, sizes: Sizes) -> Outcome:
+def _rotary(made: choice.Kernels, device: torch.device, sizes: Sizes) -> Outcome:
     width = sizes.hidden // sizes.heads
     x, cos, sin = _drawn(
         device, (1, sizes.heads, sizes.tokens, width), *[(1, sizes.tokens, 1, width)] * 2
     )
 
     def work() -> list[torch.Tensor]:
-        return [made.turn(x.transpose(1, 2), cos, sin, back) for back in (False, True)]
+        return [made.rotary(x.transpose(1, 2), cos, sin, back) for back in (False, True)]
 
     return work(), work
 

@@ -24,12 +24,12 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (adamw.adamw_kernel, _ADAMW),
     "product": (swiglu.product_kernel, {"BLOCK": 1024}),
     "gradients": (swiglu.gradients_kernel, {"BLOCK": 1024}),
-    "turn": (rotary.turn_kernel, {"BACK": False, "HEADS": 8, "BLOCK": 64}),
-    "turn back": (rotary.turn_kernel, {"BACK": True, "HEADS": 8, "BLOCK": 64}),
+    "rotary": (rotary.rotary_kernel, {"BACK": False, "HEADS": 8, "BLOCK": 64}),
+    "rotary back": (rotary.rotary_kernel, {"BACK": True, "HEADS": 8, "BLOCK": 64}),
     # A launch makes constants of whole numbers that are 1.
     "adamw of one block": (adamw.adamw_kernel, {**_ADAMW, "blocks": 1, "steps_stride": 1}),
-    "turn of one token": (
-        rotary.turn_kernel,
+    "rotary of one token": (
+        rotary.rotary_kernel,
         {"BACK": False, "HEADS": 8, "BLOCK": 1, "tokens": 1, "heads": 1, "half": 1, "x_token": 1},
     ),
 }

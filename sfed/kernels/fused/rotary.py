@@ -14,12 +14,12 @@ _HEADS = 8
 """Heads of one program, which share its angles."""
 
 
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
-    """Turn heads by their positions, or back; see ``interface.Turn``."""
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
+    """Rotate heads by their positions, or back; see ``interface.Rotary``."""
     rows, tokens, heads, width = x.shape
     x, cos, sin = (one if one.stride(-1) == 1 else one.contiguous() for one in (x, cos, sin))
     output = x.new_empty(x.shape)
-    turn_kernel[(rows * tokens, triton.cdiv(heads, _HEADS))](
+    rotary_kernel[(rows * tokens, triton.cdiv(heads, _HEADS))](
         x,
         cos,
         sin,
@@ -43,7 +43,7 @@ def _row_and_token(angles: torch.Tensor) -> tuple[int, int]:
 
 
 @triton.jit
-def turn_kernel(
+def rotary_kernel(
     x,
     cos,
     sin,

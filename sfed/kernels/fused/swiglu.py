@@ -1,4 +1,4 @@
-"""silu(gate) * up in one launch there, one for the product again, and one for both gradients.
+"""silu(gate) * up in one launch, forward and recomputed, and both of its gradients in another.
 
 Three of these tensors are read or written by a product, five by the gradients. Computed in fp32;
 silu(gate) is rounded to the dtype of the tensors, as the plain operations round it.
@@ -24,7 +24,7 @@ class FusedSwiglu:
         product_kernel[(triton.cdiv(count, _BLOCK),)](gate, up, output, count, BLOCK=_BLOCK)
         return output
 
-    again = product
+    recompute = product
 
     def gradients(
         self, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
-    """Turn heads by their positions, or back; see ``interface.Turn``.
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
+    """Rotate heads by their positions, or back; see ``interface.Rotary``.
 
     Of a head's two halves:  (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
     """

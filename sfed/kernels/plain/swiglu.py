@@ -7,7 +7,7 @@ from torch.nn import functional
 
 
 class PlainSwiglu:
-    """See ``interface.Swiglu``. Hands silu(gate) from ``again`` to the gradients."""
+    """See ``interface.Swiglu``. Hands silu(gate) from ``recompute`` to the gradients."""
 
     def __init__(self) -> None:
         self._silu: torch.Tensor | None = None
@@ -16,7 +16,7 @@ class PlainSwiglu:
         """silu(gate) * up."""
         return functional.silu(gate).mul_(up)
 
-    def again(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def recompute(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Return the same bits."""
         self._silu = functional.silu(gate)
         return self._silu * up

@@ -36,7 +36,7 @@ def _nothing_remembered() -> Iterator[None]:
 
 
 def functions(kernels: Kernels) -> tuple[Any, ...]:
-    return kernels.adamw, kernels.swiglu, kernels.turn
+    return kernels.adamw, kernels.swiglu, kernels.rotary
 
 
 def test_auto_is_the_default_and_takes_torch_on_a_cpu() -> None:
@@ -65,7 +65,7 @@ def test_on_a_cpu_triton_is_refused_unless_it_is_interpreted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     interpreter.require()
-    assert choose("triton", CPU, BF16).fused == ("adamw", "swiglu", "turn")
+    assert choose("triton", CPU, BF16).fused == ("adamw", "swiglu", "rotary")
     choose.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(UserError, match=r"need a GPU and this process computes on cpu .* set "):
@@ -108,20 +108,20 @@ class NoNumbers(PlainSwiglu):
 
 
 class ForgetsTheEnd(PlainSwiglu):
-    def again(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        product = super().again(gate, up)
+    def recompute(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        product = super().recompute(gate, up)
         product.view(-1)[1024:] = 0.0
         return product
 
 
 def never_back(x: Any, cos: Any, sin: Any, back: bool) -> torch.Tensor:
     del back
-    return plain_rotary.turn(x, cos, sin, False)
+    return plain_rotary.rotary(x, cos, sin, False)
 
 
 def ignores_strides(x: Any, cos: Any, sin: Any, back: bool) -> torch.Tensor:
     flat = torch.as_strided(x, x.shape, torch.empty(x.shape).stride())
-    return plain_rotary.turn(flat, cos, sin, back)
+    return plain_rotary.rotary(flat, cos, sin, back)
 
 
 WRONG = [
@@ -132,13 +132,13 @@ WRONG = [
     ("swiglu", OtherGradients),
     ("swiglu", NoNumbers),
     ("swiglu", ForgetsTheEnd),
-    ("turn", never_back),
-    ("turn", ignores_strides),
+    ("rotary", never_back),
+    ("rotary", ignores_strides),
 ]
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("name", ["adamw", "swiglu", "turn"])
+@pytest.mark.parametrize("name", ["adamw", "swiglu", "rotary"])
 def test_the_plain_operations_are_as_they_are(name: str, dtype: torch.dtype) -> None:
     assert comparison.BY_NAME[name](getattr(PLAIN, name), CPU, dtype) == 0.0
 

@@ -182,7 +182,7 @@ def test_products_and_gradients_are_those_of_the_formula(
     g, u, d = gate.double(), up.double(), grad.double()
     s = torch.sigmoid(g)
     swiglu = FusedSwiglu()
-    for product in (swiglu.product(gate, up), swiglu.again(gate, up)):
+    for product in (swiglu.product(gate, up), swiglu.recompute(gate, up)):
         assert product.shape == gate.shape and product.dtype == dtype
         assert_near(product, g * s * u, roundings=2)
     grad_gate, grad_up = swiglu.gradients(grad, gate, up)
@@ -230,17 +230,17 @@ def test_heads_are_turned_by_the_formula_and_back(
     exact = (
         (x1 * c1 + x2 * s2, x2 * c2 - x1 * s1) if back else (x1 * c1 - x2 * s1, x2 * c2 + x1 * s2)
     )
-    found = fused_rotary.turn(x, cos, sin, back)
+    found = fused_rotary.rotary(x, cos, sin, back)
     assert found.is_contiguous() and found.dtype == dtype
     assert_near(found, torch.cat(exact, dim=-1))
     if dtype == FP32:
         torch.testing.assert_close(
-            found, plain_rotary.turn(x, cos, sin, back), rtol=1e-5, atol=1e-5
+            found, plain_rotary.rotary(x, cos, sin, back), rtol=1e-5, atol=1e-5
         )
 
 
 def test_what_is_turned_and_turned_back_is_what_it_was() -> None:
     x, angle = drawn(0, 2, 5, 3, 8), drawn(1, 1, 5, 1, 4).repeat(1, 1, 1, 2)
-    turned = fused_rotary.turn(x, angle.cos(), angle.sin(), False)
-    torch.testing.assert_close(fused_rotary.turn(turned, angle.cos(), angle.sin(), True), x)
+    turned = fused_rotary.rotary(x, angle.cos(), angle.sin(), False)
+    torch.testing.assert_close(fused_rotary.rotary(turned, angle.cos(), angle.sin(), True), x)
     assert not torch.allclose(turned, x)
