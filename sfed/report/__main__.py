@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sfed.report.files import find_runs
 from sfed.report.page import MOST_SECTIONS, write_report
-from sfed.storage.found_runs import find_runs
 from sfed.storage.run_record import open_run
 from sfed.utils import command
 from sfed.utils.errors import UserError

@@ -17,7 +17,8 @@ from sfed.report import __main__ as report
 from sfed.report import comparison_tables, grouping, plotting, series, tables
 from sfed.report.arms.convergence import reached
 from sfed.report.comparison_figures import comparisons
-from sfed.storage import found_runs, run_record
+from sfed.report.files import find_runs
+from sfed.storage import run_record
 from sfed.storage.run_record import open_run
 from sfed.utils.command import run_command
 from sfed.utils.errors import UserError
@@ -499,9 +500,7 @@ def test_small_multiples_are_drawn(tmp_path: Path) -> None:
                 method=method, rank=rank, seed=seed, rounds=1, num_clients=1,
             )  # fmt: skip
     write_run(tmp_path / "sweep" / "local", method="local", rank=64, num_clients=1, rounds=1)
-    found = comparisons(
-        [run_record.open_run(run) for run in found_runs.find_runs(tmp_path / "sweep")]
-    )
+    found = comparisons([run_record.open_run(run) for run in find_runs(tmp_path / "sweep")])
     sizes = {p.name: struct.unpack(">II", p.png[16:24]) for p in found}
     assert sizes["compare-grad-norm-by-rank"][1] > 700, "two rows"
     assert sizes["final-loss-by-rank"][1] < 600, "one row"
@@ -570,7 +569,7 @@ def test_runs_of_a_sweep_stand_in_its_order_and_the_first_arm_is_the_reference(
             write_run(sweep / f"{method}-{seed}", method=method, seed=seed)
     write_run(sweep / "another", method="local")
     (sweep / "sweep.csv").write_text("cell,status\nsfed-0,complete\nsfed-1,\nfedsa-0,\nfedsa-1,\n")
-    found = [run.name for run in found_runs.find_runs(sweep)]
+    found = [run.name for run in find_runs(sweep)]
     assert found == ["sfed-0", "sfed-1", "fedsa-0", "fedsa-1", "another"]
     assert "sfed reference 2 " in text_of(make_report(sweep))
     words = text_of(make_report(sweep, "--reference", "fedsa", "--target-loss", "1.5", "--paper"))
