@@ -22,7 +22,7 @@ from sfed.distributed.sync import gather_json
 from sfed.distributed.world import World
 from sfed.federated.context import Run
 from sfed.files.listing import SPLITS, list_files
-from sfed.lora.quantized import quantised_layers
+from sfed.lora.frozen.quantized import quantised_layers
 from sfed.methods.by_layer import BaseChanges
 from sfed.models.deepspeed import own_share
 from sfed.utils import versions

@@ -19,7 +19,7 @@ from sfed.config import own_method
 from sfed.data.placement import by_number
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.evaluate import Evaluation, Measured, score_names
-from sfed.lora import fp8, quantized
+from sfed.lora.frozen import fp8, quantized
 from sfed.lora.targets import last_parts
 from sfed.methods import aggregation
 from sfed.methods.server_optimizer import ServerOptimizer

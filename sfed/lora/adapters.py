@@ -28,10 +28,10 @@ from transformers import PreTrainedModel
 
 from sfed.lora import targets
 from sfed.lora.factors import Factors, PassRows
+from sfed.lora.frozen.quantized import CodedLinear
 from sfed.lora.head import Head
 from sfed.lora.layout import Layout, Piece
 from sfed.lora.linear import PassContext, Siblings, StackedLoraLinear
-from sfed.lora.quantized import CodedLinear
 from sfed.lora.tensor_files import write_tensors
 from sfed.utils.errors import UserError
 from sfed.utils.files import write_changed

@@ -12,8 +12,8 @@ from sfed.config.clients import largest_rank
 from sfed.config.schema import Config
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
+from sfed.lora.frozen.quantized import Stored
 from sfed.lora.head import Head
-from sfed.lora.quantized import Stored
 from sfed.methods.by_layer import layer_shapes
 from sfed.models import heads, synthetic
 from sfed.models.hf_config import MetaModel

@@ -19,9 +19,10 @@ from sfed.config.schema import Config
 from sfed.data import batches
 from sfed.data.batches import Batch
 from sfed.data.tokenize import Row
-from sfed.lora import fp8, packed_attention
+from sfed.lora import packed_attention
+from sfed.lora.frozen import fp8
+from sfed.lora.frozen.quantized import put_stand_ins
 from sfed.lora.hf_blocks import patch_blocks
-from sfed.lora.quantized import put_stand_ins
 from sfed.memory.costs import Load
 from sfed.memory.counts import attach
 from sfed.memory.fake import FakeFloats

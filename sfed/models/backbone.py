@@ -23,7 +23,8 @@ from sfed.data.tasks import task_of
 from sfed.distributed.world import World
 from sfed.kernels import choice
 from sfed.kernels.choice import PLAIN, Kernels
-from sfed.lora import fp8, packed_attention, quantized
+from sfed.lora import packed_attention
+from sfed.lora.frozen import fp8, quantized
 from sfed.lora.head import Head
 from sfed.lora.hf_blocks import patch_blocks
 from sfed.models import heads

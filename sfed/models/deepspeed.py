@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sfed.config.schema import Config
-from sfed.lora.frozen import keep_weights_alone
+from sfed.lora.frozen.linear import keep_weights_alone
+from sfed.lora.frozen.quantized import Stored
 from sfed.lora.hf_blocks import num_weights, transformer_layers
-from sfed.lora.quantized import Stored
 from sfed.models.hf_config import MetaModel
 from sfed.utils.errors import UserError
 from sfed.utils.text import one_line

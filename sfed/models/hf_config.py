@@ -28,8 +28,8 @@ from sfed.data.tasks import task_of
 from sfed.distributed.shutdown import is_lost_contact
 from sfed.distributed.sync import gather_json
 from sfed.distributed.world import World
-from sfed.lora import fp8, quantized
-from sfed.lora.quantized import Stored
+from sfed.lora.frozen import fp8, quantized
+from sfed.lora.frozen.quantized import Stored
 from sfed.utils.errors import ConfigError, UserError
 from sfed.utils.text import one_line, size_text
 

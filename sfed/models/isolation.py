@@ -27,7 +27,7 @@ import torch
 
 from sfed.data.packing import Packing, round_down, round_up
 from sfed.distributed.consistency import bit_sum
-from sfed.lora import fp8
+from sfed.lora.frozen import fp8
 from sfed.models.trial_passes import (
     Case,
     Numbers,

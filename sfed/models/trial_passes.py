@@ -24,8 +24,8 @@ from sfed.data import batches
 from sfed.data.batches import Batch, Documents
 from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
-from sfed.lora import fp8
 from sfed.lora.adapters import Adapters
+from sfed.lora.frozen import fp8
 from sfed.lora.hf_blocks import without_patched_blocks
 from sfed.lora.linear import StackedLoraLinear
 from sfed.models.backbone import Backbone

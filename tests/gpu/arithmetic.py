@@ -18,7 +18,7 @@ import torch
 from sfed.bench.meters import seconds_of
 from sfed.kernels import choice, comparison
 from sfed.kernels.interface import AdamwRows, ClientStep, FactorStep
-from sfed.lora import fp8
+from sfed.lora.frozen import fp8
 from sfed.utils.errors import UserError
 
 Figures = dict[str, Any]

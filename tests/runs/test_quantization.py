@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sfed.config import load as config_load
 from sfed.federated import preflight
-from sfed.lora.quantized import Stored, loading_settings
+from sfed.lora.frozen.quantized import Stored, loading_settings
 from sfed.models.hf_config import MetaModel
 from sfed.storage.run_record import open_run
 from sfed.utils.errors import CheckpointError, ConfigError, UserError

@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from sfed.distributed import world as distributed
 from sfed.federated.fingerprints import of_backbone
-from sfed.lora import fp8
 from sfed.lora.adapters import LoraSpec, attach
-from sfed.lora.fp8 import CODES, Fp8Linear, chosen_layers, convert, quantise
-from sfed.lora.quantized import Stored, total_weights
+from sfed.lora.frozen import fp8
+from sfed.lora.frozen.fp8 import CODES, Fp8Linear, chosen_layers, convert, quantise
+from sfed.lora.frozen.quantized import Stored, total_weights
 from sfed.utils.errors import UserError
 from tests.support.deadlines import RUN_SECONDS
 

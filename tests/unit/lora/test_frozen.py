@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfed.lora.frozen import keep_weights_alone
+from sfed.lora.frozen.linear import keep_weights_alone
 
 
 def layer(dtype: torch.dtype, *, bias: bool) -> nn.Linear:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from sfed.distributed import world as distributed
 from sfed.federated.fingerprints import of_backbone
 from sfed.lora.adapters import LoraSpec, attach
-from sfed.lora.quantized import (
+from sfed.lora.frozen.quantized import (
     QuantisedLinear,
     Stored,
     chosen_layers,

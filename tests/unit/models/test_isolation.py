@@ -16,8 +16,9 @@ from torch import nn
 from sfed.data.batches import collate
 from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
-from sfed.lora import adapters, fp8
+from sfed.lora import adapters
 from sfed.lora.adapters import LoraSpec
+from sfed.lora.frozen import fp8
 from sfed.lora.hf_blocks import patch_blocks
 from sfed.models import isolation
 from sfed.models.backbone import Backbone

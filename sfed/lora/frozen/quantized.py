@@ -27,7 +27,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sfed.lora.frozen import product
+from sfed.lora.frozen.linear import product
 from sfed.lora.hf_blocks import num_weights, transformer_layers
 from sfed.utils.errors import UserError
 

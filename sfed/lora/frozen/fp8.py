@@ -25,7 +25,7 @@ from torch.autograd import Function
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sfed.lora.quantized import (
+from sfed.lora.frozen.quantized import (
     LEAST_SHARE,
     CodedLinear,
     linear_outside_codes,
