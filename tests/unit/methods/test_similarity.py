@@ -117,6 +117,26 @@ def test_who_has_nothing_to_compare_is_left_out():
     assert similarity_of(values) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("per_pass", [1, 4])
+def test_clients_that_hold_the_common_a_count_one_by_one(per_pass: int) -> None:
+    """Two took part, and two have the A that all received."""
+    values = values_of(4)
+    values[3, A] = values[2, A]
+    clients = ClientStore(
+        range(4), LAYOUT, torch.device("cpu"), clients_per_pass=per_pass, moments=()
+    )
+    clients.set_shared("A", values[2, A])
+    for client in (0, 1):
+        clients.set_own(client, {"a": values[client, A], "b": values[client, B]})
+    world = distributed.start(RUN_SECONDS)
+    try:
+        found = aggregation.similarity(world, clients)
+    finally:
+        distributed.stop(world)
+    expected = {"a": mean_cosine(list(values[:, A])), "b": mean_cosine(list(values[:2, B]))}
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
 # --- in a run ------------------------------------------------------------------------------------
 
 
