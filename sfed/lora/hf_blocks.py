@@ -1,4 +1,4 @@
-"""Blocks of transformers: where they are, and lean forms of known ones, in fewer operations.
+"""Lean forms of known blocks of transformers, in fewer operations.
 
 Layers that read the same input are computed together, and the steps between them are those of
 ``ops``. Modules of other models stay as they are.
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sfed.kernels.choice import PLAIN, Kernels
@@ -38,20 +37,6 @@ def patch_blocks(model: nn.Module, kernels: Kernels = PLAIN) -> None:
             module.forward = _MlpForward(module, kernels)
         elif kind == "RMSNorm":
             module.forward = _NormForward(module)
-
-
-def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that the transformer repeats; [] where the model has no list of so many."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList)]
-    within = {inner for one in lists for inner in one.modules() if inner is not one}
-    found = [list(one) for one in lists if len(one) == count and one not in within]
-    return max(found, key=lambda layers: sum(map(num_weights, layers)), default=[])
-
-
-def num_weights(module: nn.Module) -> int:
-    """Weights of a module, sharded or not; those that it uses twice count once."""
-    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in module.parameters())
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import nn
 from torch.autograd import Function
 
 from sfed.lora.factors import Factors
+from sfed.lora.frozen.fp8 import outputs_of
 from sfed.lora.ops import Recipe, recipe_of
 from sfed.utils.rng import Stream, derive
 
@@ -171,10 +172,10 @@ def project(x: torch.Tensor, layers: Sequence[nn.Module]) -> tuple[torch.Tensor,
         x: (C * B, T, I) or (C * B * T, I).
         layers: linear layers, adapted or not.
     """
-    outputs = {
-        layer: layer.base_layer(x) if isinstance(layer, StackedLoraLinear) else layer(x)
-        for layer in layers
-    }
+    frozen = [
+        layer.base_layer if isinstance(layer, StackedLoraLinear) else layer for layer in layers
+    ]
+    outputs = dict(zip(layers, outputs_of(frozen, x), strict=True))
     for adapted in _computed_together(layers):
         first = adapted[0]
         factors = first.factors if len(adapted) == 1 else first.siblings.factors

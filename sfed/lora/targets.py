@@ -1,4 +1,4 @@
-"""Which layers ``lora.target_modules`` names.
+"""Which layers a model repeats, and which ones ``lora.target_modules`` names.
 
 PEFT is not asked for this: in a mixture of experts it replaces names by those of other layers, in a
 model for images and text it adapts the layers of both, and its messages print whole modules.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sfed.utils.errors import UserError
@@ -34,6 +35,20 @@ def is_linear(module: nn.Module) -> bool:
 def is_transposed(module: nn.Module) -> bool:
     """Whether a linear layer's weight is (in, out), as in GPT-2."""
     return isinstance(module, Conv1D)
+
+
+def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that the transformer repeats; [] where the model has no list of so many."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList)]
+    within = {inner for one in lists for inner in one.modules() if inner is not one}
+    found = [list(one) for one in lists if len(one) == count and one not in within]
+    return max(found, key=lambda layers: sum(map(num_weights, layers)), default=[])
+
+
+def num_weights(module: nn.Module) -> int:
+    """Weights of a module, sharded or not; those that it uses twice count once."""
+    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in module.parameters())
 
 
 def chosen(model: Any, targets: Targets) -> list[str]:

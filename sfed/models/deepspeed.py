@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from sfed.config.schema import Config
 from sfed.lora.frozen.linear import keep_weights_alone
 from sfed.lora.frozen.quantized import Stored
-from sfed.lora.hf_blocks import num_weights, transformer_layers
+from sfed.lora.targets import num_weights, transformer_layers
 from sfed.models.hf_config import MetaModel
 from sfed.utils.errors import UserError
 from sfed.utils.text import one_line

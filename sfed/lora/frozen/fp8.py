@@ -17,6 +17,7 @@ codes are stored as bytes, and only ``_scaled_product`` reads them as float8.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,9 @@ _DTYPES = (torch.float32, torch.bfloat16)
 # Of the largest number of a product: two roundings to bf16.
 _PROBE_TOLERANCE = 2.0**-7
 
+Quantised = tuple[torch.Tensor, torch.Tensor]
+"""Codes, a row each of what was quantised, and fp32 scales of the rows."""
+
 
 class Fp8Linear(CodedLinear):
     """A frozen linear layer that stores the codes of W and of W^T: a byte a weight each."""
@@ -76,11 +80,32 @@ class Fp8Linear(CodedLinear):
         """(1, out) of W and (1, in) of W^T, fp32."""
         return self.row_scales, self.column_scales  # type: ignore[return-value]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return Q(x) Q(W)^T + b, with x of shape (..., in), bf16 or fp32."""
-        stored = (self.weight, self.row_scales, self.transposed, self.column_scales)
-        output: torch.Tensor = _Fp8Product.apply(x, *stored)  # type: ignore[no-untyped-call]
-        return output if self.bias is None else output + self.bias
+    def forward(self, x: torch.Tensor, quantised: Quantised | None = None) -> torch.Tensor:
+        """Return Q(x) Q(W)^T + b, with x of shape (..., in), bf16 or fp32.
+
+        Args:
+            x: the input.
+            quantised: codes and scales of x, where another layer has read it; see ``outputs_of``.
+        """
+        product: torch.Tensor = _Fp8Product.apply(  # type: ignore[no-untyped-call]
+            x,
+            quantise_input(x) if quantised is None else quantised,
+            (self.weight, self.row_scales),
+            (self.transposed, self.column_scales),
+        )
+        return product if self.bias is None else product + self.bias
+
+
+def outputs_of(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """Call frozen layers that read the same x; for those in FP8 it is quantised once.
+
+    Args:
+        layers: of any kind.
+        x: their input, (..., in).
+    """
+    in_fp8 = [layer for layer in layers if isinstance(layer, Fp8Linear)]
+    quantised = quantise_input(x) if in_fp8 else None
+    return [layer(x, quantised) if layer in in_fp8 else layer(x) for layer in layers]
 
 
 class _Fp8Product(Function):
@@ -88,23 +113,34 @@ class _Fp8Product(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        back: torch.Tensor,
-        back_scales: torch.Tensor,
+        ctx: Any, x: torch.Tensor, quantised: Quantised, forth: Quantised, back: Quantised
     ) -> torch.Tensor:
-        ctx.save_for_backward(back, back_scales)
-        return _product(x, codes, scales)
+        ctx.save_for_backward(*back)
+        return _product(quantised, forth, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_x = _product(grads[0], *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, None, None
+        (grad,), grad_x = grads, None
+        if ctx.needs_input_grad[0]:
+            grad_x = _product(quantise_input(grad), ctx.saved_tensors, grad)
+        return grad_x, None, None, None
 
 
-def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_input(x: torch.Tensor) -> Quantised:
+    """Quantise the rows of an input, or of a gradient, of any shape.
+
+    Args:
+        x: (..., width), bf16 or fp32.
+
+    Returns:
+        (M, width) codes and (M, 1) scales, M rows in all.
+    """
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"an FP8 layer takes bf16 and fp32, not {x.dtype}")
+    return quantise(x.detach().reshape(-1, x.shape[-1]))
+
+
+def quantise(rows: torch.Tensor) -> Quantised:
     """Round each row to e4m3 with a scale of its own.
 
     A row with a number that is infinite or none (NaN) becomes NaN. Waits for no device.
@@ -121,9 +157,7 @@ def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows / scales).to(CODES).contiguous(), scales
 
 
-def defined_product(
-    rows: tuple[torch.Tensor, torch.Tensor], columns: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
+def defined_product(rows: Quantised, columns: Quantised) -> torch.Tensor:
     """What a scaled product is by definition: that of the dequantised numbers, in fp32.
 
     Args:
@@ -137,19 +171,16 @@ def defined_product(
     return one @ other.t()
 
 
-def _product(x: torch.Tensor, stored: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Q(x) times the transpose of a stored matrix, in the dtype of x.
+def _product(rows: Quantised, stored: Quantised, like: torch.Tensor) -> torch.Tensor:
+    """Rows times the transpose of a stored matrix, in the dtype and shape of what was quantised.
 
     Args:
-        x: (..., width).
-        stored: (N, width) uint8 codes.
-        scales: (1, N) fp32.
+        rows: (M, width) codes and (M, 1) scales.
+        stored: (N, width) uint8 codes and (1, N) scales.
+        like: (..., width), M rows.
     """
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"an FP8 layer takes bf16 and fp32, not {x.dtype}")
-    codes, row_scales = quantise(x.reshape(-1, x.shape[-1]))
-    output = _scaled_product(codes, row_scales, stored, scales, x.dtype)
-    return output.view(*x.shape[:-1], len(stored))
+    output = _scaled_product(*rows, *stored, like.dtype)
+    return output.view(*like.shape[:-1], output.shape[-1])
 
 
 def _scaled_product(

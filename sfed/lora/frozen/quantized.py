@@ -28,7 +28,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sfed.lora.frozen.linear import product
-from sfed.lora.hf_blocks import num_weights, transformer_layers
+from sfed.lora.targets import num_weights, transformer_layers
 from sfed.utils.errors import UserError
 
 Scheme = Literal["nf4", "int8"]

@@ -22,6 +22,7 @@ from sfed.lora.adapters import LoraSpec, attach
 from sfed.lora.frozen import fp8
 from sfed.lora.frozen.fp8 import CODES, Fp8Linear, chosen_layers, convert, quantise
 from sfed.lora.frozen.quantized import Stored, total_weights
+from sfed.lora.hf_blocks import patch_blocks
 from sfed.utils.errors import UserError
 from tests.support.deadlines import RUN_SECONDS
 
@@ -208,6 +209,41 @@ def test_the_backward_pass_keeps_what_the_layer_holds_and_nothing_else() -> None
 def test_other_inputs_are_refused() -> None:
     with pytest.raises(TypeError, match="bf16 and fp32, not torch"):
         layer_of(torch.randn(16, 32))(torch.randn(2, 32).to(CODES))
+
+
+def test_layers_that_share_an_input_give_the_bits_of_each_by_itself() -> None:
+    torch.manual_seed(6)
+    x, bias = torch.randn(2, 3, 32), torch.randn(16)
+    layers = [
+        layer_of(torch.randn(48, 32)),
+        nn.Linear(32, 8).requires_grad_(False),
+        layer_of(torch.randn(16, 32) * 100, bias),
+    ]
+    one, other = (x.clone().requires_grad_() for _ in range(2))
+    together, apart = fp8.outputs_of(layers, one), [layer(other) for layer in layers]
+    for found, expected in zip(together, apart, strict=True):
+        assert torch.equal(found, expected)
+    for outputs in (together, apart):
+        torch.cat(outputs, dim=-1).square().sum().backward()
+    assert torch.equal(one.grad, other.grad)
+
+
+def test_q_k_and_v_quantise_their_input_once_and_so_do_gate_and_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Forward: x of q, k, v; of o; of gate, up; of down. Backward: the gradient of each output."""
+    model, widths = build("LlamaForCausalLM", LLAMA), []
+    convert(model)
+    attached = attach(model, LoraSpec(4, 2.0, 0.0, "all-linear", "base"))
+    patch_blocks(model)
+    values, grads = (torch.zeros(1, attached.layout.size) for _ in range(2))
+    attached.bind(values, grads, "AB")
+    monkeypatch.setattr(fp8, "quantise", lambda x: widths.append(x.shape[1]) or quantise(x))
+    output = model(inputs_embeds=torch.randn(1, 5, 32, requires_grad=True)).logits
+    assert widths == [32, 32, 32, 80] * 2
+    widths.clear()
+    output.sum().backward()
+    assert sorted(widths) == sorted([32, 32, 16, 16, 80, 80, 32] * 2)
 
 
 # --- models --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import transformers
 from sfed.distributed import world as distributed
 from sfed.lora import adapters
 from sfed.lora.adapters import LoraSpec
-from sfed.lora.hf_blocks import num_weights, transformer_layers
+from sfed.lora.targets import num_weights, transformer_layers
 from sfed.models import backbone, synthetic
 from sfed.models.backbone import Backbone
 from sfed.models.deepspeed import (
