@@ -28,9 +28,9 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python3 -m venv /opt/sfed
 ENV PATH=/opt/sfed/bin:${PATH}
 WORKDIR /src
-# What the trainer needs: a layer that lasts until one of these two files changes. DeepSpeed
-# needs no compiler: its ops (optimizers, transformers, asynchronous files) have no part in ZeRO-3 without an
-# optimizer, which is all that is used of it here, so none is built, neither now nor at run time.
+# What the trainer needs: a layer that lasts until one of these two files changes. DeepSpeed needs
+# no compiler: its ops (optimizers, transformers, asynchronous files) have no part in ZeRO-3 without
+# an optimizer, which is all that is used of it here, so none is built, neither now nor at run time.
 COPY pyproject.toml constraints.txt ./
 # Extras of pyproject.toml that the image should hold, such as "tensorboard wandb".
 ARG EXTRAS=""
