@@ -123,9 +123,9 @@ class TrainSection(Section):
     """Length of the linear warm-up of the learning rate in rounds, at least 0; fractions are
     allowed."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """What computes AdamW, SwiGLU and the rotary embedding: triton = kernels of Triton, on a GPU;
-    torch = operations of torch; auto = triton on a GPU where it is installed and gives what torch
-    gives, else torch. May change on resume."""
+    """What computes AdamW, SwiGLU, the rotary embedding and FP8 codes: triton = kernels of Triton,
+    on a GPU; torch = operations of torch; auto = triton on a GPU where it is installed and gives
+    what torch gives, else torch. May change on resume."""
 
 
 class ClientSection(Section):

@@ -17,15 +17,22 @@ from dataclasses import dataclass
 import torch
 
 from sfed.kernels import comparison
-from sfed.kernels.interface import Adamw, Rotary, Swiglu
+from sfed.kernels.interface import Adamw, Quantise, Rotary, Swiglu
 from sfed.kernels.plain.adamw import adamw
+from sfed.kernels.plain.quantise import quantise
 from sfed.kernels.plain.rotary import rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
 from sfed.utils.errors import UserError
 from sfed.utils.text import one_line
 
 _KEY = "train.kernels"
-_NAMES = {"adamw": "AdamW", "swiglu": "SwiGLU", "rotary": "rotary embedding"}
+_NAMES = {
+    "adamw": "AdamW",
+    "swiglu": "SwiGLU",
+    "rotary": "rotary embedding",
+    "quantise": "FP8 quantisation",
+}
+_FP8_ONLY = "quantise"
 # What Triton raises, beside errors of its own, where it finds no compiler, driver or memory.
 _ERRORS = (
     RuntimeError,
@@ -46,17 +53,21 @@ class Kernels:
     adamw: Adamw = adamw
     swiglu: Callable[[], Swiglu] = PlainSwiglu
     rotary: Rotary = rotary
+    quantise: Quantise = quantise
     fused: tuple[str, ...] = ()
     """Those of the fields above that are kernels of Triton."""
     reason: str = ""
     """Why it is these."""
     faults: tuple[str, ...] = ()
     """Why kernels that were tried are not used, a line each."""
+    has_fp8: bool = False
+    """Whether a run with these quantises to FP8."""
 
     @property
     def by_name(self) -> dict[str, str]:
-        """What computes each: triton or torch."""
-        return {name: "triton" if name in self.fused else "torch" for name in _NAMES}
+        """What computes each kind of arithmetic that a run has: triton or torch."""
+        names = _names(has_fp8=self.has_fp8)
+        return {name: "triton" if name in self.fused else "torch" for name in names}
 
     @property
     def line(self) -> str:
@@ -71,26 +82,33 @@ class Kernels:
 PLAIN = Kernels()
 
 
+def _names(*, has_fp8: bool) -> list[str]:
+    return [name for name in _NAMES if has_fp8 or name != _FP8_ONLY]
+
+
 @functools.lru_cache(maxsize=8)
-def choose(asked: str, device: torch.device, dtype: torch.dtype) -> Kernels:
+def choose(
+    asked: str, device: torch.device, dtype: torch.dtype, *, has_fp8: bool = False
+) -> Kernels:
     """Take kernels of Triton where they are asked for, run here and compute what torch computes.
 
     Args:
         asked: ``train.kernels``.
         device: that computes.
         dtype: of the passes, bf16 or fp32.
+        has_fp8: whether the run quantises to FP8 (``backbone.compute``).
 
     Raises:
         UserError: where kernels of Triton are asked for and one does not run here or is wrong.
     """
     if asked == "torch":
-        return Kernels(reason="as asked for")
+        return Kernels(reason="as asked for", has_fp8=has_fp8)
     if lack := _lack(device, is_asked=asked == "triton"):
         if asked == "triton":
             raise UserError(f"{_KEY}=triton: {lack}; set {_KEY}=auto or {_KEY}=torch")
-        return Kernels(reason=lack)
-    fused = _fused()
-    found = {name: _fault(getattr(fused, name), name, device, dtype) for name in _NAMES}
+        return Kernels(reason=lack, has_fp8=has_fp8)
+    fused, names = _fused(), _names(has_fp8=has_fp8)
+    found = {name: _fault(getattr(fused, name), name, device, dtype) for name in names}
     by_fault: dict[str, list[str]] = {}  # one cause, such as a missing compiler, is said once
     for name, fault in found.items():
         if fault is not None:
@@ -101,7 +119,8 @@ def choose(asked: str, device: torch.device, dtype: torch.dtype) -> Kernels:
     kept = tuple(name for name, fault in found.items() if fault is None)
     chosen = {name: getattr(fused, name) for name in kept}
     reason = "compared with torch's operations" if kept else "the kernels of Triton failed"
-    return dataclasses.replace(PLAIN, **chosen, fused=kept, reason=reason, faults=faults)
+    plain = Kernels(fused=kept, reason=reason, faults=faults, has_fp8=has_fp8)
+    return dataclasses.replace(plain, **chosen)
 
 
 def _lack(device: torch.device, *, is_asked: bool) -> str | None:
@@ -122,9 +141,13 @@ def _lack(device: torch.device, *, is_asked: bool) -> str | None:
 
 def _fused() -> Kernels:
     """All kernels of Triton."""
-    names = ("adamw", "rotary", "swiglu")
-    own = {name: importlib.import_module(f"sfed.kernels.fused.{name}") for name in names}
-    return Kernels(own["adamw"].adamw, own["swiglu"].FusedSwiglu, own["rotary"].rotary)
+    own = {name: importlib.import_module(f"sfed.kernels.fused.{name}") for name in _NAMES}
+    return Kernels(
+        own["adamw"].adamw,
+        own["swiglu"].FusedSwiglu,
+        own["rotary"].rotary,
+        own["quantise"].quantise,
+    )
 
 
 def _fault(

@@ -11,8 +11,17 @@ from typing import Any
 
 import torch
 
-from sfed.kernels.interface import Adamw, AdamwRows, ClientStep, FactorStep, Rotary, Swiglu
+from sfed.kernels.interface import (
+    Adamw,
+    AdamwRows,
+    ClientStep,
+    FactorStep,
+    Quantise,
+    Rotary,
+    Swiglu,
+)
 from sfed.kernels.plain import adamw as plain_adamw
+from sfed.kernels.plain import quantise as plain_quantise
 from sfed.kernels.plain import rotary as plain_rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
 
@@ -85,10 +94,27 @@ def rotary(kernel: Rotary, device: torch.device, dtype: torch.dtype) -> float:
     )
 
 
+def quantise(kernel: Quantise, device: torch.device, dtype: torch.dtype) -> float:
+    """Compare codes and scales of rows of all sizes, bit by bit: any difference is infinite."""
+    rows = _spread((7, _WIDTH), 0.4, device, dtype)
+    rows[1].add_(rows[1].sign())  # so that it has no subnormal numbers beside its smallest scale
+    rows *= torch.tensor([0.0, 1e-36, 1e-20, 1e-3, 1.0, 1e10, 1e37], device=device)[:, None]
+    rows[4, :1024] *= 1e-3  # subnormal codes
+    (codes, scales), (plain_codes, plain_scales) = kernel(rows), plain_quantise.quantise(rows)
+    same_codes = torch.equal(codes.view(torch.uint8), plain_codes.view(torch.uint8))
+    rows[1, 3], rows[2, -1] = float("nan"), float("-inf")
+    codes, scales_of_bad = kernel(rows)
+    is_nan = (codes.float() * scales_of_bad).isnan().any(dim=1)
+    is_right = same_codes and torch.equal(scales, plain_scales)
+    is_right = is_right and is_nan.tolist() == [False, True, True, *[False] * 4]
+    return 0.0 if is_right else float("inf")
+
+
 BY_NAME: dict[str, Callable[[Any, torch.device, torch.dtype], float]] = {
     "adamw": adamw,
     "swiglu": swiglu,
     "rotary": rotary,
+    "quantise": quantise,
 }
 
 

@@ -53,6 +53,16 @@ Rotary = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor
 x is (rows, T, heads, D); cos and sin are (rows or 1, T, 1, D).
 """
 
+Quantised = tuple[torch.Tensor, torch.Tensor]
+"""(M, width) float8_e4m3fn codes and (M, 1) fp32 scales, above 0."""
+
+Quantise = Callable[[torch.Tensor], Quantised]
+"""Round each row of (M, width), bf16 or fp32, to FP8 with a scale of its own; width is not 0.
+
+A row with a number that is infinite or none (NaN) is NaN as code times scale: all of it, or where
+it is not 0. Waits for no device.
+"""
+
 
 class Swiglu(Protocol):
     """silu(gate) * up of one call, recomputed in its backward pass, and its gradients."""

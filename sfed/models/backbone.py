@@ -312,7 +312,7 @@ def load(
         model.to(world.device)
     else:
         keep_alive = (into_shards, shard(model, settings))
-    _set_computing(config, model, world.device)
+    _set_computing(config, model, world.device, kernels)
     loaded = Backbone(model, head, sharding, keep_alive)
     loaded.kernels = kernels
     loaded.release()
@@ -326,17 +326,20 @@ def kernels_of(config: Config, world: World) -> Kernels:
         UserError: where they are named in the configuration and do not run here.
     """
     dtype = DTYPES[dtype_name(config, world)]
-    return choice.choose(config.train.kernels, world.device, dtype)
+    has_fp8 = config.backbone.compute == "fp8"
+    return choice.choose(config.train.kernels, world.device, dtype, has_fp8=has_fp8)
 
 
-def _set_computing(config: Config, model: PreTrainedModel, device: torch.device) -> None:
+def _set_computing(
+    config: Config, model: PreTrainedModel, device: torch.device, kernels: Kernels
+) -> None:
     """Set how passes compute: the products of frozen layers, recomputation, attention.
 
     Raises:
         UserError: where weights are not finite and their products are to be in FP8.
     """
     if config.backbone.compute == "fp8":
-        fp8.convert(model)
+        fp8.convert(model, kernels.quantise)
         fp8.refuse_nonfinite(model)
     if config.backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -24,6 +24,7 @@ from sfed.data import batches
 from sfed.data.batches import Batch, Documents
 from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
+from sfed.kernels.plain.quantise import CODES as FP8
 from sfed.lora.adapters import Adapters
 from sfed.lora.frozen import fp8
 from sfed.lora.hf_blocks import without_patched_blocks
@@ -57,7 +58,7 @@ class Subject:
     @property
     def precision(self) -> torch.dtype:
         """The dtype in which the frozen layers compute."""
-        return fp8.CODES if fp8.fp8_layers(self.model) else self.model.dtype
+        return FP8 if fp8.fp8_layers(self.model) else self.model.dtype
 
     @property
     def has_targets(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 from sfed.bench.meters import seconds_of
 from sfed.kernels import choice, comparison
 from sfed.kernels.interface import AdamwRows, ClientStep, FactorStep
+from sfed.kernels.plain.quantise import quantise
 from sfed.lora.frozen import fp8
 from sfed.utils.errors import UserError
 
@@ -48,9 +49,10 @@ def kernels(device_type: str) -> Figures:
     if importlib.util.find_spec("triton") is None:
         return {"skipped": "Triton is not installed (pip install 'sfed[kernels]')"}
     device, sizes = torch.device(device_type), SIZES[device_type]
-    fused = choice.choose("triton", device, torch.bfloat16)
+    fused = choice.choose("triton", device, torch.bfloat16, has_fp8=True)
     found: Figures = {}
-    for name, work in (("adamw", _adamw), ("swiglu", _swiglu), ("rotary", _rotary)):
+    works = {"adamw": _adamw, "swiglu": _swiglu, "rotary": _rotary, "quantise": _quantise}
+    for name, work in works.items():
         by_both = [work(made, device, sizes) for made in (fused, choice.PLAIN)]
         (ours, own_step), (plain, plain_step) = by_both
         found[name] = {
@@ -102,6 +104,12 @@ def _rotary(made: choice.Kernels, device: torch.device, sizes: Sizes) -> Outcome
     return work(), work
 
 
+def _quantise(made: choice.Kernels, device: torch.device, sizes: Sizes) -> Outcome:
+    (rows,) = _drawn(device, (sizes.tokens, sizes.inner))
+    codes, scales = made.quantise(rows)
+    return [codes.float(), scales], lambda: made.quantise(rows)
+
+
 def _drawn(device: torch.device, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     return [torch.randn(shape, generator=generator, device=device).bfloat16() for shape in shapes]
@@ -123,8 +131,8 @@ def fp8_products(device_type: str) -> Figures:
     layer = fp8.Fp8Linear(weight, None).to(device)
     found, found_grad = _passed(layer, x, grad)
     pairs = {
-        "forward": (found, fp8.defined_product(fp8.quantise(x), fp8.quantise(weight))),
-        "backward": (found_grad, fp8.defined_product(fp8.quantise(grad), fp8.quantise(weight.t()))),
+        "forward": (found, fp8.defined_product(quantise(x), quantise(weight))),
+        "backward": (found_grad, fp8.defined_product(quantise(grad), quantise(weight.t()))),
     }
     differences = {
         name: float((one.float() - exact).abs().max() / exact.abs().max())

@@ -14,18 +14,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sfed.kernels.fused import adamw, rotary, swiglu
+from sfed.kernels.fused import adamw, quantise, rotary, swiglu
 
 CAPABILITY = 90
 _WIDTHS = {"tokens": "i32", "heads": "i32", "half": "i32", "count": "i64", "width": "i64"}
 _ADAMW: dict[str, Any] = {"HAS_CLIP": True, "BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8}
 _ADAMW |= {"LOG_BETA1": -0.105, "LOG_BETA2": -0.001, "BLOCK": 1024}
+_QUANTISE: dict[str, Any] = {"LARGEST": 448.0, "SMALLEST": 2.0**-126, "BLOCK": 2048}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (adamw.adamw_kernel, _ADAMW),
     "product": (swiglu.product_kernel, {"BLOCK": 1024}),
     "gradients": (swiglu.gradients_kernel, {"BLOCK": 1024}),
     "rotary": (rotary.rotary_kernel, {"BACK": False, "HEADS": 8, "BLOCK": 64}),
     "rotary back": (rotary.rotary_kernel, {"BACK": True, "HEADS": 8, "BLOCK": 64}),
+    "quantise": (quantise.quantise_kernel, _QUANTISE),
+    "quantise one number": (quantise.quantise_kernel, {**_QUANTISE, "BLOCK": 1, "width": 1}),
     # A launch makes constants of whole numbers that are 1.
     "adamw of one block": (adamw.adamw_kernel, {**_ADAMW, "blocks": 1, "steps_stride": 1}),
     "rotary of one token": (
@@ -43,6 +46,8 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
         if name.endswith(("_row", "_token", "_head", "stride")):
             types[name] = "i64"
     known = {"active_C": "*i1", "blocks": "i32", "weight_decay": "fp32"}
+    if kernel is quantise.quantise_kernel:
+        known |= {"codes": "*u8", "scales": "*fp32", "row_stride": "i64", "width": "i32"}
     types |= {name: kind for name, kind in known.items() if name in types}
     return types | dict.fromkeys(constants, "constexpr")
 

@@ -26,6 +26,8 @@ from torch.autograd import Function
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sfed.kernels.interface import Quantise, Quantised
+from sfed.kernels.plain.quantise import CODES, quantise
 from sfed.lora.frozen.quantized import (
     LEAST_SHARE,
     CodedLinear,
@@ -36,27 +38,25 @@ from sfed.lora.frozen.quantized import (
 from sfed.utils.errors import UserError
 from sfed.utils.text import counted, one_line
 
-CODES = torch.float8_e4m3fn
-LARGEST = torch.finfo(CODES).max
 MULTIPLE = 16
 """Sizes of a product must be multiples of it in torch's kernels for GPUs."""
 _KEY, _OFF = "backbone.compute = 'fp8'", "set backbone.compute=full"
 _CAPABILITY = (8, 9)  # of Ada, the first GPUs with FP8 products
-# So a row of zeros, or of the smallest numbers, has a scale that it can be divided by.
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _DTYPES = (torch.float32, torch.bfloat16)
 # Of the largest number of a product: two roundings to bf16.
 _PROBE_TOLERANCE = 2.0**-7
-
-Quantised = tuple[torch.Tensor, torch.Tensor]
-"""Codes, a row each of what was quantised, and fp32 scales of the rows."""
 
 
 class Fp8Linear(CodedLinear):
     """A frozen linear layer that stores the codes of W and of W^T: a byte a weight each."""
 
     def __init__(
-        self, weight: torch.Tensor, bias: nn.Parameter | None, *, was_transposed: bool = False
+        self,
+        weight: torch.Tensor,
+        bias: nn.Parameter | None,
+        *,
+        was_transposed: bool = False,
+        rounding: Quantise = quantise,
     ) -> None:
         """Quantise a weight.
 
@@ -65,6 +65,7 @@ class Fp8Linear(CodedLinear):
                 scales are there too.
             bias: (out,).
             was_transposed: whether the model's own layer is a Conv1D.
+            rounding: quantises inputs and gradients.
         """
         codes, scales = quantise(weight.detach())
         back, back_scales = quantise(weight.detach().t())
@@ -72,6 +73,7 @@ class Fp8Linear(CodedLinear):
         super().__init__(sizes, codes.view(torch.uint8), bias, was_transposed=was_transposed)
         self.transposed = nn.Parameter(back.view(torch.uint8), requires_grad=False)
         """(in, out) uint8: codes of W^T."""
+        self.rounding = rounding
         self.register_buffer("row_scales", scales.view(1, -1), persistent=False)
         self.register_buffer("column_scales", back_scales.view(1, -1), persistent=False)
 
@@ -87,13 +89,22 @@ class Fp8Linear(CodedLinear):
             x: the input.
             quantised: codes and scales of x, where another layer has read it; see ``outputs_of``.
         """
-        product: torch.Tensor = _Fp8Product.apply(  # type: ignore[no-untyped-call]
-            x,
-            quantise_input(x) if quantised is None else quantised,
-            (self.weight, self.row_scales),
-            (self.transposed, self.column_scales),
-        )
+        quantised = self.quantise(x) if quantised is None else quantised
+        product: torch.Tensor = _Fp8Product.apply(self, x, quantised)  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias
+
+    def quantise(self, x: torch.Tensor) -> Quantised:
+        """Quantise the rows of an input, or of a gradient, of any shape.
+
+        Args:
+            x: (..., width), bf16 or fp32.
+
+        Returns:
+            (M, width) codes and (M, 1) scales, M rows in all.
+        """
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"an FP8 layer takes bf16 and fp32, not {x.dtype}")
+        return self.rounding(x.detach().reshape(-1, x.shape[-1]))
 
 
 def outputs_of(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
@@ -104,7 +115,7 @@ def outputs_of(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tenso
         x: their input, (..., in).
     """
     in_fp8 = [layer for layer in layers if isinstance(layer, Fp8Linear)]
-    quantised = quantise_input(x) if in_fp8 else None
+    quantised = in_fp8[0].quantise(x) if in_fp8 else None
     return [layer(x, quantised) if layer in in_fp8 else layer(x) for layer in layers]
 
 
@@ -112,49 +123,17 @@ class _Fp8Product(Function):
     """Saves the codes and scales of W^T, which the layer holds anyway."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, quantised: Quantised, forth: Quantised, back: Quantised
-    ) -> torch.Tensor:
-        ctx.save_for_backward(*back)
-        return _product(quantised, forth, x)
+    def forward(ctx: Any, layer: Fp8Linear, x: torch.Tensor, quantised: Quantised) -> torch.Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(layer.transposed, layer.scales[1])
+        return _product(quantised, (layer.weight, layer.scales[0]), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,), grad_x = grads, None
-        if ctx.needs_input_grad[0]:
-            grad_x = _product(quantise_input(grad), ctx.saved_tensors, grad)
-        return grad_x, None, None, None
-
-
-def quantise_input(x: torch.Tensor) -> Quantised:
-    """Quantise the rows of an input, or of a gradient, of any shape.
-
-    Args:
-        x: (..., width), bf16 or fp32.
-
-    Returns:
-        (M, width) codes and (M, 1) scales, M rows in all.
-    """
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"an FP8 layer takes bf16 and fp32, not {x.dtype}")
-    return quantise(x.detach().reshape(-1, x.shape[-1]))
-
-
-def quantise(rows: torch.Tensor) -> Quantised:
-    """Round each row to e4m3 with a scale of its own.
-
-    A row with a number that is infinite or none (NaN) becomes NaN. Waits for no device.
-
-    Args:
-        rows: (M, width), bf16 or fp32; the width is not 0.
-
-    Returns:
-        (M, width) float8_e4m3fn and (M, 1) fp32 scales, above 0.
-    """
-    least, most = torch.aminmax(rows, dim=-1, keepdim=True)
-    largest = torch.maximum(most, least.neg()).float()
-    scales = (largest / LARGEST).clamp(min=_SMALLEST_SCALE)
-    return (rows / scales).to(CODES).contiguous(), scales
+        if ctx.needs_input_grad[1]:
+            grad_x = _product(ctx.layer.quantise(grad), ctx.saved_tensors, grad)
+        return None, grad_x, None
 
 
 def defined_product(rows: Quantised, columns: Quantised) -> torch.Tensor:
@@ -218,11 +197,12 @@ def chosen_layers(model: PreTrainedModel) -> list[str]:
     return list(chosen)
 
 
-def convert(model: PreTrainedModel) -> None:
+def convert(model: PreTrainedModel, rounding: Quantise = quantise) -> None:
     """Put ``Fp8Linear`` in the place of all chosen layers, one after the other.
 
     Args:
         model: frozen, on the device that computes, or on the meta device; changed in place.
+        rounding: quantises inputs and gradients of the layers.
 
     Raises:
         UserError: where there is little to convert, or a weight is not finite.
@@ -231,7 +211,7 @@ def convert(model: PreTrainedModel) -> None:
         module = model.get_submodule(name)
         is_conv = isinstance(module, Conv1D)
         weight = module.weight.t() if is_conv else module.weight
-        layer = Fp8Linear(weight, module.bias, was_transposed=is_conv)
+        layer = Fp8Linear(weight, module.bias, was_transposed=is_conv, rounding=rounding)
         model.set_submodule(name, layer)
 
 

@@ -16,8 +16,9 @@ import torch
 from sfed.config.schema import Config, TrainSection
 from sfed.kernels import choice, comparison
 from sfed.kernels.choice import PLAIN, Kernels, choose
-from sfed.kernels.interface import AdamwRows, ClientStep, FactorStep
+from sfed.kernels.interface import AdamwRows, ClientStep, FactorStep, Quantised
 from sfed.kernels.plain import adamw as plain_adamw
+from sfed.kernels.plain import quantise as plain_quantise
 from sfed.kernels.plain import rotary as plain_rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
 from sfed.utils.errors import UserError
@@ -36,7 +37,7 @@ def _nothing_remembered() -> Iterator[None]:
 
 
 def functions(kernels: Kernels) -> tuple[Any, ...]:
-    return kernels.adamw, kernels.swiglu, kernels.rotary
+    return kernels.adamw, kernels.swiglu, kernels.rotary, kernels.quantise
 
 
 def test_auto_is_the_default_and_takes_torch_on_a_cpu() -> None:
@@ -66,6 +67,9 @@ def test_on_a_cpu_triton_is_refused_unless_it_is_interpreted(
 ) -> None:
     interpreter.require()
     assert choose("triton", CPU, BF16).fused == ("adamw", "swiglu", "rotary")
+    chosen = choose("triton", CPU, BF16, has_fp8=True)
+    assert chosen.fused == ("adamw", "swiglu", "rotary", "quantise") == tuple(chosen.by_name)
+    assert "quantise" not in choose("triton", CPU, BF16).by_name
     choose.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(UserError, match=r"need a GPU and this process computes on cpu .* set "):
@@ -124,6 +128,27 @@ def ignores_strides(x: Any, cos: Any, sin: Any, back: bool) -> torch.Tensor:
     return plain_rotary.rotary(flat, cos, sin, back)
 
 
+def one_scale_for_all(rows: torch.Tensor) -> Quantised:
+    codes, scales = plain_quantise.quantise(rows.reshape(1, -1))
+    return codes.view(rows.shape), scales.expand(len(rows), 1)
+
+
+def towards_zero(rows: torch.Tensor) -> Quantised:
+    codes, scales = plain_quantise.quantise(rows)
+    smaller = codes.view(torch.uint8) - (codes.float().abs() > (rows / scales).abs()).byte()
+    return smaller.view(plain_quantise.CODES), scales
+
+
+def bad_numbers_become_the_largest(rows: torch.Tensor) -> Quantised:
+    return plain_quantise.quantise(rows.nan_to_num())
+
+
+def zeros_at_the_end(rows: torch.Tensor) -> Quantised:
+    codes, scales = plain_quantise.quantise(rows)
+    codes.view(torch.uint8)[:, 2048:] = 0
+    return codes, scales
+
+
 WRONG = [
     ("adamw", unclipped),
     ("adamw", moves_everyone),
@@ -134,11 +159,15 @@ WRONG = [
     ("swiglu", ForgetsTheEnd),
     ("rotary", never_back),
     ("rotary", ignores_strides),
+    ("quantise", one_scale_for_all),
+    ("quantise", towards_zero),
+    ("quantise", bad_numbers_become_the_largest),
+    ("quantise", zeros_at_the_end),
 ]
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("name", ["adamw", "swiglu", "rotary"])
+@pytest.mark.parametrize("name", ["adamw", "swiglu", "rotary", "quantise"])
 def test_the_plain_operations_are_as_they_are(name: str, dtype: torch.dtype) -> None:
     assert comparison.BY_NAME[name](getattr(PLAIN, name), CPU, dtype) == 0.0
 
@@ -151,7 +180,7 @@ def test_a_wrong_kernel_is_not_used_and_is_refused_where_it_is_asked_for(
     monkeypatch.setattr(choice, "_lack", lambda _device, is_asked: None)
     made = dataclasses.replace(PLAIN, **{name: wrong})
     monkeypatch.setattr(choice, "_fused", lambda: made)
-    chosen = choose("auto", CPU, BF16)
+    chosen = choose("auto", CPU, BF16, has_fp8=True)
     assert [one for one, by in chosen.by_name.items() if by == "torch"] == [name]
     assert functions(chosen) == functions(PLAIN)
     (fault,) = chosen.faults
@@ -159,7 +188,7 @@ def test_a_wrong_kernel_is_not_used_and_is_refused_where_it_is_asked_for(
     with pytest.raises(
         UserError, match=rf"train.kernels=triton: {fault[:12]}.*; set train.kernels="
     ):
-        choose("triton", CPU, BF16)
+        choose("triton", CPU, BF16, has_fp8=True)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +228,7 @@ def test_every_kernel_compiles_for_compute_capability_9_0() -> None:
     done = launchers.python("-m", "tests.support.compiled_kernels", env=variables)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 12
+    assert len(found) == 16
     for name, one in found.items():
         assert one["cubin_bytes"] > 1000 and one["is_for_the_gpu"], name
 
@@ -211,7 +240,7 @@ def train_with_kernels_of_its_own(settings: dict[str, Any]) -> None:
     """Process 1 takes another implementation, as where it alone has a compiler."""
     if launch().rank == 1:
         other = dataclasses.replace(PLAIN, fused=("adamw",))
-        choice.choose = lambda *_arguments: other  # the process ends with the test
+        choice.choose = lambda *_arguments, **_options: other  # the process ends with the test
     runs.train_or_leave(settings)
 
 

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'sfed[kernels]')")
 
 from sfed.kernels.fused import adamw as fused_adamw
+from sfed.kernels.fused import quantise as fused_quantise
 from sfed.kernels.fused import rotary as fused_rotary
 from sfed.kernels.fused.swiglu import FusedSwiglu
 from sfed.kernels.interface import AdamwRows, ClientStep, FactorStep
 from sfed.kernels.plain import adamw as plain_adamw
+from sfed.kernels.plain import quantise as plain_quantise
 from sfed.kernels.plain import rotary as plain_rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
 from tests.support import interpreter
@@ -244,3 +246,57 @@ def test_what_is_turned_and_turned_back_is_what_it_was() -> None:
     turned = fused_rotary.rotary(x, angle.cos(), angle.sin(), False)
     torch.testing.assert_close(fused_rotary.rotary(turned, angle.cos(), angle.sin(), True), x)
     assert not torch.allclose(turned, x)
+
+
+# --- FP8 -----------------------------------------------------------------------------------------
+
+
+def assert_same_codes(rows: torch.Tensor) -> None:
+    (codes, scales), (plain, plain_scales) = (
+        make.quantise(rows) for make in (fused_quantise, plain_quantise)
+    )
+    assert codes.dtype == plain.dtype and codes.is_contiguous()
+    assert torch.equal(scales, plain_scales)
+    assert torch.equal(codes.view(torch.uint8), plain.view(torch.uint8))
+
+
+@few
+@given(
+    st.integers(0, 4),
+    st.integers(1, 4500),
+    st.integers(-30, 30),
+    st.sampled_from([1.0, 1e3, 1e7]),
+    dtypes,
+    st.booleans(),
+)
+def test_codes_and_scales_are_those_of_torch_bit_for_bit(
+    count: int, width: int, exponent: int, outlier: float, dtype: torch.dtype, strided: bool
+) -> None:
+    """Outliers make small numbers subnormal codes, or 0."""
+    rows = (drawn(width, count, width) * 10.0**exponent).to(dtype)
+    if count:
+        rows[-1, width // 2] *= outlier
+        rows[0] *= count > 1
+    assert_same_codes(rows.t().contiguous().t() if strided else rows)
+
+
+def test_every_code_and_the_middle_of_each_two_are_rounded_as_by_torch() -> None:
+    """Beside 448 the scale is 1, so that the numbers are rounded as they are."""
+    codes = torch.arange(127, dtype=torch.uint8).view(plain_quantise.CODES).float()
+    middles = (codes[1:] + codes[:-1]) / 2
+    near = [torch.nextafter(middles, torch.full_like(middles, to)) for to in (0.0, 500.0)]
+    numbers = torch.cat([codes, middles, *near, torch.tensor([2.0**-10, 2.0**-11, 1e-30, 448.0])])
+    rows = torch.stack([numbers, -numbers])
+    assert fused_quantise.quantise(rows)[1].flatten().tolist() == [1.0, 1.0]
+    assert_same_codes(rows)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 2047, 2048, 2999])
+def test_a_row_that_is_not_finite_is_nan_and_the_others_are_not(bad: float, place: int) -> None:
+    rows = drawn(0, 3, 3000)
+    rows[1, place] = bad
+    codes, scales = fused_quantise.quantise(rows)
+    numbers = codes.float() * scales
+    assert numbers[1].isnan().all() and numbers[[0, 2]].isfinite().all()
+    torch.testing.assert_close(numbers[[0, 2]], rows[[0, 2]], rtol=2**-4, atol=1e-4)

@@ -18,12 +18,15 @@ from transformers.pytorch_utils import Conv1D
 
 from sfed.distributed import world as distributed
 from sfed.federated.fingerprints import of_backbone
+from sfed.kernels.choice import choose
+from sfed.kernels.plain.quantise import CODES, quantise
 from sfed.lora.adapters import LoraSpec, attach
 from sfed.lora.frozen import fp8
-from sfed.lora.frozen.fp8 import CODES, Fp8Linear, chosen_layers, convert, quantise
+from sfed.lora.frozen.fp8 import Fp8Linear, chosen_layers, convert
 from sfed.lora.frozen.quantized import Stored, total_weights
 from sfed.lora.hf_blocks import patch_blocks
 from sfed.utils.errors import UserError
+from tests.support import interpreter
 from tests.support.deadlines import RUN_SECONDS
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 48}
@@ -228,22 +231,28 @@ def test_layers_that_share_an_input_give_the_bits_of_each_by_itself() -> None:
     assert torch.equal(one.grad, other.grad)
 
 
-def test_q_k_and_v_quantise_their_input_once_and_so_do_gate_and_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_q_k_and_v_quantise_their_input_once_and_so_do_gate_and_up() -> None:
     """Forward: x of q, k, v; of o; of gate, up; of down. Backward: the gradient of each output."""
     model, widths = build("LlamaForCausalLM", LLAMA), []
-    convert(model)
+    convert(model, lambda x: widths.append(x.shape[1]) or quantise(x))
     attached = attach(model, LoraSpec(4, 2.0, 0.0, "all-linear", "base"))
     patch_blocks(model)
     values, grads = (torch.zeros(1, attached.layout.size) for _ in range(2))
     attached.bind(values, grads, "AB")
-    monkeypatch.setattr(fp8, "quantise", lambda x: widths.append(x.shape[1]) or quantise(x))
     output = model(inputs_embeds=torch.randn(1, 5, 32, requires_grad=True)).logits
     assert widths == [32, 32, 32, 80] * 2
     widths.clear()
     output.sum().backward()
     assert sorted(widths) == sorted([32, 32, 16, 16, 80, 80, 32] * 2)
+
+
+def test_kernels_of_triton_give_the_same_bits() -> None:
+    interpreter.require()
+    kernels = choose("triton", torch.device("cpu"), torch.float32, has_fp8=True)
+    weight, x, g = torch.randn(48, 32), torch.randn(3, 5, 32), torch.randn(3, 5, 48)
+    fused = Fp8Linear(weight, None, rounding=kernels.quantise)
+    for found, plain in zip(gradient(fused, x, g), gradient(layer_of(weight), x, g), strict=True):
+        assert torch.equal(found, plain)
 
 
 # --- models --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import nn
 from sfed.data.batches import collate
 from sfed.data.packing import Packing
 from sfed.data.tokenize import Row
+from sfed.kernels.plain.quantise import CODES as FP8
 from sfed.lora import adapters
 from sfed.lora.adapters import LoraSpec
 from sfed.lora.frozen import fp8
@@ -40,9 +41,9 @@ def subject(
     **settings: float,
 ) -> Subject:
     """A language model with adapters, as the trainer makes them."""
-    model = model.to(torch.float32 if dtype == fp8.CODES else dtype).requires_grad_(False)
+    model = model.to(torch.float32 if dtype == FP8 else dtype).requires_grad_(False)
     patch_blocks(model)
-    if dtype == fp8.CODES:
+    if dtype == FP8:
         fp8.convert(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -59,7 +60,7 @@ def check(tried: Subject, *, shares_passes: bool = True) -> Isolation:
     return isolation.check(tried, lambda reason: reason, shares_passes=shares_passes)
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": fp8.CODES}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": FP8}
 HARMLESS = [strange.BatchStatistics, strange.Jitter, strange.LayerDrop, strange.LooksAtDtype]
 HARMLESS += [strange.Twice, strange.InPlace]
 MIXES_CLIENTS = [
@@ -102,7 +103,7 @@ def test_layers_that_are_wrong_with_one_client_too_are_refused_by_name(layer, wo
         check(subject(strange.model(layer)), shares_passes=shares_passes)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, fp8.CODES], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize(
     ("layer", "words"),
     # What LongestRow does is not larger than the rounding of either; bytes are read by no layer.
