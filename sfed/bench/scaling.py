@@ -37,7 +37,7 @@ from sfed.distributed import sync
 from sfed.distributed import world as distributed
 from sfed.distributed.world import World
 from sfed.federated import evaluate, local, preflight, rounds, session
-from sfed.federated.round_metrics import RoundLog
+from sfed.federated.log.round_metrics import RoundLog
 from sfed.methods import aggregation
 from sfed.models.synthetic import twin
 from sfed.observability.third_party import quieten

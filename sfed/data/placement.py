@@ -79,3 +79,25 @@ def by_work(work: Sequence[float], num_processes: int, unit: str) -> Placement:
 def loads_of(placement: Placement, work: Sequence[float]) -> list[float]:
     """The work of each process."""
     return [float(sum(work[client] for client in own)) for own in placement.clients]
+
+
+def of_pool(
+    settings: Sequence[ClientSettings],
+    sizes: Sequence[tuple[int, int]],
+    num_processes: int,
+    in_lockstep: bool,
+) -> Placement:
+    """Deal the clients of a common pool by what they do in a round.
+
+    Args:
+        settings: (N,) of each client.
+        sizes: (N,) examples, and tokens of all of them together, of each client's training set.
+        num_processes: W.
+        in_lockstep: whether all processes make their steps together, so that steps are the work.
+    """
+    pairs = list(zip(settings, sizes, strict=True))
+    if in_lockstep:
+        steps = [float(one.steps(examples)) for one, (examples, _) in pairs]
+        return by_work(steps, num_processes, "steps")
+    work = [tokens_of_round(one, examples, tokens) for one, (examples, tokens) in pairs]
+    return by_work(work, num_processes, "tokens")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from sfed.config.clients import ClientSettings, settings_of
 from sfed.config.schema import Config
 from sfed.data import classification, partition, placement, scores
-from sfed.data.forms.reading import Reading, Truncated, column_line, length_lines
+from sfed.data.forms.reading import Reading, Truncated, header_lines, length_lines
 from sfed.data.labels import Chosen, Labels, labels_of
 from sfed.data.partition import Indices
 from sfed.data.placement import Placement
@@ -153,7 +153,7 @@ def load(
         _require_examples(held, config)
         held.notes += _note_on_unscored(held.held_out, config)
         if config.partition.kind != "by_file":
-            placed = place(settings, held.train, world.size, in_lockstep)
+            placed = placement.of_pool(settings, sizes_of(held.train), world.size, in_lockstep)
     return _assemble(held, config, world, placed, settings)
 
 
@@ -191,20 +191,9 @@ def held_out_for_all(config: Config, tokenizer: PreTrainedTokenizerFast, num_cli
     )
 
 
-def place(
-    settings: Sequence[ClientSettings],
-    train: dict[int, Examples],
-    num_processes: int,
-    in_lockstep: bool,
-) -> Placement:
-    """Deal the clients of a common pool by what they do in a round."""
-    examples = [train[client] for client in range(len(train))]
-    pairs = list(zip(settings, examples, strict=True))
-    if in_lockstep:
-        steps = [float(one.steps(len(own))) for one, own in pairs]
-        return placement.by_work(steps, num_processes, "steps")
-    work = [placement.tokens_of_round(one, len(own), int(own.lengths.sum())) for one, own in pairs]
-    return placement.by_work(work, num_processes, "tokens")
+def sizes_of(train: Mapping[int, Examples]) -> list[tuple[int, int]]:
+    """Examples, and tokens of all of them together, of each client, in the order of clients."""
+    return [(len(train[c]), int(train[c].lengths.sum())) for c in range(len(train))]
 
 
 def _place_files(config: Config, world: World, silos: Silos) -> Placement:
@@ -448,21 +437,7 @@ def _assemble(
 ) -> Data:
     """Exchange the counts of all clients and keep the examples of this process. Collective."""
     own_clients, num_clients = placed.clients[world.rank], sum(map(len, placed.clients))
-    num_classes = len(task_of(config).classes or ())
-    entries = {
-        client: {
-            "client": client,
-            "name": held.names.get(client, ""),
-            "train": [int(index) for index in held.train[client].indices],
-            "eval": [int(index) for index in held.held_out[client].indices],
-            "labels": _histogram(held.labels[client]) if held.labels else None,
-            "truncated": [held.train[client].num_truncated, held.held_out[client].num_truncated],
-            "classes": _class_counts(held.train[client], num_classes),
-            "columns": sorted(held.train[client].table.used_columns),
-            "digest": f"{held.train[client].digest()}{held.held_out[client].digest()}",
-        }
-        for client in held.train
-    }
+    entries = _entries(held, len(task_of(config).classes or ()))
     tables: dict[int, Any] = entries
     if len(entries) < num_clients:  # by file: a process has read its own clients only
         shared = gather_json(world, "sharing the partition", list(entries.values()))
@@ -475,7 +450,9 @@ def _assemble(
     reading = Reading.of_json(
         [one for _, one in told] if len(entries) < num_clients else [told[0][1]]
     )
-    lines, warnings = _lines(config, reading, [tables[client] for client in range(num_clients)])
+    lines, warnings = header_lines(
+        config, reading, [tables[client] for client in range(num_clients)]
+    )
     return Data(
         train={client: held.train[client] for client in own_clients},
         held_out={c: _evaluated(held.held_out[c], config, c) for c in own_clients},
@@ -492,17 +469,22 @@ def _assemble(
     )
 
 
-def _lines(
-    config: Config, reading: Reading, tables: Sequence[dict[str, Any]]
-) -> tuple[list[str], list[str]]:
-    """What the header says of columns and lengths, and what is warned of."""
-    truncated = {
-        split: Truncated([len(t[split]) for t in tables], [t["truncated"][i] for t in tables])
-        for i, split in enumerate(("train", "eval"))
+def _entries(held: _Held, num_classes: int) -> dict[int, dict[str, Any]]:
+    """What ``partition.json`` says of each client whose rows were read here."""
+    return {
+        client: {
+            "client": client,
+            "name": held.names.get(client, ""),
+            "train": [int(index) for index in held.train[client].indices],
+            "eval": [int(index) for index in held.held_out[client].indices],
+            "labels": _histogram(held.labels[client]) if held.labels else None,
+            "truncated": [held.train[client].num_truncated, held.held_out[client].num_truncated],
+            "classes": _class_counts(held.train[client], num_classes),
+            "columns": sorted(held.train[client].table.used_columns),
+            "digest": f"{held.train[client].digest()}{held.held_out[client].digest()}",
+        }
+        for client in held.train
     }
-    lines, warnings = length_lines(config, reading, truncated)
-    columns = column_line(config, reading)
-    return ([columns] if columns else []) + lines, warnings
 
 
 def _class_counts(examples: Examples, num_classes: int) -> list[int] | None:

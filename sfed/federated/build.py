@@ -15,8 +15,9 @@ from sfed.data.tasks import task_of
 from sfed.data.tokenizer import identity_of
 from sfed.distributed import consistency, sync
 from sfed.distributed.world import World
-from sfed.federated import context, fingerprints, passes, round_metrics
+from sfed.federated import context, fingerprints, passes
 from sfed.federated.context import Run
+from sfed.federated.log.header import header
 from sfed.lora import adapters
 from sfed.lora.adapters import LoraSpec
 from sfed.memory import clients_per_pass
@@ -112,7 +113,7 @@ def build(
     run = passes.at_the_knee(passes.as_far_as_right(run, console.warn))
     if config.federated.scaffold:
         run.clients.keep_controls(run.received)
-    for line in round_metrics.header(run):
+    for line in header(run):
         console.say(line)
     return run
 

@@ -16,7 +16,7 @@ from sfed.distributed.sync import raise_everywhere
 from sfed.federated import evaluate, local
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.fingerprints import require_same_mean
-from sfed.federated.round_metrics import RoundLog, RoundMeasurements
+from sfed.federated.log.round_metrics import RoundLog, RoundMeasurements
 from sfed.methods import aggregation
 from sfed.methods.aggregation import ServerSide
 from sfed.methods.by_layer import BaseChanges, ByLayer

@@ -18,12 +18,13 @@ from sfed.distributed import consistency, devices, sync
 from sfed.distributed import world as distributed
 from sfed.distributed.shutdown import StoppedEarlyError, StopRequest, ending
 from sfed.distributed.world import World
-from sfed.federated import fingerprints, preflight, round_metrics, rounds
+from sfed.federated import fingerprints, preflight, rounds
 from sfed.federated.build import build
 from sfed.federated.context import Run
 from sfed.federated.evaluate import score_names
 from sfed.federated.export import export_adapters
-from sfed.federated.round_metrics import RoundLog
+from sfed.federated.log.header import describe_run
+from sfed.federated.log.round_metrics import RoundLog
 from sfed.observability import metrics
 from sfed.observability.console import Console
 from sfed.storage import checkpoint, origin, resume
@@ -206,7 +207,7 @@ def _train_and_export(
         log = None
         if world.is_main:
             held = run.data.summary["clients"]
-            log = folder.make(round_metrics.describe_run(run), held, found, state, console)
+            log = folder.make(describe_run(run), held, found, state, console)
             if run.privacy is not None and run.privacy.secret is not None:
                 run.privacy.secret.begin()
     if log is not None:

@@ -9,7 +9,6 @@ the round.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from sfed.lora.linear import PassContext, Siblings, StackedLoraLinear
 from sfed.lora.tensor_files import write_tensors
 from sfed.utils.errors import UserError
 from sfed.utils.files import write_changed
+from sfed.utils.json_text import plain_json
 from sfed.utils.text import counted, one_line
 
 _WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -475,31 +475,6 @@ def _refuse_unmergeable(model: nn.Module, name: str, layer: LoraLayer) -> None:
             f"--merge: the weight of {name} is that of the embedding too (tie_word_embeddings), so "
             "it cannot be changed alone. Load the adapter beside its base model instead"
         )
-
-
-def plain_json(key: str, value: Any) -> Any:
-    """Return a value of a configuration as JSON has it; sets become sorted lists.
-
-    Args:
-        key: for the error.
-        value: null, bool, number, text, list, tuple, set or mapping, also within each other.
-
-    Raises:
-        TypeError: where it is anything else, whose printed form no reader could take back.
-    """
-    if isinstance(value, enum.Enum):
-        value = value.value
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [plain_json(key, item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(plain_json(key, item) for item in value)
-    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        return {name: plain_json(f"{key}.{name}", item) for name, item in value.items()}
-    raise TypeError(f"{key} = {value!r} of an adapter's configuration has no form in JSON")
 
 
 def peft_alpha(gamma: float, lora_rank: int) -> float:

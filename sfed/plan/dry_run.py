@@ -130,7 +130,8 @@ def facts_of(config: Config, num_processes: int) -> Facts:
     placed = data.placement
     if config.partition.kind != "by_file":
         is_sharded = plan["sharding"]["kind"] == "zero3"
-        placed = splits.place(data.settings, data.train, num_processes, is_sharded)
+        sizes = splits.sizes_of(data.train)
+        placed = placement.of_pool(data.settings, sizes, num_processes, is_sharded)
     elif num_processes > 1:
         placed = placement.by_number(num_clients, num_processes)
     return Facts(

@@ -1,16 +1,18 @@
-"""JSON that others may have written: bounded in size and depth, with one kind of error.
+"""JSON that others may have written, and values that are to be written as JSON.
 
-Python's own reader runs out of its stack on deep nesting, and what it lets through would do so
-later, in whoever walks the value.
+What is read is bounded in size and depth, with one kind of error: Python's own reader runs out of
+its stack on deep nesting, and what it lets through would do so later, in whoever walks the value.
 """
 
 from __future__ import annotations
 
+import enum
 import errno
 import json
+import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,6 +72,31 @@ def open_file(path: Path) -> BinaryIO:
     if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
         raise OSError(errno.EINVAL, "it is not a file", str(path))
     return path.open("rb")
+
+
+def plain_json(key: str, value: Any) -> Any:
+    """Return a value of a configuration as JSON has it; sets become sorted lists.
+
+    Args:
+        key: for the error.
+        value: null, bool, number, text, list, tuple, set or mapping, also within each other.
+
+    Raises:
+        TypeError: where it is anything else, whose printed form no reader could take back.
+    """
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [plain_json(key, item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain_json(key, item) for item in value)
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: plain_json(f"{key}.{name}", item) for name, item in value.items()}
+    raise TypeError(f"{key} = {value!r} of an adapter's configuration has no form in JSON")
 
 
 def _too_deep() -> str:

@@ -142,3 +142,16 @@ def _quantiles(lengths: Counter[int]) -> str:
         for share, place in zip(_QUANTILES, places, strict=True)
     ]
     return f"{', '.join(parts)}, the longest {values[-1]:,} tokens"
+
+
+def header_lines(
+    config: Config, reading: Reading, tables: Sequence[dict[str, Any]]
+) -> tuple[list[str], list[str]]:
+    """What the header says of columns and lengths, and what is warned of."""
+    truncated = {
+        split: Truncated([len(t[split]) for t in tables], [t["truncated"][i] for t in tables])
+        for i, split in enumerate(("train", "eval"))
+    }
+    lines, warnings = length_lines(config, reading, truncated)
+    columns = column_line(config, reading)
+    return ([columns] if columns else []) + lines, warnings

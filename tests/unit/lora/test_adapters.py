@@ -22,6 +22,7 @@ from torch import nn
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.utils.errors import UserError
+from sfed.utils.json_text import plain_json
 
 LORA_RANK, GAMMA, VOCABULARY = 4, 1.7, 64
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -295,7 +296,7 @@ class Colour(str, enum.Enum):
     ],
 )
 def test_a_value_is_written_as_plain_json(value: object, plain: object) -> None:
-    found = adapters.plain_json("key", value)
+    found = plain_json("key", value)
     assert found == plain
     assert json.loads(json.dumps(found)) == plain
 
@@ -308,7 +309,7 @@ def test_a_value_that_is_no_plain_json_is_an_error_and_never_its_printed_form(
     value: object,
 ) -> None:
     with pytest.raises(TypeError, match="key"):
-        adapters.plain_json("key", value)
+        plain_json("key", value)
 
 
 def test_every_field_of_pefts_configuration_has_a_plain_form() -> None:
@@ -322,6 +323,6 @@ def test_every_field_of_pefts_configuration_has_a_plain_form() -> None:
         task_type="CAUSAL_LM",
         base_model_name_or_path="x",
     ).to_dict()
-    plain = {key: adapters.plain_json(key, value) for key, value in settings.items()}
+    plain = {key: plain_json(key, value) for key, value in settings.items()}
     read = LoraConfig(**json.loads(json.dumps(plain)))
     assert read.to_dict() == settings

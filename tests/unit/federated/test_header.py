@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sfed.federated import round_metrics
+from sfed.federated.log import header
 
 
 class OtherForCausalLM:
@@ -30,10 +30,10 @@ def test_the_attention_is_stated_and_why_it_is_not_the_usual_one(
         config=SimpleNamespace(model=SimpleNamespace(attention=asked)),
         backbone=SimpleNamespace(attention=used, model=OtherForCausalLM()),
     )
-    assert round_metrics._attention(run) == said
+    assert header._attention(run) == said
 
 
 def test_the_adapted_layers_are_stated() -> None:
     layers = {f"model.layers.{i}.attn.{name}": None for i in range(2) for name in ("v", "q")}
     run: Any = SimpleNamespace(adapters=SimpleNamespace(layers=layers))
-    assert round_metrics._adapted(run) == "4 layers (q, v)"
+    assert header._adapted(run) == "4 layers (q, v)"
