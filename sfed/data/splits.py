@@ -450,15 +450,14 @@ def _assemble(
     reading = Reading.of_json(
         [one for _, one in told] if len(entries) < num_clients else [told[0][1]]
     )
-    lines, warnings = header_lines(
-        config, reading, [tables[client] for client in range(num_clients)]
-    )
+    ordered = [tables[client] for client in range(num_clients)]
+    lines, warnings = header_lines(config, reading, ordered)
     return Data(
         train={client: held.train[client] for client in own_clients},
         held_out={c: _evaluated(held.held_out[c], config, c) for c in own_clients},
-        train_counts=tuple(len(tables[client]["train"]) for client in range(num_clients)),
-        eval_counts=tuple(min(len(tables[c]["eval"]), limit) for c in range(num_clients)),
-        summary={"clients": [tables[client] for client in range(num_clients)]},
+        train_counts=tuple(len(table["train"]) for table in ordered),
+        eval_counts=tuple(min(len(table["eval"]), limit) for table in ordered),
+        summary={"clients": ordered},
         notes=tuple(sorted({note for some, _ in told for note in some}) + warnings),
         lines=tuple(lines),
         used_columns=frozenset(reading.used),
