@@ -291,18 +291,9 @@ def load(
     settings, into_shards = None, None
     if sharding.is_sharded:
         settings = prepare_deepspeed(config, meta, DTYPES[dtype_name(config, world)])
-    if settings is not None and config.model.quantization == "none":
-        from transformers.integrations import HfDeepSpeedConfig
-
-        # While it lives, from_pretrained loads straight into shards; it must outlive the model.
-        into_shards = HfDeepSpeedConfig(settings)
+        into_shards = _loading_into_shards(config, settings)
     model, loading = _read(config, name, meta, sharding, world)
-    if not task_of(config).is_classification and model.get_output_embeddings() is None:
-        raise UserError(
-            f"model.name = {name!r}: {type(model).__name__} does not tell its output layer "
-            "(get_output_embeddings gives None), so the losses of tokens cannot be computed; "
-            "choose another model.name"
-        )
+    _require_output_layer(config, model)
     model.requires_grad_(False)
     kernels = kernels_of(config, world)
     patch_blocks(model, kernels)
@@ -317,6 +308,33 @@ def load(
     loaded.kernels = kernels
     loaded.release()
     return loaded
+
+
+def _loading_into_shards(config: Config, settings: dict[str, Any]) -> object | None:
+    """Let from_pretrained load straight into shards while the result lives; None where it cannot.
+
+    It must outlive the model.
+    """
+    if config.model.quantization != "none":
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    kept: object = HfDeepSpeedConfig(settings)
+    return kept
+
+
+def _require_output_layer(config: Config, model: PreTrainedModel) -> None:
+    """Refuse a language model whose output layer is not to be found.
+
+    Raises:
+        UserError: naming the model.
+    """
+    if not task_of(config).is_classification and model.get_output_embeddings() is None:
+        raise UserError(
+            f"model.name = {config.model.name!r}: {type(model).__name__} does not tell its output "
+            "layer (get_output_embeddings gives None), so the losses of tokens cannot be computed; "
+            "choose another model.name"
+        )
 
 
 def kernels_of(config: Config, world: World) -> Kernels:

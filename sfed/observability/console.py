@@ -209,12 +209,7 @@ class Console:
             clients = [entry for entry in clients if entry["client"] in set(sample)]
         table = Table(title=title, title_justify="left")
         table.add_column("client")
-        scores = [
-            (kind, name)
-            for name in self._scores[:2]
-            for kind in ("personal", "global")
-            if metrics.held_out_key(kind, name) in after
-        ]
+        scores = self._scores_in(after)
         for column in ("train examples", "before", "after", "change", "global adapter"):
             table.add_column(column, justify="right")
         for kind, name in scores:  # on words of their own, so that a narrow terminal breaks lines
@@ -241,6 +236,15 @@ class Console:
                 f"the {_BEST_OR_WORST} clients with the lowest held-out loss and the "
                 f"{_BEST_OR_WORST} with the highest, of {len(clients):,}; all are in metrics.jsonl"
             )
+
+    def _scores_in(self, event: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Kind and name of the scores that the closing table has a column for."""
+        return [
+            (kind, name)
+            for name in self._scores[:2]
+            for kind in ("personal", "global")
+            if metrics.held_out_key(kind, name) in event
+        ]
 
     def where_the_time_went(self, events: Sequence[Mapping[str, Any]]) -> None:
         """The phases of a run, the longest first, in a line; and CPU seconds of process 0."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -134,39 +135,56 @@ def write_report(
     Raises:
         UserError: where it cannot be written, or no arm has the name of the reference.
     """
-    out = Path(out)
+    out, found = Path(out), _Contents()
     several = len(stories) > 1
-    comparison, arms, law, runs = None, None, None, []
-    drawn: dict[str, Picture] = {}
-    shown: dict[str, tables.Table] = {}
     if several:
-        compared, found = comparisons(stories), laws(stories)
-        of_law = law_pictures(found)
-        comparison = comparison_section(stories, compared)
-        law = law_section(found, of_law) if found else None
-        drawn |= {picture.name: picture for picture in (*compared, *of_law)}
-        shown |= tables_of_several(stories, found)
-        if (compared_arms := arms_section(stories, Questions(reference, target_loss))) is not None:
-            arms = arms_part(compared_arms)
-            drawn |= {picture.name: picture for picture in compared_arms.pictures}
-            shown |= compared_arms.tables
-    for i, story in enumerate(stories if len(stories) <= MOST_SECTIONS else (), start=1):
-        matrix = confusion.picture_of(story)
-        pictures = [*pictures_of(story), *([matrix] if matrix else [])]
-        prefix = f"{i:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', story.name)}-" if several else ""
-        runs.append(run_section(story, f"run-{i}", pictures))
-        drawn |= {prefix + picture.name: picture for picture in pictures}
-        shown |= {prefix + name: one for name, one in tables_of_run(story).items()}
+        found.add_comparison(stories, Questions(reference, target_loss))
+    for number, story in enumerate(stories if len(stories) <= MOST_SECTIONS else (), start=1):
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", story.name)
+        found.add_run(story, f"run-{number}", f"{number:02d}-{name}-" if several else "")
     title = f"{len(stories)} federated runs" if several else f"Federated run {stories[0].name}"
-    html = page(title, runs=runs, comparison=comparison, arms=arms, law=law)
+    html = page(title, runs=found.runs, **found.sections)
     try:
-        pngs = {f"{name}.png": picture.png for name, picture in drawn.items()}
+        pngs = {f"{name}.png": picture.png for name, picture in found.pictures.items()}
         write_files(out / "figures", pngs)
         if paper:
-            write_files(out / "paper", paper_files(drawn, shown))
+            write_files(out / "paper", paper_files(found.pictures, found.tables))
         path = out / REPORT_FILE
         with replacing(path) as temporary:
             temporary.write_text(html, encoding="utf-8")
     except OSError as error:
         raise UserError(f"the report cannot be written to {str(out)!r}: {error.strerror}") from None
     return path
+
+
+@dataclass
+class _Contents:
+    """The sections of a page, and the pictures and tables that have files of their own."""
+
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    sections: dict[str, Any] = field(default_factory=dict)
+    """Those of several runs: ``comparison``, ``law``, ``arms``."""
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    tables: dict[str, tables.Table] = field(default_factory=dict)
+
+    def add_comparison(self, stories: Sequence[RunRecord], questions: Questions) -> None:
+        """Compare several runs."""
+        compared, fits = comparisons(stories), laws(stories)
+        of_law = law_pictures(fits)
+        self.sections["comparison"] = comparison_section(stories, compared)
+        if fits:
+            self.sections["law"] = law_section(fits, of_law)
+        self.pictures |= {picture.name: picture for picture in (*compared, *of_law)}
+        self.tables |= tables_of_several(stories, fits)
+        if (arms := arms_section(stories, questions)) is not None:
+            self.sections["arms"] = arms_part(arms)
+            self.pictures |= {picture.name: picture for picture in arms.pictures}
+            self.tables |= arms.tables
+
+    def add_run(self, story: RunRecord, anchor: str, prefix: str) -> None:
+        """Add the section of one run; its files begin with the prefix."""
+        matrix = confusion.picture_of(story)
+        pictures = [*pictures_of(story), *([matrix] if matrix else [])]
+        self.runs.append(run_section(story, anchor, pictures))
+        self.pictures |= {prefix + picture.name: picture for picture in pictures}
+        self.tables |= {prefix + name: one for name, one in tables_of_run(story).items()}
