@@ -79,8 +79,7 @@ class DataSection(Section):
     refused before they are tokenised."""
     packing: bool = True
     """Place several short sequences of a client in one row where that is cheaper; they do not
-    attend to each other. false = one padded row per sequence, as always for classification and with
-    lora.dropout."""
+    attend to each other. false = one padded row per sequence, as always for classification."""
     max_train_examples: PositiveInt | None = None
     """Maximum number of training examples: a random subset, drawn from the seed; with
     partition.kind=by_file of each file. null = all."""

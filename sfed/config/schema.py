@@ -62,8 +62,8 @@ class LoraSection(Section):
     """LoRA alpha, above 0 and at most 1e9, in the formula that lora.scaling selects. null = the
     method's default."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout probability on the input of the adapters, at least 0 and below 1. Masks depend on the
-    seed, round, client and step only."""
+    """Dropout probability on the input of the adapters, at least 0 and below 1. Masks follow
+    from the seed, round, step, client, example and token, whatever the device and the rows."""
     target_modules: tuple[str, ...] | str = "all-linear"
     """Names of the layers that get an adapter, such as [q_proj, v_proj]; all-linear = all linear
     layers except the output head. Any other single string is a regular expression that matches the
@@ -123,9 +123,9 @@ class TrainSection(Section):
     """Length of the linear warm-up of the learning rate in rounds, at least 0; fractions are
     allowed."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """What computes AdamW, SwiGLU, the rotary embedding and FP8 codes: triton = kernels of Triton,
-    on a GPU; torch = operations of torch; auto = triton on a GPU where it is installed and gives
-    what torch gives, else torch. May change on resume."""
+    """What computes AdamW, SwiGLU, the rotary embedding, dropout and FP8 codes: triton = kernels of
+    Triton, on a GPU; torch = operations of torch; auto = triton on a GPU where it is installed and
+    gives what torch gives, else torch. May change on resume."""
 
 
 class ClientSection(Section):

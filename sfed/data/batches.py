@@ -7,8 +7,10 @@ do not see each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from sfed.data.packing import Layout, Packing, pack, round_up
 from sfed.data.tokenize import Examples, Row
 from sfed.distributed.transfer import to_device
-from sfed.utils.rng import Stream, generator
+from sfed.utils.rng import Stream, generator, mix
 
 IGNORED_LABEL = -100
 
@@ -50,6 +52,9 @@ class Batch:
             such, since nothing can be attended to otherwise.
         is_second: same shape, True on the second of two texts.
         documents: where the examples of packed rows begin; None where a row is one example.
+        places: (C * rows, tokens) uint64, on the host: the number of a token's example among those
+            of its client times 2^32, plus its position in the example.
+        token_keys: same shape, int64: what a token's dropout masks follow from; None without.
     """
 
     input_ids: torch.Tensor
@@ -59,6 +64,8 @@ class Batch:
     is_token: torch.Tensor
     is_second: torch.Tensor
     documents: Documents | None
+    places: NDArray[np.uint64]
+    token_keys: torch.Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -67,14 +74,26 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Move to a device, in one copy."""
-        tensors = {name: one for name, one in vars(self).items() if name != "documents"}
+        own = {name: one for name, one in vars(self).items() if isinstance(one, torch.Tensor)}
         told = self.documents
-        if told is None:
-            return Batch(**to_device(tensors, device), documents=None)
-        tensors |= {"position_ids": told.position_ids, "starts": told.starts}
-        moved = to_device(tensors, device)
-        places = (moved.pop("position_ids"), moved.pop("starts"))
-        return Batch(**moved, documents=Documents(*places, told.lengths, told.is_masked))
+        if told is not None:
+            own |= {"position_ids": told.position_ids, "starts": told.starts}
+        moved: dict[str, Any] = to_device(own, device)
+        if told is not None:
+            places = (moved.pop("position_ids"), moved.pop("starts"))
+            moved["documents"] = Documents(*places, told.lengths, told.is_masked)
+        return dataclasses.replace(self, **moved)
+
+    def with_keys(self, seeds: Sequence[int]) -> Batch:
+        """Give every token a key that follows from its client's seed and its place.
+
+        Args:
+            seeds: (C,) of each client, below 2^63; used for this batch alone.
+        """
+        seeds_C = np.array(seeds, dtype=np.uint64)
+        keys = mix(seeds_C[:, None] + mix(self.places).reshape(len(seeds), -1))
+        token_keys = torch.from_numpy(keys.view(np.int64).reshape(self.places.shape))
+        return dataclasses.replace(self, token_keys=token_keys)
 
 
 class Order:
@@ -135,7 +154,7 @@ def collate(
     filling = _Filling(len(rows_by_client) * rows_per_client, layout.width)
     for client, (rows, lines) in enumerate(zip(rows_by_client, layout.lines, strict=True)):
         for place, line in enumerate(lines, start=client * rows_per_client):
-            filling.fill(place, [rows[number] for number in line])
+            filling.fill(place, {number: rows[number] for number in line})
     documents = filling.documents(is_masked=layout.is_masked) if is_packed else None
     return filling.batch(documents)
 
@@ -188,18 +207,20 @@ class _Filling:
         self._is_token[:, 0] = True
         self._is_second = np.zeros(shape, dtype=bool)
         self._position_ids = np.tile(np.arange(width), (num_rows, 1))
+        self._examples = np.zeros(shape, dtype=np.uint64)
         self._predicted_from = [np.zeros(0, dtype=np.int64)]
 
-    def fill(self, place: int, rows: Sequence[Row]) -> None:
-        """Lay examples into a row of the batch, one behind the other."""
+    def fill(self, place: int, rows: Mapping[int, Row]) -> None:
+        """Lay examples, by their numbers, into a row of the batch, one behind the other."""
         width, start = self._labels.shape[1], 0
-        for row in rows:
+        for number, row in rows.items():
             length, prompt = len(row.ids), row.prompt_length
             here = slice(start, start + length)
             self._input_ids[place, here] = row.ids
             self._is_token[place, here] = True
             self._is_second[place, start + prompt : start + length] = True
             self._position_ids[place, here] = np.arange(length)
+            self._examples[place, here] = number
             if row.target is None:
                 learned = np.flatnonzero(row.is_learned)
                 self._labels[place, start + learned] = row.ids[learned]
@@ -210,7 +231,7 @@ class _Filling:
             start += length
         # Padding counts as documents no longer than the row's own: a position that no document
         # has would change the rotary embeddings of all, where these follow the largest.
-        longest = max((len(row.ids) for row in rows), default=width)
+        longest = max((len(row.ids) for row in rows.values()), default=width)
         self._position_ids[place, start:] = np.arange(width - start) % longest
 
     def batch(self, documents: Documents | None) -> Batch:
@@ -226,6 +247,7 @@ class _Filling:
             torch.from_numpy(self._is_token),
             torch.from_numpy(self._is_second),
             documents,
+            (self._examples << np.uint64(32)) + self._position_ids.astype(np.uint64),
         )
 
     def documents(self, *, is_masked: bool) -> Documents:

@@ -282,7 +282,9 @@ def _tokenizer(
 def _attached(world: World, frozen: Backbone, spec: LoraSpec) -> adapters.Adapters:
     """The adapters on the frozen backbone. Collective."""
     with sync.raise_everywhere(world, "attaching the adapters"):
-        return adapters.attach(frozen.model, spec, frozen.head)
+        attached = adapters.attach(frozen.model, spec, frozen.head)
+    attached.context.dropout = frozen.kernels.dropout
+    return attached
 
 
 def _spec(

@@ -126,7 +126,7 @@ def evaluate(run: Run, stop: StopRequest, finished_rounds: int) -> Evaluation | 
     own = run.own_factors(finished_rounds)
     is_untrained = finished_rounds == 0 and run.origin is None
     run.backbone.evaluating()
-    run.adapters.context.dropout_seeds = None
+    run.adapters.context.token_keys = None
     kinds: dict[str, Measured] = {}
     communicated = 0
     with torch.no_grad():

@@ -120,5 +120,5 @@ def _load(config: Config, spec: LoraSpec, folders: Sequence[Path], world: World)
     rows = [attached.read_peft_folder(folder) for folder in folders]
     frozen.keep_documents_in_rows_of_their_own()  # whether they may share rows is not tried here
     frozen.evaluating()
-    attached.context.dropout_seeds = None
+    attached.context.token_keys = None
     return Loaded(config, world, tokenizer, frozen, attached, spec.lora_scaling, rows)

@@ -148,7 +148,7 @@ def _shadow_step(run: Run, trained: tuple[str, ...]) -> None:
     device = run.world.device
     values, grads = (torch.zeros(1, run.clients.layout.size, device=device) for _ in range(2))
     run.adapters.bind(values, grads, trained)
-    run.adapters.context.dropout_seeds = None
+    run.adapters.context.token_keys = None
     batch = run.objective.collate([[]], 1).to(device)
     for _ in range(run.passes_per_step):
         torch.autograd.backward(run.objective.losses(batch).sum())
@@ -291,16 +291,18 @@ class LocalSteps:
             some = [rows[number * micro : (number + 1) * micro] for rows in drawn]
             batch = self._objective.collate(some, max(1, *map(len, some)))
             self._stats.slots[self._clients] += batch.slots // len(some)
-            run.adapters.context.dropout_seeds = self._dropout_seeds(step, number)
-            row_losses = self._objective.losses(batch.to(run.world.device))
+            if run.config.lora.dropout > 0.0:
+                batch = batch.with_keys(self._dropout_seeds(step, number))
+            batch = batch.to(run.world.device)
+            run.adapters.context.token_keys = batch.token_keys
+            row_losses = self._objective.losses(batch)
             mean_C = row_losses.view(len(some), -1).sum(dim=1) / total_C
             torch.autograd.backward(mean_C.sum())
             losses_C += mean_C.detach()
         return losses_C
 
-    def _dropout_seeds(self, step: int, number: int) -> tuple[int, ...] | None:
-        if self._run.config.lora.dropout == 0.0:
-            return None
+    def _dropout_seeds(self, step: int, number: int) -> tuple[int, ...]:
+        """Of each client, for one micro pass."""
         words = (self._run.config.seed, self.plan.round_index, step, number)
         return tuple(derive(Stream.DROPOUT, *words, client) for client in self._clients)
 

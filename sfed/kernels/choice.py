@@ -11,14 +11,15 @@ import functools
 import importlib
 import importlib.util
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 
 from sfed.kernels import comparison
-from sfed.kernels.interface import Adamw, Quantise, Rotary, Swiglu
+from sfed.kernels.interface import Adamw, Dropout, Quantise, Rotary, Swiglu
 from sfed.kernels.plain.adamw import adamw
+from sfed.kernels.plain.dropout import dropout
 from sfed.kernels.plain.quantise import quantise
 from sfed.kernels.plain.rotary import rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
@@ -30,9 +31,11 @@ _NAMES = {
     "adamw": "AdamW",
     "swiglu": "SwiGLU",
     "rotary": "rotary embedding",
+    "dropout": "dropout",
     "quantise": "FP8 quantisation",
 }
-_FP8_ONLY = "quantise"
+OPTIONS = ("dropout", "quantise")
+"""Kinds that only some runs have: by ``lora.dropout`` and ``backbone.compute``."""
 # What Triton raises, beside errors of its own, where it finds no compiler, driver or memory.
 _ERRORS = (
     RuntimeError,
@@ -53,6 +56,7 @@ class Kernels:
     adamw: Adamw = adamw
     swiglu: Callable[[], Swiglu] = PlainSwiglu
     rotary: Rotary = rotary
+    dropout: Dropout = dropout
     quantise: Quantise = quantise
     fused: tuple[str, ...] = ()
     """Those of the fields above that are kernels of Triton."""
@@ -60,13 +64,13 @@ class Kernels:
     """Why it is these."""
     faults: tuple[str, ...] = ()
     """Why kernels that were tried are not used, a line each."""
-    has_fp8: bool = False
-    """Whether a run with these quantises to FP8."""
+    options: tuple[str, ...] = ()
+    """Of ``OPTIONS``, those that a run has."""
 
     @property
     def by_name(self) -> dict[str, str]:
         """What computes each kind of arithmetic that a run has: triton or torch."""
-        names = _names(has_fp8=self.has_fp8)
+        names = _names(self.options)
         return {name: "triton" if name in self.fused else "torch" for name in names}
 
     @property
@@ -82,13 +86,13 @@ class Kernels:
 PLAIN = Kernels()
 
 
-def _names(*, has_fp8: bool) -> list[str]:
-    return [name for name in _NAMES if has_fp8 or name != _FP8_ONLY]
+def _names(options: Collection[str]) -> list[str]:
+    return [name for name in _NAMES if name in options or name not in OPTIONS]
 
 
 @functools.lru_cache(maxsize=8)
 def choose(
-    asked: str, device: torch.device, dtype: torch.dtype, *, has_fp8: bool = False
+    asked: str, device: torch.device, dtype: torch.dtype, options: tuple[str, ...] = ()
 ) -> Kernels:
     """Take kernels of Triton where they are asked for, run here and compute what torch computes.
 
@@ -96,18 +100,18 @@ def choose(
         asked: ``train.kernels``.
         device: that computes.
         dtype: of the passes, bf16 or fp32.
-        has_fp8: whether the run quantises to FP8 (``backbone.compute``).
+        options: of ``OPTIONS``, those that the run has.
 
     Raises:
         UserError: where kernels of Triton are asked for and one does not run here or is wrong.
     """
     if asked == "torch":
-        return Kernels(reason="as asked for", has_fp8=has_fp8)
+        return Kernels(reason="as asked for", options=options)
     if lack := _lack(device, is_asked=asked == "triton"):
         if asked == "triton":
             raise UserError(f"{_KEY}=triton: {lack}; set {_KEY}=auto or {_KEY}=torch")
-        return Kernels(reason=lack, has_fp8=has_fp8)
-    fused, names = _fused(), _names(has_fp8=has_fp8)
+        return Kernels(reason=lack, options=options)
+    fused, names = _fused(), _names(options)
     found = {name: _fault(getattr(fused, name), name, device, dtype) for name in names}
     by_fault: dict[str, list[str]] = {}  # one cause, such as a missing compiler, is said once
     for name, fault in found.items():
@@ -119,7 +123,7 @@ def choose(
     kept = tuple(name for name, fault in found.items() if fault is None)
     chosen = {name: getattr(fused, name) for name in kept}
     reason = "compared with torch's operations" if kept else "the kernels of Triton failed"
-    plain = Kernels(fused=kept, reason=reason, faults=faults, has_fp8=has_fp8)
+    plain = Kernels(fused=kept, reason=reason, faults=faults, options=options)
     return dataclasses.replace(plain, **chosen)
 
 
@@ -146,6 +150,7 @@ def _fused() -> Kernels:
         own["adamw"].adamw,
         own["swiglu"].FusedSwiglu,
         own["rotary"].rotary,
+        own["dropout"].dropout,
         own["quantise"].quantise,
     )
 

@@ -15,12 +15,15 @@ from sfed.kernels.interface import (
     Adamw,
     AdamwRows,
     ClientStep,
+    Dropout,
+    DropoutMask,
     FactorStep,
     Quantise,
     Rotary,
     Swiglu,
 )
 from sfed.kernels.plain import adamw as plain_adamw
+from sfed.kernels.plain import dropout as plain_dropout
 from sfed.kernels.plain import quantise as plain_quantise
 from sfed.kernels.plain import rotary as plain_rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
@@ -94,6 +97,18 @@ def rotary(kernel: Rotary, device: torch.device, dtype: torch.dtype) -> float:
     )
 
 
+def dropout(kernel: Dropout, device: torch.device, dtype: torch.dtype) -> float:
+    """Compare what is dropped of vectors longer than a block; one number too many is infinite."""
+    x = _spread((2, 3, _WIDTH), 0.2, device, dtype).add_(4.0)
+    keys_V = torch.tensor([0, -1, 2**40 + 7, -(2**62), 5, 2**31], device=device)
+    pairs = []
+    for probability in (0.05, 0.6):
+        mask = DropoutMask(keys_V, probability)
+        pairs.append((kernel(x, mask), plain_dropout.dropout(x, mask)))
+    is_same = all(torch.equal(one == 0.0, other == 0.0) for one, other in pairs)
+    return excess(pairs) if is_same else float("inf")
+
+
 def quantise(kernel: Quantise, device: torch.device, dtype: torch.dtype) -> float:
     """Compare codes and scales of rows of all sizes, bit by bit: any difference is infinite."""
     rows = _spread((7, _WIDTH), 0.4, device, dtype)
@@ -114,6 +129,7 @@ BY_NAME: dict[str, Callable[[Any, torch.device, torch.dtype], float]] = {
     "adamw": adamw,
     "swiglu": swiglu,
     "rotary": rotary,
+    "dropout": dropout,
     "quantise": quantise,
 }
 

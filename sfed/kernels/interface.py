@@ -64,6 +64,32 @@ it is not 0. Waits for no device.
 """
 
 
+class DropoutMask(NamedTuple):
+    """Which numbers of V vectors are dropped: a function of these values and nothing else."""
+
+    keys: torch.Tensor
+    """(V,) int64, of each vector: all bits as if by chance, as ``utils.rng.mix`` makes them."""
+    probability: float
+    """At least 0, less than 1."""
+
+    @property
+    def threshold(self) -> int:
+        """Of signed words of 32 bits, so many are dropped: those below."""
+        return min(round(self.probability * 2**32) - 2**31, 2**31 - 1)
+
+    @property
+    def scale(self) -> float:
+        """What is kept is multiplied by it."""
+        return 1.0 / (1.0 - self.probability)
+
+
+Dropout = Callable[[torch.Tensor, DropoutMask], torch.Tensor]
+"""Drop numbers of x, V vectors in any shape, and scale the others.
+
+Allocates its result; waits for no device.
+"""
+
+
 class Swiglu(Protocol):
     """silu(gate) * up of one call, recomputed in its backward pass, and its gradients."""
 

@@ -20,21 +20,23 @@ import torch
 from torch import nn
 from torch.autograd import Function
 
+from sfed.kernels.interface import Dropout, DropoutMask
+from sfed.kernels.plain.dropout import dropout
 from sfed.lora.factors import Factors
 from sfed.lora.frozen.fp8 import outputs_of
-from sfed.lora.ops import Recipe, recipe_of
-from sfed.utils.rng import Stream, derive
-
-_TOKENS_DRAWN = 64
-"""Tokens of a sequence whose dropout masks are drawn at once."""
+from sfed.lora.ops import Recipe, drop, recipe_of
+from sfed.utils.rng import mixed
 
 
 @dataclass
 class PassContext:
     """What all adapted layers of a model need to know of the pass that is under way."""
 
-    dropout_seeds: tuple[int, ...] | None = None
-    """One seed per client of the pass; None = no dropout."""
+    token_keys: torch.Tensor | None = None
+    """(C * rows, tokens) int64 on the device: what a token's dropout masks follow from; None = no
+    dropout."""
+    dropout: Dropout = dropout
+    """What drops."""
     probe: Probe | None = None
     """Where the adapters' outputs are measured; None = nowhere."""
     dtype: torch.dtype = torch.float32
@@ -94,7 +96,7 @@ class StackedLoraLinear(nn.Module):
         self.weight_reads = 0
         """How often the model has read the weight; one that reads it in the place of a call gets
         no adapter."""
-        self._layer_index = layer_index
+        self._layer_word = mixed(layer_index + 1)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -117,36 +119,31 @@ class StackedLoraLinear(nn.Module):
         return y
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
-        """Inverted dropout; masks are a function of a client's seed, layer, sequence and token.
+        """Inverted dropout; masks are a function of the token's key, the layer and the number.
 
-        So a client's masks do not depend on who shares the pass, and with that on how far its
-        sequences are padded; and a recomputation under gradient checkpointing draws the same ones.
-        Without seeds nothing is dropped.
+        So a client's masks do not depend on who shares the pass, on how far its examples are
+        padded or on how they lie in rows; and a recomputation has the same ones. Without keys
+        nothing is dropped.
 
         Args:
-            x: (C * B, T, I); of another shape, in which a layer does not tell sequences apart, a
-                client's mask depends on the shape too.
+            x: (C * B, T, I) or (C * B * T, I). Of another shape, in which a layer does not tell
+                tokens apart, a client's mask depends on the shape too.
         """
-        seeds = self.context.dropout_seeds
-        if seeds is None:
+        keys = self.context.token_keys
+        if keys is None:
             return x
-        keep = torch.empty_like(x)
-        generator = torch.Generator(device=x.device)
-        if x.dim() != 3:
-            for seed, rows in zip(seeds, keep.view(len(seeds), -1), strict=True):
-                generator.manual_seed(derive(Stream.DROPOUT, seed, self._layer_index))
-                rows.bernoulli_(1.0 - self.dropout, generator=generator)
-            return x * keep / (1.0 - self.dropout)
-        # Pieces of one shape, since what a device draws may depend on how much is drawn.
-        drawn = x.new_empty(_TOKENS_DRAWN, x.shape[2])
-        sequences = len(x) // len(seeds)
-        for number, row in enumerate(keep):
-            words = (seeds[number // sequences], self._layer_index, number % sequences)
-            for place, piece in enumerate(row.split(_TOKENS_DRAWN)):
-                generator.manual_seed(derive(Stream.DROPOUT, *words, place))
-                drawn.bernoulli_(1.0 - self.dropout, generator=generator)
-                piece.copy_(drawn[: len(piece)])
-        return x * keep / (1.0 - self.dropout)
+        mask = DropoutMask(self._keys_of(x, keys) ^ self._layer_word, self.dropout)
+        return drop(x, mask, self.context.dropout)
+
+    def _keys_of(self, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """The key of each vector of x: (V,) int64."""
+        count = x.shape[:-1].numel()
+        if count == keys.numel():
+            return keys.view(-1)
+        assert self.factors is not None
+        clients = len(self.factors.rows.values_CN)
+        first = keys.view(clients, -1)[:, :1]
+        return (first + torch.arange(count // clients, device=x.device)).view(-1)
 
 
 class Siblings:
@@ -195,7 +192,7 @@ def project(x: torch.Tensor, layers: Sequence[nn.Module]) -> tuple[torch.Tensor,
 def _computed_together(layers: Sequence[nn.Module]) -> list[tuple[StackedLoraLinear, ...]]:
     """All siblings at once, or one by one where some are missing or each has dropout masks."""
     adapted = tuple(layer for layer in layers if isinstance(layer, StackedLoraLinear))
-    has_masks = bool(adapted) and adapted[0].context.dropout_seeds is not None
+    has_masks = bool(adapted) and adapted[0].context.token_keys is not None
     if adapted and adapted == adapted[0].siblings.layers and not has_masks:
         return [adapted]
     return [(layer,) for layer in adapted]

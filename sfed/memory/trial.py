@@ -119,11 +119,12 @@ class Trial:
     @contextmanager
     def _forward(self, load: Load) -> Iterator[tuple[LiveBytes, torch.Tensor]]:
         """Make a forward pass with gradients; gives what counts its bytes, and its loss."""
-        seeds = tuple(range(load.clients)) if self._config.lora.dropout else None
-        self._adapters.context.dropout_seeds = seeds
         self.backbone.training()
         with self._fake:
             rows, batch, live = self._rows(load.clients), self.batch(load), LiveBytes()
+            if self._config.lora.dropout > 0.0:
+                batch = batch.with_keys(range(load.clients))
+            self._adapters.context.token_keys = batch.token_keys
             with live:
                 self._adapters.bind(rows.values, rows.grads, FACTORS)
                 yield live, self._objective.losses(batch).sum()
@@ -133,7 +134,7 @@ class Trial:
         live = LiveBytes()
         with self._fake:
             rows, batch = self._rows(load.clients), self.batch(load)
-            self._adapters.context.dropout_seeds = None
+            self._adapters.context.token_keys = None
             self.backbone.evaluating()
             with torch.no_grad(), live:
                 self._adapters.bind(rows.values)

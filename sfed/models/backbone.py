@@ -344,8 +344,9 @@ def kernels_of(config: Config, world: World) -> Kernels:
         UserError: where they are named in the configuration and do not run here.
     """
     dtype = DTYPES[dtype_name(config, world)]
-    has_fp8 = config.backbone.compute == "fp8"
-    return choice.choose(config.train.kernels, world.device, dtype, has_fp8=has_fp8)
+    has = {"dropout": config.lora.dropout > 0.0, "quantise": config.backbone.compute == "fp8"}
+    options = tuple(name for name in choice.OPTIONS if has[name])
+    return choice.choose(config.train.kernels, world.device, dtype, options)
 
 
 def _set_computing(

@@ -115,7 +115,7 @@ def check(subject: Subject, agree: Agree, *, shares_passes: bool) -> Isolation:
     """
     trial = _Trial(subject)
     subject.backbone.training()
-    subject.adapters.context.dropout_seeds = None
+    subject.adapters.context.token_keys = None
     try:
         before = trial.buffers()
         _refuse(agree(trial.refusal_of_a_row_alone()))

@@ -65,8 +65,6 @@ def why_padded(config: Config, backbone: Backbone) -> str | None:
         return "data.packing=false"
     if task_of(config).is_classification:
         return "a classifier reads one text in a row"
-    if config.lora.dropout > 0.0:
-        return "lora.dropout draws its masks for rows as they lie"
     if backbone.packing is None:
         return "this model would let documents in one row see each other"
     return None

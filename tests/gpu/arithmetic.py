@@ -17,7 +17,7 @@ import torch
 
 from sfed.bench.meters import seconds_of
 from sfed.kernels import choice, comparison
-from sfed.kernels.interface import AdamwRows, ClientStep, FactorStep
+from sfed.kernels.interface import AdamwRows, ClientStep, DropoutMask, FactorStep
 from sfed.kernels.plain.quantise import quantise
 from sfed.lora.frozen import fp8
 from sfed.utils.errors import UserError
@@ -49,9 +49,10 @@ def kernels(device_type: str) -> Figures:
     if importlib.util.find_spec("triton") is None:
         return {"skipped": "Triton is not installed (pip install 'sfed[kernels]')"}
     device, sizes = torch.device(device_type), SIZES[device_type]
-    fused = choice.choose("triton", device, torch.bfloat16, has_fp8=True)
+    fused = choice.choose("triton", device, torch.bfloat16, choice.OPTIONS)
     found: Figures = {}
-    works = {"adamw": _adamw, "swiglu": _swiglu, "rotary": _rotary, "quantise": _quantise}
+    works = {"adamw": _adamw, "swiglu": _swiglu, "rotary": _rotary}
+    works |= {"dropout": _dropout, "quantise": _quantise}
     for name, work in works.items():
         by_both = [work(made, device, sizes) for made in (fused, choice.PLAIN)]
         (ours, own_step), (plain, plain_step) = by_both
@@ -102,6 +103,13 @@ def _rotary(made: choice.Kernels, device: torch.device, sizes: Sizes) -> Outcome
         return [made.rotary(x.transpose(1, 2), cos, sin, back) for back in (False, True)]
 
     return work(), work
+
+
+def _dropout(made: choice.Kernels, device: torch.device, sizes: Sizes) -> Outcome:
+    (x,) = _drawn(device, (sizes.tokens, sizes.hidden))
+    keys = torch.arange(sizes.tokens, device=device) * 0x9E3779B97F4A7C1
+    mask = DropoutMask(keys, 0.05)
+    return [made.dropout(x, mask)], lambda: made.dropout(x, mask)
 
 
 def _quantise(made: choice.Kernels, device: torch.device, sizes: Sizes) -> Outcome:

@@ -14,19 +14,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sfed.kernels.fused import adamw, quantise, rotary, swiglu
+from sfed.kernels.fused import adamw, dropout, quantise, rotary, swiglu
+from sfed.kernels.plain import dropout as plain_dropout
 
 CAPABILITY = 90
 _WIDTHS = {"tokens": "i32", "heads": "i32", "half": "i32", "count": "i64", "width": "i64"}
 _ADAMW: dict[str, Any] = {"HAS_CLIP": True, "BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8}
 _ADAMW |= {"LOG_BETA1": -0.105, "LOG_BETA2": -0.001, "BLOCK": 1024}
 _QUANTISE: dict[str, Any] = {"LARGEST": 448.0, "SMALLEST": 2.0**-126, "BLOCK": 2048}
+_DROPOUT: dict[str, Any] = {
+    name: getattr(plain_dropout, name) for name in ("WEYL", "FIRST", "SECOND")
+}
+_DROPOUT |= {"BLOCK": 1024}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (adamw.adamw_kernel, _ADAMW),
     "product": (swiglu.product_kernel, {"BLOCK": 1024}),
     "gradients": (swiglu.gradients_kernel, {"BLOCK": 1024}),
     "rotary": (rotary.rotary_kernel, {"BACK": False, "HEADS": 8, "BLOCK": 64}),
     "rotary back": (rotary.rotary_kernel, {"BACK": True, "HEADS": 8, "BLOCK": 64}),
+    "dropout": (dropout.dropout_kernel, _DROPOUT),
     "quantise": (quantise.quantise_kernel, _QUANTISE),
     "quantise one number": (quantise.quantise_kernel, {**_QUANTISE, "BLOCK": 1, "width": 1}),
     # A launch makes constants of whole numbers that are 1.
@@ -46,6 +52,8 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
         if name.endswith(("_row", "_token", "_head", "stride")):
             types[name] = "i64"
     known = {"active_C": "*i1", "blocks": "i32", "weight_decay": "fp32"}
+    if kernel is dropout.dropout_kernel:
+        known |= {"words": "*i32", "width": "i32", "threshold": "i32", "scale": "fp32"}
     if kernel is quantise.quantise_kernel:
         known |= {"codes": "*u8", "scales": "*fp32", "row_stride": "i64", "width": "i32"}
     types |= {name: kind for name, kind in known.items() if name in types}

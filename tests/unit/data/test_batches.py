@@ -1,5 +1,7 @@
 """Tests of the order in which a client reads its examples, and of what a batch holds."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from sfed.data import batches
 from sfed.data.batches import IGNORED_LABEL, Order, collate, draw, supervised_count
+from sfed.data.packing import Packing
 from sfed.data.tokenize import Examples, Row, Tokens
 
 seeds = st.integers(min_value=0, max_value=2**40)
@@ -159,3 +162,47 @@ def test_an_empty_batch_has_a_row_for_each_client_and_nothing_to_learn(num_clien
 def test_a_batch_moves_as_a_whole():
     batch = collate([[], []], 1).to(torch.device("meta"))
     assert batch.input_ids.is_meta and batch.labels.is_meta
+
+
+# --- keys of tokens ------------------------------------------------------------------------------
+
+
+def keys_of_examples(batch, by_client):
+    """client, number of the example -> keys of its tokens."""
+    per_client = len(batch.input_ids) // len(by_client)
+    found = {}
+    for client, examples in enumerate(by_client):
+        rows = slice(client * per_client, (client + 1) * per_client)
+        places, keys = batch.places[rows], batch.token_keys[rows].numpy()
+        used = batch.is_token[rows].numpy()
+        for number, example in enumerate(examples):
+            is_own = used & (places >> np.uint64(32) == number)
+            found[client, number] = keys[is_own][: len(example.ids)].tolist()
+    return found
+
+
+@given(batch_of_clients, st.integers(0, 2**63 - 1))
+def test_keys_follow_from_the_clients_seed_the_example_and_the_position(by_client, seed):
+    """Not from rows, padding or who else is there; and no two tokens have the same."""
+    seeds = [(seed + 7 * client) % 2**63 for client in range(len(by_client))]
+    per_client = max(map(len, by_client)) or 1
+    padded = collate(by_client, per_client).with_keys(seeds)
+    packed = collate(by_client, per_client, Packing(2**31, math.inf, 0.0)).with_keys(seeds)
+    found = keys_of_examples(padded, by_client)
+    assert found == keys_of_examples(packed, by_client)
+    for client, examples in enumerate(by_client):
+        alone = collate([examples], len(examples) + 2).with_keys([seeds[client]])
+        own = keys_of_examples(alone, [examples])
+        for number in range(len(examples)):
+            assert own[0, number] == found[client, number]
+            assert len(found[client, number]) == len(examples[number].ids)
+    together = [key for keys in found.values() for key in keys]
+    assert len(set(together)) == len(together)
+
+
+def test_keys_move_with_a_batch_and_there_are_none_unless_they_are_asked_for():
+    batch = collate([[], []], 1)
+    assert batch.token_keys is None and batch.to(torch.device("meta")).token_keys is None
+    keyed = batch.with_keys([1, 2])
+    assert keyed.token_keys.shape == keyed.input_ids.shape and keyed.token_keys.dtype == torch.int64
+    assert keyed.to(torch.device("meta")).token_keys.is_meta

@@ -27,6 +27,7 @@ from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding
 from sfed.models.objective import objective_of
 from tests.support import runs, tiny
+from tests.support.selection import full
 
 COMMON = {"vocab_size": 96, "initializer_range": 0.2}
 LLAMA = {
@@ -307,8 +308,11 @@ def save_uneven_rows(path: Path) -> None:
 
 
 @pytest.mark.dist
-def test_a_packed_run_trains_the_adapters_of_a_padded_one(tiny_folder: Path, tmp_path: Path):
-    """One process and two with ZeRO-3; fewer slots; the same evaluation."""
+@pytest.mark.parametrize("dropout", [full(0.0), 0.3])
+def test_a_packed_run_trains_the_adapters_of_a_padded_one(
+    tiny_folder: Path, tmp_path: Path, dropout: float
+):
+    """One process and two with ZeRO-3; fewer slots; the same evaluation; the same dropout masks."""
     save_uneven_rows(tmp_path / "rows.jsonl")
     found, events = {}, {}
     for name, num, packing, sharding in (
@@ -321,6 +325,7 @@ def test_a_packed_run_trains_the_adapters_of_a_padded_one(tiny_folder: Path, tmp
             data={"packing": packing, "train_files": str(tmp_path / "rows.jsonl")},
             train={"optimizer": "sgd", "lr": 0.1, "local_steps": 3, "batch_size": 6},
             federated={"num_clients": 2, "num_rounds": 2},
+            lora={"rank": 4, "dropout": dropout},
             backbone={"sharding": sharding},
             output={"dir": str(tmp_path), "name": name},
         )

@@ -15,9 +15,10 @@ import torch
 
 from sfed.config.schema import Config, TrainSection
 from sfed.kernels import choice, comparison
-from sfed.kernels.choice import PLAIN, Kernels, choose
-from sfed.kernels.interface import AdamwRows, ClientStep, FactorStep, Quantised
+from sfed.kernels.choice import OPTIONS, PLAIN, Kernels, choose
+from sfed.kernels.interface import AdamwRows, ClientStep, DropoutMask, FactorStep, Quantised
 from sfed.kernels.plain import adamw as plain_adamw
+from sfed.kernels.plain import dropout as plain_dropout
 from sfed.kernels.plain import quantise as plain_quantise
 from sfed.kernels.plain import rotary as plain_rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
@@ -37,7 +38,8 @@ def _nothing_remembered() -> Iterator[None]:
 
 
 def functions(kernels: Kernels) -> tuple[Any, ...]:
-    return kernels.adamw, kernels.swiglu, kernels.rotary, kernels.quantise
+    names = ("adamw", "swiglu", "rotary", *OPTIONS)
+    return tuple(getattr(kernels, name) for name in names)
 
 
 def test_auto_is_the_default_and_takes_torch_on_a_cpu() -> None:
@@ -67,9 +69,10 @@ def test_on_a_cpu_triton_is_refused_unless_it_is_interpreted(
 ) -> None:
     interpreter.require()
     assert choose("triton", CPU, BF16).fused == ("adamw", "swiglu", "rotary")
-    chosen = choose("triton", CPU, BF16, has_fp8=True)
-    assert chosen.fused == ("adamw", "swiglu", "rotary", "quantise") == tuple(chosen.by_name)
-    assert "quantise" not in choose("triton", CPU, BF16).by_name
+    chosen = choose("triton", CPU, BF16, OPTIONS)
+    assert chosen.fused == ("adamw", "swiglu", "rotary", *OPTIONS) == tuple(chosen.by_name)
+    chosen = choose("triton", CPU, BF16, ("dropout",))
+    assert chosen.fused == ("adamw", "swiglu", "rotary", "dropout") == tuple(chosen.by_name)
     choose.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(UserError, match=r"need a GPU and this process computes on cpu .* set "):
@@ -128,6 +131,22 @@ def ignores_strides(x: Any, cos: Any, sin: Any, back: bool) -> torch.Tensor:
     return plain_rotary.rotary(flat, cos, sin, back)
 
 
+def other_masks(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
+    return plain_dropout.dropout(x, mask._replace(keys=mask.keys + 1))
+
+
+def one_mask_for_all(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
+    return plain_dropout.dropout(x, mask._replace(keys=mask.keys[:1].repeat(len(mask.keys))))
+
+
+def half_of_the_key(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
+    return plain_dropout.dropout(x, mask._replace(keys=mask.keys & 0xFFFFFFFF))
+
+
+def unscaled(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
+    return plain_dropout.dropout(x, mask) / mask.scale
+
+
 def one_scale_for_all(rows: torch.Tensor) -> Quantised:
     codes, scales = plain_quantise.quantise(rows.reshape(1, -1))
     return codes.view(rows.shape), scales.expand(len(rows), 1)
@@ -159,6 +178,10 @@ WRONG = [
     ("swiglu", ForgetsTheEnd),
     ("rotary", never_back),
     ("rotary", ignores_strides),
+    ("dropout", other_masks),
+    ("dropout", one_mask_for_all),
+    ("dropout", half_of_the_key),
+    ("dropout", unscaled),
     ("quantise", one_scale_for_all),
     ("quantise", towards_zero),
     ("quantise", bad_numbers_become_the_largest),
@@ -167,7 +190,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("name", ["adamw", "swiglu", "rotary", "quantise"])
+@pytest.mark.parametrize("name", ["adamw", "swiglu", "rotary", *OPTIONS])
 def test_the_plain_operations_are_as_they_are(name: str, dtype: torch.dtype) -> None:
     assert comparison.BY_NAME[name](getattr(PLAIN, name), CPU, dtype) == 0.0
 
@@ -180,7 +203,7 @@ def test_a_wrong_kernel_is_not_used_and_is_refused_where_it_is_asked_for(
     monkeypatch.setattr(choice, "_lack", lambda _device, is_asked: None)
     made = dataclasses.replace(PLAIN, **{name: wrong})
     monkeypatch.setattr(choice, "_fused", lambda: made)
-    chosen = choose("auto", CPU, BF16, has_fp8=True)
+    chosen = choose("auto", CPU, BF16, OPTIONS)
     assert [one for one, by in chosen.by_name.items() if by == "torch"] == [name]
     assert functions(chosen) == functions(PLAIN)
     (fault,) = chosen.faults
@@ -188,7 +211,7 @@ def test_a_wrong_kernel_is_not_used_and_is_refused_where_it_is_asked_for(
     with pytest.raises(
         UserError, match=rf"train.kernels=triton: {fault[:12]}.*; set train.kernels="
     ):
-        choose("triton", CPU, BF16, has_fp8=True)
+        choose("triton", CPU, BF16, OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +251,7 @@ def test_every_kernel_compiles_for_compute_capability_9_0() -> None:
     done = launchers.python("-m", "tests.support.compiled_kernels", env=variables)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 16
+    assert len(found) == 18
     for name, one in found.items():
         assert one["cubin_bytes"] > 1000 and one["is_for_the_gpu"], name
 

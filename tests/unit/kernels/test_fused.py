@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'sfed[kernels]')")
 
 from sfed.kernels.fused import adamw as fused_adamw
+from sfed.kernels.fused import dropout as fused_dropout
 from sfed.kernels.fused import quantise as fused_quantise
 from sfed.kernels.fused import rotary as fused_rotary
 from sfed.kernels.fused.swiglu import FusedSwiglu
-from sfed.kernels.interface import AdamwRows, ClientStep, FactorStep
+from sfed.kernels.interface import AdamwRows, ClientStep, DropoutMask, FactorStep
 from sfed.kernels.plain import adamw as plain_adamw
+from sfed.kernels.plain import dropout as plain_dropout
 from sfed.kernels.plain import quantise as plain_quantise
 from sfed.kernels.plain import rotary as plain_rotary
 from sfed.kernels.plain.swiglu import PlainSwiglu
@@ -246,6 +248,28 @@ def test_what_is_turned_and_turned_back_is_what_it_was() -> None:
     turned = fused_rotary.rotary(x, angle.cos(), angle.sin(), False)
     torch.testing.assert_close(fused_rotary.rotary(turned, angle.cos(), angle.sin(), True), x)
     assert not torch.allclose(turned, x)
+
+
+# --- dropout -------------------------------------------------------------------------------------
+
+
+@few
+@given(
+    st.lists(st.integers(-(2**63), 2**63 - 1), min_size=0, max_size=5),
+    st.integers(1, 2500),
+    st.sampled_from([0.0, 0.05, 0.5, 0.999]),
+    dtypes,
+)
+def test_what_is_dropped_is_that_of_the_plain_operations(
+    keys: list[int], width: int, probability: float, dtype: torch.dtype
+) -> None:
+    x = drawn(width, len(keys), width, dtype=dtype).add(9.0)
+    mask = DropoutMask(torch.tensor(keys, dtype=torch.int64), probability)
+    found, plain = fused_dropout.dropout(x, mask), plain_dropout.dropout(x, mask)
+    assert found.dtype == dtype and found.shape == x.shape
+    assert torch.equal(found == 0.0, plain == 0.0)
+    if keys:
+        assert_near(found, torch.where(plain == 0.0, 0.0, x.double() / (1 - probability)))
 
 
 # --- FP8 -----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sfed.distributed import world as distributed
 from sfed.federated.fingerprints import of_backbone
-from sfed.kernels.choice import choose
+from sfed.kernels.choice import OPTIONS, choose
 from sfed.kernels.plain.quantise import CODES, quantise
 from sfed.lora.adapters import LoraSpec, attach
 from sfed.lora.frozen import fp8
@@ -248,7 +248,7 @@ def test_q_k_and_v_quantise_their_input_once_and_so_do_gate_and_up() -> None:
 
 def test_kernels_of_triton_give_the_same_bits() -> None:
     interpreter.require()
-    kernels = choose("triton", torch.device("cpu"), torch.float32, has_fp8=True)
+    kernels = choose("triton", torch.device("cpu"), torch.float32, OPTIONS)
     weight, x, g = torch.randn(48, 32), torch.randn(3, 5, 32), torch.randn(3, 5, 48)
     fused = Fp8Linear(weight, None, rounding=kernels.quantise)
     for found, plain in zip(gradient(fused, x, g), gradient(layer_of(weight), x, g), strict=True):

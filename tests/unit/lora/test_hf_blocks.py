@@ -16,6 +16,7 @@ from sfed.lora import adapters, hf_blocks
 from sfed.lora.adapters import LoraSpec
 from sfed.lora.linear import Probe
 from sfed.models.synthetic import model_config
+from tests.support.keys import token_keys
 
 CLIENTS, ROWS, TOKENS, LORA_RANK, GAMMA = 3, 2, 9, 4, 0.7
 FAMILIES = {
@@ -163,7 +164,7 @@ def test_a_group_gives_the_outputs_of_its_layers_bit_for_bit_and_their_gradients
 def test_gradients_of_micro_passes_add_up(dropout):
     quick = lean(make())
     attached = attach(quick, dropout=dropout)
-    attached.context.dropout_seeds = (3, 4, 5) if dropout else None
+    attached.context.token_keys = token_keys((3, 4, 5), ROWS, TOKENS) if dropout else None
     values = rows_of(attached.layout)
     once, twice = torch.zeros_like(values), torch.zeros_like(values)
     attached.bind(values, once, "AB")
@@ -178,7 +179,7 @@ def test_dropout_in_lean_blocks_is_that_of_layers_called_one_by_one():
     found = []
     for model in (make(), lean(make())):
         attached = attach(model, dropout=0.4)
-        attached.context.dropout_seeds = (3, 4, 5)
+        attached.context.token_keys = token_keys((3, 4, 5), ROWS, TOKENS)
         values = rows_of(attached.layout)
         grads = torch.zeros_like(values)
         attached.bind(values, grads, "AB")

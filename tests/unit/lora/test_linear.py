@@ -15,6 +15,7 @@ from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.factors import Factors, PassRows
 from sfed.lora.layout import Layout, Piece
 from sfed.lora.linear import PassContext, StackedLoraLinear
+from tests.support.keys import token_keys
 
 CLIENTS, ROWS, TOKENS, IN, OUT, LORA_RANK, GAMMA = 3, 2, 5, 6, 10, 4, 1.7
 
@@ -97,14 +98,15 @@ def test_the_input_is_not_cast_up() -> None:
 def test_dropout_masks_are_a_function_of_the_client_and_the_layer() -> None:
     layer, _, _ = stacked(dropout=0.5)
     x = torch.randn(CLIENTS * ROWS, TOKENS, IN)
-    layer.context.dropout_seeds = (5, 6, 7)
+    layer.context.token_keys = token_keys((5, 6, 7), ROWS, TOKENS)
     y = layer(x)
     torch.testing.assert_close(y, layer(x), rtol=0, atol=0)
-    layer.context.dropout_seeds = (5, 8, 9)
+    torch.testing.assert_close(y.flatten(0, 1), layer(x.flatten(0, 1)), rtol=1e-6, atol=1e-6)
+    layer.context.token_keys = token_keys((5, 8, 9), ROWS, TOKENS)
     again = layer(x)
     assert torch.equal(y[:ROWS], again[:ROWS])
     assert not torch.equal(y[ROWS:], again[ROWS:])
-    layer._layer_index = 1
+    layer._layer_word = 1
     assert not torch.equal(again, layer(x))
 
 
@@ -112,26 +114,36 @@ def test_dropout_masks_are_a_function_of_the_client_and_the_layer() -> None:
 def test_dropout_masks_do_not_depend_on_who_shares_the_pass(tokens: int) -> None:
     """More clients, more sequences of others, and sequences that are padded further."""
     layer, _, _ = stacked(dropout=0.5)
-    layer.context.dropout_seeds = (5, 6, 7)
+    layer.context.token_keys = token_keys((5, 6, 7), ROWS + 1, tokens + 90)
     ones = torch.ones(CLIENTS * (ROWS + 1), tokens + 90, IN)
     masks = layer.drop(ones).view(CLIENTS, ROWS + 1, tokens + 90, IN)
     for client, seed in enumerate((5, 6, 7)):
-        layer.context.dropout_seeds = (seed,)
+        layer.context.token_keys = token_keys((seed,), ROWS, tokens)
         alone = layer.drop(torch.ones(ROWS, tokens, IN))
         assert torch.equal(alone, masks[client, :ROWS, :tokens])
-    pieces = masks.flatten(0, 1)
-    assert not torch.equal(pieces[0], pieces[1]), "each sequence has its own"
-    assert not torch.equal(pieces[0, :26], pieces[0, 64:90]), "and each of its pieces"
+    sequences = masks.flatten(0, 1)
+    assert not torch.equal(sequences[0], sequences[1]), "each sequence has its own"
+    assert not torch.equal(sequences[0, :26], sequences[0, 26:52]), "and each token"
+
+
+def test_a_layer_that_sees_no_tokens_has_a_mask_for_each_vector_of_a_client() -> None:
+    layer, _, _ = stacked(dropout=0.5)
+    layer.context.token_keys = token_keys((5, 6, 7), ROWS, TOKENS)
+    masks = layer.drop(torch.ones(CLIENTS * ROWS, 64))
+    assert len({tuple(mask) for mask in masks.tolist()}) == CLIENTS * ROWS
+    layer.context.token_keys = token_keys((8, 6, 9), ROWS, TOKENS)
+    again = layer.drop(torch.ones(CLIENTS * ROWS, 64))
+    same = [torch.equal(one, other) for one, other in zip(masks, again, strict=True)]
+    assert same == [False] * ROWS + [True] * ROWS + [False] * ROWS
 
 
 def test_dropout_keeps_the_expected_value() -> None:
     layer, _, _ = stacked(dropout=0.25)
     x = torch.ones(CLIENTS, 1, IN)
-    layer.context.dropout_seeds = None
     expected = layer(x)
     total = torch.zeros_like(expected)
     for seed in range(4000):
-        layer.context.dropout_seeds = (seed, seed, seed)
+        layer.context.token_keys = token_keys((seed, seed, seed), 1, 1)
         total += layer(x)
     scale = float(expected.detach().abs().max())
     torch.testing.assert_close(total / 4000, expected, rtol=0.0, atol=0.06 * scale)
@@ -269,7 +281,7 @@ def test_each_client_of_a_pass_has_its_own_gamma_and_keeps_its_zeros(
         own.context.dtype = dtype
         values = padded_rows(own)[clients]
         grads = torch.zeros_like(values)
-        own.context.dropout_seeds = tuple(clients) if dropout else None
+        own.context.token_keys = token_keys(clients, 1, 9) if dropout else None
         own.bind(values, grads, ("A", "B"), gammas)
         logits = model(ids[clients]).logits.float()
         losses = [logits[i].log_softmax(-1)[0, 0] for i in range(len(clients))]

@@ -9,10 +9,13 @@ import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
-from sfed.lora import adapters, hf_blocks, linear
+from sfed.kernels.interface import DropoutMask
+from sfed.kernels.plain.dropout import dropout
+from sfed.lora import adapters, hf_blocks, linear, ops
 from sfed.lora.adapters import LoraSpec
 from sfed.lora.factors import Factors, PassRows
 from sfed.lora.layout import Layout
+from tests.support.keys import token_keys
 
 FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 FAMILIES |= {"qwen3": Qwen3Config}
@@ -35,9 +38,9 @@ def make(config, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return model.requires_grad_(False).to(dtype)
 
 
-def attach(model: torch.nn.Module, num_clients: int, lora_rank: int = 4):
+def attach(model: torch.nn.Module, num_clients: int, lora_rank: int = 4, dropout: float = 0.0):
     """Adapters of random factors; returns them with the buffer that collects gradients."""
-    attached = adapters.attach(model, LoraSpec(lora_rank, 0.7, 0.0, "all-linear", "base"))
+    attached = adapters.attach(model, LoraSpec(lora_rank, 0.7, dropout, "all-linear", "base"))
     torch.manual_seed(1)
     values = 0.1 * torch.randn(num_clients, attached.layout.size)
     grads = torch.zeros_like(values)
@@ -125,10 +128,27 @@ def test_an_adapter_saves_its_input_for_a_and_a_x_for_b(trained):
         torch.testing.assert_close(piece.of(grads), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_dropped_has_no_gradient_and_is_dropped_again():
+    x, other = (torch.randn(2, 3, 40, requires_grad=True) for _ in range(2))
+    mask = DropoutMask(torch.arange(6) * 2**35 + 1, 0.25)
+    dropped = ops.drop(x, mask, dropout)
+    is_kept = (dropped != 0.0).float()
+    assert 0.6 < float(is_kept.mean()) < 0.9
+    torch.autograd.backward((dropped * other).sum())
+    torch.testing.assert_close(x.grad, other.detach() * is_kept / 0.75)
+    recipe = ops.recipe_of(dropped)
+    with torch.no_grad():  # as in a backward pass
+        assert recipe.inputs == (x,) and torch.equal(recipe.make(*recipe.inputs), dropped)
+    gate, up = torch.randn(2, 2, 3, 40).unbind()
+    of_swiglu = ops.recipe_of(ops.drop(product := ops.swiglu(gate, up), mask, dropout))
+    assert of_swiglu.inputs == (gate, up)
+    assert torch.equal(of_swiglu.make(gate, up), dropout(product, mask))
+
+
 # --- what is saved -------------------------------------------------------------------------------
 
 
-def saved_bytes(config: LlamaConfig, tokens: int) -> int:
+def saved_bytes(config: LlamaConfig, tokens: int, dropout: float) -> int:
     """Bytes that a forward pass keeps for the backward pass, beside weights and factors.
 
     Storages are counted once. Copies of factors in the backbone's dtype, which do not grow with
@@ -138,7 +158,9 @@ def saved_bytes(config: LlamaConfig, tokens: int) -> int:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = model.to_empty(device="cpu").requires_grad_(False)  # the numbers do not matter
     hf_blocks.patch_blocks(model)
-    _, values, grads = attach(model, num_clients=1, lora_rank=16)
+    attached, values, grads = attach(model, num_clients=1, lora_rank=16, dropout=dropout)
+    if dropout:
+        attached.context.token_keys = token_keys((3,), 1, tokens)
     held = [*model.parameters(), *model.buffers(), values, grads]
     known = {tensor.untyped_storage().data_ptr() for tensor in held}
     found: dict[int, int] = {}
@@ -157,9 +179,9 @@ def saved_bytes(config: LlamaConfig, tokens: int) -> int:
     return sum(found.values())
 
 
-def per_token_and_layer(sizes: dict[str, int]) -> float:
+def per_token_and_layer(sizes: dict[str, int], dropout: float = 0.0) -> float:
     def of(layers: int, tokens: int) -> int:
-        return saved_bytes(LlamaConfig(**{**sizes, "num_hidden_layers": layers}), tokens)
+        return saved_bytes(LlamaConfig(**{**sizes, "num_hidden_layers": layers}), tokens, dropout)
 
     return ((of(2, 96) - of(1, 96)) - (of(2, 32) - of(1, 32))) / 64
 
@@ -170,10 +192,12 @@ def least(d: int, kv: int, f: int, heads: int, r: int = 16) -> int:
     return 2 * (2 * d + d + 2 * kv + d + 2 * f + 7 * r) + 4 * (2 + heads)
 
 
-def test_a_layer_saves_what_nothing_can_do_without():
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_layer_saves_what_nothing_can_do_without(dropout):
+    """Neither masks nor what is left of an input: both are made again."""
     sizes = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 4, "vocab_size": 64}
-    assert per_token_and_layer(sizes) == least(128, 128, 320, 4)
+    assert per_token_and_layer(sizes, dropout) == least(128, 128, 320, 4)
 
 
 @pytest.mark.slow

@@ -1,0 +1,39 @@
+"""Dropout whose masks are a function of keys, in operations of torch.
+
+Number i of a vector with the key (k0, k1), two words of 32 bits, is dropped with probability p:
+
+    z = k0 + i * 0x9E3779B9
+    z = (z ^ z >> 16) * 0x85EBCA6B
+    z = (z ^ k1 ^ (z ^ k1) >> 13) * 0xC2B2AE35        dropped where z, signed, < p * 2^32 - 2^31
+
+The steps are those of MurmurHash3's finalizer, over a Weyl sequence, with the second half of the
+key between them. All is arithmetic of 32 bits that wraps around, the same on every device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sfed.kernels.interface import DropoutMask
+
+WEYL, FIRST, SECOND = -0x61C88647, -0x7A143595, -0x3D4D51CB
+"""The constants above as signed words."""
+_NUMBERS_AT_A_TIME = {"cpu": 2**17}  # so that they stay in the cache
+_MOST_NUMBERS = 2**22
+
+
+def dropout(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
+    """Drop numbers of vectors; see ``interface.Dropout``."""
+    vectors = x.reshape(-1, x.shape[-1])
+    output, (count, width) = torch.empty_like(vectors), vectors.shape
+    words = mask.keys.view(torch.int32).view(count, 2)
+    weyl = torch.arange(width, dtype=torch.int32, device=x.device) * WEYL
+    some = max(1, _NUMBERS_AT_A_TIME.get(x.device.type, _MOST_NUMBERS) // width)
+    for start in range(0, count, some):
+        here = slice(start, start + some)
+        z = words[here, :1] + weyl
+        z = z.bitwise_xor_((z >> 16).bitwise_and_(0xFFFF)).mul_(FIRST).bitwise_xor_(words[here, 1:])
+        z = z.bitwise_xor_((z >> 13).bitwise_and_(0x7FFFF)).mul_(SECOND)
+        torch.mul(vectors[here], mask.scale, out=output[here])
+        output[here].masked_fill_(z < mask.threshold, 0.0)
+    return output.view(x.shape)
