@@ -318,6 +318,27 @@ def test_the_architecture_page_lists_every_file_and_no_other() -> None:
     assert listed == {name for name in files if not name.endswith(("__init__.py", "__main__.py"))}
 
 
+def test_the_architecture_page_lists_no_file_twice() -> None:
+    text = text_of(DOCS / "architecture.md")
+    for part in text[text.index("## Files") :].split("\n### "):
+        named = re.findall(r"^\| (`[\w/]+\.py`.*?) \|", part, re.MULTILINE)
+        files = [file for row in named for file in re.findall(r"`([\w/]+\.py)`", row)]
+        assert len(files) == len(set(files)), part.splitlines()[0]
+
+
+def test_the_layers_of_the_architecture_page_are_those_that_are_enforced() -> None:
+    settings = text_of(ROOT / "pyproject.toml")
+    listed = re.search(r"^layers = \[\n(.*?)^\]", settings, re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    enforced = [
+        set(re.findall(r"\w+", layer))
+        for layer in re.findall(r'^ *"(.+?)",', listed[1], re.MULTILINE)
+    ]
+    text = text_of(DOCS / "architecture.md")
+    shown = re.findall(r"^\| \d+ \| (.+) \|$", text, re.MULTILINE)
+    assert [set(re.findall(r"`(\w+)`", row)) for row in shown] == enforced
+
+
 def test_the_templates_of_the_tasks_are_printed_as_they_are() -> None:
     page = DOCS / "own-data.md"
     blocks = [block.removesuffix("\n") for block in fences(page, "text")]
