@@ -384,7 +384,7 @@ def check_joinable(run: Config, folder: str) -> Factors:
         )
     if "A" in method.common:
         return method.common
-    known = [name for name, one in METHODS.items() if "A" in one.common]
+    known = [name for name, one in METHODS.items() if "A" in one.common and not one.changes_base]
     raise ConfigError(
         f"federated.join = {folder!r}: federated.method={run.federated.method} with "
         f"federated.averaged={_words(run.federated.averaged)} leaves each client an A of its own, "

@@ -204,8 +204,12 @@ def test_who_averages_b_before_a_needs_the_same_a(name):
 
 def test_a_run_whose_clients_keep_a_cannot_be_joined():
     for federated in ({"method": "local"}, {"method": "fedsa", "averaged": ["B"]}):
-        with pytest.raises(ConfigError, match="leaves each client an A of its own"):
+        with pytest.raises(ConfigError, match="leaves each client an A of its own") as mistake:
             check_joinable(with_keys(**federated), "runs/x")
+        named = str(mistake.value).rpartition("such as one of ")[2].split(", ")
+        assert len(named) == len(
+            [check_joinable(with_keys(method=name), "runs/x") for name in named]
+        )
     assert check_joinable(with_keys(method="fedit"), "runs/x") == AB
     with pytest.raises(ConfigError, match="fedex has changed the frozen weights"):
         check_joinable(with_keys(method="fedex"), "runs/x")
