@@ -94,8 +94,11 @@ def _show(results: Mapping[str, Any]) -> None:
         command.tell(f"warning: {note}")
     base = results["adapters"][0]["loss"]
     extra = [name for name in ("perplexity", *results["scores"]) if name in results["adapters"][0]]
-    title = f"held-out examples: {results['examples']:,}; losses in {results['loss_unit']}"
-    table = Table(title=title, title_justify="left")
+    # Not as the title of the table, which breaks lines at the table's width.
+    sys.stdout.write(
+        f"held-out examples: {results['examples']:,}; losses in {results['loss_unit']}\n"
+    )
+    table = Table()
     table.add_column("adapter")
     for column in ("loss", "change", *(name.replace("_", " ") for name in extra)):
         table.add_column(column, justify="right")

@@ -1,1 +1,1 @@
-"""Tests of ``sfed/storage``."""
+"""Tests of ``sfed/export``."""
