@@ -14,7 +14,7 @@
 #   MASTER_ADDR     name or address of node 0, where all meet. Nodes without numbers need the name:
 #                   torchrun knows the meeting node by its host name
 #   MASTER_PORT     a port that is free there (29500)
-#   MAX_RESTARTS    how often torchrun itself starts failed processes again (0); see README.md
+#   MAX_RESTARTS    how often torchrun itself starts failed processes again (0); see docs/cluster.md
 #   RDZV_ID         name of the job, where several jobs meet at one port (sfed)
 #
 # torchrun's own variables (PET_NNODES, PET_MASTER_ADDR, ..., which Kubeflow sets) go before these.
