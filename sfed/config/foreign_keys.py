@@ -53,6 +53,8 @@ FOREIGN_KEYS = {
     "dirichlet_alpha": "partition.concentration",
     # optimizer and schedule
     "learning_rate": "train.lr",
+    "learning_rate_max": "train.lr, with train.schedule=cosine over the whole run",
+    "learning_rate_min": "no lowest rate; train.schedule=cosine ends at 0",
     "lr_scheduler_type": "train.schedule",
     "lr_scheduler": "train.schedule",
     "warmup_steps": _WARMUP,
@@ -109,6 +111,7 @@ FOREIGN_KEYS = {
     "max_seq_len": "data.max_tokens",
     "sequence_len": "data.max_tokens",
     "seq_length": "data.max_tokens",
+    "tok_len": "data.max_tokens",
     "cutoff_len": "data.max_tokens",
     "sample_packing": "data.packing",
     # outputs

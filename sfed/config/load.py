@@ -290,7 +290,7 @@ def suggestion(key: str) -> str:
     if key.startswith("clients."):
         return f"; a client has {', '.join(ClientSection.model_fields)}"
     known = [name for name, _, _ in list_keys() if not name.startswith("clients.")]
-    leaf = key.rpartition(".")[2]
+    leaf = key.rpartition(".")[2].replace("-", "_")  # Flower writes its keys with hyphens
     near = [name for name in known if name.rpartition(".")[2] == leaf]
     if not near and leaf in FOREIGN_KEYS:
         return f"; in sfed: {FOREIGN_KEYS[leaf]}"

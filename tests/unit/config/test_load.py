@@ -395,6 +395,23 @@ def test_every_default_in_help_is_accepted_as_a_value_for_its_key():
 
 
 @pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("federated.num-server-rounds", "federated.num_rounds"),
+        ("options.num-supernodes", "federated.num_clients"),
+        ("strategy.fraction-train", "federated.clients_per_round"),
+        ("train.training-arguments.max-steps", "train.local_steps"),
+        ("model.lora.peft-lora-r", "lora.rank"),
+        ("train.learning-rate-max", "train.lr"),
+        ("train.seq-length", "data.max_tokens"),
+        ("llm.tok_len", "data.max_tokens"),
+    ],
+)
+def test_keys_of_the_page_on_other_trainers_are_answered(theirs: str, ours: str):
+    assert f"; in sfed: {ours}" in config_load.suggestion(theirs)
+
+
+@pytest.mark.parametrize(
     ("wrong", "suggestion"),
     [
         ("lora.rnak", "lora.rank"),
