@@ -106,11 +106,11 @@ def _missing_quantization(config: Config) -> list[str]:
 
 def _check_origin(config: Config) -> None:
     """Check what the run starts from, where that is on disk and the run begins."""
-    origin.adopted(config)
     if config.federated.join is not None and not origin.is_resumed(config):
         found = origin.source(config)
         assert found.run_config is not None
-        methods.check_joinable(found.run_config, found.path)
+        methods.check_joinable(found.run_config, found.path)  # before what remedies its settings
+    origin.adopted(config)
 
 
 def _of_settings(config: Config, num_processes: int) -> list[str]:

@@ -36,6 +36,7 @@ from sfed.privacy.guarantee import (
 from sfed.privacy.keys import Key
 from sfed.privacy.ledger import LEDGER_FILE, Ledger
 from sfed.utils.errors import CheckpointError
+from sfed.utils.text import counted
 
 _BYTES_PER_NUMBER = 8 + 4
 """Of the sum, in whole numbers, and of what is released."""
@@ -81,7 +82,7 @@ class PrivateMean:
         planned = planned_releases(config, method, num_rounds)
         kind = "Poisson, expected" if sampling.is_poisson else "fixed"
         return (
-            f"privacy of what is sent, after {num_rounds} rounds: "
+            f"privacy of what is sent, after {counted(num_rounds, 'round')}: "
             f"{describe(self.guarantee, self.guarantee.epsilon(planned))}; cohort "
             f"{sampling.cohort} of {sampling.num_clients} ({kind}), from a secret key"
         )

@@ -256,6 +256,18 @@ def test_a_run_without_a_common_a_is_refused_and_the_others_are_named(
     assert f"such as one of {', '.join(names)}" in said
 
 
+def test_a_run_that_cannot_be_joined_is_refused_before_its_settings_are_asked_for(
+    tiny_folder: Path, tmp_path: Path, federation: Path
+):
+    copied = tmp_path / "copied"
+    shutil.copytree(federation, copied)
+    facts = json.loads((copied / "config.json").read_text(encoding="utf-8"))
+    facts["federated"]["method"] = "fedex"
+    (copied / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    said = refusal(tiny_folder, tmp_path, federated={"join": str(copied)}, lora={"rank": 9})
+    assert "fedex has changed the frozen weights" in said and "lora.rank" not in said
+
+
 def test_a_run_that_is_not_finished_is_refused(tiny_folder: Path, tmp_path: Path, federation: Path):
     copied = tmp_path / "copied"
     shutil.copytree(federation, copied)
