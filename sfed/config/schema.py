@@ -75,8 +75,8 @@ class LoraSection(Section):
     adapters where they are not set. null = A is drawn and B is 0."""
     init: Literal["auto", "independent", "shared"] = "auto"
     """Initialization of A: independent = one draw per client, averaged over the clients before the
-    first step if the method averages A; shared = one draw for all clients; auto = the method's
-    own."""
+    first step if the method averages A or never trains it (ffa); shared = one draw for all clients;
+    auto = the method's own."""
     scaling: Literal["auto", "lora", "rslora", "sfed"] | tuple[Exponent, Exponent] = "auto"
     """Formula of gamma, the factor of B A x: lora = alpha/r, rslora = alpha/sqrt(r), sfed =
     alpha*sqrt(N/r), or [p, q] = alpha * N^p * r^q; auto = the method's own."""
