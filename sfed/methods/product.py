@@ -64,12 +64,15 @@ def flexlora(sent: SentLayer) -> CommonLayer:
     A client of rank r_i then takes the first r_i rows and columns, which is the best approximation
     with r_i rows, and B with its own gamma (``Method.keeps_product``).
 
-    Where Delta has fewer than r singular values, the rows of A beyond are those of before the
-    round, and the columns of B are zero.
+    Where Delta has fewer than r singular values above the rounding of fp64, the rows of A beyond
+    are those of before the round, and the columns of B are zero.
     """
+    import torch
+
     u, s, vt = svd_of_product(*stacks(sent))
     before_a, before_b = sent.before["A"], sent.before["B"]
-    rows = min(len(before_a), len(s))
+    rounding = s[0] * max(len(u), vt.shape[1]) * torch.finfo(s.dtype).eps
+    rows = min(len(before_a), int((s > rounding).sum()))
     a, b = before_a.clone(), before_b.new_zeros(before_b.shape)
     a[:rows] = vt[:rows].to(a.dtype)
     b[:, :rows] = (u[:, :rows] * (s[:rows] / sent.common_gamma)).to(b.dtype)

@@ -118,6 +118,21 @@ def test_a_rank_beyond_the_layer_keeps_rows_that_can_learn() -> None:
     assert not common.factors["B"][:, 2:].any()
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_rows_of_singular_values_that_are_zero_are_those_of_before_the_round(rank: int) -> None:
+    """As after a round whose rate was 0, or of clients that still hold one A: no basis is made of
+    the rounding of a library."""
+    sent = sent_by(shape=(OUT, IN, 3))
+    a = sent.factors["A"][:1].expand_as(sent.factors["A"]).contiguous()
+    b = sent.factors["B"].clone()
+    b[:, :, rank:] = 0
+    sent = dataclasses.replace(sent, factors={"A": a, "B": b})
+    common = product.flexlora(sent)
+    assert close(added(common, sent), dense(sent))
+    assert torch.equal(common.factors["A"][rank:], sent.before["A"][rank:])
+    assert not common.factors["B"][:, rank:].any()
+
+
 def test_a_worked_example_of_two_clients_with_unequal_weights() -> None:
     """Delta = 2 (1/4 [3 0 0; 0 0 0] + 3/4 [0 0 0; 0 4 0]) = diag(1.5, 6): its first value is 6."""
     a = torch.tensor([[[3.0, 0.0, 0.0]], [[0.0, -4.0, 0.0]]])
