@@ -65,6 +65,8 @@ RELEASES = "privacy/releases"
 """Noisy sums so far, those of repeated rounds included where their sum was another."""
 CLIP = "privacy/clip"
 """Bound on a client's change in the round that comes next."""
+STARTS_FILE = "starts.jsonl"
+"""Beside ``metrics.jsonl``: an event for each start that came to its end."""
 # How a mean over clients weighs them; ends of names under eval/.
 UNWEIGHTED, BY_EXAMPLES = "_unweighted", "_by_examples"
 
@@ -199,6 +201,17 @@ class MetricsFile:
                 f"{self._path} cannot be written ({refusal}); make room or set output.dir, then "
                 "start again: the run resumes from the newest complete checkpoint"
             )
+
+    def write_end(self, event: Mapping[str, Any]) -> None:
+        """Append the event of the end of a start to ``STARTS_FILE`` beside this file.
+
+        In ``metrics.jsonl`` the last line is that of the last round, which others read there.
+
+        Raises:
+            OSError: where the disk refuses.
+        """
+        with self._path.with_name(STARTS_FILE).open("ab") as file:
+            file.write(_line(dict(event)).encode())
 
     def close(self) -> None:
         """Close the file."""

@@ -127,6 +127,15 @@ class MetricLogger:
             scalars, finished = scalars_of(event), int(event["round"])
             self._each(lambda tracker: tracker.log(scalars, finished))
 
+    def write_end(self, event: Mapping[str, Any]) -> None:
+        """Append the event of the end of a start, which no round holds.
+
+        Raises:
+            OSError: where the disk refuses.
+        """
+        event, self._of_start = {**event, **self._of_start}, {}
+        self._file.write_end(event)
+
     def close(self) -> None:
         """Close the file and finish the trackers."""
         self._file.close()

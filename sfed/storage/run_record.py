@@ -354,15 +354,17 @@ class SavedRounds:
 
 
 def read_rounds(folder: Path) -> SavedRounds:
-    """Read ``metrics.jsonl`` of a run folder; where there is none, there are no rounds.
+    """Read ``metrics.jsonl`` and ``starts.jsonl`` of a run folder; without them nothing is there.
 
     Raises:
         OSError: where it is there and cannot be read.
     """
     found = metrics.read_metrics(folder / METRICS_FILE)
+    of_starts = metrics.read_events(folder / metrics.STARTS_FILE)
     rounds = {event["round"]: event for event in found.events if event["event"] == "round"}
     events = [rounds[key] for key in sorted(rounds)]
-    ends = [event for event in found.events if event["event"] == "end"]
+    # Some older versions wrote the ends of starts among the rounds.
+    ends = [event for event in [*found.events, *of_starts] if event["event"] == "end"]
     is_foreign = bool(found.odd_lines) and not found.events
     return SavedRounds(events, found.note, ends, is_foreign)
 

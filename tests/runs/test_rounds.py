@@ -174,6 +174,8 @@ def test_a_run_folder_holds_what_it_promises(tiny_folder: Path, tmp_path: Path) 
     assert min(loss for loss, _ in weighted) <= events[2]["train/loss"]
     assert events[2]["eval/loss"] < events[0]["eval/loss"]
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["round"]) == ("round", 2), "programs read the result there"
+    [last] = map(json.loads, (folder / "starts.jsonl").read_text().splitlines())
     assert last["event"] == "end"
     assert all(last[key] > 0 for key in ("time/checkpoint_seconds", "time/export_seconds"))
 

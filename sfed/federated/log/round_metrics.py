@@ -20,7 +20,6 @@ from sfed.observability import metrics
 from sfed.observability.console import Console
 from sfed.observability.trackers import MetricLogger
 from sfed.storage.checkpoint_writer import Writer
-from sfed.utils.errors import UserError
 
 
 @dataclass
@@ -123,8 +122,8 @@ class RoundLog:
             metrics.CPU_SECONDS: time.process_time() - self._cpu_seconds,
             metrics.PEAK_BYTES: peak_bytes(self._run.world.device),
         }
-        with suppress(UserError):  # a full disk: the run itself is whole
-            self._journal.write_event(event)
+        with suppress(OSError):  # a full disk: the run itself is whole
+            self._journal.write_end(event)
 
 
 def round_event(

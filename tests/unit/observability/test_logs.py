@@ -246,8 +246,8 @@ def test_a_warning_of_any_process_is_seen_and_a_run_says_where_its_time_went(tin
         assert any("round 3/3" in line for line in lines) == (process == 0)
     assert "[process 0] time   " in (tmp_path / "said-0").read_text()
     events = list(metrics.read_events(tmp_path / "run" / "metrics.jsonl"))
-    assert [metrics.LOADING_SECONDS in one for one in events] == [True, False, False, False, False]
-    assert [one["event"] for one in events] == ["round"] * 4 + ["end"]
+    assert [metrics.LOADING_SECONDS in one for one in events] == [True, False, False, False]
+    assert [one["event"] for one in events] == ["round"] * 4
     spent = metrics.time_spent(events)
     assert {"starting", "reading and tokenising", "loading the model", "local steps"} <= set(spent)
     assert {"evaluation before training", "evaluation", "averaging"} <= set(spent)
