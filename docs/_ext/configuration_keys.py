@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from sfed.config.fields import MOST_COUNT
 from sfed.config.load import list_keys
 from sfed.config.schema import Config
 
@@ -72,7 +73,11 @@ def _described(kind: dict[str, Any]) -> str:
         return _described_list(kind)
     if kind.get("type") == "object":
         return "mapping"
-    bounds = [words.format(f"{kind[bound]:g}") for bound, words in _BOUNDS.items() if bound in kind]
+    bounds = [
+        words.format(f"{kind[bound]:g}")
+        for bound, words in _BOUNDS.items()
+        if bound in kind and kind[bound] != MOST_COUNT  # the page says this one once
+    ]
     return f"{kind['type']} {' and '.join(bounds)}".rstrip()
 
 

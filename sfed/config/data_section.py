@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, Field
 
-from sfed.config.fields import Label, Locations, Section, as_list
+from sfed.config.fields import Count, Label, Locations, Section, as_list
 
 CLASS_COLUMNS = ("text", "text_pair", "label")
 """What data.task=classification reads of a record."""
@@ -68,22 +68,22 @@ class DataSection(Section):
     one of the tokenizer."""
     chat_loss: Literal["all", "last"] = "all"
     """Assistant turns of a conversation that the loss is computed on: all, or the last one."""
-    max_tokens: PositiveInt = 512
+    max_tokens: Count = 512
     """Maximum length of a sequence in tokens; see data.on_long."""
     on_long: Literal["truncate", "drop", "error"] = "truncate"
     """What becomes of a sequence above data.max_tokens: truncate = its end is cut off, and it is
     dropped where no token of the answer is left; drop = it is dropped; error = the run is
     refused."""
-    max_row_characters: PositiveInt = 1_000_000
+    max_row_characters: Count = 1_000_000
     """Maximum length in characters of a line of a file and of the text of a row. Longer ones are
     refused before they are tokenised."""
     packing: bool = True
     """Place several short sequences of a client in one row where that is cheaper; they do not
     attend to each other. false = one padded row per sequence, as always for classification."""
-    max_train_examples: PositiveInt | None = None
+    max_train_examples: Count | None = None
     """Maximum number of training examples: a random subset, drawn from the seed; with
     partition.kind=by_file of each file. null = all."""
-    max_eval_examples: PositiveInt | None = None
+    max_eval_examples: Count | None = None
     """Maximum number of held-out examples of all clients together: a random subset, drawn from the
     seed; with partition.kind=by_file of each file in data.eval_files. null = all."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)

@@ -8,13 +8,11 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    NonNegativeInt,
-    PositiveInt,
     model_validator,
 )
 
 from sfed.config import own_method
-from sfed.config.fields import Location, Section, at_home
+from sfed.config.fields import Count, CountOrZero, Location, Section, at_home
 
 # What each server optimizer reads.
 SERVER_KEYS: dict[str, tuple[str, ...]] = {
@@ -36,27 +34,27 @@ class FederatedSection(Section):
     averaged: Literal["auto"] | tuple[Literal["A", "B"], ...] = "auto"
     """Factors that are averaged after each round, for ablations: [A], [B], [A, B] or []. auto = the
     method's own."""
-    num_clients: PositiveInt | None = None
+    num_clients: Count | None = None
     """Number of clients N. null = one client per process; with partition.kind=by_file one per
     file."""
     join: Location | None = None
     """Folder of a finished run that new clients join: they take its A, which is frozen, and its
     gamma, and each trains B and its head alone. No mean is sent. null = the clients of this run are
     a federation of their own."""
-    num_rounds: PositiveInt = 10
+    num_rounds: Count = 10
     """Number of rounds of the run, including the rounds before it was resumed. It may change when
     the run resumes: finished rounds keep their learning rates, and the schedule of those that
     follow is computed with the new number."""
     share_head: bool = False
     """Average the classification heads after each round. false = each client keeps its own head."""
-    clients_per_round: PositiveInt | None = None
+    clients_per_round: Count | None = None
     """Number of clients that train in a round, drawn from the seed and the round; at most N. null =
     all."""
     sampling: Literal["auto", "fixed", "poisson"] = "auto"
     """How these clients are drawn: fixed = exactly as many; poisson = each client independently,
     so that their number varies, may be 0, and has the mean clients_per_round; auto = poisson under
     privacy, else fixed. Under privacy they are drawn from the secret key and not from the seed."""
-    clients_per_pass: PositiveInt | Literal["auto"] | None = "auto"  # noqa: S105  (no password)
+    clients_per_pass: Count | Literal["auto"] | None = "auto"  # noqa: S105  (no password)
     """Maximum number of clients of a process in one forward and backward pass. auto = the fewest
     with 97 % of the best modelled speed, of as many as fit into memory; null = all clients of the
     process."""
@@ -86,7 +84,7 @@ class FederatedSection(Section):
     server_tau: float = Field(default=1e-3, ge=1e-12, le=1e3)
     """Degree of adaptivity of fedadam, fedyogi and fedadagrad, between 1e-12 and 1000: added to the
     root of the second moment, which starts at its square."""
-    max_bad_rounds: NonNegativeInt = 3
+    max_bad_rounds: CountOrZero = 3
     """Maximum number of rounds, at least 0, in which a client's loss, gradient or adapter is not
     finite. Such a client is reset to the start of the round and excluded from the mean; one more
     such round stops the run."""

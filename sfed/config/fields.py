@@ -7,16 +7,26 @@ import os
 from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+MOST_COUNT = 10**9
+"""Of whatever is counted: with more, a slip of the finger would be a run without end."""
+MOST_RANK = 2**16
+"""No layer is wider."""
+MOST_BATCH = 10**6
+"""Sequences of a step."""
 
 
 def number(value: Any) -> Any:
     """Read "1/2" or "-1/2" as a number; leave everything else to pydantic."""
     if isinstance(value, str):
-        try:
-            return float(Fraction(value))
-        except (ZeroDivisionError, OverflowError):
-            raise ValueError(f"{value!r} is no finite number") from None
+        try:  # as a fraction 1e999999999 would be a number of that many digits
+            found = float(Fraction(value)) if "/" in value else float(value)
+        except (ValueError, ZeroDivisionError, OverflowError):
+            found = math.nan
+        if not math.isfinite(found):
+            raise ValueError(f"{value!r} is no finite number")
+        return found
     return value
 
 
@@ -61,13 +71,19 @@ def ranks_by_client(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         return value
     for one in value:
-        if type(one) is not int or one < 1:
-            raise ValueError(f"{one!r} is no LoRA rank, which is a whole number of at least 1")
+        if type(one) is not int or not 1 <= one <= MOST_RANK:
+            raise ValueError(
+                f"{one!r} is no LoRA rank, which is a whole number of 1 to {MOST_RANK}"
+            )
     if not value:
         raise ValueError("the list is empty; give one rank for each client")
     return tuple(value)
 
 
+Count = Annotated[int, Field(gt=0, le=MOST_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=MOST_COUNT)]
+Rank = Annotated[int, Field(gt=0, le=MOST_RANK)]
+BatchSize = Annotated[int, Field(gt=0, le=MOST_BATCH)]
 Label = str | int
 Exponent = Annotated[float, BeforeValidator(number)]
 Location = Annotated[str, BeforeValidator(at_home)]

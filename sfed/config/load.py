@@ -166,7 +166,8 @@ def _with_text_keys(data: Mapping[str, Any]) -> dict[str, Any]:
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON file that holds a mapping."""
     if not path.is_file():
-        raise ConfigError(f"the configuration file {str(path)!r} does not exist")
+        problem = "is no file" if path.exists() else "does not exist"
+        raise ConfigError(f"the configuration file {str(path)!r} {problem}")
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ConfigError(
@@ -266,7 +267,9 @@ def _explain(detail: ErrorDetails) -> str:
     message = message[:1].lower() + message[1:]
     if not key or (key in _sections() and detail["type"] == "value_error"):
         return f"{key}.{message}" if key else message
-    meaning = "" if detail["type"] == "literal_error" else _allowed(key)  # it lists the words
+    meaning = _allowed(key)
+    if detail["type"] == "literal_error" and " One of " in meaning:
+        meaning = ""  # the message lists the words
     value = json.dumps(_without_secrets(key, value), default=str)
     value = value if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]}..."
     return f"{key} = {value}: {message}{meaning}"
@@ -340,7 +343,7 @@ def help_text(usage: str) -> str:
         usage,
         "",
         "Keys, with the default in brackets (required = no default). Where a key states no other",
-        "bound, a number is a whole number of at least 1:",
+        "bound, a number is a whole number of 1 to 1,000,000,000:",
     ]
     section = ""
     for key, default, meaning in list_keys():

@@ -16,7 +16,6 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     model_validator,
 )
 
@@ -25,8 +24,12 @@ from sfed.config.backbone_section import BackboneSection, ModelSection
 from sfed.config.data_section import CLASS_COLUMNS, DataSection, check_labels
 from sfed.config.federated_section import FederatedSection
 from sfed.config.fields import (
+    BatchSize,
+    Count,
+    CountOrZero,
     Exponent,
     Location,
+    Rank,
     Section,
     as_list,
     ranks_by_client,
@@ -55,9 +58,9 @@ class PartitionSection(Section):
 class LoraSection(Section):
     """The LoRA adapters."""
 
-    rank: Annotated[PositiveInt | tuple[PositiveInt, ...], BeforeValidator(ranks_by_client)] = 8
-    """LoRA rank r; a list gives each client its own, in the order of the clients. Ranks of single
-    clients by name are set in the section clients."""
+    rank: Annotated[Rank | tuple[Rank, ...], BeforeValidator(ranks_by_client)] = 8
+    """LoRA rank r, at most 65536; a list gives each client its own, in the order of the clients.
+    Ranks of single clients by name are set in the section clients."""
     alpha: float | None = Field(default=None, gt=0, le=1e9)
     """LoRA alpha, above 0 and at most 1e9, in the formula that lora.scaling selects. null = the
     method's default."""
@@ -88,15 +91,15 @@ class LoraSection(Section):
 class TrainSection(Section):
     """Local training of each client."""
 
-    local_steps: PositiveInt | None = None
+    local_steps: Count | None = None
     """Number of optimizer steps of a client per round. null = local_epochs; if that is null too,
     10."""
-    local_epochs: PositiveInt | None = None
+    local_epochs: Count | None = None
     """Number of epochs over a client's own examples per round, instead of local_steps. null =
     local_steps."""
-    batch_size: PositiveInt = 8
-    """Number of sequences per client and optimizer step."""
-    micro_batch_size: PositiveInt | None = None
+    batch_size: BatchSize = 8
+    """Number of sequences per client and optimizer step, at most 1,000,000."""
+    micro_batch_size: BatchSize | None = None
     """Number of sequences per client and pass, at most train.batch_size; gradients of a step are
     accumulated and weighted by tokens. null = train.batch_size."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -131,13 +134,14 @@ class TrainSection(Section):
 class ClientSection(Section):
     """What one client has in the place of lora.rank and of keys of train."""
 
-    rank: PositiveInt | None = None
-    """LoRA rank of this client. null = lora.rank."""
+    rank: Rank | None = None
+    """LoRA rank of this client, at most 65536. null = lora.rank."""
     lr: PositiveFloat | None = None
     """Learning rate of this client, above 0. null = train.lr."""
-    batch_size: PositiveInt | None = None
-    """Number of sequences per optimizer step of this client. null = train.batch_size."""
-    local_steps: PositiveInt | None = None
+    batch_size: BatchSize | None = None
+    """Number of sequences per optimizer step of this client, at most 1,000,000. null =
+    train.batch_size."""
+    local_steps: Count | None = None
     """Number of optimizer steps of this client per round. null = train.local_steps, or
     train.local_epochs where that is set."""
 
@@ -145,7 +149,7 @@ class ClientSection(Section):
 class EvaluationSection(Section):
     """Evaluation on held-out data."""
 
-    every_rounds: NonNegativeInt = 1
+    every_rounds: CountOrZero = 1
     """Interval of evaluations in rounds. One more is made before training and one at the end. 0 =
     no evaluation."""
     adapters: Annotated[tuple[Literal["personal", "global"], ...], BeforeValidator(as_list)] = (
@@ -154,19 +158,19 @@ class EvaluationSection(Section):
     )
     """Adapters that are evaluated: personal = each client's adapter on its own held-out data;
     global = averaged A and mean B on the held-out data of all clients."""
-    clients: PositiveInt | None = None
+    clients: Count | None = None
     """Number of clients that are evaluated, at most N: a random sample, drawn from the seed and the
     same in all rounds; means are then means over the sample. null = all. May change on resume."""
     generate: bool = False
     """Generate answers by greedy decoding: exact match for gsm8k, samples in the report for all
     text tasks."""
-    max_new_tokens: PositiveInt = 256
+    max_new_tokens: Count = 256
     """Maximum length of a generated answer in tokens."""
-    max_examples: PositiveInt | None = None
+    max_examples: Count | None = None
     """Maximum number of held-out examples per client: a random subset, drawn from the seed. null =
     all."""
-    batch_size: PositiveInt = 16
-    """Number of sequences per client and evaluation pass."""
+    batch_size: BatchSize = 16
+    """Number of sequences per client and evaluation pass, at most 1,000,000."""
 
 
 class OutputSection(Section):
@@ -177,13 +181,13 @@ class OutputSection(Section):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Name of the run folder: at most 200 letters, digits, dots, dashes and underscores, first a
     letter or a digit. null = TASK-METHOD, such as gsm8k-sfed."""
-    checkpoint_every_rounds: PositiveInt = 1
+    checkpoint_every_rounds: Count = 1
     """Interval of checkpoints in rounds. There is always one at the end of the run."""
     checkpoint_every_seconds: float | None = Field(default=None, gt=0, le=1e7)
     """Minimum time in seconds from the beginning of a checkpoint to the next, above 0 and at most
     1e7, by the clock of process 0: rounds of checkpoint_every_rounds that end sooner get none. null
     = no minimum."""
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: Count = 2
     """Number of newest checkpoints that are kept; older ones are deleted. With 2 or more, every
     client has two files, so one damaged file costs one checkpoint."""
     resume: Location = "auto"

@@ -72,6 +72,24 @@ _FLOAT = re.compile(
     r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$|^\.nan$|^[-+]?\.inf$"
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+# YAML 1.1 also reads 010 as 8 and 1:30 as 90; YAML 1.2 reads 10, and a text.
+_INT_TAG = "tag:yaml.org,2002:int"
+_INT = re.compile(r"^[-+]?([0-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag != _INT_TAG]
+    for first, known in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT_TAG, _INT, list("-+0123456789"))
+
+
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """Read a whole number; one without a prefix is decimal, whatever zeros it begins with."""
+    text = str(loader.construct_scalar(node)).replace("_", "")
+    prefix = text.lstrip("+-")[:2].lower()
+    return int(text, {"0x": 16, "0o": 8, "0b": 2}.get(prefix, 10))
+
+
+_Loader.add_constructor(_INT_TAG, _whole)
 
 
 def parse(text: str, name: str) -> Any:

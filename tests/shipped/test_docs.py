@@ -289,7 +289,9 @@ def test_the_reference_of_keys_is_the_schema(monkeypatch: pytest.MonkeyPatch):
     described = re.findall(r"^`([\w.]+)` — (.+); (.+)\n: (.+)$", text, re.MULTILINE)
     assert [key for key, *_ in described] == [key for key, *_ in config_load.list_keys()]
     types = {key: kind for key, kind, *_ in described}
-    assert types["lora.rank"] == "integer above 0 or list of integers above 0"
+    rank = "above 0 and at most 65536"
+    assert types["lora.rank"] == f"integer {rank} or list of integers {rank}"
+    assert types["federated.num_rounds"] == "integer above 0"
     assert types["clients.NAME.lr"] == "number above 0 or null"
     assert types["data.eval_fraction"] == "number above 0 and below 1"
     assert types["lora.target_modules"] == "string or list of strings"

@@ -33,7 +33,7 @@ VALUES: dict[str, st.SearchStrategy] = {
     "model.dtype": st.sampled_from(["bf16", "fp32"]),
     "data.max_tokens": whole,
     "data.eval_fraction": st.floats(min_value=0, max_value=1, exclude_min=True, exclude_max=True),
-    "lora.rank": whole,
+    "lora.rank": st.integers(min_value=1, max_value=fields.MOST_RANK),
     "lora.alpha": st.none() | positive,
     "lora.dropout": st.floats(min_value=0, max_value=1, exclude_max=True),
     "lora.target_modules": names | st.lists(names).map(tuple),
@@ -685,6 +685,7 @@ def test_a_file_that_is_not_text_is_refused_by_its_name(tmp_path):
     ("arguments", "part"),
     [
         (["nowhere.yaml"], "'nowhere.yaml' does not exist"),
+        (["/"], "'/' is no file"),
         (["--rank=3"], "unknown option '--rank=3'"),
         (["lora.rank=[1"], "'lora.rank=[1': the value is not readable"),
         ([DEMO, "model.name.x=1"], "model.name is 'demo', not a section"),
@@ -808,3 +809,46 @@ def test_a_resumed_run_may_call_its_task_by_either_name_and_know_no_newer_keys()
     )
     (line,) = differences(before, comparable(dropping, 2))
     assert line == "data.on_long: 'truncate' there, 'drop' now"
+
+
+@pytest.mark.parametrize(
+    ("override", "most"),
+    [
+        ("lora.rank=65537", "65536"),
+        ("lora.rank=[8, 65537]", "65536"),
+        ("clients.0.rank=65537", "65536"),
+        ("train.batch_size=1000001", "1000000"),
+        ("evaluation.batch_size=1000001", "1000000"),
+        ("federated.num_rounds=1000000001", "1000000000"),
+        ("evaluation.every_rounds=1000000001", "1000000000"),
+        ("data.max_tokens=100000000000000000000", "1000000000"),
+    ],
+)
+def test_what_is_counted_has_an_upper_bound(override, most):
+    with pytest.raises(UserError) as caught:
+        config_load.load(None, ["data.task=demo", override])
+    message = str(caught.value).replace(",", "")
+    assert override.partition("=")[0] in message and most in message
+
+
+@pytest.mark.parametrize("text", ["1e999999999", "1/0", "x", "nan", "9" * 400 + "/1"])
+def test_an_exponent_that_is_no_finite_number_is_refused_at_once(text):
+    with pytest.raises(UserError, match=r"lora\.scaling = "):
+        config_load.load(None, ["data.task=demo", f"lora.scaling=['{text}', 0]"])
+
+
+@pytest.mark.parametrize(
+    ("text", "rank"), [("010", 10), ("08", 8), ("0x10", 16), ("0o10", 8), ("1_0", 10), ("+8", 8)]
+)
+def test_a_whole_number_is_decimal_unless_it_says_otherwise(text, rank):
+    assert config_load.load(None, ["data.task=demo", f"lora.rank={text}"]).lora.rank == rank
+
+
+@pytest.mark.parametrize("text", ["1:30", "0b", "0x", "_1", "0o9", "٣"])
+def test_what_only_looks_like_a_whole_number_is_none(text):
+    with pytest.raises(UserError, match=r"lora\.rank = "):
+        config_load.load(None, ["data.task=demo", f"lora.rank={text}"])
+
+
+def test_a_key_of_words_or_numbers_says_what_numbers_it_takes():
+    assert "[p, q]" in told(DEMO, "lora.scaling=[x, 0]")
