@@ -71,7 +71,8 @@ def check(config: Config, num_processes: int | None = None) -> str:
     files = [name for listing in listings for name in listing.files if is_local(name)]
     # What a chat template makes of a conversation is seen when the tokenizer is there.
     task = task_of(config, lambda _turns, _tools: Pair("", ""))
-    checked = check_files(files, partial(_check_row, config, task))
+    most = config.data.max_row_characters
+    checked = check_files(files, partial(_check_row, config, task), most_characters=most)
     faults = _said(files, checked.faults + _too_few(config, files, checked))
     if mistakes:
         raise ConfigError("\n".join([*mistakes, *faults]))

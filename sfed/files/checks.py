@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from sfed.files import readers
 from sfed.files.kinds import find_kind
-from sfed.files.readers import scan
+from sfed.files.readers import Placed, scan
 from sfed.utils.errors import DataError
 from sfed.utils.text import counted
 
@@ -50,7 +50,10 @@ class Checked:
 
 
 def check_files(
-    files: Sequence[str], check_row: CheckRow, whole_bytes: int = WHOLE_BYTES
+    files: Sequence[str],
+    check_row: CheckRow,
+    whole_bytes: int = WHOLE_BYTES,
+    most_characters: int = readers.MOST_CHARACTERS,
 ) -> Checked:
     """Read files that exist and are of a known kind; all rows where they are small enough.
 
@@ -60,6 +63,7 @@ def check_files(
         files: paths.
         check_row: of the task.
         whole_bytes: up to which size of all files together every row is read.
+        most_characters: longest line (``data.max_row_characters``).
     """
     sizes = {name: _unpacked_bytes(Path(name)) for name in files}
     is_whole = sum(sizes.values()) <= whole_bytes
@@ -70,17 +74,19 @@ def check_files(
         if sizes[name] > whole_bytes and kind and kind.form == "json":
             rows.append(_ROWS_OF_LARGE)
             continue
-        found, count = _check_file(Path(name), check_row, None if is_whole else _ROWS_OF_LARGE)
+        rows_of = scan(Path(name), most_characters)
+        looked_at = islice(rows_of, None if is_whole else _ROWS_OF_LARGE)
+        found, count = _check_rows(Path(name), looked_at, check_row)
         faults += [(name, text) for text in found]
         rows.append(count)
     return Checked(tuple(faults), tuple(rows), is_whole)
 
 
-def _check_file(path: Path, check_row: CheckRow, most: int | None) -> tuple[list[str], int]:
+def _check_rows(path: Path, rows: Iterable[Placed], check_row: CheckRow) -> tuple[list[str], int]:
     faults: list[str] = []
     count = bad = 0
     try:
-        for where, row in islice(scan(path), most):
+        for where, row in rows:
             count += 1
             if problem := _problem(row, where, check_row):
                 bad += 1

@@ -28,6 +28,7 @@ MOST_CHARACTERS: int = DataSection().max_row_characters
 """Of a line, and of a field of a .csv or .tsv file, where an unclosed quote would otherwise take in
 a whole file."""
 
+Row = dict[str, Any]
 Placed = tuple[str, Any]
 """A row and its place, for messages."""
 
@@ -119,7 +120,8 @@ def _table(path: Path, kind: Kind, most_characters: int) -> Iterator[Placed]:
     csv.field_size_limit(most_characters)  # of all of Python's csv
     with _text(path, kind.compression, newline="") as file:
         header: list[str] | None = None
-        for number, fields in _numbered(csv.reader(file, delimiter=mark, strict=True), path):
+        lines = csv.reader(file, delimiter=mark, strict=True)
+        for number, fields in _numbered(lines, path, most_characters):
             where = f"{path}, line {number}"
             if header is None:
                 header = _checked_header(fields, mark, path)
@@ -129,14 +131,20 @@ def _table(path: Path, kind: Kind, most_characters: int) -> Iterator[Placed]:
                 yield where, Fault(f"{len(fields)} fields; the first line names {len(header)}")
 
 
-def _numbered(lines: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
+def _numbered(lines: Any, path: Path, most_characters: int) -> Iterator[tuple[int, list[str]]]:
     """Yield the records that are not blank with the number of the line where each begins."""
     while True:
         number = lines.line_num + 1
         try:
             fields = next(lines, None)
         except csv.Error as error:
-            raise DataError(f"{path}, line {number}: not readable as a table ({error})") from None
+            problem = f"not readable as a table ({error})"
+            if "field limit" in str(error):
+                problem = (
+                    f"a field is longer than data.max_row_characters={most_characters:,}; raise "
+                    "the key, or look for a quote that is opened and not closed"
+                )
+            raise DataError(f"{path}, line {number}: {problem}") from None
         if fields is None:
             return
         if fields and (len(fields) > 1 or fields[0].strip()):
@@ -171,9 +179,42 @@ def _parquet(path: Path, kind: Kind, _most_characters: int) -> Iterator[Placed]:
             raise DataError(f"{path}: the column {twice!r} is there twice")
         number = 0
         for batch in file.iter_batches(_ROWS_AT_ONCE, use_threads=False):
-            for row in batch.to_pylist():
+            for row in _rows_of(batch, f"{path}, rows from {number + 1}"):
                 number += 1
                 yield f"{path}, row {number}", row
+
+
+def _rows_of(batch: Any, where: str) -> list[Row]:
+    """The rows of a record batch of pyarrow.
+
+    Raises:
+        DataError: naming the column that holds what Python has no value for.
+    """
+    names = batch.schema.names
+    columns = [
+        _values_of(column, f"{where}: the column {name!r}")
+        for name, column in zip(names, batch.columns, strict=True)
+    ]
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _values_of(column: Any, what: str) -> list[Any]:
+    """The values of a column of pyarrow.
+
+    Raises:
+        DataError: where one is no UTF-8, or, such as a date after the year 9999, no value of
+            Python's.
+    """
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        raise DataError(f"{what} is not UTF-8 text") from None
+    except (ValueError, ArithmeticError) as error:
+        raise DataError(
+            f"{what}, {column.type}, cannot be read ({one_line(error, 100)}); leave the column out "
+            "or write it as text"
+        ) from None
+    return values
 
 
 @contextmanager

@@ -174,19 +174,20 @@ def _small(config: Config, files: Sequence[str]) -> set[int]:
     if config.data.on_small_client != "skip":
         return set()
     least = least_rows(config)
-    return {i for i, name in enumerate(files) if _rows_of(name, least) < least}
+    longest = config.data.max_row_characters
+    return {i for i, name in enumerate(files) if _rows_of(name, least, longest) < least}
 
 
-def _rows_of(name: str, most: int) -> int:
+def _rows_of(name: str, most: int, longest: int) -> int:
     """Rows of a file, counted up to a number; those that cannot be read are refused later."""
     found = os.stat(name)  # noqa: PTH116  (a key of the cache)
-    return _counted(name, most, found.st_mtime_ns, found.st_size)
+    return _counted(name, most, longest, (found.st_mtime_ns, found.st_size))
 
 
 @cache
-def _counted(name: str, most: int, changed: int, size: int) -> int:
+def _counted(name: str, most: int, longest: int, _version: tuple[int, int]) -> int:
     try:
-        return sum(1 for _ in islice(scan(Path(name)), most))
+        return sum(1 for _ in islice(scan(Path(name), longest), most))
     except DataError:
         return most
 

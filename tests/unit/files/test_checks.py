@@ -47,3 +47,12 @@ def test_of_large_files_the_first_thousand_rows_are_read(tmp_path, fault_at):
     found = check_files([rows, table], check_row, whole_bytes=9000)
     assert not found.is_whole and "the first 1,000 rows" in found.summary
     assert len(found.faults) == (fault_at <= 1000)  # a list is read whole or not at all
+
+
+def test_the_length_of_rows_is_that_of_the_key(tmp_path):
+    table = save(tmp_path, "rows.csv", "a,b", f"1,{'x' * 2000}")
+    rows = save(tmp_path, "rows.jsonl", json.dumps({"a": "x" * 2000}))
+    found = check_files([table, rows], check_row, most_characters=1000)
+    assert len(found.faults) == 2
+    assert all("data.max_row_characters=1,000" in text for _, text in found.faults)
+    assert not check_files([table, rows], check_row, most_characters=3000).faults

@@ -223,7 +223,11 @@ def test_every_bad_line_is_found_and_the_rows_around_it_are_read(tmp_path):
         ("a.csv", "a,b,a\n1,2,3\n", "line 1: the column 'a' is there twice"),
         ("a.csv", "a,,c\n1,2,3\n", "line 1: column 2 has no name"),
         ("a.csv", 'a,b\n1,2\n"1,2\n3,4\n', "line 3: not readable as a table"),
-        ("a.csv", "a\n" + "x" * (2**24 + 1), "line 2: not readable as a table (field larger"),
+        (
+            "a.csv",
+            "a\n" + "x" * (2**24 + 1),
+            "line 2: a field is longer than data.max_row_characters",
+        ),
         ("a.csv", b"a,b\n\xe9,1\n", ": not UTF-8 text"),
         ("a.jsonl.gz", b"plain", ": not a whole .gz file"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], ": not a whole .gz file"),
@@ -247,6 +251,23 @@ def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path):
     parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match="the column 'a' is there twice"):
         list(read_rows(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        (pa.array([2**31 - 1], pa.int32()).cast(pa.date32()), "date32[day], cannot be read"),
+        (pa.array([2**55], pa.timestamp("ms")), "timestamp[ms], cannot be read"),
+        (pa.array([2**62], pa.duration("ms")), "duration[ms], cannot be read"),
+        (pa.array([0], pa.timestamp("us", tz="No/Where")), "tz=No/Where], cannot be read"),
+        (pa.array([b"\xff"]).view(pa.string()), "is not UTF-8 text"),
+    ],
+)
+def test_a_column_of_a_parquet_file_that_python_cannot_hold_is_named(tmp_path, values, part):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"a": ["text"], "seen": values}), path)
+    message = mistake_in(path)
+    assert message.startswith(f"{path}, rows from 1: the column 'seen'") and part in message
 
 
 def test_a_damaged_page_of_a_parquet_file_is_named(tmp_path):
