@@ -199,6 +199,8 @@ def overridden(data: dict[str, Any], override: str) -> dict[str, Any]:
 def put(data: dict[str, Any], dotted: str, value: Any, origin: str) -> dict[str, Any]:
     """Return a copy of ``data`` with the value under a dotted key; ``origin`` asked for it."""
     *parents, leaf = dotted.split(".")
+    if not (leaf and all(parents)):
+        raise ConfigError(f"{shown(origin)}: the key is empty or has an empty part; see --help")
     if parents[:1] == ["clients"] and len(parents) > 2:  # a name may have dots
         parents = ["clients", ".".join(parents[1:])]
     result = node = dict(data)

@@ -56,7 +56,10 @@ def not_read(path: Path) -> str:
     """Why files of such a name are not read, and which are."""
     if path.name.lower().endswith((".parquet.gz", ".parquet.zst")):
         return "parquet files are compressed inside; unpack it and name the .parquet file"
-    what = f"files that end in {path.suffix}" if path.suffix else "files without an ending"
+    ending = path.suffix
+    if ending.lower() in _COMPRESSIONS:  # which is read, but not of what is inside
+        ending = "".join(path.suffixes[-2:])
+    what = f"files that end in {ending}" if ending else "files without an ending"
     return f"{what} are not read; read are {READ}"
 
 

@@ -95,7 +95,9 @@ def _of_known_kinds(found: Sequence[Path], what: str, name: str) -> tuple[list[s
         more = f" and {len(odd) - _MOST_NAMED} more" if len(odd) > _MOST_NAMED else ""
         named = ", ".join(repr(path.name) for path in odd[:_MOST_NAMED])
         files = [path for path in odd if path.is_file()]
-        why = not_read(files[0]) if files else "only files are read"
+        leads_nowhere = any(not path.exists() for path in odd)
+        why = "it is a link to nothing" if leads_nowhere else "only files are read"
+        why = not_read(files[0]) if files else why
         return [], f"{what} holds {named}{more}: {why}; name the files or a glob such as *.jsonl"
     return [str(path) for path in found], ""
 

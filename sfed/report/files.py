@@ -41,7 +41,7 @@ def _cells_of_sweep(folder: Path) -> list[str]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return [row["cell"] for row in csv.DictReader(file) if row.get("cell")]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not readable: {error}") from None

@@ -380,9 +380,8 @@ def open_run(folder: Path | str) -> RunRecord:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(
-            f"the run folder {str(folder)!r} does not exist; name one, such as runs/demo"
-        )
+        problem = "is no folder" if folder.exists() else "does not exist"
+        raise UserError(f"the run folder {str(folder)!r} {problem}; name one, such as runs/demo")
     if not (folder / METRICS_FILE).is_file():
         raise UserError(
             f"{str(folder)!r} holds no metrics.jsonl and no folder in it does, so it is no run "

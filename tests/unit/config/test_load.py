@@ -687,6 +687,8 @@ def test_a_file_that_is_not_text_is_refused_by_its_name(tmp_path):
         (["nowhere.yaml"], "'nowhere.yaml' does not exist"),
         (["/"], "'/' is no file"),
         (["--rank=3"], "unknown option '--rank=3'"),
+        (["=3"], "'=3': the key is empty"),
+        (["lora.=3"], "'lora.=3': the key is empty or has an empty part"),
         (["lora.rank=[1"], "'lora.rank=[1': the value is not readable"),
         ([DEMO, "model.name.x=1"], "model.name is 'demo', not a section"),
     ],

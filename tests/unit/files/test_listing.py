@@ -62,7 +62,7 @@ def test_a_file_of_another_kind_in_a_folder_is_no_client_and_no_silence():
     assert "'f': only files are read" in problems("e")
     make("g/a.jsonl")
     Path("g/b.jsonl").symlink_to("nowhere.jsonl")
-    assert "'b.jsonl': only files are read" in problems("g")
+    assert "'b.jsonl': it is a link to nothing" in problems("g")
 
 
 @pytest.mark.parametrize(

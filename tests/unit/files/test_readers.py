@@ -235,6 +235,8 @@ def test_every_bad_line_is_found_and_the_rows_around_it_are_read(tmp_path):
         ("a.jsonl.zst", zstd(b'{"a": 1}\n' * 99)[:-1], ": cannot be read (Truncated"),
         ("a.parquet", b"plain", ": not readable as a parquet file"),
         ("a.parquet", b"", ": not readable as a parquet file"),
+        ("a.tar.gz", b"", ": files that end in .tar.gz are not read"),
+        ("a.gz", b"", ": files that end in .gz are not read"),
         ("a.xlsx", b"", f": files that end in .xlsx are not read; read are {READ}"),
         ("a", b"", f": files without an ending are not read; read are {READ}"),
         ("a.parquet.gz", b"", ": parquet files are compressed inside"),

@@ -662,6 +662,8 @@ def test_the_command_says_mistakes_plainly_and_helps(
     assert ended("/nowhere/at/all") == 2
     said = "the run folder '/nowhere/at/all' does not exist; name one, such as runs/demo"
     assert capsys.readouterr().err == f"sfed: {said}\n"
+    assert ended("/dev/null") == 2
+    assert "the run folder '/dev/null' is no folder" in capsys.readouterr().err
     assert ended("--help") == 0
     assert "--out DIR" in capsys.readouterr().out
 
