@@ -175,7 +175,10 @@ def read(folder: Path, key: str = "") -> PeftFolder:
 def _mapping(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError(f"{path.name} is larger than {_MOST_BYTES:,} bytes")
-    value = json_text.read(path)
+    try:
+        value = json_text.read(path)
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged, it is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} holds {type(value).__name__}, not an object")  # noqa: TRY004
     return value

@@ -61,7 +61,9 @@ def find(run_folder: Path, resume: str) -> tuple[CheckpointRef | None, list[str]
     """
     if resume != "auto":
         if problem := problem_of(Path(resume)):
-            raise CheckpointError(f"output.resume = {resume!r}: {problem}")
+            inside = by_age(Path(resume) / "checkpoints")
+            hint = f"; its newest checkpoint is {inside[-1]}" if inside else ""
+            raise CheckpointError(f"output.resume = {resume!r}: {problem}{hint}")
         return CheckpointRef(Path(resume), metadata_of(Path(resume))), []
     try:
         folders = by_age(run_folder / "checkpoints")

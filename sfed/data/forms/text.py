@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from sfed.data.forms import prompts
 from sfed.data.forms.pair import Columns, Pair, Row, text_of
 from sfed.data.forms.prompts import Written
 from sfed.data.forms.turns import Turn, are_objects, turns_of
+from sfed.utils import json_text
 
 Render = Callable[[Sequence[Turn], list[Any] | None], Pair]
 """Makes a conversation (turns, tools) what is read and learned; raises ValueError and TypeError."""
@@ -122,7 +122,10 @@ class TextForms:
             raise ValueError("a conversation needs the chat template of a tokenizer")
         tools = row.get("tools")
         if isinstance(tools, str):  # as in data sets whose columns have one type
-            tools = json.loads(tools)
+            try:
+                tools = json_text.parse(tools)
+            except ValueError as error:
+                raise ValueError(f"'tools' is text and not JSON ({error})") from None
         if tools is not None and not are_objects(tools):
             raise TypeError("'tools' is no list of JSON schemas")
         return self.render(turns_of(row["messages"]), tools or None)

@@ -176,6 +176,13 @@ def test_tools_and_calls_of_them_are_kept(tmp_path):
     assert ["<call>" in text for text in learned] == [True, False]
 
 
+@pytest.mark.parametrize("tools", ["add", "[" * 100_000])
+def test_tools_that_are_text_and_no_json_are_named(tmp_path, tools):
+    row = {"messages": TALK, "tools": tools}
+    said = refused(tmp_path, [row], chats.chat_tokenizer(chats.TOOLS))
+    assert "line 1: 'tools' is text and not JSON" in said
+
+
 def test_a_system_turn_becomes_what_the_template_makes_of_it(tmp_path):
     tokenizer = chats.chat_tokenizer(chats.GEMMA)
     row = examples_of(tmp_path, [{"messages": [SYSTEM, *TALK]}], tokenizer).row(0)
