@@ -78,7 +78,7 @@ def build(
     Raises:
         UserError: on every process, for mistakes that only show now.
     """
-    _check_cohort(config, num_clients)
+    check_cohort(config, num_clients)
     source = _source(config, world, found)
     asked, config = config, splits.with_labels(config, world, num_clients)
     name = model_folder(config)
@@ -201,7 +201,7 @@ def _loaded_factors(run: Run, source: Source) -> tuple[str, ...]:
     return methods.check_joinable(source.run_config, source.path) + head
 
 
-def _check_cohort(config: Config, num_clients: int) -> None:
+def check_cohort(config: Config, num_clients: int) -> None:
     """Refuse a cohort or sample of more clients than there are: N may follow from files."""
     asked = {
         "federated.clients_per_round": config.federated.clients_per_round,

@@ -23,13 +23,13 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from sfed.config.schema import Config
-from sfed.data import placement, splits
+from sfed.data import classification, placement, splits
 from sfed.data.sources import has_split, source_of
 from sfed.data.splits import Data
 from sfed.data.tasks import task_of
 from sfed.data.tokenize import Examples
 from sfed.distributed import world as distributed
-from sfed.federated.build import method_and_gammas, model_folder
+from sfed.federated.build import check_cohort, method_and_gammas, model_folder
 from sfed.files.listing import Split, files_of
 from sfed.files.silos import num_clients_of
 from sfed.methods import method as methods
@@ -122,8 +122,10 @@ def facts_of(config: Config, num_processes: int) -> Facts:
     """
     num_clients = num_clients_of(config) or num_processes
     name = model_folder(config)
-    tokenizer, _ = load_tokenizer(config, name)
-    config, data = _data(config, tokenizer, num_clients)
+    check_cohort(config, num_clients)
+    config, tokenizer, data = _data(config, name, num_clients)
+    if (classes := task_of(config).classes) is not None:
+        classification.class_weights(config.train, classes, data.class_counts)
     model = MetaModel.read(config, name)
     _check_context(config, data, context_of(model.model))
     plan = _plan(config, name, num_processes, data)
@@ -147,9 +149,12 @@ def facts_of(config: Config, num_processes: int) -> Facts:
 
 
 def _data(
-    config: Config, tokenizer: PreTrainedTokenizerFast, num_clients: int
-) -> tuple[Config, Data]:
-    """The data of all clients, read by this process alone, and the configuration with labels."""
+    config: Config, name: str, num_clients: int
+) -> tuple[Config, PreTrainedTokenizerFast, Data]:
+    """The configuration with labels, the tokenizer, and the data of all clients.
+
+    This process reads them alone, in the order of a run: a model fits so many labels.
+    """
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     before = {name: os.environ.get(name) for name in place}
     os.environ.update(place)
@@ -158,7 +163,9 @@ def _data(
         quieten(0, world.device.type, config.run_name)
         try:
             config = splits.with_labels(config, world, num_clients)
-            return config, splits.load(config, tokenizer, world, num_clients, in_lockstep=False)
+            tokenizer, _ = load_tokenizer(config, name)
+            data = splits.load(config, tokenizer, world, num_clients, in_lockstep=False)
+            return config, tokenizer, data
         finally:
             distributed.stop(world)
     finally:

@@ -114,9 +114,31 @@ def test_a_classifier_shows_its_classes(tmp_path: Path):
     assert "-> [[entailment]]" in whole or "-> [[not_entailment]]" in whole
 
 
+def test_a_classifier_of_own_texts_takes_its_classes_from_the_files(tmp_path: Path):
+    tiny.save_roberta(tmp_path / "roberta")
+    rows = [{"text": f"note {i}", "label": ("flu", "cold", "none")[i % 3]} for i in range(24)]
+    settings = {
+        "model": {"name": str(tmp_path / "roberta")},
+        "data": {
+            "task": "classification",
+            "train_files": str(glue.save(tmp_path / "rows.jsonl", rows)),
+            "max_tokens": 64,
+        },
+        "federated": {"num_clients": 1},
+    }
+    head, *rest = table_of(screen(settings))
+    cells = " ".join(row[-1] for row in rest)
+    assert head[-1] == "labels"
+    assert all(label in cells for label in ("flu", "cold", "none"))
+    settings["train"] = {"class_weights": {"flu": 1.0}}
+    assert "train.class_weights" in refused(settings)
+
+
 def test_what_a_run_would_refuse_is_refused(tiny_folder: Path):
     settings = tiny.settings(tiny_folder, data={"max_tokens": 64}, lora={"target_modules": ["no"]})
     assert "lora.target_modules" in refused(settings)
+    settings = tiny.settings(tiny_folder, federated={"clients_per_round": 9, "num_clients": None})
+    assert "federated.clients_per_round" in refused(settings)
 
 
 def dry_run_of_the_demo(folder: Path) -> None:
