@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from safetensors import SafetensorError
 
 from sfed.distributed.sync import gather_json
 from sfed.federated.context import Run
-from sfed.files.names import GLOBAL, adapter_folder
+from sfed.files.names import CLIENT_FILE, GLOBAL, adapter_folder
 from sfed.methods import aggregation
+from sfed.observability.metrics import free_name
 from sfed.storage import card_facts
 from sfed.storage.adapter_folder import Described, FolderWriter, Trained
 from sfed.utils.errors import UserError
@@ -55,6 +57,44 @@ def export_adapters(run: Run, folder: Path) -> str:
         ) from None
     first = run.data.adapter_folders[run.clients.own[0]]
     return _size_of(folder / "adapters" / first) if changes else ""
+
+
+def set_aside_former(folders: Sequence[str], run_folder: Path) -> str:
+    """Move the adapters of clients that are no longer called so out of the way of the present ones.
+
+    That is: folders with a ``client.json`` that no client has, as where a file of
+    ``partition.kind=by_file`` is renamed before a run goes on.
+
+    Args:
+        folders: of the adapters of all clients.
+        run_folder: of the run.
+
+    Returns:
+        Where they are kept, a line; "" where there are none.
+
+    Raises:
+        UserError: where they cannot be moved.
+    """
+    adapters = run_folder / "adapters"
+    known = {*folders, GLOBAL}
+    try:
+        former = [
+            path.parent
+            for path in sorted(adapters.glob(f"*/{CLIENT_FILE}"))
+            if path.parent.name not in known
+        ]
+        if not former:
+            return ""
+        aside = free_name(run_folder / "set-aside") / "adapters"
+        aside.mkdir(parents=True)
+        for path in former:
+            path.rename(aside / path.name)
+    except OSError as error:
+        raise UserError(
+            f"output.dir: former adapters below {adapters} cannot be moved ({error.strerror})"
+        ) from None
+    names = ", ".join(path.name for path in former)
+    return f"adapters of clients that are no longer called so, kept in {aside}: {names}"
 
 
 def _size_of(adapter: Path) -> str:

@@ -22,7 +22,7 @@ from sfed.federated import fingerprints, preflight, rounds
 from sfed.federated.build import build
 from sfed.federated.context import Run
 from sfed.federated.evaluate import score_names
-from sfed.federated.export import export_adapters
+from sfed.federated.export import export_adapters, set_aside_former
 from sfed.federated.log.header import describe_run
 from sfed.federated.log.round_metrics import RoundLog
 from sfed.observability import metrics
@@ -251,7 +251,10 @@ def _write_adapters(run: Run, folder: Path, console: Console) -> None:
     """Write the adapters of a run whose rounds are all done, and note that they are whole."""
     run.world.watch.at("writing the adapters")
     with sync.raise_everywhere(run.world, "writing the adapters"):
+        former = set_aside_former(run.data.adapter_folders, folder) if run.world.is_main else ""
         written = export_adapters(run, folder)
+    if former:
+        console.say(former)
     if written:
         console.say(written)
     if run.world.is_main:

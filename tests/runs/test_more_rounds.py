@@ -168,3 +168,23 @@ def test_a_course_that_is_none_is_damage(tmp_path: Path, course: object):
     (folder / "run.json").write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match=r"run\.json: course is no list of rounds"):
         resume.find(tmp_path, "auto")
+
+
+def test_a_client_whose_file_was_renamed_leaves_no_former_adapter(
+    tiny_folder: Path, tmp_path: Path
+):
+    files = tmp_path / "files"
+    files.mkdir()
+    rows = (tiny_folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    for number, name in enumerate(("a", "b")):
+        (files / f"{name}.jsonl").write_text("".join(rows[number * 6 : number * 6 + 6]))
+    own = settings(tiny_folder, tmp_path, "renamed", 1, "constant")
+    own["data"]["train_files"] = str(files)
+    own["partition"] = {"kind": "by_file"}
+    runs.train_settings(own)
+    (files / "b.jsonl").rename(files / "bb.jsonl")
+    own["federated"]["num_rounds"] = 2
+    runs.train_settings(own)
+    folder = tmp_path / "renamed"
+    assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["a", "bb", "global"]
+    assert [path.name for path in (folder / "set-aside-1" / "adapters").iterdir()] == ["b"]
