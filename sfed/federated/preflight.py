@@ -160,7 +160,7 @@ def _of_clients(config: Config, num_processes: int) -> list[str]:
 
 
 def _check_row(config: Config, task: Task, row: Any, where: str) -> None:
-    checked_pair(task, row, where)
+    checked_pair(task, row, where, config.data.max_row_characters)
     if config.partition.key is not None:
         value_of(row, config.partition.key, where)
 

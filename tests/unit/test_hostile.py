@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from sfed.bench import __main__ as bench
 from sfed.config import load as config_load
 from sfed.config import yaml_text
+from sfed.federated import preflight
 from sfed.files.readers import read_rows
 from sfed.storage import previous_run, resume
 from sfed.storage.checkpoint_folder import COMMON
@@ -257,6 +258,20 @@ def test_a_line_that_is_too_long_is_not_read_and_the_key_is_named(tmp_path):
     path.write_text("y" + exact)
     with pytest.raises(DataError, match="max_row_characters"):
         list(read_rows(path, 100))
+
+
+@pytest.mark.parametrize(("most", "is_allowed"), [(1_000_000, False), (3_000_000, True)])
+def test_the_check_before_the_start_takes_rows_as_long_as_the_key_says(tmp_path, most, is_allowed):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "' + "x" * 2_000_000 + '"}\n')
+    data = {"task": "text", "train_files": str(path), "max_row_characters": most}
+    settings = {"model": {"name": "demo"}, "data": data, "federated": {"num_clients": 1}}
+    config = config_load.validate(settings)
+    if is_allowed:
+        assert "1 file checked" in preflight.check(config)
+        return
+    with pytest.raises(UserError, match="max_row_characters=1,000,000"):
+        preflight.check(config)
 
 
 def bench_results() -> dict[str, Any]:
