@@ -77,7 +77,10 @@ def scan(path: Path, most_characters: int = MOST_CHARACTERS) -> Iterator[Placed]
         with _parquet_errors(path):
             yield from _READERS[kind.form](path, kind, most_characters)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise DataError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8, "
+            "such as with iconv -f UTF-16 or iconv -f WINDOWS-1252 and -t UTF-8"
+        ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a whole .gz file ({error})") from None
     except OSError as error:

@@ -14,6 +14,8 @@ from sfed.data.forms.prompts import Written
 from sfed.data.forms.turns import Turn, are_objects, turns_of
 from sfed.utils import json_text
 
+_MOST_NAMED = 8
+
 Render = Callable[[Sequence[Turn], list[Any] | None], Pair]
 """Makes a conversation (turns, tools) what is read and learned; raises ValueError and TypeError."""
 
@@ -115,6 +117,12 @@ class TextForms:
             raise ValueError(
                 "it holds 'conversations'; set data.columns.messages=conversations to read them"
             )
+        if not named and row:
+            raise ValueError(
+                f"no key 'prompt': it holds {_listed(list(row)[:_MOST_NAMED])}; name its columns "
+                "in data.columns, such as data.columns.prompt=question "
+                "data.columns.completion=answer"
+            )
         return named[0] if named else "prompt"
 
     def _conversation(self, row: Row) -> Pair:
@@ -132,4 +140,5 @@ class TextForms:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:-1])) + f" and {names[-1]!r}"
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} and {last}" if others else last

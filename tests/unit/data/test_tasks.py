@@ -76,6 +76,12 @@ def test_an_alpaca_row_without_an_input_is_one_with_an_empty_input(missing):
         ("jsonl", {"prompt": "a"}, "no key 'completion'"),
         ("jsonl", {"text": 1.5}, "'text' holds float, not text"),
         ("jsonl", {}, "no key 'prompt'"),
+        (
+            "jsonl",
+            {"Prompt": "a", "Completion": "b"},
+            "no key 'prompt': it holds 'Prompt' and 'Completion';",
+        ),
+        ("jsonl", {"x": 1}, "no key 'prompt': it holds 'x'; name its columns in data.columns,"),
         ("jsonl", ["a", "b"], "it holds list"),
         ("jsonl", "a", "it holds str"),
         ("jsonl", None, "it holds NoneType"),

@@ -81,6 +81,7 @@ def test_a_json_file_that_holds_no_list_is_refused_by_its_name(tmp_path, content
 def test_a_file_that_is_not_utf8_is_refused_by_its_name(tmp_path, name):
     path = save(tmp_path, b'[{"a": "\xe9"}]\n', name)
     assert mistake_in(path).startswith(f"{path}: not UTF-8 text")
+    assert "save it as UTF-8" in mistake_in(path)
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
