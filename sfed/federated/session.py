@@ -259,7 +259,7 @@ def _write_adapters(run: Run, folder: Path, console: Console) -> None:
         console.say(written)
     if run.world.is_main:
         with suppress(OSError):  # without the mark the next start looks at everything
-            mark_finished(folder, run.config.federated.num_rounds)
+            mark_finished(folder, run.config)
 
 
 def _resume(run: Run, found: CheckpointRef, console: Console) -> State:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sfed.config.diff import comparable, differences, flatten
 from sfed.config.schema import Config
+from sfed.files.listing import Split, is_local, list_files
 from sfed.files.names import ADAPTER_FILE
 from sfed.observability.metrics import CHECKPOINT_WRITE_SECONDS
 from sfed.storage.checkpoint_folder import CheckpointRef, by_age, metadata_of
@@ -84,14 +85,27 @@ FINISHED_FILE = "finished.json"
 """Says of how many rounds the adapters of a run folder are; gone while anything is written."""
 
 
-def mark_finished(folder: Path, rounds: int) -> None:
-    """Note that the adapters of a run folder are whole, and of this many rounds.
+def mark_finished(folder: Path, config: Config) -> None:
+    """Note that the adapters of a run folder are whole, of how many rounds, and the files read.
 
     Raises:
         OSError: where it cannot be written.
     """
+    marks = {"rounds": config.federated.num_rounds, "files": _stamps_of(config)}
     with replacing(folder / FINISHED_FILE) as temporary:
-        temporary.write_text(json.dumps({"rounds": rounds}) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(marks) + "\n", encoding="utf-8")
+
+
+def _stamps_of(config: Config) -> dict[str, list[int]]:
+    """Bytes and time of change of each file of the data that this machine holds.
+
+    Raises:
+        OSError: where one cannot be looked at.
+    """
+    splits: tuple[Split, ...] = ("train", "eval")
+    names = [name for split in splits for name in list_files(config, split).files]
+    found = {name: Path(name).stat() for name in names if is_local(name)}
+    return {name: [one.st_size, one.st_mtime_ns] for name, one in found.items()}
 
 
 def finished_rounds(folder: Path) -> int | None:
@@ -116,6 +130,8 @@ def is_finished(folder: Path, config: Config) -> bool:
             or _written(saved.parse()) != _written(config)
         ):
             return False
+        if "files" in marked and marked["files"] != _stamps_of(config):
+            return False  # the rows of a client may be others now
         rounds = marked["rounds"]
         (newest,) = by_age(folder / "checkpoints")[-1:]
         is_done = metadata_of(newest)["finished_rounds"] == read_rounds(folder).finished == rounds

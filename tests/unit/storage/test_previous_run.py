@@ -17,7 +17,8 @@ from sfed.config.schema import Config
 from sfed.federated import preflight
 from sfed.storage.previous_run import FINISHED_FILE
 from sfed.utils.errors import CheckpointError, ConfigError
-from tests.support import launchers, runs
+from tests.support import launchers, runs, tiny
+from tests.support.processes import ends_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -116,8 +117,38 @@ def test_it_takes_no_torch_and_leaves_the_folder_as_it_was(finished: Path) -> No
 def test_while_a_run_goes_on_its_folder_is_not_marked(finished: Path) -> None:
     longer = config_of(finished, federated__num_rounds=3)
     runs.run(1, json.loads(longer.model_dump_json()))
-    assert json.loads((finished / FINISHED_FILE).read_text()) == {"rounds": 3}
+    assert json.loads((finished / FINISHED_FILE).read_text())["rounds"] == 3
     assert preflight.look_back(longer) is not None
+
+
+def test_a_complete_run_whose_data_have_changed_since_looks_at_them(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Other rows are refused; a file with another time of change is read, and the run complete."""
+    rows = Path(shutil.copy(tiny_folder / "rows.jsonl", tmp_path / "rows.jsonl"))
+    settings = tiny.settings(
+        tiny_folder,
+        data={"train_files": str(rows)},
+        federated={"num_clients": 2, "num_rounds": 1},
+        output={"dir": str(tmp_path), "name": "run"},
+    )
+    runs.run(1, settings)
+    config = config_load.validate(settings)
+    assert preflight.look_back(config) is not None
+    os.utime(rows, (1, 1))
+    assert preflight.look_back(config) is None
+    runs.run(1, settings)
+    assert preflight.look_back(config) is not None
+    lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows.write_text("".join([*lines, lines[0]]), encoding="utf-8")
+    assert preflight.look_back(config) is None
+    (end,) = ends_of(1, runs.train_or_leave, settings)
+    assert end.code == 2 and "reads other rows" in end.said
+
+
+def test_the_mark_of_an_older_version_names_no_files(finished: Path) -> None:
+    (finished / FINISHED_FILE).write_text('{"rounds": 2}')
+    assert preflight.look_back(config_of(finished)) is not None
 
 
 def test_an_output_folder_that_is_none_is_refused_before_anything_is_imported(
