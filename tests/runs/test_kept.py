@@ -439,7 +439,7 @@ def test_lines_that_are_no_events_are_named_and_the_file_is_kept(
     before = (folder / "metrics.jsonl").read_bytes()
     go_on()
     said = " ".join(capsys.readouterr().out.split())
-    assert "metrics.jsonl: 2 lines are no events and are passed over (line 6, line 7)" in said
+    assert "metrics.jsonl: 2 lines are no events and are passed over (line 5, line 6)" in said
     assert "kept as metrics.jsonl.damaged-1" in said
     assert (folder / "metrics.jsonl.damaged-1").read_bytes() == before
     assert [event["round"] for event in runs.rounds(folder)] == list(range(ROUNDS + 3))
