@@ -169,12 +169,14 @@ def drop(x: torch.Tensor, mask: DropoutMask, kernel: Dropout) -> torch.Tensor:
         kernel: that drops.
     """
     recipe = recipe_of(x) or Recipe(_itself, (x,))
+    make_x, inputs = recipe.make, recipe.inputs
     dropped: torch.Tensor = _Drop.apply(x, mask, kernel)  # type: ignore[no-untyped-call]
 
     def make(*inputs: torch.Tensor) -> torch.Tensor:
-        return kernel(recipe.make(*inputs), mask)
+        # Holds no recipe: its inputs would outlive a forward pass that is checkpointed.
+        return kernel(make_x(*inputs), mask)
 
-    setattr(dropped, _RECIPE, Recipe(make, recipe.inputs))
+    setattr(dropped, _RECIPE, Recipe(make, inputs))
     return dropped
 
 

@@ -15,6 +15,7 @@ from sfed.lora import adapters, hf_blocks, linear, ops
 from sfed.lora.adapters import LoraSpec
 from sfed.lora.factors import Factors, PassRows
 from sfed.lora.layout import Layout
+from sfed.memory.live_bytes import LiveBytes
 from tests.support.keys import token_keys
 
 FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
@@ -198,6 +199,23 @@ def test_a_layer_saves_what_nothing_can_do_without(dropout):
     sizes = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 4, "vocab_size": 64}
     assert per_token_and_layer(sizes, dropout) == least(128, 128, 320, 4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_checkpointed_layer_keeps_its_input_and_keys_of_dropout_alone(dropout):
+    def kept(layers: int, tokens: int = 40) -> int:
+        model = make(LlamaConfig(**{**SIZES, "num_hidden_layers": layers}))
+        hf_blocks.patch_blocks(model)
+        attached, *_held = attach(model, num_clients=1, dropout=dropout)
+        if dropout:
+            attached.context.token_keys = token_keys((3,), 1, tokens)
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        with LiveBytes() as live:
+            _hidden = model.model(input_ids=torch.zeros(1, tokens, dtype=torch.int64))
+        return live.now
+
+    of_input, of_keys = 4 * SIZES["hidden_size"], 8 * 7 if dropout else 0
+    assert kept(3) - kept(2) == 40 * (of_input + of_keys)
 
 
 @pytest.mark.slow
