@@ -84,14 +84,16 @@ class Batch:
             moved["documents"] = Documents(*places, told.lengths, told.is_masked)
         return dataclasses.replace(self, **moved)
 
-    def with_keys(self, seeds: Sequence[int]) -> Batch:
+    def with_keys(self, seeds: Sequence[int], first: int = 0) -> Batch:
         """Give every token a key that follows from its client's seed and its place.
 
         Args:
-            seeds: (C,) of each client, below 2^63; used for this batch alone.
+            seeds: (C,) of each client, below 2^63; used for these examples alone.
+            first: number of each client's first example among those that share its seed.
         """
         seeds_C = np.array(seeds, dtype=np.uint64)
-        keys = mix(seeds_C[:, None] + mix(self.places).reshape(len(seeds), -1))
+        places = self.places + (np.uint64(first) << np.uint64(32))
+        keys = mix(seeds_C[:, None] + mix(places).reshape(len(seeds), -1))
         token_keys = torch.from_numpy(keys.view(np.int64).reshape(self.places.shape))
         return dataclasses.replace(self, token_keys=token_keys)
 

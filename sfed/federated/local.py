@@ -292,7 +292,7 @@ class LocalSteps:
             batch = self._objective.collate(some, max(1, *map(len, some)))
             self._stats.slots[self._clients] += batch.slots // len(some)
             if run.config.lora.dropout > 0.0:
-                batch = batch.with_keys(self._dropout_seeds(step, number))
+                batch = batch.with_keys(self._dropout_seeds(step), number * micro)
             batch = batch.to(run.world.device)
             run.adapters.context.token_keys = batch.token_keys
             row_losses = self._objective.losses(batch)
@@ -301,9 +301,9 @@ class LocalSteps:
             losses_C += mean_C.detach()
         return losses_C
 
-    def _dropout_seeds(self, step: int, number: int) -> tuple[int, ...]:
-        """Of each client, for one micro pass."""
-        words = (self._run.config.seed, self.plan.round_index, step, number)
+    def _dropout_seeds(self, step: int) -> tuple[int, ...]:
+        """Of each client, for one step."""
+        words = (self._run.config.seed, self.plan.round_index, step)
         return tuple(derive(Stream.DROPOUT, *words, client) for client in self._clients)
 
     def _rate(self, client: int, step: int) -> float:

@@ -200,6 +200,17 @@ def test_keys_follow_from_the_clients_seed_the_example_and_the_position(by_clien
     assert len(set(together)) == len(together)
 
 
+@given(batch_of_clients, st.integers(1, 3))
+def test_keys_of_a_step_do_not_depend_on_its_micro_passes(by_client, micro):
+    seeds, most = range(len(by_client)), max(map(len, by_client)) or 1
+    whole = keys_of_examples(collate(by_client, most).with_keys(seeds), by_client)
+    for first in range(0, most, micro):
+        some = [examples[first : first + micro] for examples in by_client]
+        found = keys_of_examples(collate(some, micro).with_keys(seeds, first), some)
+        for (client, number), keys in found.items():
+            assert keys == whole[client, first + number]
+
+
 def test_keys_move_with_a_batch_and_there_are_none_unless_they_are_asked_for():
     batch = collate([[], []], 1)
     assert batch.token_keys is None and batch.to(torch.device("meta")).token_keys is None
