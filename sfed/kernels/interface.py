@@ -71,6 +71,8 @@ class DropoutMask(NamedTuple):
     """(V,) int64, of each vector: all bits as if by chance, as ``utils.rng.mix`` makes them."""
     probability: float
     """At least 0, less than 1."""
+    word: int = 0
+    """A signed word of 64 bits that all keys are combined with, by exclusive or."""
 
     @property
     def threshold(self) -> int:

@@ -132,7 +132,7 @@ class StackedLoraLinear(nn.Module):
         keys = self.context.token_keys
         if keys is None:
             return x
-        mask = DropoutMask(self._keys_of(x, keys) ^ self._layer_word, self.dropout)
+        mask = DropoutMask(self._keys_of(x, keys), self.dropout, self._layer_word)
         return drop(x, mask, self.context.dropout)
 
     def _keys_of(self, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -101,6 +101,7 @@ def settings(folder: Path, out: Path, kernels: str, **train: Any) -> dict[str, A
         folder,
         federated={"num_clients": 2, "num_rounds": 2, "clients_per_pass": 2},
         train={"local_steps": 2, "batch_size": 1, "lr": 1e-2, "kernels": kernels, **train},
+        lora={"rank": 4, "dropout": 0.2},
         evaluation={"every_rounds": 2, "max_examples": 1},
         output={"dir": str(out), "name": kernels, "report": False},
     )
@@ -111,7 +112,7 @@ def settings(folder: Path, out: Path, kernels: str, **train: Any) -> dict[str, A
 def test_a_run_on_kernels_of_triton_has_the_losses_of_torch(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """With weight decay, LoRA+ and clipping; two rounds, so that moments count."""
+    """With weight decay, LoRA+, clipping and dropout; two rounds, so that moments count."""
     train = {"weight_decay": 0.1, "loraplus_ratio": 4.0, "max_grad_norm": 0.5}
     found = [
         runs.run(1, settings(tiny_folder, tmp_path, kernels, **train))

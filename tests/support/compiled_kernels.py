@@ -53,7 +53,8 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
             types[name] = "i64"
     known = {"active_C": "*i1", "blocks": "i32", "weight_decay": "fp32"}
     if kernel is dropout.dropout_kernel:
-        known |= {"words": "*i32", "width": "i32", "threshold": "i32", "scale": "fp32"}
+        known |= {"keys": "*i64", "word": "i64"}
+        known |= {"width": "i32", "threshold": "i32", "scale": "fp32"}
     if kernel is quantise.quantise_kernel:
         known |= {"codes": "*u8", "scales": "*fp32", "row_stride": "i64", "width": "i32"}
     types |= {name: kind for name, kind in known.items() if name in types}

@@ -22,19 +22,21 @@ def dropout(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
     output, count, width = torch.empty_like(x), len(mask.keys), x.shape[-1]
     if not count:
         return output
-    words, grid = mask.keys.view(torch.int32), (count, triton.cdiv(width, _BLOCK))
+    grid = (count, triton.cdiv(width, _BLOCK))
     constants = {"WEYL": plain.WEYL, "FIRST": plain.FIRST, "SECOND": plain.SECOND}
-    limits = {"threshold": mask.threshold, "scale": mask.scale}
-    dropout_kernel[grid](x, output, words, width, **limits, **constants, BLOCK=_BLOCK)
+    of_mask = {"word": mask.word, "threshold": mask.threshold, "scale": mask.scale}
+    keys_V = mask.keys.contiguous()
+    dropout_kernel[grid](x, output, keys_V, width, **of_mask, **constants, BLOCK=_BLOCK)
     return output
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["word", "threshold"])
 def dropout_kernel(
     x,
     output,
-    words,
+    keys,
     width,
+    word,
     threshold,
     scale,
     WEYL: tl.constexpr,
@@ -46,9 +48,10 @@ def dropout_kernel(
     vector = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
-    z = place * WEYL + tl.load(words + 2 * vector)
+    key = tl.load(keys + vector) ^ word
+    z = place * WEYL + key.to(tl.int32)
     z = (z ^ ((z >> 16) & 0xFFFF)) * FIRST
-    z = z ^ tl.load(words + 2 * vector + 1)
+    z = z ^ (key >> 32).to(tl.int32)
     z = (z ^ ((z >> 13) & 0x7FFFF)) * SECOND
     numbers = tl.load(x + vector * width + place, mask=inside, other=0.0).to(tl.float32)
     kept = tl.where(z < threshold, 0.0, numbers * scale)

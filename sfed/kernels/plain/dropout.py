@@ -1,6 +1,7 @@
 """Dropout whose masks are a function of keys, in operations of torch.
 
-Number i of a vector with the key (k0, k1), two words of 32 bits, is dropped with probability p:
+Number i of a vector whose key, with the mask's word, is (k0, k1), two words of 32 bits, is dropped
+with probability p:
 
     z = k0 + i * 0x9E3779B9
     z = (z ^ z >> 16) * 0x85EBCA6B
@@ -26,7 +27,7 @@ def dropout(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
     """Drop numbers of vectors; see ``interface.Dropout``."""
     vectors = x.reshape(-1, x.shape[-1])
     output, (count, width) = torch.empty_like(vectors), vectors.shape
-    words = mask.keys.view(torch.int32).view(count, 2)
+    words = (mask.keys ^ mask.word).view(torch.int32).view(count, 2)
     weyl = torch.arange(width, dtype=torch.int32, device=x.device) * WEYL
     some = max(1, _NUMBERS_AT_A_TIME.get(x.device.type, _MOST_NUMBERS) // width)
     for start in range(0, count, some):

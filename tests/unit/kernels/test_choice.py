@@ -143,6 +143,10 @@ def half_of_the_key(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
     return plain_dropout.dropout(x, mask._replace(keys=mask.keys & 0xFFFFFFFF))
 
 
+def one_word_for_all_layers(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
+    return plain_dropout.dropout(x, mask._replace(word=0))
+
+
 def unscaled(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
     return plain_dropout.dropout(x, mask) / mask.scale
 
@@ -181,6 +185,7 @@ WRONG = [
     ("dropout", other_masks),
     ("dropout", one_mask_for_all),
     ("dropout", half_of_the_key),
+    ("dropout", one_word_for_all_layers),
     ("dropout", unscaled),
     ("quantise", one_scale_for_all),
     ("quantise", towards_zero),

@@ -256,15 +256,16 @@ def test_what_is_turned_and_turned_back_is_what_it_was() -> None:
 @few
 @given(
     st.lists(st.integers(-(2**63), 2**63 - 1), min_size=0, max_size=5),
+    st.one_of(st.sampled_from([0, 1, -1]), st.integers(-(2**63), 2**63 - 1)),
     st.integers(1, 2500),
     st.sampled_from([0.0, 0.05, 0.5, 0.999]),
     dtypes,
 )
 def test_what_is_dropped_is_that_of_the_plain_operations(
-    keys: list[int], width: int, probability: float, dtype: torch.dtype
+    keys: list[int], word: int, width: int, probability: float, dtype: torch.dtype
 ) -> None:
     x = drawn(width, len(keys), width, dtype=dtype).add(9.0)
-    mask = DropoutMask(torch.tensor(keys, dtype=torch.int64), probability)
+    mask = DropoutMask(torch.tensor(keys, dtype=torch.int64), probability, word)
     found, plain = fused_dropout.dropout(x, mask), plain_dropout.dropout(x, mask)
     assert found.dtype == dtype and found.shape == x.shape
     assert torch.equal(found == 0.0, plain == 0.0)

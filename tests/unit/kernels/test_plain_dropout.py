@@ -30,19 +30,20 @@ def is_dropped(key: int, number: int, probability: float) -> bool:
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4),
+    st.integers(-(2**63), 2**63 - 1),
     st.integers(1, 40),
     st.sampled_from([0.0, 0.05, 0.3, 0.9]),
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_masks_are_those_of_the_definition(
-    keys: list[int], width: int, probability: float, dtype: torch.dtype
+    keys: list[int], word: int, width: int, probability: float, dtype: torch.dtype
 ) -> None:
     x = torch.arange(1.0, 1.0 + width, dtype=dtype).repeat(len(keys), 1)
-    found = dropout(x, DropoutMask(torch.tensor(keys), probability))
+    found = dropout(x, DropoutMask(torch.tensor(keys), probability, word))
     for key, row in zip(keys, found, strict=True):
         for number, value in enumerate(row):
             kept = x[0, number] * (1.0 / (1.0 - probability))
-            dropped = is_dropped(key % 2**64, number, probability)
+            dropped = is_dropped((key ^ word) % 2**64, number, probability)
             assert value == (0.0 if dropped else kept)
 
 
@@ -83,7 +84,7 @@ def test_a_layers_word_gives_masks_without_relation() -> None:
     keys_V = torch.arange(512) * 0x9E3779B97F4A7C15 % 2**61
     words = (0, 1, -7046029254386353131)
     surplus = [
-        (dropout(torch.ones(512, 1024), DropoutMask(keys_V ^ word, 0.3)) == 0.0).double() - 0.3
+        (dropout(torch.ones(512, 1024), DropoutMask(keys_V, 0.3, word)) == 0.0).double() - 0.3
         for word in words
     ]
     for one, other in ((0, 1), (0, 2), (1, 2)):
