@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from sfed.config import load as config_load
+from sfed.data.batches import Batch
 from sfed.federated import session
 from sfed.methods import sampling
 from sfed.models import backbone
@@ -353,3 +354,35 @@ def test_the_loss_within_a_round_is_that_of_the_clients_that_made_the_step(
     assert min(steps) < max(steps) == len(shown)
     # Untrained, so every step has about the same loss; with zeros it would fall.
     assert min(shown) > 0.8 * shown[0]
+
+
+def test_each_step_of_a_client_has_a_dropout_seed_of_its_own(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its micro passes have the same, and so has a client that shares its passes."""
+    given: list[tuple[tuple[int, ...], int]] = []
+    with_keys = Batch.with_keys
+
+    def noting(batch: Batch, seeds: tuple[int, ...], first: int = 0) -> Batch:
+        given.append((seeds, first))
+        return with_keys(batch, seeds, first)
+
+    def seeds_of(seed: int, clients_per_pass: int) -> list[tuple[int, ...]]:
+        """Of each round and step, those of the clients that make passes."""
+        given.clear()
+        name = f"{seed}-{clients_per_pass}"
+        federated = {"num_clients": 2, "num_rounds": 2, "clients_per_pass": clients_per_pass}
+        train = {**SGD, "local_steps": 2, "micro_batch_size": 2}
+        sections: dict[str, object] = {"federated": federated, "train": train, "seed": seed}
+        own = settings(tiny_folder, tmp_path, name, lora={"rank": 4, "dropout": 0.5}, **sections)
+        session.run_session(config_load.validate(own))
+        assert [first for _, first in given] == [0, 2] * (len(given) // 2)
+        assert given[::2] == [(seeds, 0) for seeds, _ in given[1::2]]
+        return [seeds for seeds, _ in given[::2]]
+
+    monkeypatch.setattr(Batch, "with_keys", noting)
+    (first, second), alone = (seeds_of(seed, 2) for seed in (0, 1)), seeds_of(0, 1)
+    together = [one for seeds in first + second for one in seeds]
+    assert len(set(together)) == len(together) == 2 * 2 * 2 * 2
+    in_turns = [alone[place] for place in (0, 2, 1, 3, 4, 6, 5, 7)]  # by round, step, client
+    assert [one for (one,) in in_turns] == together[:8]
