@@ -175,6 +175,15 @@ def test_gradients_of_micro_passes_add_up(dropout):
     assert_close(twice, 2 * once, 1e-6)
 
 
+def test_each_layer_of_a_model_has_dropout_masks_of_its_own():
+    attached = attach(make(), dropout=0.5)
+    attached.bind(rows_of(attached.layout))
+    attached.context.token_keys = token_keys((3, 4, 5), ROWS, TOKENS)
+    ones = torch.ones(CLIENTS * ROWS, TOKENS, 16)
+    masks = {tuple(layer.drop(ones).flatten().tolist()) for layer in attached.layers.values()}
+    assert len(masks) == len(attached.layers)
+
+
 def test_dropout_in_lean_blocks_is_that_of_layers_called_one_by_one():
     found = []
     for model in (make(), lean(make())):
