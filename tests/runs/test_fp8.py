@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from sfed.config import load as config_load
+from sfed.distributed.world import World
 from sfed.federated import preflight
+from sfed.kernels import choice
+from sfed.kernels.choice import OPTIONS, PLAIN
+from sfed.models import backbone
 from sfed.models.hf_config import MetaModel
 from sfed.plan.estimate import estimate
 from sfed.utils.errors import CheckpointError, ConfigError, UserError
@@ -146,3 +154,46 @@ def test_a_plan_counts_two_bytes_a_weight_and_offers_no_shards(
     assert fp8["backbone_bytes"] - full["backbone_bytes"] == 4 * sides
     # To look for remedies is to check each: zero3, which fp8 excludes, would raise an error.
     assert not fp8["fits"] and not full["fits"]
+
+
+def train_with_counted_kernels(settings: dict[str, Any]) -> None:
+    """Fails unless the run drops and quantises with the functions that were chosen for it."""
+    called: Counter[str] = Counter()
+
+    def counted(name: str) -> Any:
+        def work(*arguments: Any) -> Any:
+            called[name] += 1
+            return getattr(PLAIN, name)(*arguments)
+
+        return work
+
+    made = dataclasses.replace(PLAIN, **{name: counted(name) for name in OPTIONS})
+    choice.choose = lambda *_arguments, **_options: made  # the process ends with the test
+    runs.train_settings(settings)
+    assert set(called) == set(OPTIONS), called
+
+
+def test_layers_use_the_kernels_that_were_chosen(folder: Path, tmp_path: Path) -> None:
+    own = settings(folder, tmp_path, lora={"rank": 4, "dropout": 0.1})
+    (end,) = ends_of(1, train_with_counted_kernels, own)
+    assert end.code == 0, end.said
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("compute", ["full", "fp8"])
+def test_kernels_are_chosen_for_what_a_run_has(
+    dropout: float, compute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(choice, "choose", lambda *arguments: asked.append(arguments[3]))
+    config = config_load.validate(
+        {
+            "model": {"name": "demo"},
+            "data": {"task": "demo"},
+            "lora": {"dropout": dropout},
+            "backbone": {"compute": compute},
+        }
+    )
+    backbone.kernels_of(config, cast(World, SimpleNamespace(device=torch.device("cpu"))))
+    expected = {"dropout": dropout > 0, "quantise": compute == "fp8"}
+    assert asked == [tuple(name for name in OPTIONS if expected[name])]
