@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from sfed.distributed.world import SECONDS_OF_SLACK, World
@@ -132,8 +132,22 @@ def raise_everywhere(world: World, name: str) -> Iterator[None]:
             raise mistake from None
         raise
     if mistakes:
+        _wait_for_readers(world, name)
         message = "\n".join(sorted({text for text, _ in mistakes}))
         raise made_of({kind for _, kind in mistakes}, message)
+
+
+def _wait_for_readers(world: World, name: str) -> None:
+    """Wait on process 0, which may serve the store, until all have read what the meeting said.
+
+    It is about to end: a process that is slow to read would lose the store, and with it the reason.
+    """
+    prefix = f"{name}#{world.meetings[name]}/read"
+    with suppress(RuntimeError):  # the store has gone: this process has read what it needs
+        world.store.set(f"{prefix}/{world.rank}", "")
+        if world.is_main:
+            keys = [f"{prefix}/{peer}" for peer in range(world.size)]
+            futures.wait([keys_come(world, keys)], min(_SECONDS_TO_PART, world.deadline_seconds))
 
 
 @contextmanager

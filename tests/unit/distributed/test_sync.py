@@ -24,6 +24,9 @@ def mistaken(where: str) -> None:
     """Process 0 makes a mistake in a body in which process 1 waits for it."""
     watchdog._SECONDS_TO_LEAVE = 1.0
     world = distributed.start(10 * HANG_SECONDS)
+    if where == "at the meeting, read late" and os.environ["RANK"] == "1":
+        come = sync._wait
+        sync._wait = lambda *arguments: (come(*arguments), time.sleep(3.0))  # type: ignore[assignment]
     try:
         with ending(world), sync.raise_everywhere(world, "loading the backbone"):
             if os.environ["RANK"] == "0":
@@ -36,7 +39,9 @@ def mistaken(where: str) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("where", ["at the meeting", "in a collective"])
+@pytest.mark.parametrize(
+    "where", ["at the meeting", "at the meeting, read late", "in a collective"]
+)
 def test_a_mistake_of_one_process_is_what_all_of_them_say(where: str) -> None:
     first, other = ends_of(2, mistaken, where, grace_seconds=HANG_SECONDS)
     assert first.code == command.EXIT_MISTAKE
