@@ -6,7 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from sfed.storage.card_facts import privacy_of
 from sfed.storage.checkpoint import State
 from sfed.storage.checkpoint_folder import CheckpointRef
 from sfed.storage.checkpoint_writer import RunIdentity, Writer
-from sfed.storage.previous_run import mark_finished
 from sfed.storage.run_folder import RunFolder
 from sfed.storage.run_record import METRICS_FILE, RunRecord, open_run, read_rounds
 from sfed.utils import garbage
@@ -235,6 +234,8 @@ def _train_and_export(
     if finished:
         started = time.monotonic()
         _write_adapters(run, folder.path, console)
+        if world.is_main:
+            folder.mark_finished()
         export_seconds = time.monotonic() - started
     else:
         console.say(
@@ -248,7 +249,7 @@ def _train_and_export(
 
 
 def _write_adapters(run: Run, folder: Path, console: Console) -> None:
-    """Write the adapters of a run whose rounds are all done, and note that they are whole."""
+    """Write the adapters of a run whose rounds are all done."""
     run.world.watch.at("writing the adapters")
     with sync.raise_everywhere(run.world, "writing the adapters"):
         former = set_aside_former(run.data.adapter_folders, folder) if run.world.is_main else ""
@@ -257,9 +258,6 @@ def _write_adapters(run: Run, folder: Path, console: Console) -> None:
         console.say(former)
     if written:
         console.say(written)
-    if run.world.is_main:
-        with suppress(OSError):  # without the mark the next start looks at everything
-            mark_finished(folder, run.config)
 
 
 def _resume(run: Run, found: CheckpointRef, console: Console) -> State:

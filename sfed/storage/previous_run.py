@@ -85,19 +85,28 @@ FINISHED_FILE = "finished.json"
 """Says of how many rounds the adapters of a run folder are; gone while anything is written."""
 
 
-def mark_finished(folder: Path, config: Config) -> None:
-    """Note that the adapters of a run folder are whole, of how many rounds, and the files read.
+Stamps = dict[str, list[int]]
+"""Bytes and time of change of files."""
+
+
+def mark_finished(folder: Path, rounds: int, files: Stamps) -> None:
+    """Note that the adapters of a run folder are whole, and of how many rounds.
+
+    Args:
+        folder: of the run.
+        rounds: all of them.
+        files: of the data, as they were before they were read.
 
     Raises:
         OSError: where it cannot be written.
     """
-    marks = {"rounds": config.federated.num_rounds, "files": _stamps_of(config)}
+    marks = {"rounds": rounds, "files": files}
     with replacing(folder / FINISHED_FILE) as temporary:
         temporary.write_text(json.dumps(marks) + "\n", encoding="utf-8")
 
 
-def _stamps_of(config: Config) -> dict[str, list[int]]:
-    """Bytes and time of change of each file of the data that this machine holds.
+def stamps_of(config: Config) -> Stamps:
+    """Look at each file of the data that this machine holds.
 
     Raises:
         OSError: where one cannot be looked at.
@@ -130,7 +139,7 @@ def is_finished(folder: Path, config: Config) -> bool:
             or _written(saved.parse()) != _written(config)
         ):
             return False
-        if "files" in marked and marked["files"] != _stamps_of(config):
+        if "files" in marked and marked["files"] != stamps_of(config):
             return False  # the rows of a client may be others now
         rounds = marked["rounds"]
         (newest,) = by_age(folder / "checkpoints")[-1:]

@@ -32,9 +32,12 @@ from sfed.storage.checkpoint_folder import CheckpointRef, metadata_of
 from sfed.storage.previous_run import (
     FINISHED_FILE,
     Sight,
+    Stamps,
     began_with,
+    mark_finished,
     read_attempt,
     sight_of,
+    stamps_of,
 )
 from sfed.storage.run_record import CONFIG_FILE, METRICS_FILE, PARTITION_FILE, read_rounds
 from sfed.utils.errors import CheckpointError, UserError
@@ -156,6 +159,7 @@ class RunFolder:
         self._config, self.one_of_many = config, one_of_many
         self._lock = RunLock()
         self._seen: Sight | None = None
+        self._files: Stamps | None = None
 
     def look(self, world: World, console: Console) -> tuple[CheckpointRef | None, int]:
         """Return the checkpoint to resume from, and N. Collective; only the lock is written.
@@ -184,10 +188,21 @@ class RunFolder:
     def _newest(self) -> tuple[Path | None, list[str]]:
         self._lock.take(self.path)
         self._seen = self._sight()
+        with suppress(OSError):  # who reads the file says so
+            self._files = stamps_of(self._config)
         if self._is_anew:
             return None, []
         found, notes = resume.find(self.path, self._config.output.resume)
         return None if found is None else found.folder, notes
+
+    def mark_finished(self) -> None:
+        """Note that the adapters are whole; on process 0, after ``look``.
+
+        Where that cannot be written, the next start looks at everything.
+        """
+        if self._files is not None:
+            with suppress(OSError):
+                mark_finished(self.path, self._config.federated.num_rounds, self._files)
 
     def _refuse_to_overwrite(
         self, found: CheckpointRef | None, num_clients: int, console: Console

@@ -14,7 +14,7 @@ import pytest
 
 from sfed.config import load as config_load
 from sfed.config.schema import Config
-from sfed.federated import preflight
+from sfed.federated import preflight, rounds
 from sfed.storage.previous_run import FINISHED_FILE
 from sfed.utils.errors import CheckpointError, ConfigError
 from tests.support import launchers, runs, tiny
@@ -144,6 +144,35 @@ def test_a_complete_run_whose_data_have_changed_since_looks_at_them(
     assert preflight.look_back(config) is None
     (end,) = ends_of(1, runs.train_or_leave, settings)
     assert end.code == 2 and "reads other rows" in end.said
+
+
+def train_while_the_data_change(settings: dict[str, Any]) -> None:
+    """A row is added after the data were read and before the run is over."""
+    train = rounds.train
+
+    def changed(*arguments: Any) -> bool:
+        with Path(settings["data"]["train_files"]).open("a", encoding="utf-8") as file:
+            file.write('{"prompt": "a", "completion": "b"}\n')
+        return train(*arguments)
+
+    rounds.train = changed  # the process ends with the test
+    runs.train_settings(settings)
+
+
+def test_data_that_change_while_a_run_trains_are_not_those_it_was_trained_on(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = Path(shutil.copy(tiny_folder / "rows.jsonl", tmp_path / "rows.jsonl"))
+    settings = tiny.settings(
+        tiny_folder,
+        data={"train_files": str(rows)},
+        federated={"num_clients": 2, "num_rounds": 1},
+        output={"dir": str(tmp_path), "name": "run"},
+    )
+    (end,) = ends_of(1, train_while_the_data_change, settings)
+    assert end.code == 0, end.said
+    assert (tmp_path / "run" / FINISHED_FILE).is_file()
+    assert preflight.look_back(config_load.validate(settings)) is None
 
 
 def test_the_mark_of_an_older_version_names_no_files(finished: Path) -> None:
