@@ -356,12 +356,12 @@ def test_the_pods_of_a_job_train_as_one_process_does(
     alone = runs.run(1, settings | {"output": {"dir": str(tmp_path), "name": "alone"}})
     settings["output"] = {"name": "run"}
     made = pods.pods(with_processes(job_of(name), per_node))
-    before = [node.sent_bytes() for node in nodes]
+    before = [node.traffic().sent for node in nodes]
     started = start(made, nodes, settings, tmp_path)
     logs = [(tmp_path / f"{pod['metadata']['name']}.log").read_text() for pod in made]
     assert netns.wait(started) == [0, 0], logs
     logs = [(tmp_path / f"{pod['metadata']['name']}.log").read_text() for pod in made]
     assert f"4 clients on {2 * per_node} processes" in logs[0]
-    assert all(node.sent_bytes() > sent for node, sent in zip(nodes, before, strict=True))
+    assert all(node.traffic().sent > sent for node, sent in zip(nodes, before, strict=True))
     together = runs.adapters(tmp_path / "workspace" / "runs" / "run")
     assert runs.relative_difference(runs.adapters(alone), together) <= 1e-5

@@ -61,7 +61,7 @@ def test_two_nodes_are_examined_in_every_respect(nodes: Nodes, tmp_path: Path):
 
 
 def test_the_slow_link_is_named(nodes: Nodes, tmp_path: Path):
-    nodes[1].throttle(50)
+    nodes[1].throttle("50mbit")
     codes, checks, log = examined(nodes, tmp_path, "--only", "ring")
     assert codes == [0, 0], log
     assert checks["ring"]["status"] == "warning", checks["ring"]

@@ -44,7 +44,7 @@ def test_a_slow_cable_shows_in_the_mean_and_in_the_gathers(
 ) -> None:
     free = measured(nodes, tmp_path, 29610)
     for node in nodes:
-        node.throttle(MEGABITS)
+        node.throttle(f"{MEGABITS}mbit")
     slow = measured(nodes, tmp_path, 29620)
     # What must go over the cable takes its time there, whatever else the machine does.
     least = 8e-6 * (A_BYTES - BURST) / MEGABITS

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.support import netns, tiny
 from tests.support.launchers import ROOT
-from tests.support.netns import Node
+from tests.support.netns import Node, Traffic
 
 LORA_RANK = 256
 
@@ -28,8 +28,10 @@ def settings(
     )
 
 
-def sent(nodes: tuple[Node, Node], folder: Path, cases: list[dict[str, Any]]) -> list[list[int]]:
-    """Bytes that each node sent, by node and case, with one process on each."""
+def sent(
+    nodes: tuple[Node, Node], folder: Path, cases: list[dict[str, Any]]
+) -> list[list[Traffic]]:
+    """What each node put on the cable, by node and case, with one process on each."""
     (folder / "cases.json").write_text(json.dumps(cases))
     logs = [folder / f"node-{number}.log" for number in range(2)]
     started = []
@@ -39,4 +41,5 @@ def sent(nodes: tuple[Node, Node], folder: Path, cases: list[dict[str, Any]]) ->
         words = [sys.executable, "-m", "tests.support.wire", str(folder / "cases.json")]
         started.append(node.start(*words, folder=ROOT, log=logs[number], environment=place))
     assert netns.wait(started) == [0, 0], [log.read_text()[-3000:] for log in logs]
-    return [json.loads(log.read_text().rpartition("sent ")[2]) for log in logs]
+    answers = [json.loads(log.read_text().rpartition("sent ")[2]) for log in logs]
+    return [[Traffic(*counts) for counts in answer] for answer in answers]

@@ -25,11 +25,12 @@ def line(folder: Path, rate: int | None) -> str:
     with netns.two_nodes(output) as nodes:
         for node in nodes:
             if rate is not None:
-                node.throttle(rate)
+                node.throttle(f"{rate}mbit")
         sent = cables.sent(nodes, output, [short, long])
     events = runs.rounds(output / long["output"]["name"])[1:]
     bytes_of_a = events[-1]["comm/uploaded_bytes"]
-    share = max(of_long - of_short for of_short, of_long in sent) / (ROUNDS - 1) / bytes_of_a
+    most = max(of_long.since(of_short).sent for of_short, of_long in sent)
+    share = most / (ROUNDS - 1) / bytes_of_a
     seconds = statistics.median(event["time/aggregate_seconds"] for event in events)
     least = "no limit" if rate is None else f"{8e-6 * bytes_of_a / rate:.3f} s"
     limit = "no limit" if rate is None else f"{rate} Mbit/s"

@@ -8,7 +8,6 @@ fixture ``nodes`` of conftest skips elsewhere and says why. Files and process nu
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -18,17 +17,42 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.support.deadlines import HANG_SECONDS, wait_until
 
 _TOOLS = ("ip", "tc", "nsenter", "unshare", "mount", "hostname")
 _NUMBERS = itertools.count()
+_FRAME_BYTES = 1514
+"""The longest segment on the cable, with all headers."""
 # In a mount namespace of its own the node's hosts file lies over the machine's.
 _ENTER = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
 
 
 class NoNodesError(RuntimeError):
     """This machine makes no network namespaces; the message says what is missing."""
+
+
+class Traffic(NamedTuple):
+    """Bytes that a node has put on its cable since it was made, with all headers."""
+
+    sent: int
+    resent: int
+    """At most so many of them TCP sent again, because an acknowledgement came late."""
+
+    @staticmethod
+    def read(devices: str, protocols: str) -> Traffic:
+        """Take the counts from ``/proc/net/dev`` and ``/proc/net/snmp``."""
+        rows = [line.replace(":", " ").split() for line in devices.splitlines()[2:]]
+        names, counts = (line.split() for line in protocols.splitlines() if line[:4] == "Tcp:")
+        segments = int(counts[names.index("RetransSegs")])
+        return Traffic(
+            sent=sum(int(row[9]) for row in rows if row[0] != "lo"),
+            resent=_FRAME_BYTES * segments,
+        )
+
+    def since(self, before: Traffic) -> Traffic:
+        return Traffic(self.sent - before.sent, self.resent - before.resent)
 
 
 @dataclass(frozen=True)
@@ -89,18 +113,16 @@ class Node:
         for process in self._started:
             process.wait(timeout=HANG_SECONDS)
 
-    def sent_bytes(self) -> int:
-        """Bytes that this node has put on the cable since it was made, with all headers."""
-        facts = json.loads(
-            _run("ip", "-n", self.namespace, "-s", "-j", "link", "show", self.device)
-        )
-        return int(facts[0]["stats64"]["tx"]["bytes"])
+    def traffic(self) -> Traffic:
+        """What this node has put on the cable so far."""
+        enter = ("nsenter", f"--net=/run/netns/{self.namespace}", "cat")
+        return Traffic.read(*(_run(*enter, f"/proc/net/{name}") for name in ("dev", "snmp")))
 
-    def throttle(self, megabits_per_second: int) -> None:
-        """Let this node send no faster than this."""
-        rate = [f"{megabits_per_second}mbit", "burst", "256kb", "latency", "200ms"]
-        place = ["qdisc", "replace", "dev", self.device, "root"]
-        _run("tc", "-n", self.namespace, *place, "tbf", "rate", *rate)
+    def throttle(self, rate: str, burst: str = "256kb", latency: str = "200ms") -> None:
+        """Let this node send no faster than this, such as ``50mbit``."""
+        place = ("qdisc", "replace", "dev", self.device, "root", "tbf")
+        limits = ("rate", rate, "burst", burst, "latency", latency)
+        _run("tc", "-n", self.namespace, *place, *limits)
 
     def pull(self) -> None:
         """Pull the cable out of this node: nobody is told, and nothing arrives any more."""

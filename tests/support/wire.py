@@ -1,8 +1,8 @@
 """One process of a run on a node: trains several settings in turn and tells what its node sent.
 
 Started as ``python -m tests.support.wire FILE`` with RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT. FILE holds a list of settings; the answer is a line of JSON, bytes sent by this
-node while each trained.
+MASTER_PORT. FILE holds a list of settings; the answer is a line of JSON, what this node put on
+the cable while each trained: bytes sent, and at most so many of them sent again.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import torch
 
 from sfed import train
 from sfed.config import load as config_load
+from tests.support.netns import Traffic
 
 
-def sent_bytes() -> int:
-    """Bytes that this node's network has sent, without those to itself."""
-    lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
-    rows = [line.replace(":", " ").split() for line in lines]
-    return sum(int(row[9]) for row in rows if row[0] != "lo")
+def traffic() -> Traffic:
+    return Traffic.read(*(Path("/proc/self/net", name).read_text() for name in ("dev", "snmp")))
 
 
 def main() -> None:
@@ -31,9 +29,9 @@ def main() -> None:
     sent = []
     for turn, settings in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         os.environ["MASTER_PORT"] = str(port + turn)
-        before = sent_bytes()
+        before = traffic()
         train.run(config_load.validate(settings))
-        sent.append(sent_bytes() - before)
+        sent.append(traffic().since(before))
     sys.stdout.write(f"sent {json.dumps(sent)}\n")
 
 
