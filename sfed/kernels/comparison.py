@@ -99,12 +99,14 @@ def rotary(kernel: Rotary, device: torch.device, dtype: torch.dtype) -> float:
 
 def dropout(kernel: Dropout, device: torch.device, dtype: torch.dtype) -> float:
     """Compare what is dropped of vectors longer than a block; one number too many is infinite."""
-    x = _spread((2, 3, _WIDTH), 0.2, device, dtype).add_(4.0)
+    x, other = (_spread((2, 3, _WIDTH), shift, device, dtype).add_(4.0) for shift in (0.2, 0.7))
     keys_V = torch.tensor([0, -1, 2**40 + 7, -(2**62), 5, 2**31], device=device)
-    pairs = []
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     for probability in (0.05, 0.6):
         mask = DropoutMask(keys_V, probability, word=-0x61C8864680B583EB)
-        pairs.append((kernel(x, mask), plain_dropout.dropout(x, mask)))
+        for tensors in ((x,), (x, other)):
+            plain = plain_dropout.dropout(mask, *tensors)
+            pairs += zip(kernel(mask, *tensors), plain, strict=True)
     is_same = all(torch.equal(one == 0.0, other == 0.0) for one, other in pairs)
     return excess(pairs) if is_same else float("inf")
 

@@ -85,11 +85,18 @@ class DropoutMask(NamedTuple):
         return 1.0 / (1.0 - self.probability)
 
 
-Dropout = Callable[[torch.Tensor, DropoutMask], torch.Tensor]
-"""Drop numbers of x, V vectors in any shape, and scale the others.
+class Dropout(Protocol):
+    """Drops the same numbers of tensors, and scales the others."""
 
-Allocates its result; waits for no device.
-"""
+    def __call__(self, mask: DropoutMask, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the tensors with numbers dropped: each times 0 or 1, times the scale.
+
+        The mask is made once for all. Allocates its results; waits for no device.
+
+        Args:
+            mask: of V vectors.
+            tensors: one or two of V vectors, in any shapes, of one width and dtype.
+        """
 
 
 class Swiglu(Protocol):

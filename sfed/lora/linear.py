@@ -12,8 +12,9 @@ Layers that read the same x (q, k, v; gate, up) are computed together: their A a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from sfed.kernels.interface import Dropout, DropoutMask
 from sfed.kernels.plain.dropout import dropout
 from sfed.lora.factors import Factors
 from sfed.lora.frozen.fp8 import outputs_of
-from sfed.lora.ops import Recipe, drop, recipe_of
+from sfed.lora.ops import recipe_of
 from sfed.utils.rng import mixed
 
 
@@ -118,7 +119,7 @@ class StackedLoraLinear(nn.Module):
         (y,) = project(x, (self,))
         return y
 
-    def drop(self, x: torch.Tensor) -> torch.Tensor:
+    def dropout_of(self, x: torch.Tensor) -> Drop | None:
         """Inverted dropout; masks are a function of the token's key, the layer and the number.
 
         So a client's masks do not depend on who shares the pass, on how far its examples are
@@ -131,9 +132,9 @@ class StackedLoraLinear(nn.Module):
         """
         keys = self.context.token_keys
         if keys is None:
-            return x
+            return None
         mask = DropoutMask(self._keys_of(x, keys), self.dropout, self._layer_word)
-        return drop(x, mask, self.context.dropout)
+        return partial(self.context.dropout, mask)
 
     def _keys_of(self, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """The key of each vector of x: (V,) int64."""
@@ -177,12 +178,11 @@ def project(x: torch.Tensor, layers: Sequence[nn.Module]) -> tuple[torch.Tensor,
         first = adapted[0]
         factors = first.factors if len(adapted) == 1 else first.siblings.factors
         if factors is not None:
-            ys, x_lora = tuple(outputs[layer] for layer in adapted), first.drop(x)
-            later = None
-            if x_lora is x and x.requires_grad:  # then the frozen layers give it a gradient too
-                later = _InputGradient()
-                x.register_hook(later)  # type: ignore[no-untyped-call]
-            added = add_lora(ys, x_lora, factors, first.lora_scaling, later)
+            term = LoraTerm(factors, first.lora_scaling, first.dropout_of(x))
+            if x.requires_grad and term.drop is None:
+                term.later = _InputGradient()
+                x.register_hook(term.later)  # type: ignore[no-untyped-call]
+            added = add_lora(tuple(outputs[layer] for layer in adapted), x, term)
             outputs.update(zip(adapted, added, strict=True))
     for layer in layers:
         _measure(layer, x)
@@ -227,25 +227,37 @@ class _InputGradient:
         return grad_CMI.view(grad.shape)
 
 
+Drop = Callable[..., tuple[torch.Tensor, ...]]
+"""Drops the same numbers of tensors of one shape; see ``kernels.interface.Dropout``."""
+
+
+@dataclass
+class LoraTerm:
+    """The term gamma * B A x of layers that read the same x."""
+
+    factors: Factors
+    lora_scaling: float
+    """Gamma, where the clients do not have each their own."""
+    drop: Drop | None = None
+    """Dropout of what A reads; None = nothing is dropped."""
+    later: _InputGradient | None = None
+    """Who adds the adapters' part to the gradient of x, which the frozen layers give one too; None
+    = autograd."""
+
+
 def add_lora(
-    ys: tuple[torch.Tensor, ...],
-    x: torch.Tensor,
-    factors: Factors,
-    lora_scaling: float,
-    later: _InputGradient | None = None,
+    ys: tuple[torch.Tensor, ...], x: torch.Tensor, term: LoraTerm
 ) -> tuple[torch.Tensor, ...]:
     """Add gamma * B_c A_c x to the frozen layers' outputs, in place, and return them.
 
     Args:
         ys: outputs of the frozen layers, which nobody else reads.
         x: their input, of C * M rows.
-        factors: of these layers.
-        lora_scaling: gamma, where the clients do not have each their own.
-        later: who adds the adapters' part to the gradient of x; None = autograd.
+        term: what is added.
     """
-    a_CRI, b_COR = factors.in_dtype(x.dtype)
+    a_CRI, b_COR = term.factors.in_dtype(x.dtype)
     added: tuple[torch.Tensor, ...] = _AddLora.apply(  # type: ignore[no-untyped-call]
-        (factors, lora_scaling, recipe_of(x), later), x, a_CRI, *b_COR, *ys
+        term, x, a_CRI, *b_COR, *ys
     )
     return added
 
@@ -260,24 +272,28 @@ class _AddLora(Function):
         grad x = sum_l G_l W_l + gamma * H A          grad A_l = gamma * H_l^T x
         grad y_l = G_l                                grad B_l = gamma * G_l^T (A_l x)
 
+    Where numbers of x are dropped, A reads what is left, and the same numbers of gamma * H A are.
+
     Gradients of factors are added where ``Factors`` says and not handed to autograd. Saves A x for
-    the gradient of B, and for that of A x itself or what it is made of.
+    the gradient of B, and for that of A x itself or what it is made of; no mask.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        means: tuple[Factors, float, Recipe | None, _InputGradient | None],
+        term: LoraTerm,
         x: torch.Tensor,
         a_CRI: torch.Tensor,
         *b_and_y: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.factors, ctx.lora_scaling, recipe, ctx.later = means
-        gammas_C11 = ctx.factors.rows.gammas_C11
+        ctx.factors, ctx.lora_scaling = term.factors, term.lora_scaling
+        ctx.drop, ctx.later = term.drop, term.later
+        gammas_C11, recipe = ctx.factors.rows.gammas_C11, recipe_of(x)
         ctx.make = None if recipe is None else recipe.make
         ctx.x_shape, num_layers = x.shape, len(b_and_y) // 2
         b_COR, ys = b_and_y[:num_layers], b_and_y[num_layers:]
-        xa_CMR = torch.bmm(_by_client(x, a_CRI), a_CRI.transpose(1, 2))
+        (x_read,) = (x,) if ctx.drop is None else ctx.drop(x)
+        xa_CMR = torch.bmm(_by_client(x_read, a_CRI), a_CRI.transpose(1, 2))
         if gammas_C11 is not None:
             ctx.lora_scaling = 1.0
             xa_CMR.mul_(gammas_C11)  # in fp32, whatever the dtype of A x
@@ -298,29 +314,57 @@ class _AddLora(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        factors, gamma, num_layers = ctx.factors, ctx.lora_scaling, len(grads)
-        a_CRI, *rest = ctx.saved_tensors
-        b_COR, h_CMR, kept = rest[:num_layers], rest[num_layers], rest[num_layers + 1 :]
-        factors.rows.collect()
-        if h_CMR is None:
-            rows = grads[0].numel() // grads[0].shape[-1] // len(a_CRI)
-            h_CMR = a_CRI.new_empty(len(a_CRI), rows, a_CRI.shape[1])
-        for layer, part in enumerate(h_CMR.chunk(num_layers, dim=2)):
-            grad_CMO = _by_client(grads[layer], a_CRI)
-            if factors.grad_b is not None:
-                _add_product(factors.grad_b[layer], grad_CMO.transpose(1, 2), part, gamma)
-            torch.bmm(grad_CMO, b_COR[layer], out=part)  # over A x, which nobody needs any more
-        if factors.rows.gammas_C11 is not None:
-            h_CMR.mul_(factors.rows.gammas_C11)
-        if factors.grad_a is not None:
-            x_CMI = _by_client(kept[0] if ctx.make is None else ctx.make(*kept), a_CRI)
-            _add_product(factors.grad_a, h_CMR.transpose(1, 2), x_CMI, gamma)
-        grad_x = None
-        if ctx.later is not None:
-            ctx.later.added = (h_CMR, a_CRI, gamma)
-        elif ctx.needs_input_grad[1]:
-            grad_x = torch.bmm(h_CMR, a_CRI).mul_(gamma).view(ctx.x_shape)
+        (a_CRI, *rest), num_layers = ctx.saved_tensors, len(grads)
+        b_COR, xa_CMR, kept = rest[:num_layers], rest[num_layers], rest[num_layers + 1 :]
+        ctx.factors.rows.collect()
+        h_CMR = _back_through_b(ctx, [_by_client(grad, a_CRI) for grad in grads], b_COR, xa_CMR)
+        grad_x = _back_through_a(ctx, h_CMR, a_CRI, kept)
         return None, grad_x, None, *(None for _ in b_COR), *grads
+
+
+def _back_through_b(
+    ctx: Any,
+    grads_CMO: list[torch.Tensor],
+    b_COR: list[torch.Tensor],
+    xa_CMR: torch.Tensor | None,
+) -> torch.Tensor:
+    """Add the gradients of B where A x was kept for them; return H, in its memory."""
+    grad_b, gammas_C11 = ctx.factors.grad_b, ctx.factors.rows.gammas_C11
+    h_CMR = xa_CMR
+    if h_CMR is None:
+        clients, rows, _ = grads_CMO[0].shape
+        h_CMR = b_COR[0].new_empty(clients, rows, sum(b.shape[2] for b in b_COR))
+    for layer, part in enumerate(h_CMR.chunk(len(b_COR), dim=2)):
+        if grad_b is not None:
+            transposed = grads_CMO[layer].transpose(1, 2)
+            _add_product(grad_b[layer], transposed, part, ctx.lora_scaling)
+        torch.bmm(grads_CMO[layer], b_COR[layer], out=part)  # over A x, which nobody needs any more
+    return h_CMR if gammas_C11 is None else h_CMR.mul_(gammas_C11)
+
+
+def _back_through_a(
+    ctx: Any, h_CMR: torch.Tensor, a_CRI: torch.Tensor, kept: list[torch.Tensor]
+) -> torch.Tensor | None:
+    """Add the gradient of A; return that of x, None where ``later`` adds it or nobody asks."""
+    grad_a, x, grad_x = ctx.factors.grad_a, None, None
+    if grad_a is not None:
+        x = _by_client(kept[0] if ctx.make is None else ctx.make(*kept), a_CRI)
+    if ctx.later is not None:
+        ctx.later.added = (h_CMR, a_CRI, ctx.lora_scaling)
+    elif ctx.needs_input_grad[1]:
+        grad_x = torch.bmm(h_CMR, a_CRI).mul_(ctx.lora_scaling)
+    if ctx.drop is not None:
+        x, grad_x = _dropped(ctx.drop, x, grad_x)
+    if x is not None:
+        _add_product(grad_a, h_CMR.transpose(1, 2), x, ctx.lora_scaling)
+    return None if grad_x is None else grad_x.view(ctx.x_shape)
+
+
+def _dropped(drop: Drop, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Drop the same numbers of those that are there."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    dropped = iter(drop(*present) if present else ())
+    return tuple(None if tensor is None else next(dropped) for tensor in tensors)
 
 
 def _by_client(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

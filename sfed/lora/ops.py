@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from sfed.kernels.choice import PLAIN, Kernels
-from sfed.kernels.interface import Dropout, DropoutMask, Rotary, Swiglu
+from sfed.kernels.interface import Rotary, Swiglu
 
 _RECIPE = "_sfed_recipe"
 
@@ -155,43 +155,3 @@ class _Rotary(Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return ctx.rotary(grads[0], *ctx.saved_tensors, True), None, None, None
-
-
-# --- dropout -------------------------------------------------------------------------------------
-
-
-def drop(x: torch.Tensor, mask: DropoutMask, kernel: Dropout) -> torch.Tensor:
-    """Drop numbers of x and scale the others, with a recipe; the mask is never kept.
-
-    Args:
-        x: vectors in any shape, (..., width).
-        mask: of these vectors.
-        kernel: that drops.
-    """
-    recipe = recipe_of(x) or Recipe(_itself, (x,))
-    make_x, inputs = recipe.make, recipe.inputs
-    dropped: torch.Tensor = _Drop.apply(x, mask, kernel)  # type: ignore[no-untyped-call]
-
-    def make(*inputs: torch.Tensor) -> torch.Tensor:
-        # Holds no recipe: its inputs would outlive a forward pass that is checkpointed.
-        return kernel(make_x(*inputs), mask)
-
-    setattr(dropped, _RECIPE, Recipe(make, inputs))
-    return dropped
-
-
-def _itself(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-class _Drop(Function):
-    """Saves nothing: the mask is a function of its keys, and the gradient has the same."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, mask: DropoutMask, kernel: Dropout) -> torch.Tensor:
-        ctx.mask, ctx.kernel = mask, kernel
-        return kernel(x, mask)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.kernel(grads[0], ctx.mask), None, None

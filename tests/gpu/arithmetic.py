@@ -109,7 +109,7 @@ def _dropout(made: choice.Kernels, device: torch.device, sizes: Sizes) -> Outcom
     (x,) = _drawn(device, (sizes.tokens, sizes.hidden))
     keys = torch.arange(sizes.tokens, device=device) * 0x9E3779B97F4A7C1
     mask = DropoutMask(keys, 0.05)
-    return [made.dropout(x, mask)], lambda: made.dropout(x, mask)
+    return list(made.dropout(mask, x, x)), lambda: made.dropout(mask, x, x)
 
 
 def _quantise(made: choice.Kernels, device: torch.device, sizes: Sizes) -> Outcome:

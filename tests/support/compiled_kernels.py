@@ -32,7 +32,8 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gradients": (swiglu.gradients_kernel, {"BLOCK": 1024}),
     "rotary": (rotary.rotary_kernel, {"BACK": False, "HEADS": 8, "BLOCK": 64}),
     "rotary back": (rotary.rotary_kernel, {"BACK": True, "HEADS": 8, "BLOCK": 64}),
-    "dropout": (dropout.dropout_kernel, _DROPOUT),
+    "dropout": (dropout.dropout_kernel, {**_DROPOUT, "PAIR": False}),
+    "dropout of two": (dropout.dropout_kernel, {**_DROPOUT, "PAIR": True}),
     "quantise": (quantise.quantise_kernel, _QUANTISE),
     "quantise one number": (quantise.quantise_kernel, {**_QUANTISE, "BLOCK": 1, "width": 1}),
     # A launch makes constants of whole numbers that are 1.

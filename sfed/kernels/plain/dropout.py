@@ -23,18 +23,26 @@ _NUMBERS_AT_A_TIME = {"cpu": 2**17}  # so that they stay in the cache
 _MOST_NUMBERS = 2**22
 
 
-def dropout(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
-    """Drop numbers of vectors; see ``interface.Dropout``."""
-    vectors = x.reshape(-1, x.shape[-1])
-    output, (count, width) = torch.empty_like(vectors), vectors.shape
+def dropout(mask: DropoutMask, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Drop the same numbers of tensors; see ``interface.Dropout``."""
+    first, vectors = tensors[0], [x.reshape(-1, x.shape[-1]) for x in tensors]
+    count, width = vectors[0].shape
+    outputs = [torch.empty_like(x) for x in vectors]
     words = (mask.keys ^ mask.word).view(torch.int32).view(count, 2)
-    weyl = torch.arange(width, dtype=torch.int32, device=x.device) * WEYL
-    some = max(1, _NUMBERS_AT_A_TIME.get(x.device.type, _MOST_NUMBERS) // width)
+    weyl = torch.arange(width, dtype=torch.int32, device=first.device) * WEYL
+    some = max(1, _NUMBERS_AT_A_TIME.get(first.device.type, _MOST_NUMBERS) // width)
+    is_kept = first.new_empty(min(some, count), width)  # as 0 and 1: a mask of bools is slower
     for start in range(0, count, some):
-        here = slice(start, start + some)
-        z = words[here, :1] + weyl
-        z = z.bitwise_xor_((z >> 16).bitwise_and_(0xFFFF)).mul_(FIRST).bitwise_xor_(words[here, 1:])
-        z = z.bitwise_xor_((z >> 13).bitwise_and_(0x7FFFF)).mul_(SECOND)
-        torch.mul(vectors[here], mask.scale, out=output[here])
-        output[here].masked_fill_(z < mask.threshold, 0.0)
-    return output.view(x.shape)
+        here = slice(start, min(start + some, count))
+        kept = is_kept[: here.stop - start]
+        torch.ge(_hashed(words[here], weyl), mask.threshold, out=kept)
+        for x, output in zip(vectors, outputs, strict=True):
+            torch.mul(x[here], mask.scale, out=output[here]).mul_(kept)
+    return tuple(output.view(x.shape) for output, x in zip(outputs, tensors, strict=True))
+
+
+def _hashed(words: torch.Tensor, weyl: torch.Tensor) -> torch.Tensor:
+    """Make z of the definition above: (vectors, width) int32, of (vectors, 2) and (width,)."""
+    z = words[:, :1] + weyl
+    z = z.bitwise_xor_((z >> 16).bitwise_and_(0xFFFF)).mul_(FIRST).bitwise_xor_(words[:, 1:])
+    return z.bitwise_xor_((z >> 13).bitwise_and_(0x7FFFF)).mul_(SECOND)

@@ -131,24 +131,29 @@ def ignores_strides(x: Any, cos: Any, sin: Any, back: bool) -> torch.Tensor:
     return plain_rotary.rotary(flat, cos, sin, back)
 
 
-def other_masks(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
-    return plain_dropout.dropout(x, mask._replace(keys=mask.keys + 1))
+def other_masks(mask: DropoutMask, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return plain_dropout.dropout(mask._replace(keys=mask.keys + 1), *tensors)
 
 
-def one_mask_for_all(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
-    return plain_dropout.dropout(x, mask._replace(keys=mask.keys[:1].repeat(len(mask.keys))))
+def one_mask_for_all(mask: DropoutMask, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    keys = mask.keys[:1].repeat(len(mask.keys))
+    return plain_dropout.dropout(mask._replace(keys=keys), *tensors)
 
 
-def half_of_the_key(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
-    return plain_dropout.dropout(x, mask._replace(keys=mask.keys & 0xFFFFFFFF))
+def half_of_the_key(mask: DropoutMask, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return plain_dropout.dropout(mask._replace(keys=mask.keys & 0xFFFFFFFF), *tensors)
 
 
-def one_word_for_all_layers(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
-    return plain_dropout.dropout(x, mask._replace(word=0))
+def one_word_for_all_layers(mask: DropoutMask, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return plain_dropout.dropout(mask._replace(word=0), *tensors)
 
 
-def unscaled(x: torch.Tensor, mask: DropoutMask) -> torch.Tensor:
-    return plain_dropout.dropout(x, mask) / mask.scale
+def unscaled(mask: DropoutMask, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(x / mask.scale for x in plain_dropout.dropout(mask, *tensors))
+
+
+def the_first_twice(mask: DropoutMask, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return plain_dropout.dropout(mask, *(tensors[0] for _ in tensors))
 
 
 def one_scale_for_all(rows: torch.Tensor) -> Quantised:
@@ -187,6 +192,7 @@ WRONG = [
     ("dropout", half_of_the_key),
     ("dropout", one_word_for_all_layers),
     ("dropout", unscaled),
+    ("dropout", the_first_twice),
     ("quantise", one_scale_for_all),
     ("quantise", towards_zero),
     ("quantise", bad_numbers_become_the_largest),
@@ -256,7 +262,7 @@ def test_every_kernel_compiles_for_compute_capability_9_0() -> None:
     done = launchers.python("-m", "tests.support.compiled_kernels", env=variables)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 18
+    assert len(found) == 20
     for name, one in found.items():
         assert one["cubin_bytes"] > 1000 and one["is_for_the_gpu"], name
 

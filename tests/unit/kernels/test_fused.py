@@ -253,6 +253,7 @@ def test_what_is_turned_and_turned_back_is_what_it_was() -> None:
 # --- dropout -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @few
 @given(
     st.lists(st.integers(-(2**63), 2**63 - 1), min_size=0, max_size=5),
@@ -262,15 +263,16 @@ def test_what_is_turned_and_turned_back_is_what_it_was() -> None:
     dtypes,
 )
 def test_what_is_dropped_is_that_of_the_plain_operations(
-    keys: list[int], word: int, width: int, probability: float, dtype: torch.dtype
+    count: int, keys: list[int], word: int, width: int, probability: float, dtype: torch.dtype
 ) -> None:
-    x = drawn(width, len(keys), width, dtype=dtype).add(9.0)
+    tensors = [drawn(width + i, len(keys), width, dtype=dtype).add(9.0) for i in range(count)]
     mask = DropoutMask(torch.tensor(keys, dtype=torch.int64), probability, word)
-    found, plain = fused_dropout.dropout(x, mask), plain_dropout.dropout(x, mask)
-    assert found.dtype == dtype and found.shape == x.shape
-    assert torch.equal(found == 0.0, plain == 0.0)
-    if keys:
-        assert_near(found, torch.where(plain == 0.0, 0.0, x.double() / (1 - probability)))
+    both = fused_dropout.dropout(mask, *tensors), plain_dropout.dropout(mask, *tensors)
+    for found, plain, x in zip(*both, tensors, strict=True):
+        assert found.dtype == dtype and found.shape == x.shape
+        assert torch.equal(found == 0.0, plain == 0.0)
+        if keys:
+            assert_near(found, torch.where(plain == 0.0, 0.0, x.double() / (1 - probability)))
 
 
 # --- FP8 -----------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_masks_are_those_of_the_definition(
     keys: list[int], word: int, width: int, probability: float, dtype: torch.dtype
 ) -> None:
     x = torch.arange(1.0, 1.0 + width, dtype=dtype).repeat(len(keys), 1)
-    found = dropout(x, DropoutMask(torch.tensor(keys), probability, word))
+    (found,) = dropout(DropoutMask(torch.tensor(keys), probability, word), x)
     for key, row in zip(keys, found, strict=True):
         for number, value in enumerate(row):
             kept = x[0, number] * (1.0 / (1.0 - probability))
@@ -50,10 +50,20 @@ def test_masks_are_those_of_the_definition(
 def test_vectors_beyond_a_piece_have_the_masks_of_their_own_keys() -> None:
     keys_V = torch.arange(700) * 2**33 + 5
     x = torch.ones(700, 400)
-    together = dropout(x, DropoutMask(keys_V, 0.4))
+    (together,) = dropout(DropoutMask(keys_V, 0.4), x)
     for vector in (0, 326, 327, 328, 699):
-        alone = dropout(x[:1], DropoutMask(keys_V[vector : vector + 1], 0.4))
+        (alone,) = dropout(DropoutMask(keys_V[vector : vector + 1], 0.4), x[:1])
         assert torch.equal(alone[0], together[vector])
+
+
+def test_the_same_numbers_of_two_tensors_are_dropped() -> None:
+    mask = DropoutMask(torch.arange(700) * 2**33 + 5, 0.4)
+    x, other = torch.randn(2, 350, 400) + 9.0, torch.randn(700, 400) + 9.0
+    together = dropout(mask, x, other)
+    for tensor, dropped in zip((x, other), together, strict=True):
+        assert torch.equal(dropped, dropout(mask, tensor)[0])
+        assert dropped.shape == tensor.shape
+    assert torch.equal(together[0].view(700, 400) == 0.0, together[1] == 0.0)
 
 
 # Mixed as batches mix the places of tokens; and a counter in the first word, which is harder.
@@ -67,8 +77,8 @@ def test_numbers_are_dropped_at_the_rate_and_independently(
     vectors, width = 2048, 1024
     places = np.arange(vectors, dtype=np.uint64) * np.uint64(step)
     keys_V = torch.from_numpy((mix(places) if is_mixed else places).view(np.int64))
-    dropped = dropout(torch.ones(vectors, width), DropoutMask(keys_V, probability)) == 0.0
-    surplus = dropped.double() - probability
+    (numbers,) = dropout(DropoutMask(keys_V, probability), torch.ones(vectors, width))
+    surplus = (numbers == 0.0).double() - probability
     variance = probability * (1 - probability)
     assert abs(float(surplus.mean())) < 5 * math.sqrt(variance / surplus.numel())
     for dim, count in ((0, vectors), (1, width)):  # of a number over vectors, and of a vector
@@ -84,7 +94,7 @@ def test_a_layers_word_gives_masks_without_relation() -> None:
     keys_V = torch.arange(512) * 0x9E3779B97F4A7C15 % 2**61
     words = (0, 1, -7046029254386353131)
     surplus = [
-        (dropout(torch.ones(512, 1024), DropoutMask(keys_V, 0.3, word)) == 0.0).double() - 0.3
+        (dropout(DropoutMask(keys_V, 0.3, word), torch.ones(512, 1024))[0] == 0.0).double() - 0.3
         for word in words
     ]
     for one, other in ((0, 1), (0, 2), (1, 2)):

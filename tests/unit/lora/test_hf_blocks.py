@@ -180,7 +180,8 @@ def test_each_layer_of_a_model_has_dropout_masks_of_its_own():
     attached.bind(rows_of(attached.layout))
     attached.context.token_keys = token_keys((3, 4, 5), ROWS, TOKENS)
     ones = torch.ones(CLIENTS * ROWS, TOKENS, 16)
-    masks = {tuple(layer.drop(ones).flatten().tolist()) for layer in attached.layers.values()}
+    drops = [layer.dropout_of(ones) for layer in attached.layers.values()]
+    masks = {tuple(drop(ones)[0].flatten().tolist()) for drop in drops}
     assert len(masks) == len(attached.layers)
 
 

@@ -110,16 +110,24 @@ def test_dropout_masks_are_a_function_of_the_client_and_the_layer() -> None:
     assert not torch.equal(again, layer(x))
 
 
+def mask_of(layer: StackedLoraLinear, *shape: int) -> torch.Tensor:
+    """What the layer makes of ones."""
+    ones = torch.ones(shape)
+    drop = layer.dropout_of(ones)
+    assert drop is not None
+    return drop(ones)[0]
+
+
 @pytest.mark.parametrize("tokens", [3, 70, 200])
 def test_dropout_masks_do_not_depend_on_who_shares_the_pass(tokens: int) -> None:
     """More clients, more sequences of others, and sequences that are padded further."""
     layer, _, _ = stacked(dropout=0.5)
     layer.context.token_keys = token_keys((5, 6, 7), ROWS + 1, tokens + 90)
-    ones = torch.ones(CLIENTS * (ROWS + 1), tokens + 90, IN)
-    masks = layer.drop(ones).view(CLIENTS, ROWS + 1, tokens + 90, IN)
+    masks = mask_of(layer, CLIENTS * (ROWS + 1), tokens + 90, IN)
+    masks = masks.view(CLIENTS, ROWS + 1, tokens + 90, IN)
     for client, seed in enumerate((5, 6, 7)):
         layer.context.token_keys = token_keys((seed,), ROWS, tokens)
-        alone = layer.drop(torch.ones(ROWS, tokens, IN))
+        alone = mask_of(layer, ROWS, tokens, IN)
         assert torch.equal(alone, masks[client, :ROWS, :tokens])
     sequences = masks.flatten(0, 1)
     assert not torch.equal(sequences[0], sequences[1]), "each sequence has its own"
@@ -129,10 +137,10 @@ def test_dropout_masks_do_not_depend_on_who_shares_the_pass(tokens: int) -> None
 def test_a_layer_that_sees_no_tokens_has_a_mask_for_each_vector_of_a_client() -> None:
     layer, _, _ = stacked(dropout=0.5)
     layer.context.token_keys = token_keys((5, 6, 7), ROWS, TOKENS)
-    masks = layer.drop(torch.ones(CLIENTS * ROWS, 64))
+    masks = mask_of(layer, CLIENTS * ROWS, 64)
     assert len({tuple(mask) for mask in masks.tolist()}) == CLIENTS * ROWS
     layer.context.token_keys = token_keys((8, 6, 9), ROWS, TOKENS)
-    again = layer.drop(torch.ones(CLIENTS * ROWS, 64))
+    again = mask_of(layer, CLIENTS * ROWS, 64)
     same = [torch.equal(one, other) for one, other in zip(masks, again, strict=True)]
     assert same == [False] * ROWS + [True] * ROWS + [False] * ROWS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from sfed.kernels.interface import DropoutMask
 from sfed.kernels.plain.dropout import dropout
-from sfed.lora import adapters, hf_blocks, linear, ops
+from sfed.lora import adapters, hf_blocks, linear
 from sfed.lora.adapters import LoraSpec
 from sfed.lora.factors import Factors, PassRows
 from sfed.lora.layout import Layout
@@ -100,12 +101,15 @@ def test_an_activation_that_is_no_silu_stays_as_it_is():
 
 
 @pytest.mark.parametrize("trained", ["A", "B", "AB"])
-def test_an_adapter_saves_its_input_for_a_and_a_x_for_b(trained):
+@pytest.mark.parametrize("probability", [0.0, 0.25])
+def test_an_adapter_saves_its_input_for_a_and_a_x_for_b(trained, probability):
     layout = Layout.of([("layer", 5, 6)], lora_rank=3)
     values, grads = torch.randn(2, layout.size), torch.zeros(2, layout.size)
     rows = PassRows(values, grads, torch.float32)
     factors = Factors.of(rows, layout.pieces[:1], layout.pieces[1:], trained)
     x, y = torch.randn(2, 7, 5, requires_grad=True), torch.randn(2, 7, 6, requires_grad=True)
+    mask = DropoutMask(torch.arange(14) * 2**35 + 1, probability)
+    (factors_of_x,) = dropout(mask, torch.ones(2, 7, 5))
     shapes = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -113,13 +117,16 @@ def test_an_adapter_saves_its_input_for_a_and_a_x_for_b(trained):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        (output,) = linear.add_lora((y.clone(),), x, factors, 0.5)
+        drop = partial(dropout, mask) if probability else None
+        (output,) = linear.add_lora((y.clone(),), x, linear.LoraTerm(factors, 0.5, drop))
     assert ((2, 7, 5) in shapes) == ("A" in trained)
     assert ((2, 7, 3) in shapes) == ("B" in trained)
     torch.autograd.backward(output.square().sum())
     a, b = (piece.of(values).clone().requires_grad_() for piece in layout.pieces)
     plain_x, plain_y = (tensor.detach().requires_grad_() for tensor in (x, y))
-    twin = plain_y + 0.5 * plain_x @ a.transpose(1, 2) @ b.transpose(1, 2)
+    dropped = plain_x * factors_of_x
+    assert bool((dropped == 0.0).any()) == bool(probability)
+    twin = plain_y + 0.5 * dropped @ a.transpose(1, 2) @ b.transpose(1, 2)
     torch.testing.assert_close(output, twin)
     torch.autograd.backward(twin.square().sum())
     torch.testing.assert_close(x.grad, plain_x.grad, rtol=1e-5, atol=1e-5)
@@ -127,23 +134,6 @@ def test_an_adapter_saves_its_input_for_a_and_a_x_for_b(trained):
     for piece, its in zip(layout.pieces, (a, b), strict=True):
         expected = its.grad if piece.factor in trained else torch.zeros_like(its)
         torch.testing.assert_close(piece.of(grads), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_what_is_dropped_has_no_gradient_and_is_dropped_again():
-    x, other = (torch.randn(2, 3, 40, requires_grad=True) for _ in range(2))
-    mask = DropoutMask(torch.arange(6) * 2**35 + 1, 0.25)
-    dropped = ops.drop(x, mask, dropout)
-    is_kept = (dropped != 0.0).float()
-    assert 0.6 < float(is_kept.mean()) < 0.9
-    torch.autograd.backward((dropped * other).sum())
-    torch.testing.assert_close(x.grad, other.detach() * is_kept / 0.75)
-    recipe = ops.recipe_of(dropped)
-    with torch.no_grad():  # as in a backward pass
-        assert recipe.inputs == (x,) and torch.equal(recipe.make(*recipe.inputs), dropped)
-    gate, up = torch.randn(2, 2, 3, 40).unbind()
-    of_swiglu = ops.recipe_of(ops.drop(product := ops.swiglu(gate, up), mask, dropout))
-    assert of_swiglu.inputs == (gate, up)
-    assert torch.equal(of_swiglu.make(gate, up), dropout(product, mask))
 
 
 # --- what is saved -------------------------------------------------------------------------------
