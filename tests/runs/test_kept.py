@@ -354,8 +354,11 @@ def stop_in_the_first_round(folder: Path, reported: int) -> None:
     """Leave what a run leaves that is killed before its first checkpoint is whole."""
     shutil.rmtree(folder / "adapters")
     shutil.rmtree(folder / "checkpoints")
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[: reported + 1]))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()[: reported + 1]
+    events = [json.loads(line) for line in lines]
+    for event in events:  # on a slow machine one tells that the first checkpoint was written
+        event.pop("time/checkpoint_write_seconds", None)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
 
 
 @pytest.mark.parametrize("reported", [0, 1, 2])
@@ -367,6 +370,20 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(
     go_on()
     assert runs.identical(runs.adapters(longer), runs.adapters(folder))
     assert [event["round"] for event in runs.rounds(folder)] == list(range(ROUNDS + 3))
+
+
+def test_a_checkpoint_that_was_reported_and_is_gone_is_missed(
+    folder: Path, go_on: Callable[..., Path]
+) -> None:
+    stop_in_the_first_round(folder, 1)
+    metrics = folder / "metrics.jsonl"
+    *before, last = metrics.read_text().splitlines(keepends=True)
+    told = json.loads(last) | {"time/checkpoint_write_seconds": 0.25}
+    metrics.write_text("".join(before) + json.dumps(told) + "\n")
+    kept = content(folder)
+    with pytest.raises(UserError, match="reports 1 finished rounds and there is no checkpoint"):
+        go_on()
+    assert content(folder) == kept
 
 
 def test_reported_rounds_of_other_settings_are_not_written_over(

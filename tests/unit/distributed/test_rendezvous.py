@@ -51,6 +51,10 @@ class Joining:
         self._threads.append(threading.Thread(target=join))
         self._threads[-1].start()
 
+    def wait_for(self, label: str) -> None:
+        """Wait until this one has joined or died: a launcher replaces only the dead."""
+        wait_until(lambda: label in self.found)
+
     def end(self) -> dict[str, str]:
         for thread in self._threads:
             thread.join(HANG_SECONDS)
@@ -80,6 +84,7 @@ def test_a_process_0_that_died_while_joining_is_forgotten():
     joining.begin("1", 1, 3, dies=lambda: False)
     wait_until(lambda: store.num_here > 0)
     is_dead.set()
+    joining.wait_for("old 0")
     joining.begin("new 0", 0, 3, dies=lambda: False)
     joining.begin("2", 2, 3, dies=lambda: False)
     found = joining.end()
@@ -95,6 +100,7 @@ def test_a_process_that_died_while_joining_is_forgotten():
     joining.begin("old 1", 1, 3, dies=is_dead.is_set)
     wait_until(lambda: store.num_here > 0)
     is_dead.set()
+    joining.wait_for("old 1")
     joining.begin("new 1", 1, 3, dies=lambda: False)
     wait_until(lambda: store.num_here == 2)
     joining.begin("2", 2, 3, dies=lambda: False)
