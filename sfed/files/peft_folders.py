@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ _MOST_BYTES = 2**22
 """Of a configuration: the names of a hundred thousand layers fit."""
 _MOST_NAMED = 8
 _READ = (
-    *("peft_type", "r", "lora_alpha", "use_rslora"),
+    *("peft_type", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora"),
     *("target_modules", "exclude_modules", "layers_to_transform"),
 )
 _WITHOUT_EFFECT = (
@@ -47,6 +48,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """What else a key may be than null, false or empty, without an effect."""
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _FACTORS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+"""Keys whose value layers may have each their own of, and the keys that say so."""
+_END_OF_NAME = re.compile(r"\^?[\w.-]+")
+"""A key of a pattern that is no other regular expression than the end of a layer's name."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,9 @@ class PeftFolder:
 
     path: Path
     lora_rank: int
-    """r."""
+    """r, the largest where layers differ in it."""
     gamma: float
-    """The factor of B A x."""
+    """The factor of B A x in all layers."""
     targets: tuple[str, ...] | str
     """Names of the adapted layers, as PEFT takes them."""
     base_name: str
@@ -74,6 +79,11 @@ class PeftFolder:
         """Full names of the adapted layers."""
         end = _FACTORS["A"]
         return tuple(sorted(n.removesuffix(end) for n in self.shapes if n.endswith(end)))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The different LoRA ranks of its layers, the smallest first."""
+        return tuple(sorted({s[0] for name, s in self.shapes.items() if factor_of(name) == "A"}))
 
     @property
     def head(self) -> tuple[str, ...]:
@@ -143,13 +153,13 @@ def read(folder: Path, key: str = "") -> PeftFolder:
     try:
         settings = _mapping(folder / ADAPTER_CONFIG)
         _refuse_unknown(settings)
-        lora_rank, gamma = _rank_and_gamma(settings)
         shapes = _shapes(folder)
-        _check_factors(shapes, lora_rank)
+        of_layers = _ranks_and_gammas(settings, shapes)
+        _check_factors(shapes, {layer: lora_rank for layer, (lora_rank, _) in of_layers.items()})
         found = PeftFolder(
             path=folder,
-            lora_rank=lora_rank,
-            gamma=gamma,
+            lora_rank=max(lora_rank for lora_rank, _ in of_layers.values()),
+            gamma=_common_gamma({layer: gamma for layer, (_, gamma) in of_layers.items()}),
             targets=(),
             base_name=mask(str(settings.get("base_model_name_or_path") or "")),
             shapes=shapes,
@@ -194,7 +204,7 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
             continue
         if not any(value is one or value == one for one in _NEUTRAL.get(name, ())):
             raise ValueError(
-                f"{name} = {shown(value)} is not supported; save an adapter of plain LoRA "
+                f"{name} = {shown(value, 100)} is not supported; save an adapter of plain LoRA "
                 "(PEFT: LoraConfig without it)"
             )
 
@@ -207,6 +217,50 @@ def _rank_and_gamma(settings: Mapping[str, Any]) -> tuple[int, float]:
         raise ValueError(f"lora_alpha = {shown(alpha)} is not a number above 0")
     of_rank = math.sqrt(lora_rank) if settings.get("use_rslora") else lora_rank
     return lora_rank, float(alpha) / of_rank  # type: ignore[arg-type]
+
+
+def _ranks_and_gammas(
+    settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, float]]:
+    """The LoRA rank and gamma of each layer that has a factor, as PEFT reads patterns."""
+    patterns = {key: _pattern(settings, name) for key, name in _PATTERNS.items()}
+    found: dict[str, tuple[int, float]] = {}
+    for name in shapes:
+        layer = name.removesuffix(_FACTORS.get(factor_of(name), ""))
+        if layer == name or layer in found:
+            continue
+        own = dict(settings)
+        for key, pattern in patterns.items():
+            own[key] = next((v for k, v in pattern if k.match(layer)), settings.get(key))
+        found[layer] = _rank_and_gamma(own)
+    return found
+
+
+def _pattern(settings: Mapping[str, Any], name: str) -> list[tuple[re.Pattern[str], Any]]:
+    """What a key says of single layers, by the end of their names; PEFT takes the first match."""
+    pattern = settings.get(name) or {}
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{name} = {shown(pattern, 100)} is no object")  # noqa: TRY004
+    if odd := [key for key in pattern if not _END_OF_NAME.fullmatch(key)]:
+        raise ValueError(
+            f"{name}: the regular expression {shown(odd[0], 100)} is not supported; write names of "
+            "layers, or the ends of them"
+        )
+    return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
+
+
+def _common_gamma(gammas: Mapping[str, float]) -> float:
+    """The gamma of all layers; alpha / r of another rank may be the float beside it."""
+    first = next(iter(gammas))
+    for layer, gamma in gammas.items():
+        if not math.isclose(gamma, gammas[first], rel_tol=1e-12):
+            raise ValueError(
+                f"rank_pattern, alpha_pattern: layers differ in gamma = lora_alpha / r, which is "
+                f"{gammas[first]:g} of {first} and {gamma:g} of {layer}; it must be the same of "
+                "all. Multiply each B by its gamma and set lora_alpha to r, or score the adapter "
+                "with PEFT"
+            )
+    return gammas[first]
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -226,8 +280,8 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_factors(shapes: Mapping[str, tuple[int, ...]], lora_rank: int) -> None:
-    """Check that each layer has A and B of this rank, and that there is no other tensor of LoRA."""
+def _check_factors(shapes: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int]) -> None:
+    """Check that each layer has A and B of its rank, and that there is no other tensor of LoRA."""
     layers: dict[str, set[str]] = {}
     for name, shape in shapes.items():
         factor = factor_of(name)
@@ -235,9 +289,10 @@ def _check_factors(shapes: Mapping[str, tuple[int, ...]], lora_rank: int) -> Non
             if ".lora_" in name:
                 raise ValueError(f"tensor {shown(name)} is not supported: only A and B of layers")
             continue
-        if len(shape) != 2 or shape["AB".index(factor)] != lora_rank:
-            raise ValueError(f"{name} has the shape {list(shape)} and r is {lora_rank}")
-        layers.setdefault(name.removesuffix(_FACTORS[factor]), set()).add(factor)
+        layer = name.removesuffix(_FACTORS[factor])
+        if len(shape) != 2 or shape["AB".index(factor)] != ranks[layer]:
+            raise ValueError(f"{name} has the shape {list(shape)} and r is {ranks[layer]}")
+        layers.setdefault(layer, set()).add(factor)
     odd = sorted(layer for layer, factors in layers.items() if len(factors) == 1)
     if odd or not layers:
         raise ValueError(f"{odd[0]} lacks A or B" if odd else f"{ADAPTER_FILE} holds no A and B")

@@ -230,7 +230,7 @@ class Adapters:
             folder: of adapter_model.safetensors.
 
         Returns:
-            (layout.size,) fp32 on the CPU.
+            (layout.size,) fp32 on the CPU; zeros beyond the rank of a layer with a smaller one.
 
         Raises:
             UserError: where the file cannot be read, or holds other tensors than the adapted layers
@@ -241,18 +241,18 @@ class Adapters:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read ({one_line(error)})") from None
-        row = torch.empty(self.layout.size)
+        row = torch.zeros(self.layout.size)
         for piece in self.layout.pieces:
             name = f"{_PREFIX}{self._peft_name(piece)}"
             tensor = tensors.pop(name, None)
-            if tensor is None or tuple(tensor.shape) != piece.shape:
+            if tensor is None or not piece.has_room_for(tensor.shape):
                 found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
                 raise UserError(
                     f"{file}: the tensor {name} is {found}; on this base model it has the shape "
                     f"{piece.shape}. The adapter belongs to another base model, or is of a kind "
                     "that sfed does not know"
                 )
-            row[piece.start : piece.end] = tensor.flatten()
+            piece.of(row[None])[0][tuple(map(slice, tensor.shape))] = tensor
         if tensors:
             raise UserError(
                 f"{file}: {counted(len(tensors), 'tensor')}, such as {next(iter(tensors))}, "

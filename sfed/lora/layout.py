@@ -46,6 +46,14 @@ class Piece:
         """View it in rows of numbers: (rows, *shape)."""
         return rows[:, self.start : self.end].view(-1, *self.shape)
 
+    def has_room_for(self, shape: Sequence[int]) -> bool:
+        """Whether this shape is that of the factor, with its LoRA rank or with a smaller one."""
+        along = "AB".find(self.factor)  # the dimension of the rank, which a head has not
+        return len(shape) == len(self.shape) and all(
+            size == most or (place == along and size < most)
+            for place, (size, most) in enumerate(zip(shape, self.shape, strict=True))
+        )
+
     def within(self, layout: Layout, values: torch.Tensor) -> torch.Tensor:
         """View it in flat values of its factor alone: (parameters of the factor,) -> shape."""
         start = self.start - layout.columns(self.factor).start

@@ -311,6 +311,13 @@ def _adapters(path: str) -> Source:
     found = peft_folders.find(folder, START_FROM)
     first = found[0]
     for one in found:
+        if len(one.ranks) > 1:
+            raise ConfigError(
+                f"{START_FROM} = {path!r}: the layers of {one.path.name} have LoRA ranks from "
+                f"{one.ranks[0]} to {one.ranks[-1]} (rank_pattern), and a run trains one rank in "
+                "all layers; merge the adapter into its base model with PEFT (merge_and_unload) "
+                "and set model.name to the result, or start from an adapter of one rank"
+            )
         for what, value, other in (
             ("r", one.lora_rank, first.lora_rank),
             ("gamma", one.gamma, first.gamma),

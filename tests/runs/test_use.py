@@ -184,6 +184,41 @@ def test_an_adapter_of_stock_peft_is_scored_once_its_task_is_given(
     assert abs(found["theirs"]["loss"] - found["base model"]["loss"]) > 1e-3
 
 
+@pytest.fixture(scope="module", params=["fedex", "flora"])
+def changed_run(used_folder: Path, request: pytest.FixtureRequest) -> Path:
+    """A run that has changed frozen weights, so that the layers of its adapters differ in rank."""
+    federated = {"method": request.param, "weighting": "uniform"}
+    run = used.train_texts(used_folder, request.param, lora={"rank": 2}, federated=federated)
+    for path in run.glob("adapters/*/adapter_config.json"):
+        facts = json.loads(path.read_text())
+        assert 0 < len(facts["rank_pattern"]) < len(facts["target_modules"]) * 2
+    return run
+
+
+def in_stock_peft(folder: Path) -> Any:
+    """An adapter of the tiny model in stock PEFT."""
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+
+
+def test_adapters_whose_layers_differ_in_rank_score_as_in_the_run_and_as_in_stock_peft(
+    changed_run: Path, used_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    new = used_folder / "new.jsonl"
+    rows = [f"data.eval_files={new}", "data.max_tokens=64"]
+    found = scored(capsys, tmp_path, str(changed_run), rows[0])
+    first, last = runs.rounds(changed_run)[0], runs.rounds(changed_run)[-1]
+    for entry in last["clients"]:
+        mine = found[entry["name"]]
+        assert mine["loss"] == pytest.approx(entry["personal_loss"], rel=1e-6)
+        assert mine["samples"] == entry["samples"]
+    assert found["global"]["loss"] == pytest.approx(last["eval/global_loss"], rel=1e-6)
+    assert found["base model"]["loss"] == pytest.approx(first["eval/personal_loss"], rel=1e-6)
+    adapter = changed_run / "adapters" / "sud"
+    mine = scored(capsys, tmp_path, str(adapter), *rows)["süd"]
+    assert mine["loss"] == pytest.approx(loss_of(in_stock_peft(adapter), new), rel=1e-6)
+
+
 def base_of(model: Any) -> str:
     return model.peft_config["default"].base_model_name_or_path
 
@@ -238,6 +273,17 @@ def test_it_answers_as_stock_peft_does_to_the_same_prompt(
     for target in ([str(used_run), "--client", "süd"], [str(used_run / "adapters" / "sud")]):
         assert said(capsys, *target, *words) == f"{printable(expected, keep=chr(10) + chr(9))}\n"
     assert said(capsys, str(used_run), *words)  # the global adapter
+
+
+def test_an_adapter_whose_layers_differ_in_rank_answers_as_in_stock_peft(
+    changed_run: Path, capsys: pytest.CaptureFixture[str]
+):
+    adapter = changed_run / "adapters" / "global"
+    model = in_stock_peft(adapter)
+    ids = AutoTokenizer.from_pretrained(base_of(model))("3 times c:")["input_ids"]
+    expected = printable(stock_answer(model, ids, 12), keep="\n\t")
+    words = ["--prompt", "3 times c:", "--max-new-tokens", "12"]
+    assert said(capsys, str(changed_run), *words) == f"{expected}\n"
 
 
 def test_without_a_terminal_each_line_gets_one(

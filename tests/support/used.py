@@ -37,8 +37,10 @@ def save_files(folder: Path) -> Path:
     return folder
 
 
-def train_texts(folder: Path) -> Path:
-    """A run of three named clients with a checkpoint of each round."""
+def train_texts(folder: Path, out: str = "runs", **sections: dict[str, Any]) -> Path:
+    """A run of three named clients with a checkpoint of each round; further sections go over."""
+    federated = {"num_clients": None, "num_rounds": ROUNDS, "weighting": "examples"}
+    sections["federated"] = federated | sections.get("federated", {})
     data = {
         "task": "text",
         "train_files": str(folder / "train"),
@@ -50,9 +52,9 @@ def train_texts(folder: Path) -> Path:
             folder,
             data=data,
             partition={"kind": "by_file"},
-            federated={"num_clients": None, "num_rounds": ROUNDS, "weighting": "examples"},
             evaluation={"generate": True, "max_new_tokens": 8},
-            output={"dir": str(folder / "runs"), "name": "run", "keep_checkpoints": ROUNDS},
+            output={"dir": str(folder / out), "name": "run", "keep_checkpoints": ROUNDS},
+            **sections,
         )
     )
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from sfed.federated.loaded import spec_of
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
+from sfed.lora.layout import Piece
 from sfed.utils.errors import UserError
 from tests.support import tiny
 
@@ -46,6 +47,35 @@ def test_what_was_written_is_read_back_bit_by_bit(base: Path, folder: Path):
     own = attached(base, spec)
     assert len(own.layers) == 3
     assert torch.equal(own.read_peft_folder(folder), torch.arange(float(own.layout.size)))
+
+
+def test_a_smaller_rank_of_a_layer_ends_in_zeros(base: Path, folder: Path):
+    """In the last rows of A and the last columns of B of that layer alone."""
+    before, file = spec_of(folder), folder / "adapter_model.safetensors"
+    own, tensors = attached(base, before), load_file(file)
+    small = "model.layers.1.mlp.down_proj"
+    for name, tensor in tensors.items():
+        if small in name:
+            tensors[name] = (tensor[:3] if "lora_A" in name else tensor[:, :3]).contiguous()
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"and r is 4"):
+        spec_of(folder)
+    change(folder, rank_pattern={small: 3}, alpha_pattern={small: 4.5})
+    assert spec_of(folder) == before
+    found, whole = own.read_peft_folder(folder), torch.arange(float(own.layout.size))
+    for piece in own.layout.pieces:
+        factor, expected = piece.of(found[None])[0], piece.of(whole[None])[0].clone()
+        if piece.layer == small:
+            (expected[3:] if piece.factor == "A" else expected[:, 3:]).zero_()
+        assert torch.equal(factor, expected)
+
+
+def test_nothing_but_the_rank_of_a_factor_may_be_smaller():
+    shapes = {"A": (4, 6), "B": (6, 4), "head": (4, 6)}
+    pieces = {factor: Piece("x", factor, shape, 0) for factor, shape in shapes.items()}
+    asked = [(4, 6), (3, 6), (4, 5), (6, 4), (6, 3), (5, 4), (5, 6), (6, 5), (4,), (4, 6, 1)]
+    taken = {key: [s for s in asked if piece.has_room_for(s)] for key, piece in pieces.items()}
+    assert taken == {"A": [(4, 6), (3, 6)], "B": [(6, 4), (6, 3)], "head": [(4, 6)]}
 
 
 def test_gamma_follows_rslora(folder: Path):
@@ -88,6 +118,8 @@ def test_tensors_that_have_no_place_are_refused(base: Path, folder: Path):
     first = next(iter(tensors))
     for changed, message in [
         ({**tensors, first: torch.zeros(2, 2)}, r"is of shape \(2, 2\); on this base model"),
+        ({**tensors, first: torch.zeros(5, 32)}, r"is of shape \(5, 32\); on this base model"),
+        ({**tensors, first: torch.zeros(4, 31)}, r"is of shape \(4, 31\); on this base model"),
         ({k: v for k, v in tensors.items() if k != first}, "is missing"),
         (
             {**tensors, "base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)},

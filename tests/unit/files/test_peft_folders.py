@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from sfed.files import peft_folders
 from sfed.files.names import adapter_folders
@@ -36,8 +38,9 @@ def test_an_adapter_is_read_without_its_values(tmp_path: Path):
 @given(st.integers(1, 300), st.floats(1e-3, 1e6))
 def test_gamma_is_that_of_peft(rank: int, alpha: float):
     for rslora in (False, True):
-        settings = {"r": rank, "lora_alpha": alpha, "use_rslora": rslora}
-        _, gamma = peft_folders._rank_and_gamma(settings)
+        _, gamma = peft_folders._rank_and_gamma(
+            {"r": rank, "lora_alpha": alpha, "use_rslora": rslora}
+        )
         assert gamma == (alpha / math.sqrt(rank) if rslora else alpha / rank)
 
 
@@ -48,14 +51,70 @@ def test_whatever_stock_peft_writes_of_plain_lora_is_read(tmp_path: Path):
         assert read(tmp_path / "a", KEY).gamma == 4.0  # its alpha is 8
 
 
+KEYS = ("q_proj", "v_proj", "0.q_proj", "layers.1.q_proj", "^layers.1.v_proj", "^q_proj", "proj")
+PATTERNS = st.dictionaries(st.sampled_from(KEYS), st.sampled_from((1, 2, 4)), max_size=4)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        pairs = [{"q_proj": nn.Linear(5, 7), "v_proj": nn.Linear(5, 7)} for _ in range(2)]
+        self.layers = nn.ModuleList(map(nn.ModuleDict, pairs))
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PATTERNS, PATTERNS, st.booleans(), st.booleans())
+def test_layers_have_the_ranks_and_gammas_that_stock_peft_gives_them(
+    tmp_path: Path, ranks: dict[str, int], alphas: dict[str, int], same: bool, rslora: bool
+):
+    """Whichever of several keys names a layer; different gammas are refused."""
+    alphas, rslora = (ranks, False) if same else (alphas, rslora)
+    own = LoraConfig(
+        r=2,
+        lora_alpha=2,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        use_rslora=rslora,
+    )
+    own.save_pretrained(tmp_path)  # which sorts the keys: PEFT takes the first of the file
+    model = get_peft_model(Layers(), LoraConfig.from_pretrained(tmp_path))
+    model.save_pretrained(tmp_path)
+    layers = [one for one in model.modules() if isinstance(one, LoraLayer)]
+    gammas = sorted({one.scaling["default"] for one in layers})
+    if gammas[-1] - gammas[0] > 1e-9:
+        with pytest.raises(ConfigError, match="rank_pattern, alpha_pattern: layers differ in gam"):
+            read(tmp_path)
+        return
+    found = read(tmp_path)
+    assert found.ranks == tuple(sorted({one.r["default"] for one in layers}))
+    assert (found.lora_rank, found.gamma) == (found.ranks[-1], pytest.approx(gammas[0], rel=1e-15))
+    assert found.gamma == 1.0 or not same
+
+
+def test_layers_that_differ_in_gamma_are_named_with_both(tmp_path: Path):
+    shapes = {**FACTORS, "v_proj.lora_A.weight": (1, 5), "v_proj.lora_B.weight": (7, 1)}
+    said = refusal(save(tmp_path / "a", shapes, rank_pattern={"v_proj": 1}))
+    assert "which is 4 of layer.q_proj and 8 of layer.v_proj" in said
+    assert said.endswith("or score the adapter with PEFT")
+
+
+def test_a_refusal_of_a_long_value_still_says_the_remedy(tmp_path: Path):
+    said = refusal(save(tmp_path / "a", loftq_config={"something": list(range(500))}))
+    assert "loftq_config = {'something': [0, 1" in said and "save an adapter of plain LoRA" in said
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("peft_type", "IA3"),
         ("bias", "lora_only"),
         ("use_dora", True),
-        ("rank_pattern", {"q_proj": 4}),
-        ("alpha_pattern", {"q_proj": 4}),
+        ("rank_pattern", [4]),
+        ("rank_pattern", {"[qv]_proj": 2}),
+        ("alpha_pattern", "q_proj"),
+        ("alpha_pattern", {"(a+)+": 8}),
         ("init_lora_weights", "pissa"),
         ("trainable_token_indices", [3]),
         ("layer_replication", [[0, 1]]),
@@ -77,6 +136,9 @@ def test_what_is_not_plain_lora_is_refused_by_name(tmp_path: Path, name: str, va
         ({"lora_alpha": 0}, "lora_alpha = 0 is not a number above 0"),
         ({"lora_alpha": "8"}, "lora_alpha = '8' is not"),
         ({"r": 3}, "layer.q_proj.lora_A.weight has the shape [2, 5] and r is 3"),
+        ({"rank_pattern": {"q_proj": 4}}, "lora_A.weight has the shape [2, 5] and r is 4"),
+        ({"rank_pattern": {"q_proj": 2.0}}, "r = 2.0 is no rank"),
+        ({"alpha_pattern": {"q_proj": None}}, "lora_alpha = None is not a number above 0"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(tmp_path: Path, over: dict, rest: str):

@@ -76,6 +76,15 @@ def test_adapters_that_differ_are_no_start_of_one_run(tmp_path: Path, over: dict
         origin.adopted(config(tmp_path / "some", partition={"kind": "by_key", "key": "kind"}))
 
 
+def test_an_adapter_whose_layers_differ_in_rank_is_no_start(tmp_path: Path):
+    shapes = {**FACTORS, "v_proj.lora_A.weight": (1, 5), "v_proj.lora_B.weight": (7, 1)}
+    own = {"rank_pattern": {"v_proj": 1}, "alpha_pattern": {"v_proj": 4}}
+    with pytest.raises(ConfigError) as mistake:
+        origin.adopted(config(save(tmp_path / "a", shapes, **own)))
+    said = f"lora.start_from = {str(tmp_path / 'a')!r}: the layers of a have LoRA ranks from 1 to 2"
+    assert said in str(mistake.value) and "merge_and_unload" in str(mistake.value)
+
+
 def test_a_head_needs_a_task_with_one_and_such_a_task_a_head(tmp_path: Path):
     folder = save(tmp_path / "a", {**FACTORS, "score.weight": (2, 7)})
     with pytest.raises(ConfigError, match=r"the adapter holds layer\.score\.weight"):
