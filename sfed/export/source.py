@@ -106,8 +106,9 @@ def read(run_folder: Path, finished_rounds: int | None) -> Source:
     if method.changes_base:
         raise CheckpointError(
             f"{record.folder}: {method.name} has changed frozen weights, which sfed export does "
-            "not read from checkpoints; use the adapters that the run wrote at its end, which hold "
-            "the changes"
+            "not read from checkpoints; use the adapters that the run writes at its end below "
+            f"{record.folder / 'adapters'}, which hold the changes. PEFT merges one into the base "
+            "model: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload()"
         )
     course = card_facts.Course(
         method.name,

@@ -22,7 +22,7 @@ from sfed.chat.answers import Conversation, Decoding, answerer
 from sfed.eval import __main__ as evaluation
 from sfed.federated.loaded import on_backbone, spec_of
 from sfed.storage.adapter_source import config_for
-from sfed.utils.errors import DataError, UserError
+from sfed.utils.errors import CheckpointError, DataError, UserError
 from sfed.utils.text import printable
 from tests.support import chats, glue, runs, tiny, used
 
@@ -217,6 +217,18 @@ def test_adapters_whose_layers_differ_in_rank_score_as_in_the_run_and_as_in_stoc
     adapter = changed_run / "adapters" / "sud"
     mine = scored(capsys, tmp_path, str(adapter), *rows)["süd"]
     assert mine["loss"] == pytest.approx(loss_of(in_stock_peft(adapter), new), rel=1e-6)
+
+
+@pytest.mark.parametrize("words", [[], ["--merge", "--client", "west"]])
+def test_a_checkpoint_of_changed_weights_is_not_exported(
+    changed_run: Path, tmp_path: Path, words: list[str]
+):
+    """The adapters in it, without the changes, are not the model that was trained."""
+    with pytest.raises(CheckpointError) as mistake:
+        used.exported(changed_run, tmp_path / "out", *words)
+    said = str(mistake.value)
+    assert f"below {changed_run / 'adapters'}" in said and "merge_and_unload()" in said
+    assert not (tmp_path / "out").exists()
 
 
 def base_of(model: Any) -> str:
