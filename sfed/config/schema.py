@@ -20,9 +20,6 @@ from pydantic import (
 )
 
 from sfed.config import own_method, text_forms
-from sfed.config.backbone_section import BackboneSection, ModelSection
-from sfed.config.data_section import CLASS_COLUMNS, DataSection, check_labels
-from sfed.config.federated_section import FederatedSection
 from sfed.config.fields import (
     BatchSize,
     Count,
@@ -35,7 +32,10 @@ from sfed.config.fields import (
     ranks_by_client,
     weights_by_label,
 )
-from sfed.config.privacy_section import PrivacySection
+from sfed.config.sections.backbone import BackboneSection, ModelSection
+from sfed.config.sections.data import CLASS_COLUMNS, DataSection, check_labels
+from sfed.config.sections.federated import FederatedSection
+from sfed.config.sections.privacy import PrivacySection
 
 DEFAULT_LOCAL_STEPS = 10
 

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sfed.config.data_section import LEAST_LABELS, MOST_LABELS
 from sfed.config.fields import Label
 from sfed.config.schema import TrainSection
+from sfed.config.sections.data import LEAST_LABELS, MOST_LABELS
 from sfed.data.forms.pair import Row, read_row, text_of
 from sfed.utils.errors import ConfigError, DataError
 from sfed.utils.text import some_of

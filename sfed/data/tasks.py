@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sfed.config.data_section import DataSection
 from sfed.config.fields import Label
 from sfed.config.schema import Config
+from sfed.config.sections.data import DataSection
 from sfed.data.classification import Columns, class_reader
 from sfed.data.forms import prompts
 from sfed.data.forms.pair import Pair, Row, read_row, text_of

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from sfed.config.data_section import DataSection
+from sfed.config.sections.data import DataSection
 from sfed.files.kinds import Compression, Kind, kind_of
 from sfed.utils import json_text
 from sfed.utils.errors import DataError

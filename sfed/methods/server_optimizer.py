@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sfed.config.federated_section import SERVER_KEYS, FederatedSection
+from sfed.config.sections.federated import SERVER_KEYS, FederatedSection
 
 _SecondMoment = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 _SECOND_MOMENTS: dict[str, _SecondMoment] = {

@@ -22,8 +22,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sfed.config.backbone_section import BackboneSection
 from sfed.config.schema import Config
+from sfed.config.sections.backbone import BackboneSection
 from sfed.data.tasks import task_of
 from sfed.distributed.shutdown import is_lost_contact
 from sfed.distributed.sync import gather_json

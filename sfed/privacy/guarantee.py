@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sfed.config.privacy_section import CLIP_LR, MOST_CLIP, PrivacySection
 from sfed.config.schema import Config
+from sfed.config.sections.privacy import CLIP_LR, MOST_CLIP, PrivacySection
 from sfed.methods.method import Method
 from sfed.privacy import accounting
 from sfed.privacy.accounting import Sampling

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sfed.config.data_section import DataSection
+from sfed.config.sections.data import DataSection
 from sfed.data.forms.pair import Pair, Span, conversation
 from sfed.data.forms.text import Render
 from sfed.data.forms.turns import Turn

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sfed.config.data_section import DataSection
+from sfed.config.sections.data import DataSection
 from sfed.config.text_forms import FORMS, OPTIONAL, PromptTemplate, form_named, parsed
 from sfed.data.forms import prompts
 from sfed.data.forms.pair import Columns, Pair, Row, text_of

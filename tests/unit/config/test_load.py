@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from sfed.config import fields, schema
 from sfed.config import load as config_load
-from sfed.config.backbone_section import DEAD_DEEPSPEED_KEYS
 from sfed.config.diff import comparable, differences
 from sfed.config.foreign_keys import FOREIGN_KEYS
 from sfed.config.schema import Config
+from sfed.config.sections.backbone import DEAD_DEEPSPEED_KEYS
 from sfed.utils import command
 from sfed.utils.errors import UserError
 from tests.support import launchers

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfed.clients.store import ClientStore
-from sfed.config.federated_section import FederatedSection
+from sfed.config.sections.federated import FederatedSection
 from sfed.data import partition
 from sfed.distributed import sync
 from sfed.distributed import world as distributed

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sfed.clients.store import ClientStore
 from sfed.config import load as config_load
-from sfed.config.federated_section import SERVER_KEYS, FederatedSection
+from sfed.config.sections.federated import SERVER_KEYS, FederatedSection
 from sfed.data import partition
 from sfed.distributed import sync
 from sfed.distributed import world as distributed

@@ -1,0 +1,1 @@
+"""The sections of the configuration: the keys of each with type, bound, default and meaning."""
