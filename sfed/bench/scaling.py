@@ -30,7 +30,7 @@ from sfed.bench.sharded import Sharded
 from sfed.bench.steps import Sfed
 from sfed.bench.workload import Workload, random_tokens
 from sfed.config import load as config_load
-from sfed.config.schema import DEFAULT_LOCAL_STEPS
+from sfed.config.sections.train import DEFAULT_LOCAL_STEPS
 from sfed.data import demo, splits
 from sfed.data.partition import place
 from sfed.distributed import sync

@@ -18,7 +18,7 @@ from sfed.clients import store as client_store
 from sfed.clients.optimizer import StackedOptimizer
 from sfed.clients.state import MOMENTS
 from sfed.clients.store import ClientStore
-from sfed.config.schema import TrainSection
+from sfed.config.sections.train import TrainSection
 from sfed.data.batches import Batch
 from sfed.kernels.choice import choose
 from sfed.lora import adapters, packed_attention

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sfed.clients.state import FACTORS, MOMENTS, PassState
-from sfed.config.schema import TrainSection
+from sfed.config.sections.train import TrainSection
 from sfed.kernels.choice import PLAIN, Kernels
 from sfed.kernels.interface import AdamwRows, ClientStep, FactorStep
 from sfed.kernels.plain.adamw import sgd

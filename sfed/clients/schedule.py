@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sfed.config.schema import TrainSection
+from sfed.config.sections.train import TrainSection
 
 
 def learning_rate(

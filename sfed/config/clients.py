@@ -6,7 +6,9 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sfed.config.schema import DEFAULT_LOCAL_STEPS, ClientSection, Config
+from sfed.config.schema import Config
+from sfed.config.sections.clients import ClientSection
+from sfed.config.sections.train import DEFAULT_LOCAL_STEPS
 from sfed.utils.errors import ConfigError
 from sfed.utils.text import counted, printable
 

@@ -20,7 +20,8 @@ from pydantic_core import ErrorDetails
 from sfed.config import yaml_text
 from sfed.config.foreign_keys import FOREIGN_KEYS
 from sfed.config.paths import follow
-from sfed.config.schema import DEMO, REQUIRED, ClientSection, Config
+from sfed.config.schema import DEMO, REQUIRED, Config
+from sfed.config.sections.clients import ClientSection
 from sfed.utils.errors import ConfigError
 from sfed.utils.launcher import launch
 from sfed.utils.redaction import MASK, is_secret_name, masked

@@ -1,4 +1,4 @@
-"""The typed, frozen configuration of a run. This file is the reference of all keys.
+"""The typed, frozen configuration of a run. The folder ``sections`` is the reference of all keys.
 
 Every field says its type, bound and default, and the string under it is what ``--help`` prints.
 What must hold between sections is checked by ``Config``. Nothing here needs torch, so a mistake is
@@ -8,201 +8,22 @@ answered before anything heavy is imported.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, model_validator
 
 from sfed.config import own_method, text_forms
-from sfed.config.fields import (
-    BatchSize,
-    Count,
-    CountOrZero,
-    Exponent,
-    Location,
-    Rank,
-    Section,
-    as_list,
-    ranks_by_client,
-    weights_by_label,
-)
+from sfed.config.fields import Section
 from sfed.config.sections.backbone import BackboneSection, ModelSection
+from sfed.config.sections.clients import ClientSection
 from sfed.config.sections.data import CLASS_COLUMNS, DataSection, check_labels
+from sfed.config.sections.evaluation import EvaluationSection
 from sfed.config.sections.federated import FederatedSection
+from sfed.config.sections.lora import LoraSection
+from sfed.config.sections.output import OutputSection
+from sfed.config.sections.partition import PartitionSection
 from sfed.config.sections.privacy import PrivacySection
-
-DEFAULT_LOCAL_STEPS = 10
-
-
-class PartitionSection(Section):
-    """Assignment of examples to clients."""
-
-    kind: Literal["iid", "dirichlet", "by_key", "by_file"] = "iid"
-    """How examples are assigned to clients: iid = at random; dirichlet = label skew; by_key = one
-    value of the column partition.key per client, with its name; by_file = one file per client, with
-    its name; N follows from the files."""
-    concentration: PositiveFloat = 0.5
-    """Concentration of the Dirichlet distribution, above 0: a small value gives skewed shares, a
-    large value even ones. Used with partition.kind=dirichlet."""
-    key: str | None = None
-    """Column for by_key and dirichlet. null with dirichlet = the class of an example; where
-    examples have no class, their length in quantiles. Values keep their types: 1 and "1" differ."""
-
-
-class LoraSection(Section):
-    """The LoRA adapters."""
-
-    rank: Annotated[Rank | tuple[Rank, ...], BeforeValidator(ranks_by_client)] = 8
-    """LoRA rank r, at most 65536; a list gives each client its own, in the order of the clients.
-    Ranks of single clients by name are set in the section clients."""
-    alpha: float | None = Field(default=None, gt=0, le=1e9)
-    """LoRA alpha, above 0 and at most 1e9, in the formula that lora.scaling selects. null = the
-    method's default."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout probability on the input of the adapters, at least 0 and below 1. Masks follow
-    from the seed, round, step, client, example and token, whatever the device and the rows."""
-    target_modules: tuple[str, ...] | str = "all-linear"
-    """Names of the layers that get an adapter, such as [q_proj, v_proj]; all-linear = all linear
-    layers except the output head. Any other single string is a regular expression that matches the
-    full names of layers."""
-    start_from: Location | None = None
-    """Folder of LoRA adapters that the clients start from: one PEFT adapter for all of them, or a
-    subfolder for each client by its name, such as runs/demo/adapters. gamma is that of the
-    adapters, there is no mean of A before the first step, and rank and target_modules follow the
-    adapters where they are not set. null = A is drawn and B is 0."""
-    init: Literal["auto", "independent", "shared"] = "auto"
-    """Initialization of A: independent = one draw per client, averaged over the clients before the
-    first step if the method averages A or never trains it (ffa); shared = one draw for all clients;
-    auto = the method's own."""
-    scaling: Literal["auto", "lora", "rslora", "sfed"] | tuple[Exponent, Exponent] = "auto"
-    """Formula of gamma, the factor of B A x: lora = alpha/r, rslora = alpha/sqrt(r), sfed =
-    alpha*sqrt(N/r), or [p, q] = alpha * N^p * r^q; auto = the method's own."""
-    allow_unstable: bool = False
-    """Permit a gamma that grows with N although A is not the mean of independent draws. The output
-    of the adapters then grows with N."""
-
-
-class TrainSection(Section):
-    """Local training of each client."""
-
-    local_steps: Count | None = None
-    """Number of optimizer steps of a client per round. null = local_epochs; if that is null too,
-    10."""
-    local_epochs: Count | None = None
-    """Number of epochs over a client's own examples per round, instead of local_steps. null =
-    local_steps."""
-    batch_size: BatchSize = 8
-    """Number of sequences per client and optimizer step, at most 1,000,000."""
-    micro_batch_size: BatchSize | None = None
-    """Number of sequences per client and pass, at most train.batch_size; gradients of a step are
-    accumulated and weighted by tokens. null = train.batch_size."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer of the adapters. Each client has its own state."""
-    lr: PositiveFloat = 3e-4
-    """Learning rate, above 0; that of B is lr times loraplus_ratio."""
-    loraplus_ratio: PositiveFloat = 1.0
-    """LoRA+: the learning rate of B divided by that of A, above 0. 1 = plain LoRA."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay, at least 0."""
-    max_grad_norm: PositiveFloat | None = 1.0
-    """Maximum L2 norm of a client's gradient, above 0; larger gradients are clipped. null = no
-    clipping."""
-    class_weights: Annotated[
-        Literal["none", "balanced"] | dict[str, PositiveFloat], BeforeValidator(weights_by_label)
-    ] = "none"
-    """Weights of the classes in the training loss: balanced = inversely proportional to their
-    numbers of training examples of all clients; {label: weight} = relative weights, above 0. They
-    are scaled so that their mean over all training examples is 1."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up: constant, or reduced along a cosine or a line to 0 at the
-    end of the run (not of a round)."""
-    warmup_rounds: NonNegativeFloat = 0.0
-    """Length of the linear warm-up of the learning rate in rounds, at least 0; fractions are
-    allowed."""
-    kernels: Literal["auto", "torch", "triton"] = "auto"
-    """What computes AdamW, SwiGLU, the rotary embedding, dropout and FP8 codes: triton = kernels of
-    Triton, on a GPU; torch = operations of torch; auto = triton on a GPU where it is installed and
-    gives what torch gives, else torch. May change on resume."""
-
-
-class ClientSection(Section):
-    """What one client has in the place of lora.rank and of keys of train."""
-
-    rank: Rank | None = None
-    """LoRA rank of this client, at most 65536. null = lora.rank."""
-    lr: PositiveFloat | None = None
-    """Learning rate of this client, above 0. null = train.lr."""
-    batch_size: BatchSize | None = None
-    """Number of sequences per optimizer step of this client, at most 1,000,000. null =
-    train.batch_size."""
-    local_steps: Count | None = None
-    """Number of optimizer steps of this client per round. null = train.local_steps, or
-    train.local_epochs where that is set."""
-
-
-class EvaluationSection(Section):
-    """Evaluation on held-out data."""
-
-    every_rounds: CountOrZero = 1
-    """Interval of evaluations in rounds. One more is made before training and one at the end. 0 =
-    no evaluation."""
-    adapters: Annotated[tuple[Literal["personal", "global"], ...], BeforeValidator(as_list)] = (
-        "personal",
-        "global",
-    )
-    """Adapters that are evaluated: personal = each client's adapter on its own held-out data;
-    global = averaged A and mean B on the held-out data of all clients."""
-    clients: Count | None = None
-    """Number of clients that are evaluated, at most N: a random sample, drawn from the seed and the
-    same in all rounds; means are then means over the sample. null = all. May change on resume."""
-    generate: bool = False
-    """Generate answers by greedy decoding: exact match for gsm8k, samples in the report for all
-    text tasks."""
-    max_new_tokens: Count = 256
-    """Maximum length of a generated answer in tokens."""
-    max_examples: Count | None = None
-    """Maximum number of held-out examples per client: a random subset, drawn from the seed. null =
-    all."""
-    batch_size: BatchSize = 16
-    """Number of sequences per client and evaluation pass, at most 1,000,000."""
-
-
-class OutputSection(Section):
-    """Files that a run writes."""
-
-    dir: Location = Field(default="runs", min_length=1)
-    """Folder in which run folders are created."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
-    """Name of the run folder: at most 200 letters, digits, dots, dashes and underscores, first a
-    letter or a digit. null = TASK-METHOD, such as gsm8k-sfed."""
-    checkpoint_every_rounds: Count = 1
-    """Interval of checkpoints in rounds. There is always one at the end of the run."""
-    checkpoint_every_seconds: float | None = Field(default=None, gt=0, le=1e7)
-    """Minimum time in seconds from the beginning of a checkpoint to the next, above 0 and at most
-    1e7, by the clock of process 0: rounds of checkpoint_every_rounds that end sooner get none. null
-    = no minimum."""
-    keep_checkpoints: Count = 2
-    """Number of newest checkpoints that are kept; older ones are deleted. With 2 or more, every
-    client has two files, so one damaged file costs one checkpoint."""
-    resume: Location = "auto"
-    """auto = resume from the newest complete checkpoint; never = move the run folder aside and
-    start from the beginning; or the folder of a checkpoint to resume from."""
-    report: bool = True
-    """Write report.html and figures/ into the run folder when `sfed train` has finished the run."""
-    trackers: Annotated[
-        tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(as_list)
-    ] = ()
-    """Trackers that get the metrics beside metrics.jsonl: some of tensorboard, wandb and mlflow.
-    Each is an optional dependency of sfed."""
-    prometheus_file: Location | None = Field(default=None, pattern=r"\.prom$")
-    """Text file with the metrics of the last round for node exporter's textfile collector, which
-    reads files that end in .prom. null = none."""
+from sfed.config.sections.train import TrainSection
 
 
 def _needs_files(task: str) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sfed.config.fields import Label
-from sfed.config.schema import TrainSection
 from sfed.config.sections.data import LEAST_LABELS, MOST_LABELS
+from sfed.config.sections.train import TrainSection
 from sfed.data.forms.pair import Row, read_row, text_of
 from sfed.utils.errors import ConfigError, DataError
 from sfed.utils.text import some_of

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sfed.config.clients import settings_of
-from sfed.config.schema import Config, OutputSection
+from sfed.config.schema import Config
+from sfed.config.sections.output import OutputSection
 from sfed.data.forms.pair import Pair
 from sfed.data.partition import value_of
 from sfed.data.tasks import Task, checked_pair, task_of

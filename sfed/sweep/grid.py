@@ -18,7 +18,8 @@ from typing import Any
 
 from sfed.config import load as config_load
 from sfed.config.diff import flatten
-from sfed.config.schema import ClientSection, Config
+from sfed.config.schema import Config
+from sfed.config.sections.clients import ClientSection
 from sfed.files.silos import num_clients_of
 from sfed.storage import origin
 from sfed.sweep.cell_names import Choice, name_cells

@@ -13,7 +13,7 @@ import torch
 
 from sfed.clients import optimizer
 from sfed.clients.state import PassState
-from sfed.config.schema import TrainSection
+from sfed.config.sections.train import TrainSection
 from sfed.kernels.plain import adamw
 from sfed.lora.layout import Layout
 from sfed.methods import scaling

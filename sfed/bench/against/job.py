@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sfed.bench.steps import GAMMA
 from sfed.config.load import validate
-from sfed.config.schema import DEFAULT_LOCAL_STEPS, Config
+from sfed.config.schema import Config
+from sfed.config.sections.train import DEFAULT_LOCAL_STEPS
 from sfed.lora import adapters
 from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.lora.layout import Layout

@@ -16,7 +16,7 @@ from sfed.clients.local_terms import LocalTerms, MethodTerm, mean_weights
 from sfed.clients.optimizer import StackedOptimizer
 from sfed.clients.state import MOMENTS
 from sfed.clients.store import ClientStore
-from sfed.config.schema import TrainSection
+from sfed.config.sections.train import TrainSection
 from sfed.distributed import world as distributed
 from sfed.lora.layout import Layout
 from sfed.methods import aggregation

@@ -13,7 +13,7 @@ import torch
 from sfed.clients import optimizer
 from sfed.clients.state import MOMENTS
 from sfed.clients.store import ClientStore
-from sfed.config.schema import TrainSection
+from sfed.config.sections.train import TrainSection
 from sfed.lora.layout import Layout
 
 LAYOUT = Layout.of([("q", 5, 7), ("v", 3, 4)], lora_rank=2)

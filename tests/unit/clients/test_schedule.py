@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfed.clients.schedule import Course, course_of, learning_rate
-from sfed.config.schema import TrainSection
+from sfed.config.sections.train import TrainSection
 
 
 def section(**values):

@@ -17,6 +17,8 @@ from sfed.config.diff import comparable, differences
 from sfed.config.foreign_keys import FOREIGN_KEYS
 from sfed.config.schema import Config
 from sfed.config.sections.backbone import DEAD_DEEPSPEED_KEYS
+from sfed.config.sections.clients import ClientSection
+from sfed.config.sections.lora import LoraSection
 from sfed.utils import command
 from sfed.utils.errors import UserError
 from tests.support import launchers
@@ -134,7 +136,7 @@ def test_a_file_of_the_demos_task_alone_means_every_default(tmp_path):
 def test_key_value_goes_over_the_file_wherever_it_stands(tmp_path):
     path = save(tmp_path, "data: {task: demo}\nlora: {rank: 3, alpha: 5.0}\n")
     for arguments in ([path, "lora.rank=4"], ["lora.rank=4", path]):
-        assert config_load.parse(arguments).lora == schema.LoraSection(rank=4, alpha=5.0)
+        assert config_load.parse(arguments).lora == LoraSection(rank=4, alpha=5.0)
 
 
 def test_the_last_of_two_values_for_a_key_counts():
@@ -365,7 +367,7 @@ def test_help_lists_every_key_of_the_schema_with_default_and_meaning():
         for leaf in type(section).model_fields
     }
     expected["seed"] = 0
-    expected |= {f"clients.NAME.{leaf}": None for leaf in schema.ClientSection.model_fields}
+    expected |= {f"clients.NAME.{leaf}": None for leaf in ClientSection.model_fields}
     listed = {key: (default, meaning) for key, default, meaning in config_load.list_keys()}
     assert set(listed) == set(expected)
     lines = config_load.help_text("how to start it").splitlines()

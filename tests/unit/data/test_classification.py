@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from sfed.config import load as config_load
-from sfed.config.schema import TrainSection
+from sfed.config.sections.train import TrainSection
 from sfed.data import splits, tasks, tokenize
 from sfed.data.classification import class_weights, ordered
 from sfed.distributed import world as distributed

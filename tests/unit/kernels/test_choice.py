@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from sfed.config.schema import Config, TrainSection
+from sfed.config.schema import Config
+from sfed.config.sections.train import TrainSection
 from sfed.kernels import choice, comparison
 from sfed.kernels.choice import OPTIONS, PLAIN, Kernels, choose
 from sfed.kernels.interface import AdamwRows, ClientStep, DropoutMask, FactorStep, Quantised
