@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from sfed.bench.steps import GAMMA, TRAIN, Contestant
 from sfed.bench.workload import Workload
-from sfed.lora.adapters import peft_alpha
 from sfed.lora.layout import Layout
+from sfed.lora.peft_form import peft_alpha
 
 
 def with_adapters(

@@ -119,7 +119,7 @@ def _row(source: Source, chosen: Chosen) -> torch.Tensor:
 def _write_merged(source: Source, chosen: Chosen, folder: Path, title: str) -> None:
     """Merge into the base model as it is stored, and write it in shards."""
     writer, inner, described = source.writer, folder / "adapter", _described(source, chosen)
-    writer.adapters.write_peft_folder(inner, _row(source, chosen), client=chosen.client)
+    writer.adapters.peft_form.write(inner, _row(source, chosen), client=chosen.client)
     model = adapters.merged(_base_model(source), inner)
     shutil.rmtree(inner)
     model.save_pretrained(folder, max_shard_size=_SHARD)

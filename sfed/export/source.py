@@ -118,7 +118,7 @@ def read(run_folder: Path, finished_rounds: int | None) -> Source:
         card_facts.privacy_of(record.config, _event_of(record, facts["finished_rounds"])),
     )
     writer = FolderWriter(attached, trained, card_facts.of_run(config, course))
-    rows = CheckpointRows(found, attached.layout, attached.gammas)
+    rows = CheckpointRows(found, attached.layout, attached.peft_form.gammas)
     return Source(record, config, method, base, tokenizer, rows, writer)
 
 

@@ -117,7 +117,7 @@ def _load(config: Config, spec: LoraSpec, folders: Sequence[Path], world: World)
     meta = MetaModel.read(config, name)
     frozen = backbone.load(config, name, world, meta, choose_sharding(config, meta, world))
     attached = adapters.attach(frozen.model, spec, frozen.head)
-    rows = [attached.read_peft_folder(folder) for folder in folders]
+    rows = [attached.peft_form.read(folder) for folder in folders]
     frozen.keep_documents_in_rows_of_their_own()  # whether they may share rows is not tried here
     frozen.evaluating()
     attached.context.token_keys = None

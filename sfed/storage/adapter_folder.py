@@ -200,7 +200,7 @@ class FolderWriter:
             OSError, SafetensorError: where a file cannot be written.
         """
         self.write_prompting(folder, described)
-        self.adapters.write_peft_folder(folder, row, self.changes, described.client)
+        self.adapters.peft_form.write(folder, row, self.changes, described.client)
         self.card(described).write(folder, title)
 
     def write_prompting(self, folder: Path, described: Described) -> dict[str, str]:
@@ -221,13 +221,13 @@ class FolderWriter:
         config = self.trained.config
         computes_fp8 = config.backbone.compute == "fp8"
         scheme = "fp8" if computes_fp8 else config.model.quantization
-        own = card_facts.of_adapter(*self.adapters.rank_and_gamma(described.client))
+        own = card_facts.of_adapter(*self.adapters.peft_form.rank_and_gamma(described.client))
         return ModelCard(use, [*described.facts, *self.facts, *own], is_merged, scheme)
 
     def _of(self, described: Described) -> tuple[dict[str, str], Use]:
         used, head = described.used_columns, self.adapters.head
         if used not in self._known:
-            base = self.adapters.peft_config.base_model_name_or_path or ""
+            base = self.adapters.peft_form.settings["base_model_name_or_path"] or ""
             replaces = head is not None and head.replaces_another
             use = self.trained.use(base, used, replaces_head=replaces)
             self._known[used] = self.trained.prompting(used), use

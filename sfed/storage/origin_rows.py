@@ -73,7 +73,7 @@ def _facts(
     """The digests of an adapter's files, and of its A."""
     _check_fits(found, one, factors, adapters)
     with _readable(found.said, one):
-        a = adapters.read_factors(one.path, factors)["A"]
+        a = adapters.peft_form.read_factors(one.path, factors)["A"]
         of_a = hashlib.blake2b(a.numpy().tobytes(), digest_size=16).hexdigest()
         return one.digest(), of_a
 
@@ -89,7 +89,7 @@ def _check_fits(found: Source, one: PeftFolder, factors: Sequence[str], adapters
             f"{where} {some}. Leave lora.target_modules out to follow the adapter; where "
             "that does not help, it is of another model than model.name"
         )
-    wanted = adapters.tensor_shapes(factors)
+    wanted = adapters.peft_form.tensor_shapes(factors)
     held = {name: s for name, s in one.shapes.items() if factor_of(name) in factors}
     for name in sorted(wanted.keys() | held.keys()):
         here, there = _form(wanted.get(name)), _form(held.get(name))
@@ -128,7 +128,7 @@ def start(origin: Origin, clients: ClientStore, adapters: Adapters, world: World
             with _readable(f"{origin.named_by} = {origin.path!r}", one):
                 if one.digest() != origin.own_digests[client]:
                     raise ValueError("it was changed since this start looked at it")
-                values = adapters.read_factors(one.path, origin.factors)
+                values = adapters.peft_form.read_factors(one.path, origin.factors)
             _give(origin, clients, client, values)
 
 

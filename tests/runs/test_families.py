@@ -233,7 +233,7 @@ def check_against_stock_peft(
     )
     for client in range(2):
         folder = tmp_path / str(client)
-        tried.adapters.write_peft_folder(folder, values[client])
+        tried.adapters.peft_form.write(folder, values[client])
         compare(tried, found[client], *by_stock_peft(base, folder, rows[client]))
 
 

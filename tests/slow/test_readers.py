@@ -49,7 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     spec = LoraSpec(RANK, 2.0 * (8 / RANK) ** 0.5, 0.0, "all-linear", str(folder / "base"))
     attached = adapters.attach(model, spec)
     row = 0.2 * torch.randn(attached.layout.size, generator=torch.Generator().manual_seed(3))
-    attached.write_peft_folder(folder / "adapter", row)
+    attached.peft_form.write(folder / "adapter", row)
     return folder / "base", folder / "adapter"
 
 

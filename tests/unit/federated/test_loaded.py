@@ -31,7 +31,7 @@ def attached(base: Path, spec: LoraSpec) -> Adapters:
 @pytest.fixture
 def folder(base: Path, tmp_path: Path) -> Path:
     own = attached(base, LoraSpec(4, 1.5, 0.1, ("q_proj", "layers.1.mlp.down_proj"), str(base)))
-    own.write_peft_folder(tmp_path, torch.arange(float(own.layout.size)))
+    own.peft_form.write(tmp_path, torch.arange(float(own.layout.size)))
     return tmp_path
 
 
@@ -46,7 +46,7 @@ def test_what_was_written_is_read_back_bit_by_bit(base: Path, folder: Path):
     assert spec.base_name == str(base)
     own = attached(base, spec)
     assert len(own.layers) == 3
-    assert torch.equal(own.read_peft_folder(folder), torch.arange(float(own.layout.size)))
+    assert torch.equal(own.peft_form.read(folder), torch.arange(float(own.layout.size)))
 
 
 def test_a_smaller_rank_of_a_layer_ends_in_zeros(base: Path, folder: Path):
@@ -128,13 +128,13 @@ def test_tensors_that_have_no_place_are_refused(base: Path, folder: Path):
     ]:
         save_file(changed, file)
         with pytest.raises(UserError, match=message):
-            own.read_peft_folder(folder)
+            own.peft_form.read(folder)
 
 
 def test_a_weight_that_two_layers_share_is_not_merged(tmp_path: Path):
     base = tiny.save_model(tmp_path / "tied")
     own = attached(base, LoraSpec(4, 1.5, 0.0, ("lm_head",), str(base)))
-    own.write_peft_folder(tmp_path / "adapter", torch.ones(own.layout.size))
+    own.peft_form.write(tmp_path / "adapter", torch.ones(own.layout.size))
     model = AutoModelForCausalLM.from_pretrained(base)
     with pytest.raises(UserError, match=r"--merge: the weight of lm_head is .*tie_word_embeddings"):
         adapters.merged(model, tmp_path / "adapter")

@@ -150,7 +150,7 @@ def test_an_exported_folder_in_stock_peft_is_what_the_trainer_computed(
     own = attach(model, targets)
     row = random_row(own)
     own.bind(row[None])
-    own.write_peft_folder(tmp_path / "adapter", row)
+    own.peft_form.write(tmp_path / "adapter", row)
     ids = torch.randint(2, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(4))
     ours = model(ids).logits
     untouched = loaded(family, base)
@@ -181,9 +181,8 @@ def test_a_model_without_weights_gives_the_same_layout(
         empty = FAMILIES[family][0]()
     own, other = attach(empty, targets), attach(FAMILIES[family][0](), targets)
     assert own.layout == other.layout
-    for adapted in (own, other):
-        adapted.peft_config.task_type = None
-    assert own.peft_config.to_dict() == other.peft_config.to_dict()
+    known, others = ({**one.peft_form.settings, "task_type": None} for one in (own, other))
+    assert known == others
 
 
 def _is_deprecation(one: warnings.WarningMessage) -> bool:
@@ -197,7 +196,7 @@ def test_the_written_configuration_says_no_more_than_it_must(
     """Plain JSON; the values of PEFT's own defaults but for what the trainer decides."""
     model, _ = made(family, tmp_path / "model")
     own = attach(model, targets)
-    own.write_peft_folder(tmp_path / "adapter", random_row(own))
+    own.peft_form.write(tmp_path / "adapter", random_row(own))
     found = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert found["lora_alpha"] / found["r"] == GAMMA
     assert found["use_rslora"] is False
@@ -219,7 +218,7 @@ def test_names_of_targets_are_short_where_a_short_name_matches_no_other_layer(
     def exported(family: str, targets: tuple[str, ...] | str) -> list[str]:
         model, _ = made(family, tmp_path / family)
         own = attach(model, targets)
-        own.write_peft_folder(tmp_path / "adapter", random_row(own))
+        own.peft_form.write(tmp_path / "adapter", random_row(own))
         names = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
         return names["target_modules"]
 

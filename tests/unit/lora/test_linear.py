@@ -191,7 +191,7 @@ def test_an_exported_adapter_in_stock_peft_gives_the_logits_of_the_trainer(
     model, own = attached(tiny_folder, target_modules=targets)
     row = torch.randn(own.layout.size, generator=torch.Generator().manual_seed(3)) * 0.2
     own.bind(row[None])
-    own.write_peft_folder(tmp_path / "adapter", row)
+    own.peft_form.write(tmp_path / "adapter", row)
     ids = torch.randint(2, 250, (3, 11), generator=torch.Generator().manual_seed(4))
     ours = model(ids).logits
     base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model")
@@ -213,7 +213,7 @@ def test_peft_adds_up_clients_as_the_global_adapter_does(tiny_folder: Path, tmp_
     mean = rows[0].clone()
     mean[b] = 0.3 * rows[0, b] + 0.7 * rows[1, b]
     for name, row in (("one", rows[0]), ("two", rows[1])):
-        own.write_peft_folder(tmp_path / name, row)
+        own.peft_form.write(tmp_path / name, row)
     own.bind(mean[None])
     ids = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(6))
     ours = model(ids).logits
@@ -332,8 +332,8 @@ def test_an_adapter_of_a_smaller_rank_is_exported_at_it(tiny_folder: Path, tmp_p
     own.bind(rows, gammas=GAMMAS)
     ours = model(ids).logits
     for client, (rank, gamma) in enumerate(zip(RANKS, GAMMAS, strict=True)):
-        assert own.rank_and_gamma(client) == (rank, gamma)
-        own.write_peft_folder(tmp_path / str(client), rows[client], client=client)
+        assert own.peft_form.rank_and_gamma(client) == (rank, gamma)
+        own.peft_form.write(tmp_path / str(client), rows[client], client=client)
         base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model")
         stock = PeftModel.from_pretrained(base, tmp_path / str(client))
         assert stock.peft_config["default"].r == rank

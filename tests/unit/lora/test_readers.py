@@ -32,7 +32,7 @@ def exported(
     model = AutoModelForCausalLM.from_pretrained(base).requires_grad_(False)
     attached = adapters.attach(model, LoraSpec(rank, gamma, 0.1, targets, "org/model"))
     row = torch.randn(attached.layout.size, generator=torch.Generator().manual_seed(3))
-    attached.write_peft_folder(folder, row)
+    attached.peft_form.write(folder, row)
     return attached, row
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sfed.lora.adapters import peft_alpha
+from sfed.lora.peft_form import peft_alpha
 from sfed.methods.scaling import (
     EXPONENTS,
     alpha_of_another_formula,
