@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -19,9 +20,9 @@ from sfed.federated import context, fingerprints, passes
 from sfed.federated.context import Run
 from sfed.federated.log.header import header
 from sfed.lora import adapters
-from sfed.lora.adapters import LoraSpec
+from sfed.lora.adapters import Adapters, LoraSpec
 from sfed.memory import clients_per_pass
-from sfed.memory.clients_per_pass import Start
+from sfed.memory.clients_per_pass import ClientsPerPass, Start
 from sfed.methods import by_layer, scaling
 from sfed.methods import method as methods
 from sfed.methods.method import Method
@@ -29,7 +30,7 @@ from sfed.models import backbone, hf_config
 from sfed.models import demo as demo_model
 from sfed.models.backbone import Backbone
 from sfed.models.changed_weights import ChangedWeights
-from sfed.models.hf_config import MetaModel
+from sfed.models.hf_config import MetaModel, Sharding
 from sfed.models.tokenizer import load_tokenizer
 from sfed.observability import metrics
 from sfed.observability.console import Console
@@ -80,7 +81,63 @@ def build(
     """
     check_cohort(config, num_clients)
     source = _source(config, world, found)
-    asked, config = config, splits.with_labels(config, world, num_clients)
+    labelled = splits.with_labels(config, world, num_clients)
+    asked = _Asked(config, labelled, world, num_clients, console, found, source)
+    read = _read(asked)
+    loaded = _load(asked, read)
+    run = _assembled(asked, read, loaded)
+    fingerprint = fingerprints.when_built(run, read.tokenizer_digest)
+    consistency.require_same(world, "what was loaded", fingerprint)
+    run = passes.at_the_knee(passes.as_far_as_right(run, console.warn))
+    if config.federated.scaffold:
+        run.clients.keep_controls(run.received)
+    for line in header(run):
+        console.say(line)
+    return run
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the parts of a run are built from."""
+
+    as_written: Config
+    """The configuration that the run keeps."""
+    config: Config
+    """The same with the labels of the data."""
+    world: World
+    num_clients: int
+    console: Console
+    found: CheckpointRef | None
+    """The checkpoint that is resumed; None where the run begins."""
+    source: Source | None
+    """The adapters that the run starts from; None where it resumes or starts afresh."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What is read before the backbone is loaded."""
+
+    tokenizer: PreTrainedTokenizerFast
+    tokenizer_digest: str
+    meta: MetaModel
+    sharding: Sharding
+    data: Data
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The backbone with the adapters on it, and how clients share its passes."""
+
+    backbone: Backbone
+    method: Method
+    gammas: tuple[float, ...]
+    adapters: Adapters
+    sharing: ClientsPerPass
+
+
+def _read(asked: _Asked) -> _Read:
+    """Choose the kernels, read the tokenizer, the model's shape and the data. Collective."""
+    config, world, console = asked.config, asked.world, asked.console
     name = model_folder(config)
     _choose_kernels(config, world, console)
     tokenizer, tokenizer_digest = _tokenizer(config, name, world, console)
@@ -88,34 +145,54 @@ def build(
     # Once: the memory that is free, and with it the answer, changes while things are loaded.
     sharding = hf_config.choose_sharding(config, meta, world)
     console.enter(metrics.READING_SECONDS, f"reading {config.data.task}")
-    held = splits.load(config, tokenizer, world, num_clients, sharding.is_sharded)
-    _check_data(held, source, world, console)
+    held = splits.load(config, tokenizer, world, asked.num_clients, sharding.is_sharded)
+    _check_data(held, asked.source, world, console)
+    return _Read(tokenizer, tokenizer_digest, meta, sharding, held)
+
+
+def _load(asked: _Asked, read: _Read) -> _Loaded:
+    """Load the backbone, attach the adapters, agree on the clients of a pass. Collective."""
+    config, world, console, held = asked.config, asked.world, asked.console, read.data
     placed = held.placement.clients
-    start = Start(config, world, sharding, checkpoint.clients_per_pass(found, placed))
-    estimate = clients_per_pass.estimate(start, meta, held, placed, console.say)
+    start = Start(config, world, read.sharding, checkpoint.clients_per_pass(asked.found, placed))
+    # First: with DeepSpeed at work every model that is made gets sharded.
+    estimate = clients_per_pass.estimate(start, read.meta, held, placed, console.say)
     loading = f"loading {config.model.name} ({hf_config.precision(config, world)})"
     console.enter(metrics.LOADING_SECONDS, loading)
-    frozen = _backbone(start, name, meta, held)
-    loaded_gamma = _gamma_of(source, found)
-    method, gammas = method_and_gammas(config, held, num_clients, loaded_gamma)
+    name = model_folder(config)
+    frozen = _backbone(start, name, read.meta, held)
+    loaded_gamma = _gamma_of(asked.source, asked.found)
+    method, gammas = method_and_gammas(config, held, asked.num_clients, loaded_gamma)
     _warn_of_alpha(config, held, gammas, console)
     attached = _attached(world, frozen, _spec(config, held, method, gammas, mask(name)))
     sharing = clients_per_pass.agree(start, estimate, attached.layout.size)
     if sharing.is_doubtful:
         console.warn(f"memory may not suffice: {sharing.reason}")
-    of_config = (asked, world, task_of(config), tokenizer, method, num_clients, gammas)
-    clients = passes.new_clients(config, world, attached, placed[world.rank], sharing)
-    rest = (resume.course_from(found, config), None, _class_weights(config, world, held))
-    run = Run(*of_config, frozen, attached, held, clients, sharing, *rest)
-    run = _with_options(run, source, found)
-    loaded = fingerprints.when_built(run, tokenizer_digest)
-    consistency.require_same(world, "what was loaded", loaded)
-    run = passes.at_the_knee(passes.as_far_as_right(run, console.warn))
-    if config.federated.scaffold:
-        run.clients.keep_controls(run.received)
-    for line in header(run):
-        console.say(line)
-    return run
+    return _Loaded(frozen, method, gammas, attached, sharing)
+
+
+def _assembled(asked: _Asked, read: _Read, loaded: _Loaded) -> Run:
+    """Make the clients of this process and put the run together. Collective."""
+    config, world, data = asked.config, asked.world, read.data
+    own_clients = data.placement.clients[world.rank]
+    run = Run(
+        config=asked.as_written,
+        world=world,
+        task=task_of(config),
+        tokenizer=read.tokenizer,
+        method=loaded.method,
+        num_clients=asked.num_clients,
+        gammas=loaded.gammas,
+        backbone=loaded.backbone,
+        adapters=loaded.adapters,
+        data=data,
+        clients=passes.new_clients(config, world, loaded.adapters, own_clients, loaded.sharing),
+        sharing=loaded.sharing,
+        course=resume.course_from(asked.found, config),
+        origin=None,
+        class_weights=_class_weights(config, world, data),
+    )
+    return _with_options(run, asked.source, asked.found)
 
 
 def _with_options(run: Run, source: Source | None, found: CheckpointRef | None) -> Run:
@@ -279,7 +356,7 @@ def _tokenizer(
     return tokenizer, consistency.digest(identity_of(tokenizer))
 
 
-def _attached(world: World, frozen: Backbone, spec: LoraSpec) -> adapters.Adapters:
+def _attached(world: World, frozen: Backbone, spec: LoraSpec) -> Adapters:
     """The adapters on the frozen backbone. Collective."""
     with sync.raise_everywhere(world, "attaching the adapters"):
         attached = adapters.attach(frozen.model, spec, frozen.head)
@@ -316,7 +393,7 @@ def spec_of(
 
 
 def _changed_weights(
-    method: Method, world: World, frozen: Backbone, attached: adapters.Adapters
+    method: Method, world: World, frozen: Backbone, attached: Adapters
 ) -> ChangedWeights | None:
     """The frozen weights that the method changes. Collective where there are any."""
     if not method.changes_base:

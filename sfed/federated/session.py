@@ -27,6 +27,7 @@ from sfed.federated.log.header import describe_run
 from sfed.federated.log.round_metrics import RoundLog
 from sfed.observability import metrics
 from sfed.observability.console import Console
+from sfed.observability.trackers import MetricLogger
 from sfed.storage import checkpoint, origin, resume
 from sfed.storage.card_facts import privacy_of
 from sfed.storage.checkpoint import State
@@ -198,22 +199,52 @@ def _train_and_export(
     run: Run, found: CheckpointRef | None, folder: RunFolder, console: Console, stop: StopRequest
 ) -> bool:
     """Resume or begin, train, write the adapters; returns whether all rounds are done."""
-    world, total = run.world, run.config.federated.num_rounds
-    state: State | None = None
-    if found is not None:
-        state = _resume(run, found, console)
-    with sync.raise_everywhere(world, "making the run folder"):
-        log = None
-        if world.is_main:
+    state = None if found is None else _resume(run, found, console)
+    log = _make_folder(run, found, folder, state, console)
+    stop.training_begins(in_step=run.backbone.sharding.is_sharded)
+    total = run.config.federated.num_rounds
+    console.begin_rounds(0 if state is None else state.finished_rounds, total, score_names(run))
+    reported = RoundLog(run, console, log)
+    with Writer(_identity(run), run.world, run.clients, folder.path, found) as writer:
+        with garbage.only_of_the_body():
+            finished = rounds.train(run, state, writer, reported, stop)
+        writer.finish()
+    console.end_rounds()
+    export_seconds = _export(run, folder, console) if finished else None
+    if not finished:
+        console.say(
+            f"stopped as asked; the same command resumes from {folder.path / 'checkpoints'}"
+        )
+        console.say(f"report     sfed report {folder.path}  (the rounds so far)")
+    reported.end_of_start(writer.take_seconds()[0], export_seconds)
+    if log is not None:
+        log.close()
+    return finished
+
+
+def _make_folder(
+    run: Run,
+    found: CheckpointRef | None,
+    folder: RunFolder,
+    state: State | None,
+    console: Console,
+) -> MetricLogger | None:
+    """Make the run folder, begin the secret key of its noise; the log, on process 0. Collective."""
+    log = None
+    with sync.raise_everywhere(run.world, "making the run folder"):
+        if run.world.is_main:
             held = run.data.summary["clients"]
             log = folder.make(describe_run(run), held, found, state, console)
             if run.privacy is not None and run.privacy.secret is not None:
                 run.privacy.secret.begin()
     if log is not None:
         log.add_to_next(console.end_of_start())
-    stop.training_begins(in_step=run.backbone.sharding.is_sharded)
-    console.begin_rounds(0 if state is None else state.finished_rounds, total, score_names(run))
-    identity = RunIdentity(
+    return log
+
+
+def _identity(run: Run) -> RunIdentity:
+    """What the checkpoints of a run say of it."""
+    return RunIdentity(
         run.config,
         run.num_clients,
         run.gamma,
@@ -224,28 +255,15 @@ def _train_and_export(
         run.course,
         None if run.origin is None else run.origin.as_record(),
     )
-    reported = RoundLog(run, console, log)
-    export_seconds: float | None = None
-    with Writer(identity, world, run.clients, folder.path, found) as writer:
-        with garbage.only_of_the_body():
-            finished = rounds.train(run, state, writer, reported, stop)
-        writer.finish()
-    console.end_rounds()
-    if finished:
-        started = time.monotonic()
-        _write_adapters(run, folder.path, console)
-        if world.is_main:
-            folder.mark_finished()
-        export_seconds = time.monotonic() - started
-    else:
-        console.say(
-            f"stopped as asked; the same command resumes from {folder.path / 'checkpoints'}"
-        )
-        console.say(f"report     sfed report {folder.path}  (the rounds so far)")
-    reported.end_of_start(writer.take_seconds()[0], export_seconds)
-    if log is not None:
-        log.close()
-    return finished
+
+
+def _export(run: Run, folder: RunFolder, console: Console) -> float:
+    """Write the adapters of a run whose rounds are all done; the seconds that it took."""
+    started = time.monotonic()
+    _write_adapters(run, folder.path, console)
+    if run.world.is_main:
+        folder.mark_finished()
+    return time.monotonic() - started
 
 
 def _write_adapters(run: Run, folder: Path, console: Console) -> None:
