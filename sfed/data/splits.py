@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerFast
 
 from sfed.config.clients import ClientSettings, settings_of
 from sfed.config.schema import Config
-from sfed.data import classification, partition, placement, scores
+from sfed.data import classification, partition, scores
+from sfed.data.dealing import placement
+from sfed.data.dealing.labels import Chosen
+from sfed.data.dealing.placement import Placement
+from sfed.data.dealing.pool import deal
 from sfed.data.forms.reading import Reading, Truncated, header_lines, length_lines
-from sfed.data.labels import Chosen, Labels, labels_of
-from sfed.data.partition import Indices
-from sfed.data.placement import Placement
 from sfed.data.sources import has_split, source_of
 from sfed.data.tasks import task_of
 from sfed.data.tokenize import Examples, Tokens, tokenise
@@ -38,7 +39,6 @@ from sfed.utils.errors import DataError
 from sfed.utils.rng import Stream, generator
 from sfed.utils.text import counted
 
-_DIRICHLET_TRIES = 100
 _MOST_NAMED = 8
 
 
@@ -273,73 +273,24 @@ def _split_one_pool(
     if held_pool is not None:
         rows = partition.subset(len(held_pool), section.max_eval_examples, seed)
         held_out = Chosen(held_pool, rows)
-    held = _deal(config, train, held_out, num_clients)
+    dealt = deal(config, train, held_out, num_clients)
+    held = _Held(
+        {client: Examples(pool, rows) for client, rows in enumerate(dealt.train)},
+        {},
+        dealt.labels,
+        dealt.notes,
+        dealt.names,
+    )
     held.notes += _note(held.reading, "train", pool) + _note(held.reading, "eval", held_pool)
-    if held_pool is None:
-        for client, own in held.train.items():
-            kept, out = partition.hold_out(own.indices, section.eval_fraction, seed, client)
-            if section.max_eval_examples is not None:
-                out = out[: max(1, section.max_eval_examples // num_clients)]
-            held.train[client], held.held_out[client] = Examples(pool, kept), Examples(pool, out)
+    if held_pool is not None:
+        held.held_out = {c: Examples(held_pool, rows) for c, rows in enumerate(dealt.held_out)}
+        return held
+    for client, own in held.train.items():
+        kept, out = partition.hold_out(own.indices, section.eval_fraction, seed, client)
+        if section.max_eval_examples is not None:
+            out = out[: max(1, section.max_eval_examples // num_clients)]
+        held.train[client], held.held_out[client] = Examples(pool, kept), Examples(pool, out)
     return held
-
-
-def _deal(config: Config, train: Chosen, held_out: Chosen | None, num_clients: int) -> _Held:
-    """Deal training and held-out rows by the same rule, so that both follow one distribution."""
-    kind, seed = config.partition.kind, config.seed
-    eval_rows = np.arange(0) if held_out is None else held_out.rows
-    labels: Labels | None = None
-    if kind == "iid":
-        parts = partition.iid(len(train.rows), num_clients, seed)
-        eval_parts = partition.iid(len(eval_rows), num_clients, seed + 1)
-    else:
-        labels = labels_of(config, train, held_out)
-        if kind == "by_key":
-            parts, eval_parts = _by_key(labels, num_clients)
-        else:
-            parts, eval_parts = _by_shares(config, labels, num_clients)
-    held = _Held({}, {}, None if labels is None else {}, [] if labels is None else labels.notes)
-    if kind == "by_key" and labels is not None:
-        held.names = _names_of_values(labels, parts)
-    for client, part in enumerate(parts):
-        held.train[client] = Examples(train.table, train.rows[part])
-        if held_out is not None:
-            held.held_out[client] = Examples(held_out.table, eval_rows[eval_parts[client]])
-        if held.labels is not None and labels is not None:
-            held.labels[client] = [labels.names[label] for label in labels.of_train[part]]
-    return held
-
-
-def _by_key(labels: Labels, num_clients: int) -> tuple[list[Indices], list[Indices]]:
-    """Positions of each client's training and held-out rows: the values of a column, dealt."""
-    keys = [labels.names[label] for label in labels.of_train]
-    eval_keys = [labels.names[label] if label >= 0 else None for label in labels.of_eval]
-    groups = partition.key_groups(keys, num_clients)
-    return partition.by_key(keys, groups), partition.by_key(eval_keys, groups)
-
-
-def _names_of_values(labels: Labels, parts: Sequence[Indices]) -> dict[int, str]:
-    """The value that a client holds, of those that hold one alone."""
-    values = [set(labels.of_train[part].tolist()) for part in parts]
-    return {
-        client: labels.names[next(iter(some))]
-        for client, some in enumerate(values)
-        if len(some) == 1
-    }
-
-
-def _by_shares(
-    config: Config, labels: Labels, num_clients: int
-) -> tuple[list[Indices], list[Indices]]:
-    """Split by shares of each label, drawn until every client has enough to train on."""
-    concentration, seed = config.partition.concentration, config.seed
-    for attempt in range(_DIRICHLET_TRIES):
-        draw = seed + attempt * 1_000_003
-        shares = partition.dirichlet_shares(len(labels.names), num_clients, concentration, draw)
-        parts = partition.by_shares(labels.of_train, shares, seed)
-        if min(map(len, parts)) >= LEAST_TRAIN_EXAMPLES:
-            break
-    return parts, partition.by_shares(labels.of_eval, shares, seed)
 
 
 def _split_by_file(

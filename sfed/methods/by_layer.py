@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from sfed.clients.store import ClientStore
-from sfed.data.placement import by_work
+from sfed.data.dealing.placement import by_work
 from sfed.distributed.sync import gather_json, raise_everywhere
 from sfed.distributed.world import World, all_gather_rows, all_to_all
 from sfed.lora.layout import Layout, Piece
