@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from sfed.config.clients import ClientSettings, settings_of
 from sfed.config.schema import Config
 from sfed.data import classification, partition, scores
-from sfed.data.dealing import placement
-from sfed.data.dealing.labels import Chosen
-from sfed.data.dealing.placement import Placement
-from sfed.data.dealing.pool import deal
+from sfed.data.assignment import placement
+from sfed.data.assignment.labels import Chosen
+from sfed.data.assignment.placement import Placement
+from sfed.data.assignment.pool import deal
 from sfed.data.forms.reading import Reading, Truncated, header_lines, length_lines
 from sfed.data.sources import has_split, source_of
 from sfed.data.tasks import task_of

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from sfed.clients.store import ClientStore
-from sfed.data.dealing.placement import by_work
+from sfed.data.assignment.placement import by_work
 from sfed.distributed.sync import gather_json, raise_everywhere
 from sfed.distributed.world import World, all_gather_rows, all_to_all
 from sfed.lora.layout import Layout, Piece
@@ -25,7 +25,7 @@ from sfed.utils.text import one_line
 
 
 @dataclass(frozen=True)
-class Dealt:
+class Assignment:
     """The layers of the sent factors, and which process has which."""
 
     layers: tuple[tuple[str, ...], ...]
@@ -34,7 +34,7 @@ class Dealt:
     """Of each layer, one for each factor."""
 
     @staticmethod
-    def of(layout: Layout, factors: Sequence[str], num_processes: int) -> Dealt:
+    def of(layout: Layout, factors: Sequence[str], num_processes: int) -> Assignment:
         """Deal by numbers to send: the largest layer first, to the process with the least so far.
 
         Args:
@@ -50,7 +50,7 @@ class Dealt:
         sizes = [sum(map(_numbers, found[name])) for name in names]
         placed = by_work(sizes, num_processes, "numbers").clients
         layers = tuple(tuple(names[i] for i in own) for own in placed)
-        return Dealt(layers, {name: tuple(found[name]) for name in names})
+        return Assignment(layers, {name: tuple(found[name]) for name in names})
 
     def of_process(self, rank: int) -> list[Piece]:
         """The pieces that a process gets of each client, in the order in which they are sent."""
@@ -105,7 +105,7 @@ class ByLayer:
             UserError: on every process, where the step fails, or returns what it must not.
         """
         world = self.world
-        dealt = Dealt.of(self.clients.layout, factors, world.size)
+        dealt = Assignment.of(self.clients.layout, factors, world.size)
         received = self._exchange(dealt)
         before = {factor: self.clients.shared(factor).to(world.device) for factor in factors}
         results, shapes = dict[str, CommonLayer](), layer_shapes(self.clients.layout)
@@ -123,7 +123,7 @@ class ByLayer:
         num_bytes += message_bytes(self.clients.layout, factors, self.senders)
         return Shared(num_bytes, changes)
 
-    def _exchange(self, dealt: Dealt) -> torch.Tensor:
+    def _exchange(self, dealt: Assignment) -> torch.Tensor:
         """Send every layer to who has it; returns (n, width) of all senders, in their order."""
         world, own = self.world, self.senders[self.world.rank]
         parts = [
@@ -183,7 +183,7 @@ class ByLayer:
 
     def _give_to_all(
         self,
-        dealt: Dealt,
+        dealt: Assignment,
         results: Mapping[str, CommonLayer],
         before: Mapping[str, torch.Tensor],
     ) -> None:
@@ -207,7 +207,7 @@ class ByLayer:
             self.clients.set_shared(factor, values)
 
     def _base_changes(
-        self, dealt: Dealt, results: Mapping[str, CommonLayer]
+        self, dealt: Assignment, results: Mapping[str, CommonLayer]
     ) -> tuple[BaseChanges, int]:
         """The changes of all layers, and the bytes of the process that sends most of them."""
         world, shapes = self.world, layer_shapes(self.clients.layout)
@@ -264,7 +264,7 @@ def base_change_bytes(layout: Layout, factors: Sequence[str], change_rank: int, 
         size: number of processes.
     """
     shapes = layer_shapes(layout)
-    dealt = Dealt.of(layout, factors, size)
+    dealt = Assignment.of(layout, factors, size)
     return max(4 * change_rank * sum(sum(shapes[one]) for one in own) for own in dealt.layers)
 
 
@@ -276,7 +276,7 @@ def message_bytes(layout: Layout, factors: Sequence[str], senders: Sequence[Sequ
         factors: that are sent.
         senders: the clients of each process that send.
     """
-    dealt = Dealt.of(layout, factors, len(senders))
+    dealt = Assignment.of(layout, factors, len(senders))
     widths = [dealt.width(rank) for rank in range(len(senders))]
     return 4 * (max(map(len, senders)) * sum(widths) + max(widths))
 
@@ -285,7 +285,7 @@ def _numbers(piece: Piece) -> int:
     return piece.end - piece.start
 
 
-def _views(dealt: Dealt, layer: str, rank: int, received: torch.Tensor) -> dict[str, torch.Tensor]:
+def _views(dealt: Assignment, layer: str, rank: int, received: torch.Tensor) -> dict[str, torch.Tensor]:
     """A layer's factors of all senders, (n, *shape) each, out of what a process has received."""
     views, position = {}, 0
     for piece in dealt.of_process(rank):

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sfed.config.schema import Config
 from sfed.data import classification, splits
-from sfed.data.dealing import placement
+from sfed.data.assignment import placement
 from sfed.data.sources import has_split, source_of
 from sfed.data.splits import Data
 from sfed.data.tasks import task_of

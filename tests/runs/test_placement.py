@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfed.data.dealing import placement
+from sfed.data.assignment import placement
 from sfed.storage import checkpoint
 from sfed.storage.checkpoint_folder import CheckpointRef
 from tests.support import runs, tiny

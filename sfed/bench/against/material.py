@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from sfed.bench.against.job import LONGEST_SHARE, SEED, SIGMA_OF_LENGTHS, Job
 from sfed.config.clients import settings_of
 from sfed.data import batches, splits
+from sfed.data.assignment.placement import Placement
 from sfed.data.batches import Order
-from sfed.data.dealing.placement import Placement
 from sfed.data.splits import Data
 from sfed.data.tokenize import Examples, Row, Tokens
 from sfed.distributed.world import World

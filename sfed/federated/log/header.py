@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from sfed.config import own_method
-from sfed.data.dealing.placement import by_number
+from sfed.data.assignment.placement import by_number
 from sfed.federated.context import RoundPlan, Run
 from sfed.federated.evaluate import score_names
 from sfed.lora.frozen import fp8, quantized

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from sfed.config import load as config_load
 from sfed.data import partition, splits, tokenize
-from sfed.data.dealing.labels import Chosen, labels_of
+from sfed.data.assignment.labels import Chosen, labels_of
 from sfed.distributed import world as distributed
 from sfed.utils.errors import UserError
 from tests.support import tiny

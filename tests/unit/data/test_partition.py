@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sfed.config.clients import settings_of
 from sfed.config.load import validate
 from sfed.data import partition
-from sfed.data.dealing import placement
+from sfed.data.assignment import placement
 from sfed.methods import sampling
 from sfed.utils.errors import UserError
 from sfed.utils.rng import Stream, derive, generator

@@ -62,7 +62,7 @@ def test_a_smaller_rank_of_a_layer_ends_in_zeros(base: Path, folder: Path):
         spec_of(folder)
     change(folder, rank_pattern={small: 3}, alpha_pattern={small: 4.5})
     assert spec_of(folder) == before
-    found, whole = own.read_peft_folder(folder), torch.arange(float(own.layout.size))
+    found, whole = own.peft_form.read(folder), torch.arange(float(own.layout.size))
     for piece in own.layout.pieces:
         factor, expected = piece.of(found[None])[0], piece.of(whole[None])[0].clone()
         if piece.layer == small:

@@ -15,7 +15,7 @@ from sfed.distributed import sync
 from sfed.distributed import world as distributed
 from sfed.lora.layout import Layout
 from sfed.methods import by_layer
-from sfed.methods.by_layer import BaseChanges, ByLayer, Dealt
+from sfed.methods.by_layer import BaseChanges, ByLayer, Assignment
 from sfed.methods.server import CommonLayer, SentLayer
 from sfed.utils.errors import UserError
 from tests.support.deadlines import RUN_SECONDS
@@ -197,7 +197,7 @@ def test_what_is_wrong_with_a_step_is_said_with_its_layer(step, part: str) -> No
 
 @given(st.integers(1, 9), st.sampled_from([("A",), ("B",), ("A", "B")]))
 def test_every_layer_is_dealt_once_and_none_is_split(num: int, factors: tuple[str, ...]) -> None:
-    dealt = Dealt.of(LAYOUT, factors, num)
+    dealt = Assignment.of(LAYOUT, factors, num)
     names = [name for own in dealt.layers for name in own]
     assert sorted(names) == sorted(name for name, _, _ in SHAPES)
     total = sum(LAYOUT.columns(f).stop - LAYOUT.columns(f).start for f in factors)

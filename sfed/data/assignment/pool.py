@@ -1,4 +1,4 @@
-"""The rows of one common pool, dealt to clients: training and held-out rows by the same rule."""
+"""The rows of one common pool, assigned to clients: training and held-out by the same rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from sfed.config.schema import Config
 from sfed.data import partition
-from sfed.data.dealing.labels import Chosen, Labels, labels_of
+from sfed.data.assignment.labels import Chosen, Labels, labels_of
 from sfed.data.partition import Indices
 from sfed.files.silos import LEAST_TRAIN_EXAMPLES
 
@@ -17,7 +17,7 @@ _DIRICHLET_TRIES = 100
 
 
 @dataclass(frozen=True)
-class Dealt:
+class Assignment:
     """Which rows of the tables each client gets."""
 
     train: list[Indices]
@@ -32,7 +32,7 @@ class Dealt:
     """What a person should know."""
 
 
-def deal(config: Config, train: Chosen, held_out: Chosen | None, num_clients: int) -> Dealt:
+def deal(config: Config, train: Chosen, held_out: Chosen | None, num_clients: int) -> Assignment:
     """Deal training and held-out rows by the same rule, so that both follow one distribution.
 
     Args:
@@ -56,7 +56,7 @@ def deal(config: Config, train: Chosen, held_out: Chosen | None, num_clients: in
             parts, eval_parts = _by_key(labels, num_clients)
         else:
             parts, eval_parts = _by_shares(config, labels, num_clients)
-    return Dealt(
+    return Assignment(
         train=[train.rows[part] for part in parts],
         held_out=[eval_rows[part] for part in eval_parts],
         names=_names_of_values(labels, parts) if labels is not None and kind == "by_key" else {},

@@ -1,0 +1,1 @@
+"""The assignment of the rows of a common pool to clients, and of clients to processes."""
