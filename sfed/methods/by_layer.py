@@ -285,7 +285,9 @@ def _numbers(piece: Piece) -> int:
     return piece.end - piece.start
 
 
-def _views(dealt: Assignment, layer: str, rank: int, received: torch.Tensor) -> dict[str, torch.Tensor]:
+def _views(
+    dealt: Assignment, layer: str, rank: int, received: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """A layer's factors of all senders, (n, *shape) each, out of what a process has received."""
     views, position = {}, 0
     for piece in dealt.of_process(rank):
