@@ -15,7 +15,7 @@ from sfed.distributed import sync
 from sfed.distributed import world as distributed
 from sfed.lora.layout import Layout
 from sfed.methods import by_layer
-from sfed.methods.by_layer import BaseChanges, ByLayer, Assignment
+from sfed.methods.by_layer import Assignment, BaseChanges, ByLayer
 from sfed.methods.server import CommonLayer, SentLayer
 from sfed.utils.errors import UserError
 from tests.support.deadlines import RUN_SECONDS
