@@ -43,7 +43,8 @@ _OF_ATTENTION = re.compile(
     r"scaled_dot_product|attn_implementation|attention implementation|flash.?att", re.IGNORECASE
 )
 # Words in the names of probabilities with which a model in training mode leaves things to chance.
-_OF_CHANCE = ("dropout", "pdrop", "layerdrop", "drop_path", "stochastic_depth", "jitter")
+# Not jitter: PhiMoE's routers choose experts by it in evaluation mode, too.
+_OF_CHANCE = ("dropout", "pdrop", "layerdrop", "drop_path", "stochastic_depth")
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _refuse_quantised_files(config: Config, name: str, model_config: PreTrainedC
 
 
 def fitted(config: Config, model_config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set chance to 0 and as many outputs as the task needs, in place; returns it.
+    """Set chance to 0 and the outputs that the task needs, in place; returns it.
 
     Raises:
         ValueError: where sizes are missing, or the token of padding is outside of the vocabulary.
@@ -223,6 +224,9 @@ def fitted(config: Config, model_config: PreTrainedConfig) -> PreTrainedConfig:
         for key, value in part.to_dict().items():
             if isinstance(value, float) and any(word in key for word in _OF_CHANCE):
                 setattr(part, key, 0.0)
+            if value is True and key.startswith("output_"):  # hidden states, losses of routers
+                setattr(part, key, False)
+        part.return_dict = True
     _check_sizes(text)
     for part in (model_config, text):
         _check_padding(part, text.vocab_size)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as hf
 
 from sfed.config.load import validate
@@ -20,6 +21,8 @@ from sfed.utils.errors import UserError
 from tests.support import tiny
 from tests.support.deadlines import RUN_SECONDS
 
+MIXTRAL = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2}
+MIXTRAL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 GPT_J = {"n_embd": 32, "n_head": 4, "n_layer": 1, "n_positions": 64, "rotary_dim": 4}
 
 
@@ -129,6 +132,32 @@ def test_the_token_of_padding_is_that_of_the_language_model() -> None:
     fitted = hf_config.fitted(config_of(Path("x"), **task), own)
     assert fitted.get_text_config().pad_token_id == 1
     assert fitted.pad_token_id == 1
+
+
+def test_what_evaluation_mode_uses_is_left_as_it_is() -> None:
+    own = hf.PhimoeConfig(router_jitter_noise=0.1, attention_dropout=0.1)
+    fitted = hf_config.fitted(config_of(Path("x")), own)
+    assert (fitted.router_jitter_noise, fitted.attention_dropout) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"return_dict": False}, {"output_router_logits": True}, {"output_hidden_states": True}],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_a_model_gives_out_logits_whatever_its_configuration_asks_for(
+    tmp_path: Path, world: World, asked: dict[str, bool]
+) -> None:
+    own = hf.MixtralConfig(vocab_size=64, num_local_experts=2, **MIXTRAL)
+    hf.MixtralForCausalLM(own).save_pretrained(tmp_path)
+    numbers = []
+    for settings in ({}, asked):
+        changed(tmp_path, **settings)
+        one = loaded(config_of(tmp_path), world)
+        one.evaluating()
+        ids, positions = torch.arange(3, 15).view(2, 6), torch.tensor([0, 3, 7])
+        numbers.append(one.token_losses(ids, ids, positions).tolist())
+    assert numbers[0] == numbers[1]
 
 
 @pytest.mark.parametrize(
