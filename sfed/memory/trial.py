@@ -28,7 +28,7 @@ from sfed.memory.counts import attach
 from sfed.memory.fake import FakeFloats
 from sfed.memory.live_bytes import LiveBytes
 from sfed.models import heads, synthetic
-from sfed.models.backbone import Backbone
+from sfed.models.backbone import Backbone, recompute_layers
 from sfed.models.hf_config import Sharding, asked_attention, from_config
 from sfed.models.losses import Traits
 from sfed.models.objective import objective_of, why_padded
@@ -199,7 +199,7 @@ def _backbone(config: Config, frozen: Frozen, num_layers: int) -> Backbone:
     patch_blocks(model)
     head = heads.detach_head(config, model, _ALL_FOUND, lambda _: nullcontext())
     if config.backbone.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model)
     if asked is None:
         packed_attention.install(model, torch.device(frozen.device))
     traits = None if head else Traits(keeps_documents_apart=True, returns_logits=_returns(model))

@@ -361,9 +361,23 @@ def _set_computing(
         fp8.convert(model, kernels.quantise)
         fp8.refuse_nonfinite(model)
     if config.backbone.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model)
     if config.model.attention == "auto":
         packed_attention.install(model, device)
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Let backward passes compute the layers' activations again.
+
+    Raises:
+        UserError: where the model cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"backbone.gradient_checkpointing = true: {type(model).__name__} of transformers does "
+            "not support it; set it to false"
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def hooked(model: PreTrainedModel, config: Config) -> Backbone:

@@ -178,6 +178,17 @@ def test_a_configuration_that_cannot_be_used_is_refused_by_its_key(
         hf_config.fitted(config_of(Path("x")), own)
 
 
+def test_a_model_that_cannot_recompute_its_layers_is_refused_with_the_key(
+    folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf.LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    config = config_of(folder / "llama")
+    changes = {"gradient_checkpointing": True}
+    config = config.model_copy(update={"backbone": config.backbone.model_copy(update=changes)})
+    with pytest.raises(UserError, match="gradient_checkpointing = true: LlamaForCausalLM of"):
+        loaded(config, world)
+
+
 def test_a_model_that_hides_its_output_layer_is_refused(
     folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
