@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from sfed.data.tasks import task_of
 from sfed.files.kinds import kind_of
 from sfed.files.listing import HUB, Split
 from sfed.files.names import distinct_names
-from sfed.files.readers import read_rows
+from sfed.files.readers import read_rows, without_nulls
 from sfed.utils.errors import DataError
 from sfed.utils.text import one_line
 
@@ -80,8 +80,12 @@ def _file_or_hub(config: Config, name: str, key: str, split: Split) -> _Source:
     chosen = (config.data.split or "train") if split == "train" else config.data.eval_split
     data_set, _, of_it = name[len(HUB) :].partition(":")
     table = _load(data_set, of_it or None, chosen or "test", f"{key}: {name!r}")
-    rows = ((f"{name} row {i}", row) for i, row in enumerate(table))
+    rows = ((f"{name} row {i}", _of_arrow(row)) for i, row in enumerate(table))
     return _Source(rows, (table._fingerprint,))
+
+
+def _of_arrow(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: without_nulls(value) for name, value in row.items()}
 
 
 def _file_digest(name: str, key: str) -> str:

@@ -31,7 +31,7 @@ from sfed.files.listing import Split
 from sfed.utils.errors import DataError
 
 # Part of every cache key: raise it when what is kept of a row would come out differently.
-_FORM_OF_TOKENS = "5"
+_FORM_OF_TOKENS = "6"
 _ROWS_AT_ONCE = 1000
 # Of the texts of one call of the tokenizer, which no signal interrupts.
 _CHARACTERS_AT_ONCE = 200_000

@@ -201,6 +201,27 @@ def _rows_of(batch: Any, where: str) -> list[Row]:
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
+def without_nulls(value: Any, kept: tuple[str, ...] = ("content",)) -> Any:
+    """A value of a column whose type is Arrow's, without the fields that its records do not have.
+
+    All records of a column have the same fields there, null in those that lack them: a call of one
+    tool would have the arguments of all others. What a turn says stays, as null beside its calls.
+
+    Args:
+        value: text, number, list or record.
+        kept: fields of the outermost records that stay.
+    """
+    if isinstance(value, list):
+        return [without_nulls(one, kept) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: without_nulls(inner, ())
+        for name, inner in value.items()
+        if inner is not None or name in kept
+    }
+
+
 def _values_of(column: Any, what: str) -> list[Any]:
     """The values of a column of pyarrow.
 
@@ -217,7 +238,7 @@ def _values_of(column: Any, what: str) -> list[Any]:
             f"{what}, {column.type}, cannot be read ({one_line(error, 100)}); leave the column out "
             "or write it as text"
         ) from None
-    return values
+    return [without_nulls(value) for value in values]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from sfed.data import demo, sources, tokenize
 from sfed.data.sources import has_split
 from sfed.data.tokenize import Examples, tokenise
 from sfed.utils.errors import DataError, UserError
+from tests.support import chats
 
 ROWS = [
     {"prompt": "x" * 30, "completion": "yz", "kind": "b"},
@@ -556,6 +557,26 @@ def test_a_data_set_of_the_hub_is_named_among_the_files(
     assert calls == [asked] and len(table) == 2
     tokenise(config, tokenizer, split, ("hub:org/name:part",))
     assert calls[1] == ("org/name", "part", asked[2])
+
+
+def test_a_conversation_of_the_hub_has_the_fields_that_it_was_written_with(tmp_path, monkeypatch):
+    import datasets
+
+    tokenizer = chats.chat_tokenizer(chats.TOOLS)
+    calls = [{"name": "f", "arguments": {"x": 1}}], [{"name": "g", "arguments": {"y": "z"}}]
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **said}]}
+        for said in (
+            {"content": "a"},
+            *({"content": None, "tool_calls": some} for some in calls),
+        )
+    ]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    path = save(tmp_path, rows)
+    mine, theirs = (
+        tokenise(make_config(path), tokenizer, "train", (name,)) for name in (str(path), "hub:a/b")
+    )
+    assert mine.flat.tolist() == theirs.flat.tolist()
 
 
 def test_a_data_set_that_is_not_on_the_hub_is_named_with_its_key(tmp_path, tokenizer):

@@ -191,6 +191,17 @@ def test_a_parquet_file_keeps_the_types(tmp_path_factory, rows, codec):
     assert [type(row["v"]) for _, row in found] == [type(value) for value in rows]
 
 
+def test_records_in_a_parquet_file_have_the_fields_that_they_were_written_with(tmp_path):
+    calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"content": "z"}}]
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}], "tools": None},
+        {"messages": [{"role": "assistant", "content": None, "calls": calls}], "tools": [{"a": 1}]},
+        {"messages": [{"role": "user", "content": "q", "name": "n"}], "tools": [{"b": {"c": 2}}]},
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert [row for _, row in read_rows(tmp_path / "rows.parquet")] == rows
+
+
 def test_values_of_a_table_stay_texts(tmp_path):
     path = save(tmp_path, "a,b\n007,1.0\n,true\n", "rows.csv")
     assert [row for _, row in read_rows(path)] == [{"a": "007", "b": "1.0"}, {"a": "", "b": "true"}]
