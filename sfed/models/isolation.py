@@ -28,6 +28,7 @@ import torch
 from sfed.data.packing import Packing, round_down, round_up
 from sfed.distributed.consistency import bit_sum
 from sfed.kernels.plain.quantise import CODES as FP8
+from sfed.lora.packed_attention import is_installed
 from sfed.models.trial_passes import (
     Case,
     Numbers,
@@ -37,6 +38,7 @@ from sfed.models.trial_passes import (
     View,
     first_difference,
     learned,
+    long_losses,
     random_adapter,
     read_only,
     together,
@@ -62,6 +64,10 @@ class _Tolerance:
     floor: float
     """A gradient below this share of the largest one is compared with that share."""
 
+    def is_near(self, loss: float, other: float) -> bool:
+        """Whether two losses are the same up to round-off."""
+        return abs(loss - other) <= self.loss * max(1.0, abs(other))
+
 
 # Passes of equal shapes give a row the same bits, or nearly, whatever the others are; bf16 is
 # coarse where shapes differ, the more so the deeper a model is (a random one of 32 layers: 0.3).
@@ -77,6 +83,7 @@ _OTHER_SHAPES = {
 }
 
 _OTHER_MODEL = "choose another model, or leave the layer out of lora.target_modules"
+_RANDOM = "the same row gives other numbers each time: it is random"
 _DOCUMENTS_MIX = "documents in one row change each other"
 # What a pass raises where a model cannot make it.
 _FAILURES = (
@@ -127,6 +134,7 @@ def check(subject: Subject, agree: Agree, *, shares_passes: bool) -> Isolation:
         if subject.packing is not None:
             num_clients = 2 if shares_passes and not reason else 1
             packing_reason = agree(trial.why_not_packed(num_clients))
+        _refuse(agree(trial.refusal_of_long_rows()))
         _refuse(agree(trial.refusal_of_leftovers(before)))
     finally:
         subject.backbone.release()
@@ -204,7 +212,7 @@ class _Trial:
         """Whether chance is why something is wrong: a row alone, once more."""
         if self._is_same(self._alone(1), self._expected[1], self._same_shapes):
             return None
-        return "the same row gives other numbers each time: it is random"
+        return _RANDOM
 
     def _alone(self, client: int) -> Numbers:
         return self._made(lambda: self._plain_numbers(client))
@@ -253,6 +261,26 @@ class _Trial:
         except _FailedPassError as failure:
             return str(failure)
         return None
+
+    def refusal_of_long_rows(self) -> str | None:
+        """Why the model is refused with rows as long as the run's, where short ones are right.
+
+        Attention in blocks or by hashes begins at some length, and forward passes show it.
+        """
+        longest = self._subject.longest_row
+        if longest <= round_up(_LONG_TOKENS) or is_installed(self._subject.model):
+            return None  # these families are known to do the same at every length
+        tried = (self._subject, self._learned[0][0], self._adapters[0])
+        try:
+            [alone], [again], [beside, of_short] = self._made(lambda: long_losses(*tried))
+        except _FailedPassError as failure:
+            return self.refusal(str(failure))
+        if not self._same_shapes.is_near(again, alone):
+            return self.refusal(_RANDOM)
+        pairs = (beside, alone), (of_short, self._expected[0].loss)
+        if all(self._other_shapes.is_near(*pair) for pair in pairs):
+            return None
+        return self.refusal(f"a row's numbers change with other rows, of up to {longest} tokens")
 
     def why_not_packed(self, num_clients: int) -> str | None:
         """Why rows of several documents are wrong; None where they are right.
@@ -441,7 +469,7 @@ class _Trial:
 
     def _is_same(self, one: Numbers, other: Numbers, tolerance: _Tolerance) -> bool:
         """Whether losses and the gradients of each layer are the same up to round-off."""
-        if not abs(one.loss - other.loss) <= tolerance.loss * max(1.0, abs(other.loss)):
+        if not tolerance.is_near(one.loss, other.loss):
             return False
         apart, size = self._distances(one, other, tolerance.floor)
         return bool((apart <= tolerance.gradient * size).all())

@@ -141,6 +141,31 @@ def together(subject: Subject, case: Case, packing: Packing | None = None) -> li
     return [Numbers(*pair) for pair in zip(sums_C, grads_CN, strict=True)]
 
 
+@torch.no_grad()
+def long_losses(subject: Subject, short: Row, values_N: torch.Tensor) -> list[list[float]]:
+    """Losses of a row as long as the longest of the run, in passes that keep nothing.
+
+    Args:
+        subject: what is tried.
+        short: another row of the same client.
+        values_N: the client's adapter.
+
+    Returns:
+        Of the long row alone, of it once more, and of both rows in one pass.
+    """
+    subject.adapters.bind(
+        values_N[None], torch.zeros_like(values_N[None]), subject.adapters.layout.factors
+    )
+    drawn = np.random.default_rng(subject.longest_row)
+    ids = drawn.choice(np.asarray(subject.tokens), subject.longest_row).astype(np.int32)
+    long = Row(ids, max(1, len(ids) - len(short.ids)), short.target)
+    objective = objective_of(subject.backbone)
+    batches_of_rows = (
+        batches.collate([rows], len(rows)) for rows in ([long], [long], [long, short])
+    )
+    return [objective.losses(batch.to(subject.device)).tolist() for batch in batches_of_rows]
+
+
 def _losses(subject: Subject, case: Case, batch: Batch) -> torch.Tensor:
     backbone, ids = subject.backbone, batch.input_ids
     if case.first_positions is None:

@@ -124,6 +124,21 @@ class AlwaysJitter(MeanOverRows):
         return self.proj(x * torch.empty_like(x).uniform_(0.8, 1.2))
 
 
+class LongRowsJitter(MeanOverRows):
+    """Shakes its input where rows are long, as attention by hashes does."""
+
+    def forward(self, x):
+        is_long = x.shape[1] > 24
+        return self.proj(x * torch.empty_like(x).uniform_(0.8, 1.2) if is_long else x)
+
+
+class LongRowsMix(MeanOverRows):
+    """Rows that see the mean of their batch where the longest is long."""
+
+    def forward(self, x):
+        return super().forward(x) if x.shape[1] > 24 else self.proj(x)
+
+
 class LayerDrop(MeanOverRows):
     """Leaves itself out by chance while it trains."""
 

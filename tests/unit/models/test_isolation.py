@@ -103,6 +103,24 @@ def test_layers_that_are_wrong_with_one_client_too_are_refused_by_name(layer, wo
         check(subject(strange.model(layer)), shares_passes=shares_passes)
 
 
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (strange.LongRowsJitter, "it is random"),
+        (strange.LongRowsMix, "change with other rows, of up to 40 tokens"),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+@pytest.mark.parametrize("shares_passes", [True, False], ids=["shared", "alone"])
+def test_layers_that_are_wrong_from_a_length_on_are_refused_where_rows_reach_it(
+    layer, words, shares_passes
+):
+    with pytest.raises(UserError, match=words):
+        check(subject(strange.model(layer)), shares_passes=shares_passes)
+    short = subject(strange.model(layer), longest_row=24)
+    assert check(short, shares_passes=shares_passes).clients_share_passes is shares_passes
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize(
     ("layer", "words"),
