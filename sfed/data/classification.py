@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -113,8 +114,8 @@ def ordered(labels: Iterable[Label]) -> tuple[Label, ...]:
     """Return the labels that some files hold as classes: each once, sorted.
 
     Raises:
-        DataError: for texts beside integers, labels that differ in case or space alone, fewer than
-            two labels or more than a thousand.
+        DataError: for texts beside integers, labels that read alike, fewer than two labels or more
+            than a thousand.
     """
     distinct = set(labels)
     if not distinct:
@@ -134,13 +135,22 @@ def ordered(labels: Iterable[Label]) -> tuple[Label, ...]:
         )
     read_alike: dict[str, str] = {}
     for label in sorted(texts):
-        other = read_alike.setdefault(" ".join(label.split()).casefold(), label)
+        other = read_alike.setdefault(_as_read(label), label)
         if other != label:
             raise DataError(
                 f"the labels {_shown(other)} and {_shown(label)} of the training files differ in "
-                "case or space alone; write them alike, or name all labels in data.labels"
+                "case, space or coding alone "
+                f"({other!a}, {label!a}); write them alike, or name all labels in "
+                "data.labels"
             )
     return tuple(sorted(texts)) or tuple(sorted(numbers))
+
+
+def _as_read(label: str) -> str:
+    """A label without case, space, the coding of accents, and letters that are not seen."""
+    plain = unicodedata.normalize("NFC", label)
+    seen = "".join(letter for letter in plain if unicodedata.category(letter) != "Cf")
+    return " ".join(seen.split()).casefold()
 
 
 def class_weights(

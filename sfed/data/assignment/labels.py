@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +99,11 @@ def _forms(table: Tokens, what: str) -> dict[str, str]:
             )
     form_of = {text: forms[0] for text, forms in table.key_forms.items()}
     text_of: dict[str, str] = {}
+    as_read: dict[str, str] = {}
     for text, form in form_of.items():
+        _refuse_other_coding(
+            as_read.setdefault(unicodedata.normalize("NFC", text), text), text, what
+        )
         if (other := text_of.setdefault(form, text)) != text:
             raise DataError(
                 f"{what}: {other} and {text} are one value that is written in two ways; write it "
@@ -107,7 +112,25 @@ def _forms(table: Tokens, what: str) -> dict[str, str]:
     return form_of
 
 
+def _refuse_other_coding(one: str, other: str, what: str) -> None:
+    """Refuse accents that are written in two ways: a person sees one value.
+
+    Args:
+        one: a value with the same letters as the other.
+        other: which may be the same.
+        what: is read, for the message.
+    """
+    if one != other:
+        raise DataError(
+            f"{what}: {one!a} and {other!a} are the same letters in two codings; write "
+            "them in one, such as by unicodedata.normalize('NFC', value) of Python"
+        )
+
+
 def _refuse_other_types(train: dict[str, str], held_out: dict[str, str], what: str) -> None:
+    as_read = {unicodedata.normalize("NFC", text): text for text in train}
+    for text in sorted(held_out):
+        _refuse_other_coding(as_read.get(unicodedata.normalize("NFC", text), text), text, what)
     for text in sorted(train.keys() & held_out.keys()):
         if train[text] != held_out[text]:
             raise DataError(

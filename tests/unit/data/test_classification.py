@@ -87,7 +87,9 @@ def test_the_outputs_of_a_task_whose_labels_are_unknown_are_not_guessed():
     [
         (("a", 1), "texts ('a') and integers (1)"),
         (("a", "a"), "1 different labels ('a')"),
-        (("benign", "Benign "), "case or space alone"),
+        (("benign", "Benign "), "case, space or coding alone"),
+        (("na\u00efve", "nai\u0308ve"), "alone ('nai\\u0308ve', 'na\\xefve')"),
+        (("grade 1", "grade\u200b 1"), "alone ('grade 1', 'grade\\u200b 1')"),
         ((1.5, 2.5), "line 1: 'diagnosis' holds 1.5; a label is a text or an integer"),
         ((True, False), "line 1: 'diagnosis' holds true"),
         (("a", None), "line 2: 'diagnosis' holds null"),

@@ -92,6 +92,8 @@ def test_held_out_rows_follow_equal_values_and_no_others(
         (["[1]", [1]], None, '"[1]" and [1] are values of different types'),
         ([1, 1.0], None, "1 and 1.0 are one value that is written in two ways"),
         ([{"a": 1, "b": 2}, {"b": 2, "a": 1}], None, "written in two ways"),
+        (["na\u00efve", "nai\u0308ve", "b"], None, r"'na\xefve' and 'nai\u0308ve' are the same"),
+        (["na\u00efve", "b"], ["nai\u0308ve"], r"'na\xefve' and 'nai\u0308ve' are the same"),
         (["a", "b"], ["1", 1], '"1" and 1 are values of different types'),
         (["1", "2"], [1, 2], 'the training data hold "1" and the held-out data 1'),
         ([True, False], ["True"], 'the training data hold true and the held-out data "True"'),
