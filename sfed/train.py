@@ -110,7 +110,7 @@ def run(config: Config, *, one_of_many: bool = False) -> SessionEnd:
             another process is the cause.
     """
     started = time.monotonic()
-    with garbage.permanent():
+    with garbage.permanent(), command.importing():
         from sfed.federated import session
         from sfed.observability.third_party import quieten
 

@@ -11,7 +11,8 @@ import stat
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -26,6 +27,8 @@ EXIT_INTERRUPTED = 130
 """As shells say of a program that Ctrl-C has ended: 128 + SIGINT."""
 _SECONDS_FOR_PROCESS_0 = 3.0
 _LAYOUT = "\n\t"
+_OF_FOLDERS = ("CACHE", "HOME", "TMP", "DIR")
+"""Words in the names of variables that lead libraries to folders."""
 _form: Callable[[str], str] = str
 
 
@@ -106,6 +109,31 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
         sys.stdout.flush()
         say_error(end.code)
         os._exit(1)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Name the variable of the environment that leads a library, as it is imported, nowhere.
+
+    Raises:
+        UserError: where a library cannot make the folder of its cache.
+    """
+    try:
+        yield
+    except OSError as error:
+        folder = str(error.filename or "")
+        above = [
+            (len(value), name)
+            for name, value in os.environ.items()
+            if value and folder.startswith(value) and any(word in name for word in _OF_FOLDERS)
+        ]
+        if not above:
+            raise
+        _, name = max(above)
+        raise UserError(
+            f"{name}={os.environ[name]!r} of the environment: a library cannot write to {folder} "
+            f"({error.strerror}); set {name} to a folder that can be written to, or unset it"
+        ) from None
 
 
 def quieten_imports() -> None:
