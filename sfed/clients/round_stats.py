@@ -35,6 +35,9 @@ class RoundStats:
         self.table = table
         self.shadow_seconds = 0.0
         """Seconds that this process spent on passes without clients, which others wait for."""
+        self.was_stopped = False
+        """Whether a request to stop has ended the local steps: here, and once the sums of all
+        processes are gathered, on any of them."""
         (
             self.steps,
             self.loss_sum,

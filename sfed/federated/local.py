@@ -66,6 +66,7 @@ def train(run: Run, plan: RoundPlan, stats: RoundStats, stop: StopRequest, on_st
                 break
     schedule.shadow(partial(_shadow_step, run, plan.trained))
     stats.shadow_seconds += schedule.shadow_seconds
+    stats.was_stopped = schedule.is_stopped
 
 
 def gather(
@@ -78,7 +79,7 @@ def gather(
     Args:
         run: the run.
         plan: of the round.
-        stats: filled in place for the clients of the other processes.
+        stats: filled in place for the clients of the other processes, with whether any was stopped.
         local_seconds: how long ``train`` took here.
 
     Returns:
@@ -91,8 +92,10 @@ def gather(
     own, placement = run.clients.own, run.placement
     mine = torch.zeros(1 + max(map(len, placement)), len(RoundStats.COLUMNS), dtype=torch.float64)
     mine[: len(own)] = torch.from_numpy(stats.table[list(own)])
-    mine[-1, :2] = torch.tensor([local_seconds - stats.shadow_seconds, idle_seconds])
+    of_process = [local_seconds - stats.shadow_seconds, idle_seconds, float(stats.was_stopped)]
+    mine[-1, :3] = torch.tensor(of_process, dtype=mine.dtype)
     gathered = all_gather_rows(run.world, mine)
+    stats.was_stopped = any(bool(rows[-1, 2]) for rows in gathered)
     for clients, rows in zip(placement, gathered, strict=True):
         stats.table[list(clients)] = rows[: len(clients)].numpy()
     return [(float(rows[-1, 0]), float(rows[-1, 1])) for rows in gathered]

@@ -26,6 +26,7 @@ from sfed.storage.checkpoint import State
 from sfed.storage.checkpoint_writer import Writer
 from sfed.utils.errors import TrainingFailedError, UserError
 from sfed.utils.rng import Stream, derive
+from sfed.utils.text import some_of
 
 
 def train(
@@ -61,9 +62,10 @@ def train(
         with log.timed("wait"):
             seconds = log.measured.local_seconds
             log.measured.processes = local.gather(run, plan, stats, seconds)
-        if not plan.is_complete(stats):
+        if stats.was_stopped and not plan.is_complete(stats):
             checkpoints.save(replace(state, stats=stats.table))
             return False
+        _require_all_steps(run, plan, stats)
         healthy, bad_rounds = _exclude_nonfinite(run, plan, stats, state, log)
         _compare_clients(run, plan, log)
         with log.timed("aggregate"):
@@ -112,6 +114,28 @@ def prepare(run: Run) -> int:
 def _stats_of(run: Run, state: State) -> RoundStats:
     """The sums of the round that begins, or that was interrupted."""
     return RoundStats.empty(run.num_clients) if state.stats is None else RoundStats(state.stats)
+
+
+def _require_all_steps(run: Run, plan: RoundPlan, stats: RoundStats) -> None:
+    """Refuse the mean where a client has not made just its local steps, though nobody stopped it.
+
+    Every process sees the same sums, so all raise or none.
+    """
+    wrong = [client for client in plan.cohort if stats.steps[client] != plan.steps[client]]
+    if not wrong:
+        return
+    process_of = {client: rank for rank, own in enumerate(run.placement) for client in own}
+    counts = [
+        f"client {client} (process {process_of[client]}) made {stats.steps[client]:g} local steps "
+        f"instead of {plan.steps[client]}"
+        for client in wrong
+    ]
+    raise TrainingFailedError(
+        f"round {plan.finished_rounds}: {some_of(counts, str)}, and nobody asked to stop; the run "
+        "is not complete, and nothing of this round is kept. Start the same command again: it "
+        "resumes from the last checkpoint. Where it happens again, compare the software of that "
+        "process with that of the others"
+    )
 
 
 def _compare_clients(run: Run, plan: RoundPlan, log: RoundLog) -> None:

@@ -76,7 +76,8 @@ def fit(config: Config) -> RunRecord:
         DataError: on every process, for errors in the data.
         CheckpointError: on every process, where the run in the folder cannot be resumed.
         UserError: on every process, for what is none of these, such as a model that is not found.
-        TrainingFailedError: where the losses or gradients of clients keep being non-finite.
+        TrainingFailedError: where the losses or gradients of clients keep being non-finite, or a
+            client has made fewer or more local steps than its round has.
         DivergedError: where processes hold different values of what has to be the same.
         MissingProcessError: where another process ended or did not come before the deadline.
     """

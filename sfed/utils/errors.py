@@ -26,7 +26,7 @@ class CheckpointError(UserError):
 
 
 class TrainingFailedError(RuntimeError):
-    """Training cannot continue: the losses or gradients of clients keep being non-finite."""
+    """Training cannot continue: clients keep being non-finite, or have not made their steps."""
 
 
 class DivergedError(RuntimeError):

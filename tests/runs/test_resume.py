@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import pytest
 
+from sfed.clients.round_stats import RoundStats
 from sfed.config import load as config_load
 from sfed.data import splits, tokenize
 from sfed.distributed.watchdog import Watchdog
@@ -399,6 +400,35 @@ def test_sigterm_to_a_process_that_waits_for_the_others_stops_all(
     assert [end.code for end in ends] == [0, 1], ends
     assert "stopped as asked" in ends[0].said
     assert runs.identical(runs.adapters(calm(2)), runs.adapters(runs.run(2, own)))
+
+
+@pytest.mark.parametrize("extra", [-1, 1])
+def test_a_client_that_misses_a_step_ends_the_run_by_name_and_is_no_stop(
+    tiny_folder: Path, tmp_path: Path, calm: Callable[..., Path], extra: int
+) -> None:
+    """Nobody asked to stop: the run failed, says where, and keeps nothing of that round."""
+    own, folder = settings(tiny_folder, tmp_path), tmp_path / "run"
+    ends = ends_of(2, train_with_other_count, own, Moment(1, 2, 1), extra)
+    assert [end.code for end in ends] == [1, 1], ends
+    client = runs.newest_facts(folder)["placement"][1][0]
+    said = f"round 2: client {client} (process 1) made {4 + extra} local steps instead of 4"
+    assert said in ends[0].said and "the run is not complete" in ends[0].said
+    assert "stopped as asked" not in ends[0].said
+    assert [one.name for one in (folder / "checkpoints").iterdir()] == ["round-000001"]
+    assert runs.identical(runs.adapters(calm(2)), runs.adapters(runs.run(2, own)))
+
+
+def train_with_other_count(own: dict, moment: Moment, extra: int) -> None:
+    """Train; in one round the first client of a process has made another number of steps."""
+    gather = local.gather
+
+    def gather_other(run: Run, plan: RoundPlan, stats: RoundStats, seconds: float) -> Any:
+        if (run.world.rank, plan.finished_rounds) == (moment.process, moment.round_number):
+            stats.steps[run.clients.own[0]] += extra
+        return gather(run, plan, stats, seconds)
+
+    local.gather = gather_other
+    runs.train_or_leave(own)
 
 
 def stop_while_waiting(own: dict, asked: Path) -> None:
