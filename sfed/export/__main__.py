@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfed.export import hub
+from sfed.export.checkpoints import checkpoint_after
 from sfed.storage.run_record import open_run
 from sfed.utils import command
 from sfed.utils.command import count
@@ -56,17 +58,20 @@ def _parser() -> command.Parser:
 def main(arguments: Sequence[str]) -> None:
     """Check the arguments, read the checkpoint, write a folder for each adapter."""
     given = _parser().parse_args(list(arguments))
-    open_run(given.run)
+    record = open_run(given.run)
+    checkpoint = checkpoint_after(given.run, given.round)
+    for name in given.client:
+        record.client_named(name)
+    if given.push_to_hub:
+        hub.check_name(given.push_to_hub)
     warnings.simplefilter("ignore")
     command.tell("loading PyTorch and transformers ...")
-    from sfed.export import folders, hub, source
+    from sfed.export import folders, source
     from sfed.lora.card import is_hub_id
     from sfed.observability.third_party import quieten
 
     quieten(0, "cpu", to_stderr=True)
-    if given.push_to_hub:
-        hub.check_name(given.push_to_hub)
-    found = source.read(given.run, given.round)
+    found = source.read(record, checkpoint)
     chosen = folders.choose(found, given.client, with_global=given.with_global)
     _require_one(given, chosen)
     kind = "merged" if given.merge else "round"

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from sfed.config.schema import Config
-from sfed.export.checkpoint_rows import CheckpointRows, checkpoint_after
+from sfed.export.checkpoint_rows import CheckpointRows
 from sfed.federated.build import model_folder, spec_of
 from sfed.files.names import adapter_folder
 from sfed.lora import adapters
@@ -27,7 +26,7 @@ from sfed.storage import card_facts
 from sfed.storage.adapter_folder import FolderWriter, Trained
 from sfed.storage.adapter_source import config_of
 from sfed.storage.checkpoint_folder import CheckpointRef
-from sfed.storage.run_record import Event, RunRecord, look, open_run
+from sfed.storage.run_record import Event, RunRecord, look
 from sfed.utils.errors import CheckpointError
 from sfed.utils.redaction import mask
 
@@ -72,19 +71,17 @@ class Source:
         return self.record.adapter_folders.get(client) or adapter_folder(client)
 
 
-def read(run_folder: Path, finished_rounds: int | None) -> Source:
+def read(record: RunRecord, found: CheckpointRef) -> Source:
     """Read what an export needs.
 
     Args:
-        run_folder: of a run that is finished, was stopped, or still trains.
-        finished_rounds: rounds after which the checkpoint was written; None = the newest.
+        record: of a run that is finished, was stopped, or still trains.
+        found: one of its checkpoints.
 
     Raises:
-        CheckpointError: where there is no such checkpoint, or it is damaged, or of another model.
-        UserError: where the folder is none of a run, or the base model is not found.
+        CheckpointError: where the checkpoint cannot be exported, or is of another model.
+        UserError: where the base model is not found.
     """
-    record = open_run(run_folder)
-    found = checkpoint_after(run_folder, finished_rounds)
     config = config_of(record)
     if config.data.is_text and not record.columns:
         raise CheckpointError(
