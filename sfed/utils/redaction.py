@@ -19,11 +19,9 @@ _FORMS = re.compile(
     r"|(?i:(?<=\bbearer )[\w.~+/=-]{8,})"
 )
 # name=value and name: value, with quotes or without.
-_ASSIGNED = re.compile(
-    r"(?P<name>[\w.-]*(?i:token|key|secret|passw|passphrase|pwd|authorization|credential|bearer)"
-    r"[\w.-]*)(?P<is>[\"']?\s*[=:]\s*)"
-    r"(?P<value>\"[^\"\n]*\"|'[^'\n]*'|(?i:bearer|basic) \S+|[^\s,;)\]}]+)"
-)
+_ASSIGNED = re.compile(r"(?<![\w.-])(?P<name>[\w.-]+)(?P<is>[\"']?\s*[=:]\s*)")
+_VALUE = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|(?i:bearer|basic) \S+|[^\s,;)\]}]+")
+_FILE = re.compile(r"(?i:\.(jsonl?|[ct]sv|parquet|gz|zst|zip|txt|xlsx?|ya?ml|py|md|safetensors))$")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET_WORDS = {"secret", "secrets", "password", "passwd", "passphrase", "pwd", "authorization"}
 _SECRET_WORDS |= {"credential", "credentials", "bearer"}
@@ -39,7 +37,7 @@ _SHORTEST = 8
 
 def mask(text: str) -> str:
     """Return a message with every secret in it replaced by asterisks."""
-    return _ASSIGNED.sub(_without_value, _mask_values(text, _secrets_of_environment()))
+    return _mask_assigned(_mask_values(text, _secrets_of_environment()))
 
 
 def _mask_values(text: str, secrets: Sequence[str]) -> str:
@@ -49,11 +47,31 @@ def _mask_values(text: str, secrets: Sequence[str]) -> str:
     return _FORMS.sub(MASK, text)
 
 
-def _without_value(found: re.Match[str]) -> str:
+def _mask_assigned(text: str) -> str:
+    """Replace what stands behind the name of a secret; behind another one a secret may follow."""
+    parts, position = list[str](), 0
+    while found := _ASSIGNED.search(text, position):
+        parts.append(text[position : found.end()])
+        position = found.end()
+        if _is_assigned_secret(found) and (value := _VALUE.match(text, position)):
+            parts.append(MASK)
+            position = value.end()
+    return "".join([*parts, text[position:]])
+
+
+def _is_assigned_secret(found: re.Match[str]) -> bool:
     name = found["name"]
     if (name.lower() in ("key", "token") and "=" not in found["is"]) or name == "key":
-        return found[0]  # words of a sentence, and key=value
-    return f"{name}{found['is']}{MASK}" if is_secret_name(name) else found[0]
+        return False  # words of a sentence, and key=value
+    return is_secret_name(name) and not _is_path(found)
+
+
+def _is_path(found: re.Match[str]) -> bool:
+    """Whether the name ends a path, of which a sentence says something: /etc/passwd: not JSON."""
+    if not re.fullmatch(r"[\"']?:\s+", found["is"]):
+        return False
+    before = found.string[max(0, found.start() - 1) : found.start()]
+    return before in ("/", "\\") or _FILE.search(found["name"]) is not None
 
 
 def masked(value: Any, under: str = "") -> Any:

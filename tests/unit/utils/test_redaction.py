@@ -148,6 +148,39 @@ def test_words_of_our_own_are_no_secrets(text):
     assert mask(text) == text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/etc/passwd: files without an ending are not read",
+        "data.train_files: '/data/my_token': files without an ending are not read",
+        "data.train_files: 'passwords.xlsx': files that end in .xlsx are not read",
+        r"C:\data\secret: no such file", "runs/secret: damaged", "my_token.yaml: line 3",
+        "runs/secret/config.json: damaged", "passwd.jsonl, line 3: not JSON",
+    ],
+)  # fmt: skip
+def test_a_path_is_no_secret_whatever_it_is_called(text):
+    assert mask(text) == text
+    assert mask(f"{text}; password: tok12345") == f"{text}; password: {MASK}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/data/my_token=tok12345", "ann/password:tok12345", "https://host/a?token=tok12345",
+        "/etc/passwd: password=tok12345", "/etc/passwd: password: tok12345",
+        "the key: password=tok12345", "max_tokens = 'password: tok12345'",
+    ],
+)  # fmt: skip
+def test_what_is_assigned_within_or_behind_a_path_or_a_setting_is_masked(text):
+    assert "tok12345" not in mask(text)
+
+
+@pytest.mark.parametrize("text", ["a" * 200_000, "key:" * 50_000, "token." * 30_000])
+def test_a_long_text_is_looked_through_once(text):
+    """With a square of its length it would take a quarter of an hour."""
+    assert mask(text) == text
+
+
 def test_a_partition_key_and_a_header_in_json():
     value = {"partition": {"key": "kind"}, "partition.key": "kind", "max_tokens": 4}
     assert masked(value) == value
