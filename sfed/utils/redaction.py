@@ -31,6 +31,10 @@ _OF_TEXT = {"eos", "bos", "pad", "unk", "sep", "cls", "mask", "per", "id", "ids"
 _OF_SHELLS = ("PWD", "OLDPWD")
 """Working directories, not passwords."""
 _OURS = ("partition.key", "by_key", "partition.by_key")
+_NAMED_BY_DATA = ("clients", "labels")
+"""Sections whose keys are names of clients and of classes."""
+_CLIENT = "clients."
+"""The same as a dotted name."""
 # What is shorter is no secret, and as a word it would be masked wherever it stands.
 _SHORTEST = 8
 
@@ -93,13 +97,20 @@ def _masked(value: Any, under: str, secrets: Sequence[str]) -> Any:
     if isinstance(value, dict):
         return {
             _mask_values(str(key), secrets): MASK
-            if inner and is_secret_name(f"{under}.{key}" if key == "key" else str(key))
+            if inner and _is_secret_key(str(key), under)
             else _masked(inner, str(key), secrets)
             for key, inner in value.items()
         }
     if isinstance(value, list | tuple):
         return [_masked(inner, under, secrets) for inner in value]
     return value
+
+
+def _is_secret_key(key: str, under: str) -> bool:
+    """Whether a secret stands under a key of a JSON value; none does under a name from the data."""
+    if under in _NAMED_BY_DATA or key.startswith(_CLIENT):
+        return False
+    return is_secret_name(f"{under}.{key}" if key == "key" else key)
 
 
 def _secrets_of_environment() -> list[str]:

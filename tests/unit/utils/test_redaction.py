@@ -86,6 +86,19 @@ def test_two_runs_that_differ_in_a_secret_only_are_the_same_run():
     assert settings[0]["model.name"] == "https://***@host/m"
 
 
+def test_two_runs_that_differ_in_a_client_called_secret_are_two_runs():
+    """Under the name of a client or a class stand settings and counts, and no secrets."""
+    settings = [
+        comparable(config_load.validate({"clients": {"secret ward": {"lr": lr}}}), 2)
+        for lr in (0.1, 0.5)
+    ]
+    assert settings[0] != settings[1]
+    part = {"clients": [{"client": 0, "labels": {"password reset": 5, "other": 2}}]}
+    assert masked(part) == part
+    inside = {"clients": {"secret ward": {"lr": 0.1, "hub_token": "tok12345"}}}
+    assert masked(inside) == {"clients": {"secret ward": {"lr": 0.1, "hub_token": MASK}}}
+
+
 def test_the_metrics_file_holds_no_secret(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl", None)
     file.write_event(
