@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ TODAY = date(2024, 7, 26)
 day: the date that LLaMA 3's own template falls back on."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASKS_FOR_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_SAID_IN_TURN = ("assistant", "user")
+"""Roles whose words no template may leave out; a system turn has no place in some."""
 _PROBE = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
 
 
@@ -66,6 +68,32 @@ class ChatTemplate:
         if not spans or not any(_says_something(turns[place]) for place in places):
             return Pair(text, "", is_chat=True)
         return conversation(text, spans)
+
+    def leaves_out(self, role: str, turns: Sequence[Turn], tools: list[Any] | None) -> bool | None:
+        """Whether it writes the same whatever the turns of a role say.
+
+        None where no turn of the role says anything, or only beside calls of tools.
+
+        Raises:
+            ValueError: where the template refuses the conversation.
+        """
+        spoken = [
+            turn["role"] == role
+            and bool((turn.get("content") or "").strip())
+            and not turn.get("tool_calls")
+            for turn in turns
+        ]
+        if not any(spoken):
+            return None
+        text = self._text(turns, tools)
+        others = [
+            {**turn, "content": f"again {turn['content']} again"} if says else turn
+            for turn, says in zip(turns, spoken, strict=True)
+        ]
+        try:
+            return self._text(others, tools) == text
+        except ValueError:
+            return False  # it has looked at what they say
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """Render a conversation up to where the assistant answers.
@@ -171,13 +199,44 @@ def end_mark(section: DataSection, tokenizer: PreTrainedTokenizerFast) -> int | 
     return special[0] if special else None
 
 
+@dataclass(frozen=True)
+class _TriedTemplate:
+    """A template that is refused where it does not use what the turns say."""
+
+    template: ChatTemplate
+    name: str
+    """What it is called in a message."""
+    unseen: set[str] = field(default_factory=lambda: set(_SAID_IN_TURN))
+    """Roles of which no turn has said anything yet."""
+
+    def render(self, turns: Sequence[Turn], tools: list[Any] | None) -> Pair:
+        """As of ``ChatTemplate``.
+
+        Raises:
+            ValueError: also where the template writes the same whatever a role says.
+        """
+        for role in sorted(self.unseen):
+            leaves_out = self.template.leaves_out(role, turns, tools)
+            if leaves_out:
+                raise ValueError(
+                    f"{self.name} writes the same whatever a turn of role {role!r} says: it does "
+                    "not use its 'content'; set data.chat_template to the file of a template that "
+                    "does"
+                )
+            if leaves_out is not None:
+                self.unseen.remove(role)
+        return self.template.render(turns, tools)
+
+
 def renderer(section: DataSection, tokenizer: PreTrainedTokenizerFast) -> Render:
     """Return what renders the conversations of a run; templates are looked up where one comes.
 
     Raises:
         DataError: where a conversation comes and there is no template.
     """
-    templates: dict[bool, ChatTemplate] = {}
+    templates: dict[bool, _TriedTemplate] = {}
+    is_own = section.chat_template is not None
+    name = "data.chat_template: the template" if is_own else "the chat template of the tokenizer"
 
     def render(turns: Sequence[Turn], tools: list[Any] | None) -> Pair:
         has_tools = tools is not None
@@ -189,7 +248,7 @@ def renderer(section: DataSection, tokenizer: PreTrainedTokenizerFast) -> Render
                     "set data.chat_template to the file of one, or take the instruct variant of "
                     "the model"
                 )
-            templates[has_tools] = found
+            templates[has_tools] = _TriedTemplate(found, name)
         try:
             return templates[has_tools].render(turns, tools)
         except ValueError as error:  # of this conversation, not of the form of the row

@@ -362,6 +362,52 @@ def test_a_template_that_changes_earlier_turns_is_refused_but_for_the_last(tmp_p
     assert tokenizer.decode(row.ids[row.answer]) == "6 → 😀<|im_end|>\n"
 
 
+ROLES_ALONE = "{% for turn in messages %}<|im_start|>{{ turn.role }}<|im_end|>{% endfor %}"
+MARKED_ALONE = "{% for turn in messages %}{{ turn.content if turn.role == 'user' }}{% endfor %}"
+MARKED_ALONE += "{% generation %}<|im_end|>{% endgeneration %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        (ROLES_ALONE, "assistant"),
+        ("{{ 'hello' }}", "assistant"),
+        ("{{ messages[0].content }}", "assistant"),
+        (MARKED_ALONE, "assistant"),
+        (chats.CHATML.replace("turn.content", "turn.value"), "assistant"),
+        ("{{ messages[-1].content }}{% if add_generation_prompt %}:{% endif %}", "user"),
+    ],
+)
+def test_a_template_that_does_not_use_what_turns_say_is_refused(tmp_path, template, role):
+    rows = [{"messages": TALK}]
+    fact = f"writes the same whatever a turn of role '{role}' says: it does not use its 'content'"
+    message = refused(tmp_path, rows, chats.chat_tokenizer(template))
+    assert f"line 1: the chat template of the tokenizer {fact}" in message
+    assert "set data.chat_template to the file of a template that does" in message
+    own = tmp_path / "own.jinja"
+    own.write_text(template, encoding="utf-8")
+    tokenizer = chats.chat_tokenizer(chats.CHATML)
+    message = refused(tmp_path, rows, tokenizer, chat_template=str(own))
+    assert f"line 1: data.chat_template: the template {fact}" in message
+
+
+def test_the_first_turn_that_says_something_shows_whether_a_template_uses_it(tmp_path):
+    silent = [TALK[0], {"role": "assistant", "content": " "}]
+    rows = [{"messages": silent}, {"messages": TALK}]
+    message = refused(tmp_path, rows, chats.chat_tokenizer(MARKED_ALONE))
+    assert "line 2: the chat template" in message and "'assistant'" in message
+    found = examples_of(tmp_path, rows, chats.chat_tokenizer(chats.CHATML))
+    assert (len(found), found.table.left_out) == (1, 1)
+
+
+def test_a_turn_that_calls_tools_need_not_show_its_content(tmp_path):
+    template = chats.TOOLS.replace("turn.content or ''", "'' if turn.tool_calls else turn.content")
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
+    talk = [TALK[0], {"role": "assistant", "content": "calling", "tool_calls": calls}]
+    row = examples_of(tmp_path, [{"messages": talk}], chats.chat_tokenizer(template)).row(0)
+    assert "<call>" in chats.chat_tokenizer(template).decode(row.ids[row.answer])
+
+
 def test_todays_date_is_always_the_same(tmp_path):
     template = "{{ strftime_now('%d %b %Y') }}" + chats.CHATML
     row = examples_of(tmp_path, [{"messages": TALK}], chats.chat_tokenizer(template)).row(0)
