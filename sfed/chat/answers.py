@@ -153,6 +153,8 @@ class Classifying:
         pair = Pair(texts[0], texts[1] if len(texts) > 1 else "")
         limit = self.loaded.config.data.max_tokens
         [one] = encode.classified_texts([pair], self.loaded.tokenizer, limit)
+        if not one.ids:
+            raise DataError("an empty text has no class; give it at least a word")
         row = Row(np.array(one.ids, dtype=np.int32), one.prompt_length, float("nan"))
         batch = batches.collate([[row]], 1).to(self.loaded.world.device)
         with torch.no_grad():
@@ -165,8 +167,7 @@ class Classifying:
     def _columns(self) -> tuple[str, ...]:
         data = self.loaded.config.data
         if data.task == "classification":
-            names = Columns(data.column_names)
-            return (names.text,) if names.pair is None else (names.text, names.pair)
+            return Columns(data.column_names).texts
         [written] = self.task.written
         texts = [parsed(text) for text in (written.prompt, written.completion) if text]
         return tuple(column for text in texts for column in text.columns)

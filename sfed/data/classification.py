@@ -37,7 +37,12 @@ class Columns:
     @property
     def form(self) -> str:
         """The form of a record, for messages."""
-        return ", ".join(name for name in (self.text, self.pair, self.label) if name)
+        return ", ".join([*self.texts, self.label])
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns of the texts."""
+        return (self.text,) if self.pair is None else (self.text, self.pair)
 
     def texts_of(self, row: Row) -> tuple[str, str]:
         """The text and the second text of a record, "" where it has none.

@@ -344,7 +344,8 @@ def _note(reading: Reading, split: Split, table: Tokens | None, whose: str = "")
     reading.used |= table.used_columns
     reading.others |= table.other_columns
     empty, what = table.left_out - table.gone, "training" if split == "train" else "held-out"
-    return [f"{empty:,} {what} examples{whose} have no completion and are left out"] * (empty > 0)
+    note = f"{empty:,} {what} examples{whose} have no {table.needs} and are left out"
+    return [note] * (empty > 0)
 
 
 def _note_on_unscored(held_out: dict[int, Examples], config: Config) -> list[str]:

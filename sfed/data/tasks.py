@@ -42,8 +42,8 @@ class Task:
     """Names in ``sfed.data.scores``, the main one first."""
     written: tuple[Written, ...] = ()
     """How its examples are written, but for conversations, whose template is the model's."""
-    has_pair: bool = False
-    """Whether two texts are read."""
+    texts: tuple[str, ...] = ()
+    """The columns of the texts that are classified: one, or two."""
     labels: tuple[Label, ...] | None = None
     """What the data hold for each class; None = the number of the class."""
 
@@ -51,6 +51,16 @@ class Task:
     def is_classification(self) -> bool:
         """Whether a head on the model is trained to predict the target."""
         return self.classes is not None
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether two texts are read."""
+        return len(self.texts) > 1
+
+    @property
+    def needs(self) -> str:
+        """What a row without which is left out."""
+        return f"text in {' or '.join(map(repr, self.texts))}" if self.texts else "completion"
 
     @property
     def num_outputs(self) -> int:
@@ -114,7 +124,7 @@ def _glue(
         eval_splits,
         names,
         tuple(scores.split()),
-        has_pair=len(columns) > 1,
+        texts=columns,
         written=(Written(*[f"{{{column}}}" for column in columns]),),
     )
 
@@ -164,7 +174,7 @@ def _own_texts(section: DataSection) -> Task:
         columns.form,
         classes=tuple(map(str, labels)),
         scores=("accuracy", "macro_f1", "matthews"),
-        has_pair=columns.pair is not None,
+        texts=columns.texts,
         labels=labels,
     )
 

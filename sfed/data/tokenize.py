@@ -114,7 +114,7 @@ class Tokens:
     part_of_row: NDArray[np.int64]
     """Number of the part that each row belongs to."""
     left_out: int
-    """Rows without a completion, or with none of it within ``data.max_tokens``."""
+    """Rows without what they need, or with none of it within ``data.max_tokens``."""
     gone: int = 0
     """Rows left out that are longer than ``data.max_tokens``, whatever they hold."""
     is_cut: NDArray[np.bool_] | None = None
@@ -132,6 +132,8 @@ class Tokens:
     """Columns of which some row was read."""
     other_columns: frozenset[str] = frozenset()
     """Columns that some row holds and of which nothing was read there."""
+    needs: str = "completion"
+    """What a row is left out without."""
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -335,8 +337,8 @@ def _as_tokens(config: Config, dataset: datasets.Dataset, split: Split) -> Token
     _refuse_long(config, whole_lengths, split)
     if not len(kept):
         raise DataError(
-            f"no row of the {split} data has a completion within data.max_tokens; raise it, or "
-            "look at the rows"
+            f"no row of the {split} data has {'' if task.texts else 'a '}{task.needs} within "
+            "data.max_tokens; raise it, or look at the rows"
         )
     targets = table.column("target").to_numpy().astype(np.float64)[kept]
     keys: tuple[str, ...] | None = None
@@ -370,6 +372,7 @@ def _as_tokens(config: Config, dataset: datasets.Dataset, split: Split) -> Token
         whole_lengths=whole_lengths[whole_lengths > 0],
         used_columns=_names(kinds, 0),
         other_columns=_names(kinds, 1),
+        needs=task.needs,
     )
 
 

@@ -315,6 +315,8 @@ def test_a_classifier_names_the_label(
         logits = found["model"](**found["tokenizer"](text, return_tensors="pt")).logits
         label = used.LABELS[int(logits.argmax())]
         assert said(capsys, str(used_classifier), "--prompt", text) == f"{label}\n"
+    with pytest.raises(DataError, match="an empty text has no class"):
+        chat.main([str(used_classifier), "--prompt", " "])
 
 
 def test_a_conversation_goes_through_its_template_and_is_remembered(

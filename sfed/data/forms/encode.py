@@ -166,7 +166,8 @@ def classified_texts(
     """Yield the tokens with the tokenizer's own marks, the second text as what is not only read.
 
     Tokenizers without a separator, such as LLaMA's, read both texts as one, a line each. The
-    longer of two texts is cut first.
+    longer of two texts is cut first. Nothing can be learned from texts that are all empty, whether
+    the tokenizer adds marks of its own or none.
     """
     firsts = [pair.prompt for pair in pairs]
     seconds: list[str] | None = [pair.completion for pair in pairs]
@@ -186,7 +187,9 @@ def classified_texts(
             whole_length = len(
                 _without_repeated_marks(whole["input_ids"], whole.sequence_ids(0))[0]
             )
-        yield Encoded(ids, prompt_length, [], whole_length, 0)
+        one, pair = Encoded(ids, prompt_length, [], whole_length, 0), pairs[number]
+        has_text = bool(pair.prompt.strip() or pair.completion.strip())
+        yield one if has_text else one._replace(ids=[], whole_length=0)
 
 
 def _without_repeated_marks(

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from sfed.config import load as config_load
@@ -150,6 +151,45 @@ def test_other_labels_are_not_read_from_the_cache(tiny_folder, tmp_path):
         for labels in (["a", "b"], ["b", "a"])
     ]
     assert targets == [[0.0, 1.0], [1.0, 0.0]]
+
+
+# --- empty texts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("marks", ["<s> $A </s>", "$A"])
+def test_a_row_of_empty_text_is_left_out_and_counted_whatever_the_tokenizer_adds(
+    tiny_folder, tmp_path, marks
+):
+    """One that adds a mark makes a token of nothing; from nothing no class can be learned."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
+    special = [("<s>", 0), ("</s>", 1)]
+    post = processors.TemplateProcessing(single=marks, special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = post
+    texts = ["one", "", " \n", "two"]
+    rows = [{"note": text, "diagnosis": "ab"[i % 2]} for i, text in enumerate(texts)]
+    path = save(tmp_path / "notes.jsonl", rows)
+    own = config(path, data={"eval_files": path, "labels": ["a", "b"]})
+    data = splits.held_out_for_all(own, tokenizer, 1)
+    assert sorted(data.held_out[0].targets) == [0.0, 1.0] and data.eval_counts == (2,)
+    assert list(data.notes) == ["2 held-out examples have no text in 'note' and are left out"]
+
+
+def test_a_pair_of_texts_is_left_out_where_both_are_empty(tiny_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
+    columns = {"text": "q", "text_pair": "a", "label": "y"}
+    rows = [{"q": q, "a": a, "y": "no"} for q, a in [("x", ""), ("", "x"), ("", ""), ("x", "y")]]
+    path = save(tmp_path / "pairs.jsonl", rows)
+    own = config(path, data={"columns": columns, "labels": ["no", "yes"]})
+    table = tokenize.tokenise(own, tokenizer, "train", (path,))
+    assert (len(table), table.left_out, table.needs) == (3, 1, "text in 'q' or 'a'")
+
+
+def test_texts_that_are_all_empty_are_said_to_be(tiny_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
+    path = save(tmp_path / "notes.jsonl", [{"note": " ", "diagnosis": "a"}] * 2)
+    own = config(path, data={"labels": ["a", "b"]})
+    with pytest.raises(DataError, match=r"no row of the train data has text in 'note' within"):
+        tokenize.tokenise(own, tokenizer, "train", (path,))
 
 
 # --- records -------------------------------------------------------------------------------------
