@@ -125,7 +125,7 @@ def row(grid: Grid, cell: Cell, status: Status, standing: CellStatus) -> Row:
     """A cell's row of ``sweep.csv``. Only a complete cell has figures, those of its last round."""
     found: dict[str, Any] = {"cell": cell.name, "status": status}
     found |= {key: cell.value(key) for key in grid.keys}
-    found |= {"gamma": look(standing.resolved, "gamma"), "rounds": standing.rounds}
+    found |= {"gamma": _rounded(look(standing.resolved, "gamma")), "rounds": standing.rounds}
     return found | (_figures(standing) if status == "complete" else {})
 
 
@@ -147,10 +147,17 @@ def _figures(standing: CellStatus) -> dict[str, Any]:
         "grad_norm": number(last, metrics.GRAD_NORM),
         "first_grad_norm": number(first, metrics.FIRST_GRAD_NORM),
         "output_rms": number(end, metrics.OUTPUT_RMS),
-        "seconds": sum(number(event, metrics.ROUND_SECONDS) or 0 for event in events),
+        "seconds": _rounded(sum(number(event, metrics.ROUND_SECONDS) or 0 for event in events)),
         "uploaded_bytes": sum(event.get(metrics.UPLOADED_BYTES) or 0 for event in events),
         **privacy_numbers(standing.resolved, last),
     }
+
+
+def _rounded(value: Any) -> Any:
+    """A computed number, or a list of them, without what rounding left: 2.0000000000000004 is 2."""
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
 def write_csv(grid: Grid, rows: Iterable[Row]) -> None:

@@ -462,6 +462,30 @@ class TestOneProcess:
         assert (row["personal_accuracy"], row["global_accuracy"]) == ("0.75", "0.5")
         assert (row["output_rms"], other["personal_accuracy"]) == ("0.25", "")
 
+    def test_computed_numbers_are_written_without_what_rounding_left(
+        self, copied: Path, tmp_path: Path
+    ) -> None:
+        """alpha * N^0.5 * r^-0.5 = 2 comes out as 2.0000000000000004; losses are as measured."""
+        for name, gamma in (("sfed-seed0", 2.0000000000000004), ("sfed-seed1", [0.1 + 0.2, 1e-5])):
+            run = copied / name
+            config = json.loads((run / "config.json").read_text())
+            config["resolved"]["gamma"] = gamma
+            (run / "config.json").write_text(json.dumps(config))
+        events = runs.rounds(copied / "sfed-seed0")
+        for event in events:
+            event["time/round_seconds"] = 0.1
+        lines = [json.dumps(event) + "\n" for event in events]
+        (copied / "sfed-seed0" / "metrics.jsonl").write_text("".join(lines))
+        found = read(tmp_path / "methods.yaml")
+        rows = [
+            results.row(found, cell, "complete", results.stand(cell, 1)) for cell in found.cells
+        ]
+        results.write_csv(found, rows)
+        written = table(copied)
+        assert [written[f"sfed-seed{i}"]["gamma"] for i in (0, 1)] == ["2.0", "[0.3, 1e-05]"]
+        assert written["sfed-seed0"]["seconds"] == f"{0.1 * len(events):.1f}"
+        assert written["sfed-seed0"]["perplexity"] == str(events[-1]["eval/perplexity"])
+
     def test_epsilon_gets_columns_with_what_it_follows_from(
         self, copied: Path, tmp_path: Path
     ) -> None:
