@@ -21,6 +21,7 @@ from concurrent.futures import Future
 import torch.distributed as dist
 
 from sfed.distributed.store import Store
+from sfed.utils import launcher
 from sfed.utils.errors import MissingProcessError, UserError
 from sfed.utils.text import one_line, shown
 
@@ -141,24 +142,44 @@ def open_store(
         pause: called between looks for them.
 
     Raises:
-        MissingProcessError: naming the processes that did not come before the deadline.
+        MissingProcessError: naming the processes that did not come before the deadline, or the
+            launcher or the store that are gone.
         UserError: where another program uses the port.
     """
     environment = os.environ
     if size == 1:
         return dist.HashStore()
     agent_serves = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = _connect(
-        _master_address(size),
-        size,
-        deadline_seconds,
-        pause,
-        is_master=process == 0 and not agent_serves,
-    )
+    address, is_master = _master_address(size), process == 0 and not agent_serves
+
+    def look_and_pause() -> None:
+        _require_torchrun()
+        pause()
+
+    store = _connect(address, size, deadline_seconds, look_and_pause, is_master=is_master)
     of_group = dist.PrefixStore(f"sfed/{environment.get('SFED_GROUP', 'run')}", store)
-    # torchrun keeps its store over a restart, with all that the processes said that died.
-    attempt = agree_on_attempt(of_group, process, size, deadline_seconds, pause)
+    try:
+        # torchrun keeps its store over a restart, with all that the processes said that died.
+        attempt = agree_on_attempt(of_group, process, size, deadline_seconds, look_and_pause)
+    except MissingProcessError:
+        raise
+    except RuntimeError as error:
+        _require_torchrun()
+        raise MissingProcessError(
+            f"joining: the store at {address[0]}:{address[1]} (MASTER_ADDR, MASTER_PORT) is lost "
+            f"({one_line(error)}): torchrun, or the process that keeps it, has ended; start the "
+            "job again"
+        ) from None
     return dist.PrefixStore(attempt, of_group)
+
+
+def _require_torchrun() -> None:
+    """Refuse to wait for others where the launcher, which would bring them here, is gone."""
+    if (parent := launcher.lost_torchrun()) is not None:
+        raise MissingProcessError(
+            f"joining: torchrun (process {parent}), which started this process, has ended without "
+            "it; start the job again"
+        )
 
 
 def _master_address(size: int) -> tuple[str, int]:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from sfed.utils.errors import UserError
 from sfed.utils.text import shown
 
+STARTED = (os.getpid(), os.getppid())
+"""This process and its parent when this file was imported, which is before torch is."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -44,6 +47,19 @@ def launch() -> Launch:
     # torchrun says LOCAL_WORLD_SIZE, deepspeed says LOCAL_SIZE.
     name = "LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
     return Launch(rank, size, _count("LOCAL_RANK", 0), _count(name, size, least=1))
+
+
+def lost_torchrun() -> int | None:
+    """The number of torchrun's process where it has ended without this one, else None.
+
+    It is the parent of its processes and ends them at its own end, unless it is killed. Processes
+    of other launchers may be left to themselves in order, and keep the store among themselves.
+    """
+    process, parent = STARTED
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not keeps_store or process != os.getpid() or parent == os.getppid():
+        return None
+    return parent
 
 
 def rank_or_first() -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sfed.distributed import liveness
 from tests.support import launchers, netns, runs
-from tests.support.deadlines import RUN_SECONDS
+from tests.support.deadlines import RUN_SECONDS, wait_until
 from tests.support.launchers import ROOT
 from tests.support.netns import Node
 from tests.support.processes import free_port
@@ -166,3 +167,32 @@ def test_two_nodes_end_with_the_adapters_of_one(
     codes = netns.wait(started)
     assert codes == [0, 0], [(tmp_path / f"node-{i}.log").read_text()[-3000:] for i in range(2)]
     assert runs.identical(runs.adapters(tmp_path / "run"), on_one_node)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_processes_whose_torchrun_is_killed_while_they_import_end_with_a_reason(
+    tmp_path: Path,
+) -> None:
+    """kill -9 of torchrun alone: nobody serves the store that they are about to look for."""
+    log = tmp_path / "log"
+    words = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    words += ["-m", "tests.support.late", str(tmp_path), "data.task=demo"]
+    words += [f"output.dir={tmp_path}"]
+    with log.open("w") as file:
+        agent = subprocess.Popen(
+            [sys.executable, "-m", *words], env=launchers.environment(), stdout=file, stderr=file
+        )
+    try:
+        here = [tmp_path / f"here-{rank}" for rank in range(2)]
+        wait_until(lambda: all(path.exists() for path in here))
+    finally:
+        agent.kill()
+        agent.wait()
+    (tmp_path / "go").touch()
+    said = (
+        f"joining: torchrun (process {agent.pid}), which started this process, has ended without it"
+    )
+    pids = [int(path.read_text()) for path in here]
+    wait_until(lambda: not any(map(liveness._started, pids)))
+    assert log.read_text().count(said) == 2 and "Traceback" not in log.read_text()

@@ -8,10 +8,12 @@ import threading
 from collections.abc import Callable
 
 import pytest
+import torch.distributed as dist
 
 from sfed.distributed import rendezvous
 from sfed.distributed.rendezvous import agree_on_attempt
 from sfed.distributed.store import LocalStore
+from sfed.utils import launcher
 from sfed.utils.errors import MissingProcessError, UserError
 from tests.support.deadlines import HANG_SECONDS, RUN_SECONDS, wait_until
 from tests.support.processes import ends_of
@@ -125,6 +127,55 @@ def test_a_port_that_another_program_serves_is_named(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         with pytest.raises(UserError, match=f"MASTER_PORT = {port}: another program"):
             rendezvous.open_store(0, 2, 60.0)
+
+
+def test_a_process_whose_torchrun_is_gone_does_not_wait_for_the_store() -> None:
+    [_, end] = ends_of(2, join_as_an_orphan)
+    assert end.code == 0, end.said
+
+
+def join_as_an_orphan() -> None:
+    """Process 1 finds itself with another parent than at its start; nobody serves the store."""
+    if os.environ["RANK"] == "1":
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        launcher.STARTED = (os.getpid(), os.getppid() + 1)
+        words = rf"torchrun \(process {os.getppid() + 1}\), .* has ended without it"
+        with pytest.raises(MissingProcessError, match=words):
+            rendezvous.open_store(1, 2, 2 * HANG_SECONDS)
+
+
+def test_only_a_process_of_torchrun_itself_misses_its_parent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Others may be left to themselves in order; a forked process has another parent anyway."""
+    other, here = os.getppid() + 1, os.getpid()
+    monkeypatch.setattr(launcher, "STARTED", (here, other))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    assert launcher.lost_torchrun() is None
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert launcher.lost_torchrun() == other
+    monkeypatch.setattr(launcher, "STARTED", (here + 1, other))
+    assert launcher.lost_torchrun() is None
+    monkeypatch.setattr(launcher, "STARTED", (here, os.getppid()))
+    assert launcher.lost_torchrun() is None
+
+
+def test_a_store_that_goes_while_processes_join_is_no_traceback() -> None:
+    [_, end] = ends_of(2, lose_the_store)
+    assert end.code == 0, end.said
+
+
+def lose_the_store() -> None:
+    """Process 0 serves as torchrun's agent does, and ends when process 1 has said hello."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ["RANK"] == "0":
+        served = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
+        wait_until(lambda: served.check(["sfed/run/hello/1"]))
+        os._exit(0)
+    words = rf"joining: the store at {host}:{port} \(MASTER_ADDR, MASTER_PORT\) is lost \("
+    with pytest.raises(MissingProcessError, match=words):
+        rendezvous.open_store(1, 2, HANG_SECONDS)
 
 
 def connect_to_a_stranger() -> None:
