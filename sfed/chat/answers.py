@@ -156,7 +156,8 @@ class Classifying:
         if not one.ids:
             raise DataError("an empty text has no class; give it at least a word")
         row = Row(np.array(one.ids, dtype=np.int32), one.prompt_length, float("nan"))
-        batch = batches.collate([[row]], 1).to(self.loaded.world.device)
+        context = self.loaded.backbone.context_tokens
+        batch = batches.collate([[row]], 1, context=context).to(self.loaded.world.device)
         with torch.no_grad():
             [outputs] = self.loaded.backbone.outputs(
                 batch.input_ids, batch.is_token, batch.is_second

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfed.data.packing import Layout, Packing, pack, round_up
+from sfed.data.packing import UNBOUNDED, Layout, Packing, pack, padded_width
 from sfed.data.tokenize import Examples, Row
 from sfed.distributed.transfer import to_device
 from sfed.utils.rng import Stream, generator, mix
@@ -141,6 +141,7 @@ def collate(
     rows_by_client: Sequence[Sequence[Row]],
     rows_per_client: int,
     packing: Packing | None = None,
+    context: int = UNBOUNDED,
 ) -> Batch:
     """Lay the examples of C clients into rows as long as the longest, and a multiple of 8.
 
@@ -148,9 +149,10 @@ def collate(
         rows_by_client: the examples of each client.
         rows_per_client: rows of a padded batch, at least as many as a client has examples.
         packing: lay several examples into a row where that is cheaper; None = never.
+        context: of the model, in tokens; padding goes no further.
     """
     lengths_by_client = [[len(row.ids) for row in rows] for rows in rows_by_client]
-    layout, is_packed = _laid_out(lengths_by_client, rows_per_client, packing)
+    layout, is_packed = _laid_out(lengths_by_client, rows_per_client, packing, context)
     if is_packed:
         rows_per_client = max(map(len, layout.lines))
     filling = _Filling(len(rows_by_client) * rows_per_client, layout.width)
@@ -173,28 +175,37 @@ class PassSize:
 
 
 def pass_size(
-    lengths_by_client: Sequence[Sequence[int]], rows_per_client: int, packing: Packing | None
+    lengths_by_client: Sequence[Sequence[int]],
+    rows_per_client: int,
+    packing: Packing | None,
+    context: int = UNBOUNDED,
 ) -> PassSize:
     """The size of the batch that ``collate`` makes of examples of these lengths."""
-    layout, is_packed = _laid_out(lengths_by_client, rows_per_client, packing)
+    layout, is_packed = _laid_out(lengths_by_client, rows_per_client, packing, context)
     rows = max(map(len, layout.lines)) if is_packed else rows_per_client
-    seen = 2 * layout.width if layout.is_masked else _padded_width(lengths_by_client) / 2
+    seen = 2 * layout.width if layout.is_masked else _width(lengths_by_client, context) / 2
     return PassSize(len(lengths_by_client) * rows * layout.width, seen)
 
 
 def _laid_out(
-    lengths_by_client: Sequence[Sequence[int]], rows_per_client: int, packing: Packing | None
+    lengths_by_client: Sequence[Sequence[int]],
+    rows_per_client: int,
+    packing: Packing | None,
+    context: int,
 ) -> tuple[Layout, bool]:
     """The rows of a pass, and whether they hold several examples."""
-    packed = None if packing is None else pack(lengths_by_client, rows_per_client, packing)
-    if packed is not None:
-        return packed, True
+    if packing is not None:
+        packed = pack(lengths_by_client, rows_per_client, packing, context)
+        if packed is not None:
+            return packed, True
     lines = [[[number] for number in range(len(lengths))] for lengths in lengths_by_client]
-    return Layout(_padded_width(lengths_by_client), lines, is_masked=False), False
+    return Layout(_width(lengths_by_client, context), lines, is_masked=False), False
 
 
-def _padded_width(lengths_by_client: Sequence[Sequence[int]]) -> int:
-    return round_up(max((length for lengths in lengths_by_client for length in lengths), default=2))
+def _width(lengths_by_client: Sequence[Sequence[int]], context: int) -> int:
+    """Tokens of padded rows."""
+    longest = max((length for lengths in lengths_by_client for length in lengths), default=2)
+    return padded_width(longest, context)
 
 
 class _Filling:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 PAD_TO_MULTIPLE = 8
+UNBOUNDED = 2**31
+"""Context of a model that has no longest sequence."""
 # A width that does not do is raised by this share of itself, or by PAD_TO_MULTIPLE.
 _STEP = 1 / 32
 
@@ -43,7 +45,7 @@ class Packing:
         """For each way in which this one may keep documents apart, one that packs all it can."""
         ways = [0.0] if self.document_slots < math.inf else []
         ways += [math.inf] if self.document_slots > 0 else []
-        return [Packing(2**31, math.inf, slots) for slots in ways]
+        return [Packing(UNBOUNDED, math.inf, slots) for slots in ways]
 
     def widest_row(self, padded_rows: int, padded_width: int) -> int:
         """Bound the width of the rows that ``pack`` chooses over so many padded ones.
@@ -80,8 +82,23 @@ def round_down(tokens: int) -> int:
     return max(1, tokens // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
 
 
+def padded_width(longest: int, context: int = UNBOUNDED) -> int:
+    """The width of rows of one example each: a multiple of 8, or the model's context before it.
+
+    A table of positions has no entries behind the context, for padding neither.
+
+    Args:
+        longest: tokens of the longest example.
+        context: of the model, in tokens.
+    """
+    return min(round_up(longest), max(longest, context))
+
+
 def pack(
-    lengths_by_client: Sequence[Sequence[int]], padded_rows: int, packing: Packing
+    lengths_by_client: Sequence[Sequence[int]],
+    padded_rows: int,
+    packing: Packing,
+    context: int = UNBOUNDED,
 ) -> Layout | None:
     """Choose width and rows of a packed pass.
 
@@ -89,6 +106,7 @@ def pack(
         lengths_by_client: tokens of each example of each client.
         padded_rows: rows of a client without packing.
         packing: of the model.
+        context: of the model, in tokens.
 
     Returns:
         None where padded rows cost no more.
@@ -96,7 +114,7 @@ def pack(
     longest = max((length for lengths in lengths_by_client for length in lengths), default=0)
     most = max(map(sum, lengths_by_client))
     examples = sum(map(len, lengths_by_client)) / len(lengths_by_client)
-    padded_width = round_up(longest)
+    padded = padded_width(longest, context)
 
     def costs(num_rows: int, width: int) -> tuple[float, float]:
         """Of a client's rows without a mask, where their padding is a document too; and under one.
@@ -104,15 +122,15 @@ def pack(
         Without, a token sees no more than in padded rows.
         """
         apart = packing.document_slots * (examples + num_rows)
-        apart += packing.cost(num_rows * width, padded_width / 2)
+        apart += packing.cost(num_rows * width, padded / 2)
         return apart, packing.cost(num_rows * width, width)
 
-    best, least = None, packing.cost(padded_rows * padded_width, padded_width / 2)
+    best, least = None, packing.cost(padded_rows * padded, padded / 2)
     for num_rows in range(1, padded_rows):
-        width = max(padded_width, round_up(-(-most // num_rows)))
+        width = max(padded, round_up(-(-most // num_rows)))
         while (
             width <= packing.widest
-            and num_rows * width < padded_rows * padded_width
+            and num_rows * width < padded_rows * padded
             and min(costs(num_rows, width)) < least
         ):
             lines = [first_fit_decreasing(lengths, width) for lengths in lengths_by_client]

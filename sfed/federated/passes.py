@@ -85,7 +85,8 @@ def at_the_knee(run: Run) -> Run:
     if len(sizes) == 1:
         return run
     batch_sizes = [settings.batch_size for settings in run.data.settings]
-    reading = Reading(config.seed, batch_sizes, config.train.micro_batch_size, run.packing)
+    of_model = (run.packing, run.backbone.context_tokens)
+    reading = Reading(config.seed, batch_sizes, config.train.micro_batch_size, *of_model)
     own = run.clients.own
     steps = knee.typical_steps(reading, run.data.train, own, math.ceil(share * len(own)))
     sharing = knee.choose(run.world, run.sharing, sizes, Typical(reading, _pass_time(run), steps))

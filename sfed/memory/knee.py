@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from sfed.clients.store import groups
 from sfed.data.batches import Order, pass_size
-from sfed.data.packing import Packing
+from sfed.data.packing import UNBOUNDED, Packing
 from sfed.data.tokenize import Examples
 from sfed.distributed.sync import gather_json
 from sfed.distributed.world import World
@@ -42,6 +42,8 @@ class Reading:
     """Examples of a client and pass; None = all of a step."""
     packing: Packing | None
     """How examples share rows; None = each has a row of its own."""
+    context: int = UNBOUNDED
+    """Of the model, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,11 @@ class Typical:
 
     def _seconds_of_group(self, clients: Lengths) -> float:
         """Seconds of the passes of clients that share them."""
-        most, packing, seconds = max(map(len, clients)), self.reading.packing, 0.0
-        micro = self.reading.micro_batch_size or most
+        reading, most, seconds = self.reading, max(map(len, clients)), 0.0
+        micro = reading.micro_batch_size or most
         for first in range(0, most, micro):
             some = [lengths[first : first + micro] for lengths in clients]
-            size = pass_size(some, max(1, *map(len, some)), packing)
+            size = pass_size(some, max(1, *map(len, some)), reading.packing, reading.context)
             seconds += self.pass_time.seconds(size)
         return seconds
 

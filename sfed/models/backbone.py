@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from sfed.config.schema import Config
 from sfed.data.batches import Documents
-from sfed.data.packing import Packing
+from sfed.data.packing import UNBOUNDED, Packing
 from sfed.data.tasks import task_of
 from sfed.distributed.world import World
 from sfed.kernels import choice
@@ -50,7 +50,6 @@ _EVEN_WIDTH_OF_HIDDEN = 2
 # tokens of a layer of width 64 and 2 of one of width 512. So it is even with a mask where the width
 # of the rows times the mean length of their documents is about 2,200.
 _DOCUMENT_SLOTS_BY_HIDDEN = 1_100
-_UNBOUNDED = 2**31
 
 
 class Backbone:
@@ -74,7 +73,7 @@ class Backbone:
         """Digest of the loaded model; see ``fingerprints.of_backbone``."""
         self._losses = TokenLosses(model, traits) if head is None else None
 
-    @property
+    @cached_property
     def context_tokens(self) -> int:
         """The longest sequence that the model was made for."""
         return context_of(self.model)
@@ -119,7 +118,7 @@ class Backbone:
         # These families are known to read no more of a row than the positions of its documents, so
         # a row may be wider than the model's context; others may keep a table as wide as a row.
         is_known = packed_attention.is_installed(self.model)
-        widest = _UNBOUNDED if is_known else self.context_tokens
+        widest = UNBOUNDED if is_known else self.context_tokens
         return Packing(widest, _EVEN_WIDTH_OF_HIDDEN * hidden, each)
 
     def token_losses(
@@ -208,8 +207,8 @@ class Backbone:
 def context_of(model: PreTrainedModel) -> int:
     """The longest sequence that a model was made for, in tokens."""
     text = model.config.get_text_config()
-    positions = int(getattr(text, "max_position_embeddings", None) or _UNBOUNDED)
-    positions = positions if positions > 0 else _UNBOUNDED  # XLNet says -1
+    positions = int(getattr(text, "max_position_embeddings", None) or UNBOUNDED)
+    positions = positions if positions > 0 else UNBOUNDED  # XLNet says -1
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa counts positions from behind the one of the padding.

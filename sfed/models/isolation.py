@@ -178,7 +178,7 @@ class _Trial:
             [[read_only(turn[2]), read_only(turn[3, :_SHORT_TOKENS])] for turn in drawn],
             [[read_only(turn[n, :_SHORT_TOKENS]) for n in (4, 5)] for turn in drawn],
         ]
-        far = round_up(subject.longest_row) - round_up(_LONG_TOKENS)  # the end of the padding
+        far = subject.widest_row - round_up(_LONG_TOKENS)  # the end of the padding
         self._far = far if subject.takes_positions and far > 0 else None
         # Equal shapes tell more than other shapes do only where numbers are coarse.
         self._is_coarse = subject.precision != torch.float32

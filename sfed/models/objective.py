@@ -79,7 +79,8 @@ class TokenObjective:
 
     def collate(self, rows_by_client: Sequence[Sequence[Row]], rows_per_client: int) -> Batch:
         """See ``Objective.collate``: packed where that is cheaper and allowed."""
-        return batches.collate(rows_by_client, rows_per_client, self.packing)
+        context = self.backbone.context_tokens
+        return batches.collate(rows_by_client, rows_per_client, self.packing, context)
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """See ``Objective.losses``."""
@@ -107,7 +108,8 @@ class TargetObjective:
 
     def collate(self, rows_by_client: Sequence[Sequence[Row]], rows_per_client: int) -> Batch:
         """See ``Objective.collate``: one example in a row."""
-        return batches.collate(rows_by_client, rows_per_client)
+        context = self.backbone.context_tokens
+        return batches.collate(rows_by_client, rows_per_client, context=context)
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """See ``Objective.losses``: weighted by the class of each row."""

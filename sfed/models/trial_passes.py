@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sfed.data import batches
 from sfed.data.batches import Batch, Documents
-from sfed.data.packing import Packing
+from sfed.data.packing import Packing, padded_width
 from sfed.data.tokenize import Row
 from sfed.kernels.plain.quantise import CODES as FP8
 from sfed.lora.adapters import Adapters
@@ -49,6 +49,11 @@ class Subject:
     """Tokens of the longest row of the run, on any process."""
     packing: Packing | None
     """None where rows are padded anyway."""
+
+    @property
+    def widest_row(self) -> int:
+        """Tokens of the longest row with its padding."""
+        return padded_width(self.longest_row, self.backbone.context_tokens)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -161,7 +166,7 @@ def long_losses(subject: Subject, short: Row, values_N: torch.Tensor) -> list[li
     long = Row(ids, max(1, len(ids) - len(short.ids)), short.target)
     objective = objective_of(subject.backbone)
     batches_of_rows = (
-        batches.collate([rows], len(rows)) for rows in ([long], [long], [long, short])
+        objective.collate([rows], len(rows)) for rows in ([long], [long], [long, short])
     )
     return [objective.losses(batch.to(subject.device)).tolist() for batch in batches_of_rows]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from sfed.lora.hf_blocks import patch_blocks
 from sfed.models import heads, isolation
 from sfed.models.backbone import Backbone
 from sfed.models.hf_config import Sharding
+from sfed.models.objective import objective_of
 from sfed.models.trial_passes import Case, Numbers, Subject, random_adapter, together
 from sfed.utils.errors import UserError
 from tests.support import glue, runs, tiny
@@ -243,6 +245,58 @@ def test_a_family_that_would_be_wrong_is_refused_by_name(family: str) -> None:
     tried = subject_of(made(kind, settings), targets)
     with pytest.raises(UserError, match=words):
         checked(tried)
+
+
+# Tables of positions that end between two multiples of 8.
+SHORT_TABLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 20}),
+    "opt": (
+        "OPTForCausalLM",
+        {**SIZES, "ffn_dim": 72, "word_embed_proj_dim": 32, "max_position_embeddings": 20},
+    ),
+    "bert": ("BertForSequenceClassification", {**ENCODER, "max_position_embeddings": 20}),
+    "electra": (
+        "ElectraForSequenceClassification",
+        {**ENCODER, "embedding_size": 32, "max_position_embeddings": 20},
+    ),
+    "roberta": ("RobertaForSequenceClassification", {**ENCODER, "max_position_embeddings": 21}),
+    "mpnet": (
+        "MPNetForSequenceClassification",
+        {**ENCODER, "max_position_embeddings": 22, "pad_token_id": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHORT_TABLES)
+def test_rows_are_padded_no_further_than_the_model_has_positions(case: str) -> None:
+    kind, settings = SHORT_TABLES[case]
+    tried = subject_of(made(kind, {"vocab_size": WORDS, **settings}), "all-linear")
+    context = tried.backbone.context_tokens
+    assert context == 20
+    tried = dataclasses.replace(tried, longest_row=context)
+    assert checked(tried).clients_share_passes
+    objective = objective_of(tried.backbone, tried.packing)
+    ids = np.random.default_rng(0).integers(3, WORDS, size=context).astype(np.int32)
+    long, short = (Row(ids[:n], 1, 0.0 if tried.has_targets else None) for n in (context, 5))
+    batch = objective.collate([[long, short], [short]], 2)
+    assert batch.input_ids.shape[1] == context
+    tried.adapters.bind(torch.zeros(2, tried.adapters.layout.size))
+    assert torch.isfinite(objective.losses(batch)).all()
+
+
+def test_a_run_whose_rows_are_as_long_as_a_table_of_100_positions(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder / "model", tmp_path / "model")
+    sizes = {"vocab_size": 258, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 100}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "a" * 60, "completion": "b" * (60 - n)} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = tiny.settings(tmp_path, data={"max_tokens": 100}, federated={"num_clients": 2})
+    found = runs.rounds(runs.run(1, given))
+    assert [one["round"] for one in found] == [0, 1, 2, 3]
+    assert found[-1]["eval/personal_loss"] < found[0]["eval/personal_loss"]
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,14 @@ def test_padding_goes_no_further_than_the_next_multiple_of_eight(by_client):
     assert longest <= width < longest + 8 or (longest == 0 and width == 8)
 
 
+@given(batch_of_clients, st.integers(0, 9))
+def test_padding_goes_no_further_than_the_context_of_the_model(by_client, room):
+    longest = max((len(ids) for own in by_client for ids, *_ in own), default=0)
+    context = max(8, longest + room)
+    width = collate(by_client, 5, context=context).input_ids.shape[1]
+    assert width == min(collate(by_client, 5).input_ids.shape[1], context)
+
+
 @given(batch_of_clients)
 def test_supervised_count_are_those_that_a_shifted_loss_sees(by_client):
     per_client = max(map(len, by_client)) or 1

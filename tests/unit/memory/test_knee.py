@@ -80,17 +80,18 @@ def test_more_threads_compute_faster_and_launch_no_faster() -> None:
     lengths=st.lists(st.lists(st.integers(2, 90), min_size=1, max_size=4), min_size=1, max_size=4),
     packs=st.booleans(),
     document_slots=st.sampled_from([0.0, 3.0, math.inf]),
+    context=st.integers(90, 97),
 )
 def test_the_slots_of_a_pass_are_known_without_making_it(
-    lengths: list[list[int]], packs: bool, document_slots: float
+    lengths: list[list[int]], packs: bool, document_slots: float, context: int
 ) -> None:
     packing = Packing(256, 200.0, document_slots) if packs else None
     rows = [[Row(np.arange(one, dtype=np.int32), 1, None, None) for one in c] for c in lengths]
     most = max(map(len, lengths))
-    batch = batches.collate(rows, most, packing)
-    size = batches.pass_size(lengths, most, packing)
+    batch = batches.collate(rows, most, packing, context)
+    size = batches.pass_size(lengths, most, packing, context)
     is_masked = batch.documents is not None and batch.documents.is_masked
-    longest = -(-max(length for some in lengths for length in some) // 8) * 8
+    longest = min(-(-max(length for some in lengths for length in some) // 8) * 8, context)
     assert size == PassSize(batch.slots, 2 * batch.input_ids.shape[1] if is_masked else longest / 2)
 
 
