@@ -171,8 +171,9 @@ def _too_few(config: Config, files: Sequence[str], checked: Checked) -> tuple[Fa
     if config.partition.kind != "by_file":
         return ()
     train = set(list_files(config, "train").files)
-    skips = config.data.on_small_client == "skip"
-    least = {name: (0 if skips else least_rows(config)) if name in train else 1 for name in files}
+    least = dict.fromkeys(files, 1) | dict.fromkeys(train, least_rows(config))
+    if config.data.on_small_client == "skip":
+        least |= dict.fromkeys(train | _held_out_of_left_out(config), 0)
     remedy = {
         True: f"a client needs at least {least_rows(config)}: give more, leave the file out, or "
         "set data.on_small_client=skip",
@@ -188,6 +189,15 @@ def _too_few(config: Config, files: Sequence[str], checked: Checked) -> tuple[Fa
         for name, count in zip(files, checked.rows, strict=True)
         if count < least[name] and name not in broken
     )
+
+
+def _held_out_of_left_out(config: Config) -> set[str]:
+    """The held-out files of the clients that are left out, and of no other."""
+    try:
+        kept = silos_of(config, config.federated.num_clients).held_out
+    except DataError:  # said with the clients
+        return set()
+    return {*list_files(config, "eval").files} - {*kept}
 
 
 def _said(files: Sequence[str], faults: Sequence[Fault]) -> list[str]:

@@ -19,6 +19,7 @@ from sfed import open_run
 from sfed.config import load as config_load
 from sfed.federated import preflight
 from sfed.report import __main__ as report
+from sfed.utils.errors import DataError
 from tests.support import runs, tiny
 
 NAMES = ["gr\u00fcn klinik", "hill", "lake"]
@@ -105,6 +106,25 @@ def test_one_held_out_file_is_evaluated_whole_by_each_client(silos):
     assert [part["eval"] for part in parts] == [list(range(5))] * 3
     before = runs.rounds(silos["folder"])[0]["clients"]
     assert len({entry["personal_loss"] for entry in before}) == 1  # B = 0: one model, one set
+
+
+def test_a_client_that_is_left_out_may_have_an_empty_held_out_file(tmp_path):
+    row = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
+    for split, count in (("train", 3), ("held", 1)):
+        (tmp_path / split).mkdir()
+        for name in ("hill", "lake", "moor"):
+            rows = 0 if name == "moor" else count
+            (tmp_path / split / f"{name}.jsonl").write_text(row * rows)
+    files = {"train_files": str(tmp_path / "train"), "eval_files": str(tmp_path / "held")}
+    own = settings_of(tmp_path, tmp_path, "run", on_small_client="skip", **files)
+    assert preflight.check(config_load.validate(own), 1)
+    (tmp_path / "held" / "lake.jsonl").write_text("")
+    with pytest.raises(DataError, match="1 of 6 files") as raised:
+        preflight.check(config_load.validate(own), 1)
+    assert "held/lake.jsonl: it holds no rows; nothing can" in str(raised.value)
+    own["data"]["on_small_client"] = "refuse"
+    with pytest.raises(DataError, match="3 of 6 files"):
+        preflight.check(config_load.validate(own), 1)
 
 
 @pytest.mark.dist
