@@ -175,6 +175,8 @@ class MetricsFile:
             kept = free_name(path.with_name(f"{path.name}.damaged"))
             shutil.copyfile(path, kept)
             self.note = f"{found.note}; the file as it was is kept as {kept.name}"
+        self.gap = _gap(found, finished_rounds)
+        """Which rounds of the run so far it does not hold; None where it holds all."""
         lines = [
             line
             for event, line in zip(found.events, found.lines, strict=True)
@@ -275,6 +277,23 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         OSError: where the file is there and cannot be read.
     """
     yield from read_metrics(path).events
+
+
+def _gap(found: Metrics, finished_rounds: int | None) -> str | None:
+    """Say which of the reported rounds of a run are not in its file; None where all are."""
+    expected = range(-1 if finished_rounds is None else finished_rounds + 1)
+    written = {event["round"] for event in found.events if event["event"] == "round"}
+    missing = [number for number in expected if number not in written]
+    if not missing:
+        return None
+    named = ", ".join(map(str, missing[:_MOST_NAMED]))
+    more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+    rounds = "round" if len(missing) == 1 else "rounds"
+    return (
+        f"{found.path}: the figures of {rounds} {named}{more} are missing, and no checkpoint holds "
+        "them, so the closing table and reports are without them; lines of a copy of the file can "
+        "be added while the run does not train"
+    )
 
 
 def free_name(path: Path) -> Path:

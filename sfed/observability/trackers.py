@@ -171,8 +171,8 @@ def open_metric_logger(
     if isinstance(output, Mapping) and (path := output.get("prometheus_file")):
         started["output.prometheus_file"] = PrometheusFile(Path(path), run)
     file = MetricsFile(run.folder / "metrics.jsonl", run.finished_rounds)
-    if file.note:
-        warn(file.note)
+    for note in filter(None, (file.note, file.gap)):
+        warn(note)
     return MetricLogger(file, started, warn)
 
 

@@ -463,6 +463,29 @@ def test_lines_that_are_no_events_are_named_and_the_file_is_kept(
     assert runs.identical(runs.adapters(longer), runs.adapters(folder))
 
 
+@pytest.mark.parametrize(
+    ("kept", "named"), [(0, "rounds 0, 1, 2, 3"), (3, "round 3")], ids=["all", "the last"]
+)
+def test_figures_of_rounds_that_are_gone_are_missed(
+    folder: Path,
+    longer: Path,
+    go_on: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    kept: int,
+    named: str,
+) -> None:
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "metrics.jsonl").unlink()
+    if kept:
+        (folder / "metrics.jsonl").write_bytes(b"".join(lines[:kept]))
+    go_on()
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"metrics.jsonl: the figures of {named} are missing" in said
+    left = [*range(kept), ROUNDS + 1, ROUNDS + 2]
+    assert [event["round"] for event in runs.rounds(folder)] == left
+    assert runs.identical(runs.adapters(longer), runs.adapters(folder))
+
+
 # --- two starts at the same moment ----------------------------------------------------------------
 
 

@@ -139,6 +139,22 @@ def test_a_line_that_is_no_event_is_passed_over_counted_and_kept(path, odd):
         path.write_bytes(before)
 
 
+def test_rounds_without_figures_are_missed_where_a_run_goes_on(path):
+    for written, finished, named in (
+        ([], None, None),
+        ([], -1, None),  # nothing is reported yet, as before the first evaluation
+        ([0, 1, 2, 3], 2, None),
+        ([0, 1], 2, "round 2"),
+        ([], 1, "rounds 0, 1"),
+        ([3], 20, "rounds 0, 1, 2, 4, 5, 6, 7, 8 and 12 more"),
+    ):
+        write(path, written)
+        file = MetricsFile(path, finished)
+        file.close()
+        assert (file.gap is None) == (named is None)
+        assert named is None or f"the figures of {named} are missing" in file.gap
+
+
 def test_a_single_odd_line_and_very_many_are_named_in_a_line(path):
     path.write_bytes(b"odd\n")
     assert read_metrics(path).note == f"{path}: 1 line is no event and is passed over (line 1)"
