@@ -171,7 +171,8 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
     shares its pass. ``lora.dropout`` regularises the adapters.
 
     Raises:
-        UserError: where it cannot be found, or its files are quantised already.
+        UserError: where it cannot be found, its files are quantised already, or it would attend to
+            blocks of long rows.
     """
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path and not (Path(name) / "config.json").is_file():
@@ -189,6 +190,7 @@ def read_model_config(config: Config, name: str) -> PreTrainedConfig:
             raise
         raise UserError(cannot_load(config, name, error)) from None
     _refuse_quantised_files(config, name, model_config)
+    _refuse_block_sparse(config, name, model_config)
     return model_config
 
 
@@ -210,6 +212,27 @@ def _refuse_quantised_files(config: Config, name: str, model_config: PreTrainedC
             f"model.name = {name!r}: its files are quantised already (quant_method {method!r} in "
             "config.json); name the model that they were made from, and set "
             f"model.quantization={'nf4' if scheme == 'none' else scheme}"
+        )
+
+
+def _refuse_block_sparse(config: Config, name: str, model_config: PreTrainedConfig) -> None:
+    """Refuse rows for which BigBird attends to blocks instead of the whole row.
+
+    transformers changes such a model to full attention for good at its first shorter row, so the
+    numbers of a row would depend on the rows before it.
+    """
+    is_decoder = model_config.model_type != "big_bird" and not task_of(config).is_classification
+    if getattr(model_config, "attention_type", None) != "block_sparse" or is_decoder:
+        return
+    # As transformers has it: blocks of all, of neighbours, and drawn ones.
+    bound = (5 + 2 * model_config.num_random_blocks) * model_config.block_size
+    if config.data.max_tokens > bound:
+        raise UserError(
+            f"data.max_tokens = {config.data.max_tokens}: model.name = {name!r} has attention_type "
+            f"'block_sparse' in config.json, which is for rows with more than {bound} tokens, and "
+            "transformers changes to full attention for good at the first shorter row; set "
+            f"data.max_tokens to at most {bound}, or attention_type to 'original_full' in a copy "
+            "of the model, for full attention at every length"
         )
 
 

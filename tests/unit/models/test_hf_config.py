@@ -99,6 +99,29 @@ def test_attention_that_is_not_there_is_refused_with_the_key_that_helps(
     assert message[-1] in ".!?)`\"'"
 
 
+def test_rows_for_which_bigbird_attends_to_blocks_are_refused_with_both_remedies(
+    tmp_path: Path,
+) -> None:
+    """transformers changes to full attention for good at the first row of at most 28 tokens."""
+    sparse = {"block_size": 4, "num_random_blocks": 1}
+    hf.BigBirdConfig(**sparse).save_pretrained(tmp_path)
+    task = {"task": "glue", "name": "rte", "train_files": "rows.jsonl"}
+
+    def read(max_tokens: int, task: dict[str, Any] = task) -> None:
+        config = config_of(tmp_path, **task, max_tokens=max_tokens)
+        MetaModel.read(config, config.model.name)
+
+    read(28)
+    with pytest.raises(UserError, match=r"data\.max_tokens = 29: .* with more than 28 tokens") as e:
+        read(29)
+    for words in (str(tmp_path), "attention_type", "block_sparse", "at most 28", "original_full"):
+        assert words in str(e.value)
+    changed(tmp_path, attention_type="original_full")
+    read(29)
+    hf.BigBirdPegasusConfig(**sparse).save_pretrained(tmp_path)
+    read(29, {"task": "text", "train_files": "rows.jsonl"})  # its decoder has no blocks
+
+
 @pytest.mark.parametrize(
     ("settings", "of_text", "of_classifier"),
     [
