@@ -203,6 +203,12 @@ def test_a_mark_within_a_text_stays(tmp_path, tokenizer):
     assert tokenizer.decode(ids) == "<s>a</s><s>bc</s><s>d</s>"
 
 
+def test_a_mark_before_a_line_break_is_within_the_text(tmp_path, tokenizer):
+    path = save(tmp_path, [{"prompt": "q", "completion": " a</s>\n"}])
+    ((ids, _),) = rows_of(tokenised(path, tokenizer))
+    assert tokenizer.decode(ids) == "<s>q a</s>\n</s>"
+
+
 def test_rows_that_are_cut_are_counted(tmp_path, tokenizer):
     path = save(tmp_path, ROWS)
     whole, cut = tokenised(path, tokenizer), tokenised(path, tokenizer, max_tokens=12)
