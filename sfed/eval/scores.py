@@ -15,6 +15,7 @@ from sfed.config.schema import Config
 from sfed.data import splits
 from sfed.data.tasks import task_of
 from sfed.distributed.shutdown import StopRequest
+from sfed.federated.build import check_rows_fit
 from sfed.federated.context import Run
 from sfed.federated.evaluate import Measured, evaluate, score_names
 from sfed.federated.loaded import Loaded
@@ -39,6 +40,7 @@ def measure(loaded: Loaded, titles: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         DataError: where a file or a row is wrong.
+        UserError: where a row does not fit the base model.
     """
     run = _run_of(loaded)
     found = evaluate(run, StopRequest(loaded.world), run.config.federated.num_rounds)
@@ -75,6 +77,7 @@ def _run_of(loaded: Loaded) -> Run:
     rows = [loaded.base_row(), *loaded.rows]
     layout, num = loaded.adapters.layout, len(rows)
     data = splits.held_out_for_all(config, loaded.tokenizer, num)
+    check_rows_fit(config, data, loaded.backbone)
     clients = ClientStore(range(num), layout, loaded.world.device, clients_per_pass=1, moments=())
     for number, row in enumerate(rows):
         factors = {factor.lower(): row[layout.columns(factor)] for factor in layout.factors}

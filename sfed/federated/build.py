@@ -43,25 +43,28 @@ from sfed.utils.redaction import mask
 
 
 def check_rows_fit(config: Config, held: Data, frozen: Backbone) -> None:
-    """Refuse rows that are longer than the model's context or hold tokens it does not know."""
+    """Refuse rows that are longer than the model's context or hold tokens it does not know.
+
+    Raises:
+        UserError: naming a client with such a row; ``data.eval_files`` where nobody trains.
+    """
     context, vocabulary = frozen.context_tokens, frozen.vocabulary_size
-    tables = {id(e.table): e.table for c in held.train for e in (held.train[c], held.held_out[c])}
-    for table in tables.values():
+    splits_of_clients = [*held.train.items(), *held.held_out.items()]
+    for table in {id(examples.table): examples.table for _, examples in splits_of_clients}.values():
         largest = int(table.flat.max(initial=0))
         if largest >= vocabulary:
             raise UserError(
                 f"model.name = {config.model.name!r}: its tokenizer gives token {largest} and "
                 f"the model knows {vocabulary}; the tokenizer belongs to another model"
             )
-    for client in held.train:
-        for examples in (held.train[client], held.held_out[client]):
-            longest = max(examples.lengths, default=0)
-            if longest > context:
-                raise UserError(
-                    f"data.max_tokens = {config.data.max_tokens}: a row of client {client} has "
-                    f"{longest} tokens and the model's context is {context}; set it to at most "
-                    f"{context}"
-                )
+    for client, examples in splits_of_clients:
+        longest = max(examples.lengths, default=0)
+        if longest > context:
+            owner = f"client {client}" if held.train else "data.eval_files"
+            raise UserError(
+                f"data.max_tokens = {config.data.max_tokens}: a row of {owner} has {longest} "
+                f"tokens and the model's context is {context}; set it to at most {context}"
+            )
 
 
 def build(

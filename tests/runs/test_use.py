@@ -155,6 +155,14 @@ def test_what_cannot_be_scored_is_refused(used_run: Path, used_folder: Path):
         )
 
 
+def test_rows_beyond_the_context_are_not_scored(used_run: Path, tmp_path: Path):
+    rows = tmp_path / "long.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "completion": "b" * 400}) + "\n")
+    asked = [f"data.eval_files={rows}", "data.max_tokens=300"]
+    with pytest.raises(UserError, match=r"= 300: a row of data\.eval_files .* context is 256; set"):
+        evaluation.main([str(used_run), *asked])
+
+
 def test_an_adapter_of_stock_peft_is_scored_once_its_task_is_given(
     used_run: Path, used_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
