@@ -34,7 +34,7 @@ from sfed.storage.checkpoint import State
 from sfed.storage.checkpoint_folder import CheckpointRef
 from sfed.storage.checkpoint_writer import RunIdentity, Writer
 from sfed.storage.run_folder import RunFolder
-from sfed.storage.run_record import METRICS_FILE, RunRecord, open_run, read_rounds
+from sfed.storage.run_record import METRICS_FILE, RunRecord, open_run, read_rounds, was_evaluated
 from sfed.utils import garbage
 
 OnStart = Callable[[World, StopRequest], None]
@@ -319,7 +319,7 @@ def _has_losses(event: Mapping[str, Any]) -> bool:
     entries = event.get("clients")
     return (
         event["event"] == "round"
-        and isinstance(event.get(metrics.EVAL_LOSS), float)
+        and (was_evaluated(event) or isinstance(event.get(metrics.EVAL_LOSS), float))
         and isinstance(entries, list)
         and all(
             isinstance(entry, dict) and {"client", "examples"} <= entry.keys() for entry in entries

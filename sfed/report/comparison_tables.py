@@ -53,19 +53,23 @@ def _privacy(story: RunRecord) -> dict[str, float | None]:
 
 
 def seeds_table(stories: Sequence[RunRecord]) -> Table:
-    """Mean and standard deviation of runs that differ only in the seed; no row without such."""
+    """Mean and standard deviation of runs that differ only in the seed; no row without such.
+
+    After the last round that all of them have evaluated; a dash where one has no finite value.
+    """
     shown = _compared(stories)
     rows = [
         [
             one.label,
             str(len(one.stories)),
+            NONE if one.last_round is None else str(one.last_round),
             *(_mean_and_deviation(one, kind, what) for what in shown for kind in KINDS),
         ]
         for one in group(stories)
         if len(one.stories) > 1
     ]
-    head = ["settings", "seeds", *(list(KINDS) * len(shown))]
-    return Table(head, rows, groups=[("", 2), *_headings(stories, shown)])
+    head = ["settings", "seeds", "round", *(list(KINDS) * len(shown))]
+    return Table(head, rows, groups=[("", 3), *_headings(stories, shown)])
 
 
 def _compared(stories: Sequence[RunRecord]) -> list[str]:

@@ -45,10 +45,26 @@ class Group:
         points = [(x, statistics.fmean(ys)) for x, ys in whole.items()]
         return Curve(self.label if label is None else label, points, spread)
 
+    @property
+    def last_round(self) -> int | None:
+        """The last round that all runs have evaluated."""
+        rounds = [{event["round"] for event in story.evaluated} for story in self.stories]
+        return max(set.intersection(*rounds), default=None) if rounds else None
+
     def last(self, read: Reader) -> list[float]:
-        """A number of the last evaluated round of each run."""
-        ends = [read(story, story.evaluated[-1]) for story in self.stories if story.evaluated]
-        return [value for value in ends if value is not None]
+        """A number of each run after ``last_round``; nothing where a run has none.
+
+        A mean over the others would be that of the seeds that went well.
+        """
+        at = self.last_round
+        ends = [
+            read(story, event)
+            for story in self.stories
+            for event in story.evaluated
+            if event["round"] == at
+        ]
+        known = [value for value in ends if value is not None]
+        return known if len(known) == len(ends) else []
 
 
 def settings(story: RunRecord) -> dict[str, Any]:

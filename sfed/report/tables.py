@@ -125,13 +125,14 @@ def means_table(story: RunRecord) -> Table:
     for what in story.held:
         named = ""
         for kind, meaning in KINDS.items():
+            best = _best(story, kind, what)
             means = [held_out(last, kind, what, mean) for mean in MEANS.values()]
-            if all(mean is None for mean in means):
+            if best == NONE and all(mean is None for mean in means):
                 continue
             cells = [show(mean) for mean in means]
             name = "" if named == what else what_of(story, what)
             named = what
-            rows.append([name, meaning, *cells, _best(story, kind, what)])
+            rows.append([name, meaning, *cells, best])
     head = ["", "adapter and data", *MEANS, "best round, unweighted"]
     return Table(head, rows, text_columns=2, style="means")
 
@@ -153,7 +154,7 @@ def pooled_over(story: RunRecord) -> str:
 
 
 def _best(story: RunRecord, kind: str, what: str) -> str:
-    same = sample_of(story.evaluated[-1])
+    same = sample_of(story.evaluated[-1]) if story.evaluated else None
     events = [event for event in story.evaluated if sample_of(event) == same]
     known = [(x, e["round"]) for e in events if (x := held_out(e, kind, what)) is not None]
     if not known:

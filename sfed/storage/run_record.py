@@ -154,11 +154,12 @@ class RunRecord:
 
     @property
     def evaluated(self) -> list[Event]:
-        """The rounds with a held-out loss or score."""
+        """The rounds that were evaluated, also those in which nothing was finite."""
         return [
             event
             for event in self.rounds
-            if any(held_out(event, kind, what) is not None for kind in KINDS for what in self.held)
+            if was_evaluated(event)
+            or any(held_out(event, kind, what) is not None for kind in KINDS for what in self.held)
         ]
 
     @property
@@ -261,6 +262,11 @@ def held_out(
 ) -> float | None:
     """A held-out loss or score of a round: mean over clients, unweighted unless told otherwise."""
     return number(event, metrics.held_out_key(kind, what, mean))
+
+
+def was_evaluated(event: Event) -> bool:
+    """Whether a round was evaluated, whatever came out; some older versions do not say it."""
+    return number(event, metrics.EVALUATED) is not None
 
 
 def words_of(score: str) -> str:

@@ -29,6 +29,7 @@ from sfed.storage.run_record import (
     number,
     read_config,
     read_rounds,
+    was_evaluated,
 )
 from sfed.sweep.cell_names import label_of
 from sfed.sweep.grid import Cell, Grid
@@ -132,7 +133,11 @@ def row(grid: Grid, cell: Cell, status: Status, standing: CellStatus) -> Row:
 def _figures(standing: CellStatus) -> dict[str, Any]:
     events = standing.events
     by_round = {event["round"]: event for event in events}
-    evaluated = [event for event in events if event.get(metrics.EVAL_LOSS) is not None]
+    evaluated = [
+        event
+        for event in events
+        if was_evaluated(event) or event.get(metrics.EVAL_LOSS) is not None
+    ]
     last, end = by_round[standing.rounds], evaluated[-1] if evaluated else {}
     first = by_round.get(1, {})
     scores = standing.resolved.get("scores")
@@ -227,7 +232,7 @@ def seeds_table(grid: Grid, rows: Sequence[Row]) -> Table | None:
         ["seeds", *map(_words, figures)],
     )
     for members in groups.values():
-        shown = (_spread(one.get(name) for one in members) for name in figures)
+        shown = (_spread([one.get(name) for one in members]) for name in figures)
         made.add_row(*(_show(members[0][key]) for key in others), str(len(members)), *shown)
     return made
 
@@ -248,8 +253,11 @@ def _shown(rows: Sequence[Row]) -> list[str]:
     return [name for name in names if any(one.get(name) is not None for one in rows)]
 
 
-def _spread(values: Iterable[float | None]) -> str:
+def _spread(values: Sequence[float | None]) -> str:
+    """Mean and deviation; none over a part of the seeds, which would be those that went well."""
     known = [value for value in values if value is not None]
+    if known and len(known) < len(values):
+        return f"no value in {len(values) - len(known)} of {len(values)}"
     if len(known) < 2:
         return _figure(known[0]) if known else ""
     return f"{statistics.fmean(known):.4f} ± {deviation(known):.4f}"

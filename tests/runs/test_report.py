@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,10 @@ from sfed.config import load as config_load
 from sfed.config.schema import Config
 from sfed.federated import preflight
 from sfed.federated.session import SessionEnd
+from sfed.observability.console import Console
 from sfed.report import page
 from sfed.storage import previous_run
+from sfed.storage.run_record import open_run
 from tests.support import runs, tiny
 from tests.support.processes import on_processes
 from tests.support.run_folders import write_run
@@ -46,6 +49,28 @@ def test_a_run_writes_its_report_and_says_what_came_out(tiny_folder: Path, tmp_p
     assert (run / "figures" / "held-out-loss.png").is_file()
     config = config_load.validate(settings)
     assert f"report     {run / 'report.html'}" in (preflight.look_back(config) or [])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_run_that_diverged_in_its_last_round_shows_no_earlier_one(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    monkeypatch.setattr(
+        Console, "closing_table", lambda _self, before, after, _names: shown.append((before, after))
+    )
+    settings = tiny.settings(
+        tiny_folder,
+        output={"dir": str(tmp_path), "name": "run"},
+        federated={"num_rounds": 1},
+        train={"optimizer": "sgd", "lr": 1e25, "local_steps": 1, "max_grad_norm": None},
+    )
+    runs.train_settings(settings)
+    (before, after) = runs.rounds(tmp_path / "run")
+    assert (after["eval/loss"], after["eval/clients"]) == (None, 4)
+    assert shown == [(before, after)]
+    assert open_run(tmp_path / "run").scores == {}
 
 
 @pytest.fixture

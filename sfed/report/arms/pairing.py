@@ -44,6 +44,11 @@ class Measure:
         )
         return {client: value for client, value in pairs if value is not None}
 
+    def is_asked(self, story: RunRecord) -> bool:
+        """Whether the last evaluated round measured it, even where nothing was finite."""
+        key = f"{self.kind}_{self.what}"
+        return any(key in entry for entry in clients_of(story.evaluated[-1]))
+
     def worst(self, values: Sequence[float], count: int) -> float:
         """The mean of the worst clients."""
         return statistics.fmean(sorted(values, reverse=self.lower_is_better)[:count])
@@ -154,11 +159,11 @@ def _complete(
     for seed, story in arm.runs.items():
         values = measure.of(story)
         lacking = sorted(whole[seed] - values.keys())
-        if values and lacking:
-            named = some_of(lacking, str)
-            notes.append(f"{story.name}: no finite {measure.kind} {measure.what} of client {named}")
-        elif values:
+        if values and not lacking:
             kept[seed] = values
+        elif values or measure.is_asked(story):
+            of = f"client {some_of(lacking, str)}" if lacking else "any client"
+            notes.append(f"{story.name}: no finite {measure.kind} {measure.what} of {of}")
     return kept, notes
 
 

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from sfed.observability import metrics
 from sfed.report.series import evaluated_of
 from sfed.report.tables import mebibytes, sample_words, show, total
-from sfed.storage.run_record import LOSS, Event, RunRecord, clients_of, look, number, words_of
+from sfed.storage.run_record import (
+    LOSS,
+    Event,
+    RunRecord,
+    clients_of,
+    look,
+    number,
+    was_evaluated,
+    words_of,
+)
 
 BEFORE, GLOBAL, OWN = "before", "global", "own"
 STATES = (BEFORE, GLOBAL, OWN)
@@ -81,12 +90,16 @@ class Outcome:
 
 
 def outcome_of(story: RunRecord) -> Outcome | None:
-    """What a run came to; None where no client was evaluated after the start."""
+    """What a run came to; None where no client was evaluated after the start.
+
+    A run whose last evaluation gave no finite number has clients without values.
+    """
     last = story.evaluated[-1] if story.evaluated else {"round": 0}
     after = evaluated_of(last) if last["round"] else []
     main = next((what for what in (*story.score_names[:1], LOSS) if _has(after, what)), None)
-    if main is None:
+    if main is None and not (after and was_evaluated(last)):
         return None
+    main = main or LOSS
     first = story.evaluated[0]
     earlier = {entry["client"]: entry for entry in clients_of(first) if first["round"] == 0}
     planned = number(story.config, "federated.num_rounds")
@@ -163,7 +176,9 @@ def sentences(outcome: Outcome) -> str:
         for one in outcome.clients
         if {BEFORE, state} <= one.values.keys()
     ]
-    if pairs:
+    if not outcome.values(state):
+        told = f"After {rounds} no client has a finite {outcome.what}."
+    elif pairs:
         told = f"After {rounds} {_counted(outcome, state, pairs)}: {_means(outcome, state, pairs)}."
     else:
         mean = f"{show(statistics.fmean(outcome.values(state)))}{_unit(outcome)}"

@@ -93,9 +93,9 @@ class Opening:
 
 
 def opening_of(story: RunRecord) -> Opening | None:
-    """What the page of a run opens with; None where no round after the start is evaluated."""
+    """What the page of a run opens with; None where no evaluation gave a finite number."""
     outcome = outcome_of(story)
-    if outcome is None:
+    if outcome is None or not outcome.states:
         return None
     axis = _Axis.over(
         [value for state in outcome.states for value in outcome.values(state)], outcome.is_loss

@@ -345,7 +345,7 @@ def test_seeds_are_compared_by_mean_and_standard_deviation(tmp_path: Path) -> No
     other = make_run(tmp_path / "other", [[2.0, 2.0], [1.5, 1.5]], method="fedsa")
     words = text_of(make_report(*seeds, other, "--out", tmp_path / "out"))
     # mean 3.4 / 3; squares of deviations add up to 0.046667, over n - 1 = 2: 0.023333
-    assert "sfed 3 1.1333 ± 0.1528 1.6333 ± 0.1528" in words
+    assert "sfed 3 1 1.1333 ± 0.1528 1.6333 ± 0.1528" in words
     assert "compare-held-out-loss" in figures(tmp_path / "out")
     found = grouping.group([run_record.open_run(folder) for folder in (*seeds, other)])
     assert [len(one.stories) for one in found] == [3, 1]
@@ -366,6 +366,43 @@ def test_the_mean_of_seeds_stops_where_one_of_them_stops(tmp_path: Path) -> None
     short = make_run(tmp_path / "short", [[2.0], [1.0]], seed=1)
     (one,) = grouping.group([run_record.open_run(long), run_record.open_run(short)])
     assert [x for x, _ in one.curve(series.held_out_reader("global")).points] == [0.0, 1.0]
+
+
+def diverged(folder: Path) -> Path:
+    """The last round was evaluated and gave no finite number, as a run writes it that diverged."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = events[-1]
+    last |= {key: None for key in last if key.startswith("eval/")} | {"eval/clients": 2}
+    for entry in last["clients"]:
+        entry |= {key: None for key in entry if key.endswith("_loss")}
+    write_events(folder, events)
+    return folder
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_last_round_without_a_finite_loss_is_not_replaced_by_the_one_before(run: Path) -> None:
+    words = text_of(make_report(diverged(run)))
+    assert "After 2 rounds no client has a finite held-out loss." in words
+    assert "Means over clients after round 2" in words
+    assert f"own data {tables.NONE} {tables.NONE} {tables.NONE} 1.2500 (round 1)" in words
+    assert f"0 farm 60 %, bank 40 % 100 2.0000 {tables.NONE} {tables.NONE} {tables.NONE}" in words
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_seeds_have_no_mean_where_one_has_diverged(tmp_path: Path) -> None:
+    losses = [[2.0, 2.0], [1.0, 1.0], [0.5, 0.5]]
+    seeds = [make_run(tmp_path / f"s{i}", losses, seed=i) for i in range(3)]
+    diverged(seeds[2])
+    words = text_of(make_report(*seeds, "--out", tmp_path / "out"))
+    assert f"sfed 3 2 {tables.NONE} {tables.NONE}" in words
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_seeds_are_averaged_after_the_last_round_that_all_have_evaluated(tmp_path: Path) -> None:
+    losses = [[2.0, 2.0], [1.0, 1.0], [0.5, 0.5]]
+    seeds = [make_run(tmp_path / f"s{i}", losses[: 3 - i], seed=i) for i in range(2)]
+    words = text_of(make_report(*seeds, "--out", tmp_path / "out"))
+    assert "sfed 2 1 1.0000 ± 0.0000 1.5000 ± 0.0000" in words
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -454,7 +491,7 @@ def test_seeds_have_means_of_scores(tmp_path: Path) -> None:
         events[-1]["eval/personal_accuracy_unweighted"] = 0.7 + 0.1 * i
         write_events(seed, events)
     words = text_of(make_report(*seeds, "--out", tmp_path / "out"))
-    assert "sfed 2 0.7500 ± 0.0707" in words
+    assert "sfed 2 1 0.7500 ± 0.0707" in words
     assert "compare-accuracy" in figures(tmp_path / "out")
 
 

@@ -46,7 +46,7 @@ def put(event: dict, losses: Sequence[float | None]) -> None:
     for entry, loss in zip(event["clients"], losses, strict=True):
         entry |= {"personal_loss": loss, "global_loss": None if loss is None else loss + 1}
     known = [loss for loss in losses if loss is not None]
-    event["eval/personal_loss_unweighted"] = sum(known) / len(known)
+    event["eval/personal_loss_unweighted"] = sum(known) / len(known) if known else None
 
 
 def compared(stories: Sequence[RunRecord], reference: str | None = None) -> Comparison:
@@ -164,6 +164,23 @@ def test_a_client_without_a_finite_value_gives_no_verdict(make) -> None:
     result = compared([*stories[:5], open_run(stories[5].folder)])
     assert (result.rows[1].word, result.rows[1].seeds) == ("values missing", 2)
     assert result.notes[0] == "fedsa-2: no finite personal loss of client 0"
+
+
+def test_a_run_that_ends_without_any_finite_value_gives_no_verdict(make) -> None:
+    """Its seed is not silently left to the runs that did not diverge."""
+    stories = pair(make, {0: SEED_0, 1: SEED_1, 2: SEED_2}, [-1.0, -1.1, -0.9])
+
+    def diverge(events: list[dict]) -> None:
+        put(events[-1], [None, None])
+        lost = {key: None for key in events[-1] if key.startswith("eval/")}
+        events[-1] |= {**lost, "eval/clients": 2}
+
+    change(stories[5].folder, diverge)
+    result = compared([*stories[:5], open_run(stories[5].folder)])
+    assert (result.rows[1].word, result.rows[1].seeds) == ("values missing", 2)
+    assert result.notes[0] == "fedsa-2: no finite personal loss of client 0, 1"
+    alone = compared([open_run(stories[5].folder)])
+    assert alone.notes == ["fedsa-2: no finite personal loss of any client"]
 
 
 def test_a_method_without_a_global_adapter_is_not_measured_there(make) -> None:

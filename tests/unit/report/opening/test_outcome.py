@@ -133,6 +133,16 @@ def test_no_outcome_before_a_round_is_evaluated(tmp_path: Path, rounds: list) ->
     assert outcome_of(open_run(run_of(tmp_path / "run", rounds))) is None
 
 
+def test_a_run_that_diverged_says_so_and_does_not_tell_of_an_earlier_round(tmp_path: Path) -> None:
+    lost = [{"personal_loss": None, "global_loss": None}] * 3
+    folder = run_of(tmp_path / "run", [START, losses((1.0, 1.0)) * 3, lost])
+    path = folder / "metrics.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    events[2] |= {key: None for key in events[2] if key.startswith("eval/")} | {"eval/clients": 3}
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert told(folder).startswith("After 2 rounds no client has a finite held-out loss. ")
+
+
 def test_values_by_state_and_bytes(tmp_path: Path) -> None:
     end = losses((1.0, 1.5), (1.0, 2.0), (2.5, 2.5))
     run = run_of(tmp_path / "run", [START, end], own={"B": 10, "head": 3}, evaluation=7)
