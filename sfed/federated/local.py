@@ -32,7 +32,10 @@ from sfed.federated.lockstep import Lockstep
 from sfed.utils.rng import Stream, derive
 
 OnStep = Callable[[int, int, Callable[[], float], int], None]
-"""Called after a step with (steps done, steps of the round, how to read its mean loss, tokens)."""
+"""Called after a step with (steps done, steps of the round, how to read its mean loss, tokens).
+
+Steps are those of this process: of clients that share passes once, of others one after another.
+"""
 
 # Sums that grow on the device: reading them in each step would wait for it.
 _ON_DEVICE = ("loss_sum", "supervised", "norm_sum", "first_norm", "is_bad")
@@ -54,13 +57,16 @@ def train(run: Run, plan: RoundPlan, stats: RoundStats, stop: StopRequest, on_st
     schedule = Lockstep(run, stop, phase, plan.groups, partial(plan.steps_left, stats))
     run.backbone.training()
     terms = _terms(run, plan)
+    whole = sum(max(plan.steps[client] for client in group) for group in schedule.groups)
+    made = whole - sum(len(plan.steps_left(stats, group)) for group in schedule.groups)
     with closing(run.clients.passes(schedule.groups, plan.trained)) as passes:
         for rows in passes:
             run.bind(rows.clients, rows.values, rows.grads, plan.trained)
             steps = LocalSteps(run, plan, rows, stats, terms)
             for step in schedule.units(rows.clients):
                 steps.make(step)
-                on_step(step + 1, steps.last, steps.latest_loss, steps.latest_tokens)
+                made += 1
+                on_step(made, whole, steps.latest_loss, steps.latest_tokens)
             steps.close()
             if schedule.is_stopped:
                 break

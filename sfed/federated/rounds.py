@@ -57,6 +57,7 @@ def train(
     for round_index in range(state.finished_rounds, run.config.federated.num_rounds):
         plan, stats = run.plan(round_index), _stats_of(run, state)
         log.begin(round_index)
+        log.measured.earlier_tokens = float(stats.tokens.sum())
         with log.timed("local"):
             local.train(run, plan, stats, stop, log.step)
         with log.timed("wait"):

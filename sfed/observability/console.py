@@ -53,6 +53,7 @@ class Console:
         self._started = self._drawn = time.monotonic()
         self._round_started = self._started
         self._tokens = 0
+        self._earlier_share: float | None = None  # of the round's steps, before this start
         self._seconds_of_rounds: list[float] = []
         self._start_up = {metrics.IMPORTS_SECONDS: import_seconds}
         self._phase, self._phase_began = metrics.STARTING_SECONDS, self._started
@@ -106,12 +107,14 @@ class Console:
     def begin_round(self, round_index: int) -> None:
         """A round begins."""
         self._round_started = self._drawn = time.monotonic()
-        self._tokens = 0
+        self._tokens, self._earlier_share = 0, None
         self._rounds = (round_index, self._rounds[1])
 
     def step(self, step: int, last: int, read_loss: Callable[[], float], tokens: int) -> None:
         """A local step is done. The loss is read only when it is shown: reading it waits."""
         self._tokens += tokens
+        if self._earlier_share is None:
+            self._earlier_share = (step - 1) / last
         now = time.monotonic()
         pause = _SECONDS_BETWEEN_REDRAWS if self._bar else _SECONDS_BETWEEN_LINES
         is_shown = self.is_main and now - self._drawn >= pause
@@ -145,7 +148,8 @@ class Console:
         finished, total = event["round"], self._rounds[1]
         self._rounds = (finished, total)
         if finished:
-            self._seconds_of_rounds.append(event[metrics.ROUND_SECONDS])
+            share = 1 - (self._earlier_share or 0.0)
+            self._seconds_of_rounds.append(event[metrics.ROUND_SECONDS] / share)
         parts = [f"round {finished}/{total}" if finished else "before training"]
         parts += [
             f"{name} {event[key]:.4f}"
@@ -174,11 +178,12 @@ class Console:
         self.say("  ".join(parts), {"round": finished, **facts})
 
     def _seconds_left(self, finished: float) -> float | None:
-        """At the speed so far; None before there is one."""
+        """At the speed so far, that of this start; None before there is one."""
+        made = finished - self._rounds[0] - (self._earlier_share or 0.0)
         if self._seconds_of_rounds:
             per_round = sum(self._seconds_of_rounds) / len(self._seconds_of_rounds)
-        elif finished > self._rounds[0]:
-            per_round = (time.monotonic() - self._round_started) / (finished - self._rounds[0])
+        elif made > 0:
+            per_round = (time.monotonic() - self._round_started) / made
         else:
             return None
         return per_round * (self._rounds[1] - finished)

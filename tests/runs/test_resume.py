@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 
 from sfed.clients.round_stats import RoundStats
@@ -158,7 +159,12 @@ def test_a_round_that_was_stopped_within_goes_on_on_another_number_of_processes(
     assert [end.code for end in ends] == [0, 1], ends
     names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert any(name.endswith("-partial") for name in names), names
+    earlier = RoundStats(np.array(runs.newest_facts(tmp_path / "run")["ledger"])).tokens.sum()
     whole, folder = calm(1, **shape), runs.run(1, own)
+    resumed = runs.rounds(folder)[2]
+    [process] = resumed["time/processes"]
+    read_since = resumed["time/tokens_per_second"] * resumed["time/local_seconds"]
+    assert read_since == pytest.approx(process["tokens"] - earlier) and earlier > 0
     assert runs.relative_difference(runs.adapters(whole), runs.adapters(folder)) <= 1e-5
     assert runs.rounds(folder)[-1]["train/loss"] == pytest.approx(
         runs.rounds(whole)[-1]["train/loss"], rel=1e-6

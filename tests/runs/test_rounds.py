@@ -356,6 +356,21 @@ def test_the_loss_within_a_round_is_that_of_the_clients_that_made_the_step(
     assert min(shown) > 0.8 * shown[0]
 
 
+def test_steps_are_counted_over_all_clients_of_a_process_that_train_one_after_another(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the time that is left follows from them."""
+    shown: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        Console, "step", lambda _self, step, last, _read, _tokens: shown.append((step, last))
+    )
+    federated = {"num_clients": 3, "num_rounds": 1, "clients_per_pass": 1}
+    own = settings(tiny_folder, tmp_path, "run", federated=federated)
+    session.run_session(config_load.validate(own))
+    steps = 3 * own["train"]["local_steps"]
+    assert shown == [(step, steps) for step in range(1, steps + 1)]
+
+
 def test_each_step_of_a_client_has_a_dropout_seed_of_its_own(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

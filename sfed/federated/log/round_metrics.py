@@ -30,6 +30,8 @@ class RoundMeasurements:
     similarity: dict[str, float | None] = field(default_factory=dict)
     """Mean cosine between two clients before the mean, of "a" and of "b"."""
     similarity_bytes: int = 0
+    earlier_tokens: float = 0.0
+    """Of the round, read by a start that was stopped within it; no second of it is known."""
     local_seconds: float = 0.0
     wait_seconds: float = 0.0
     """For the slowest process, after the own clients were done."""
@@ -162,7 +164,9 @@ def round_event(
     )
     event |= measured.seconds
     tokens = 0.0 if stats is None else float(stats.tokens.sum())
-    speed = tokens / measured.local_seconds if measured.local_seconds else None
+    speed = None
+    if stats is not None and measured.local_seconds:
+        speed = (tokens - measured.earlier_tokens) / measured.local_seconds
     event[metrics.TOKENS_PER_SECOND] = speed
     slots = 0.0 if stats is None else float(stats.slots.sum())
     event[metrics.FILL] = tokens / slots if slots else None

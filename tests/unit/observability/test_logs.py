@@ -197,6 +197,20 @@ def test_a_log_gets_a_line_per_round_and_one_now_and_then_within(monkeypatch, ca
     ]
 
 
+def test_a_round_that_is_resumed_is_timed_by_the_steps_since_then(monkeypatch, capsys):
+    """Of 40 steps 30 were made before: 30 s have brought 3 of them, not 33."""
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    logs.begin(0)
+    speaker = Console(is_main=True)
+    speaker.begin_rounds(0, 2)
+    speaker.begin_round(0)
+    for step in range(31, 35):
+        now[0] += 10.0
+        speaker.step(step, 40, lambda: 1.25, 70)
+    assert [text.rpartition("  ")[2] for _, text in said(capsys)] == ["ETA 7 min 50 s"]
+
+
 def test_only_debug_has_every_step_of_every_process(capsys):
     losses = []
 
