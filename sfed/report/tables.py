@@ -203,7 +203,8 @@ def facts_table(story: RunRecord) -> Table:
         **_schedule(story),
         "seed": show(number(config, "seed"), ".0f"),
         "training examples": show(float(sum(story.sizes.values())) or None, ",.0f"),
-        "parameters of an adapter": show(number(config, "resolved.adapter_parameters"), ",.0f"),
+        "parameters of an adapter": ("at most " if len(set(story.ranks)) > 1 else "")
+        + show(number(config, "resolved.adapter_parameters"), ",.0f"),
         "processes": f"{show(number(config, 'resolved.world_size'), '.0f')} "
         f"({look(config, 'resolved.device') or NONE}, {look(config, 'resolved.dtype') or NONE})",
         "training loss of the last round": show(number(last, metrics.TRAIN_LOSS)),
@@ -273,7 +274,7 @@ def total(story: RunRecord, key: str) -> float:
 
 def mebibytes(size: float) -> str:
     """Bytes as MiB with three digits."""
-    return f"{size / 2**20:.3g} MiB" if size < 1000 * 2**20 else f"{size / 2**20:,.0f} MiB"
+    return f"{size / 2**20:.3g} MiB" if size < 999.5 * 2**20 else f"{size / 2**20:,.0f} MiB"
 
 
 def excluded(story: RunRecord) -> str:

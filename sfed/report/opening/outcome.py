@@ -155,7 +155,8 @@ def _traffic(story: RunRecord) -> Traffic:
         if (count := number(own, factor)) is not None
     }
     is_known = isinstance(own, dict) and num_clients is not None
-    stayed = _BYTES_PER_PARAMETER * (num_clients or 0) * sum(sizes.values())
+    held = {factor: count * _holders(story, factor) for factor, count in sizes.items()}
+    stayed = _BYTES_PER_PARAMETER * sum(held.values())
     return Traffic(
         sent=total(story, metrics.UPLOADED_BYTES),
         messages=sum(bool(number(event, metrics.UPLOADED_BYTES)) for event in story.rounds),
@@ -163,6 +164,14 @@ def _traffic(story: RunRecord) -> Traffic:
         stayed=stayed if is_known else None,
         factors=list(sizes),
     )
+
+
+def _holders(story: RunRecord, factor: str) -> float:
+    """How many clients hold a factor; one of a smaller rank holds that share of A and B."""
+    ranks, num_clients = story.ranks, story.num_clients or 0.0
+    if factor == "head" or len(ranks) != num_clients:
+        return num_clients
+    return sum(ranks) / max(ranks)
 
 
 def sentences(outcome: Outcome) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sfed.report.opening.outcome import BEFORE, GLOBAL, OWN, outcome_of, sentences
+from sfed.report.tables import facts_table, mebibytes
 from sfed.storage.run_record import open_run
 
 MIB = 2**20
@@ -151,3 +152,23 @@ def test_values_by_state_and_bytes(tmp_path: Path) -> None:
     assert outcome.clients[1].values == {BEFORE: 3.0, GLOBAL: 2.0, OWN: 1.0}
     assert outcome.traffic.stayed == 4 * 3 * 13 and outcome.traffic.factors == ["B", "head"]
     assert outcome.traffic.evaluation == 14 and outcome.traffic.messages == 2
+
+
+def test_of_different_ranks_each_client_keeps_as_much_as_its_own_rank_has(tmp_path: Path) -> None:
+    """Not as much as the largest rank; a head is the same for all."""
+    end = losses((1.0, 1.5), (1.0, 2.0), (2.5, 2.5))
+    own = {"B": 80, "head": 3}
+    run = run_of(tmp_path / "run", [START, end], own=own, ranks=[8, 4, 2], adapter_parameters=163)
+    outcome = outcome_of(open_run(run))
+    assert outcome is not None
+    assert outcome.traffic.stayed == 4 * (80 + 40 + 20 + 3 * 3)
+    facts = dict(facts_table(open_run(run)).rows)
+    assert facts["parameters of an adapter"] == "at most 163"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(1.0, "1 MiB"), (999.4, "999 MiB"), (999.6, "1,000 MiB"), (1e4, "10,000 MiB")],
+)
+def test_sizes_have_no_exponent(size: float, text: str) -> None:
+    assert mebibytes(size * MIB) == text
