@@ -24,6 +24,7 @@ from sfed.methods.method import Method
 from sfed.privacy import accounting
 from sfed.privacy.accounting import Sampling
 from sfed.utils.errors import ConfigError
+from sfed.utils.text import delta_text
 
 _LEAST_CLIP = 1e-12
 
@@ -164,6 +165,7 @@ def describe(guarantee: Guarantee, epsilon: float) -> str:
     if adaptive is not None:
         clip = f"clip from {guarantee.clip:g} towards the quantile {adaptive.quantile:g} of changes"
     return (
-        f"epsilon {told} at delta {guarantee.delta:g} ({guarantee.sampling.neighbours}), "
+        f"epsilon {told} at delta {delta_text(guarantee.delta, guarantee.sampling.num_clients)} "
+        f"({guarantee.sampling.neighbours}), "
         f"{clip}, noise multiplier {guarantee.noise_multiplier:.4g}"
     )

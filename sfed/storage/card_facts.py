@@ -19,7 +19,7 @@ from sfed.storage.run_record import (
     words_of,
 )
 from sfed.utils.redaction import mask
-from sfed.utils.text import counted
+from sfed.utils.text import counted, delta_text
 
 Facts = list[tuple[str, str]]
 
@@ -93,6 +93,9 @@ def privacy_of(config: Mapping[str, Any], event: Event | None) -> str:
     if not known:
         return ""
     numbers = {name: "unknown" if one is None else f"{one:.4g}" for name, one in known.items()}
+    num_clients = number(config, "resolved.privacy.num_clients")
+    if known["delta"] is not None and num_clients:
+        numbers["delta"] = delta_text(known["delta"], num_clients)
     if known["epsilon"] == math.inf:
         numbers["epsilon"] = "infinite (no noise)"
     releases = number(event, metrics.RELEASES)

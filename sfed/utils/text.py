@@ -23,6 +23,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def delta_text(delta: float, num_clients: float) -> str:
+    """A delta of differential privacy, and what is wrong with one that is too large.
+
+    Publishing all of one client, drawn at random, has epsilon 0 at delta 1 / N.
+    """
+    if delta < 1 / num_clients:
+        return f"{delta:.4g}"
+    return f"{delta:.4g}, not below 1 / N = {1 / num_clients:.4g}: this protects no single client"
+
+
 def counted(count: int, noun: str) -> str:
     """A number of things: 1 client, 2 clients."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

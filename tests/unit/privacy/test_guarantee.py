@@ -14,6 +14,7 @@ from sfed.config.load import validate
 from sfed.methods.method import resolve
 from sfed.privacy.accounting import Sampling
 from sfed.privacy.guarantee import AdaptiveClip, Guarantee, describe, guarantee_of
+from sfed.storage.card_facts import privacy_of
 from sfed.utils.errors import ConfigError
 
 EVERYONE = Sampling(1000, 100, is_poisson=True)
@@ -117,3 +118,15 @@ def test_it_is_told_in_words() -> None:
     assert "clip 0.1," in describe(Guarantee(EVERYONE, 0.1, 1.0, 1e-5), 1.5)
     assert guarantee().facts["clip_quantile"] == 0.5
     assert Guarantee(EVERYONE, 0.1, 1.0, 1e-5).facts["clip_quantile"] is None
+
+
+@pytest.mark.parametrize(("delta", "is_weak"), [(9e-4, False), (1e-3, True), (0.5, True)])
+def test_a_delta_that_lets_one_client_be_published_is_named_wherever_epsilon_is(
+    delta: float, is_weak: bool
+) -> None:
+    """Of 1,000 clients: a mechanism that publishes one of them at random has a delta of 1 / N."""
+    found = Guarantee(EVERYONE, 0.1, 1.0, delta)
+    card = privacy_of({"resolved": {"privacy": found.facts}}, {"privacy/epsilon": 1.5})
+    for told in (describe(found, 1.5), card):
+        assert f"epsilon 1.5 at delta {delta:g}" in told
+        assert ("not below 1 / N = 0.001: this protects no single client" in told) == is_weak
