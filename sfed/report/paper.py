@@ -160,11 +160,15 @@ def csv_text(table: Table) -> str:
 
 
 def _numbers(cells: Sequence[str]) -> tuple[list[str], str]:
-    """Cells without commas, dashes for nothing and a unit that all share; and this unit."""
+    """Cells without commas, dashes for nothing and a unit that all share; and this unit.
+
+    A column with other cells, such as 1 min 2 s beside 45 s, has no unit that is all of its.
+    """
     found = [_NUMBER.fullmatch(cell) for cell in cells]
     units = {match[2] or "" for match in found if match}
-    if len(units) > 1:
-        return [_harmless(cell) for cell in cells], ""
+    others = [cell for cell, match in zip(cells, found, strict=True) if not match and cell != NONE]
+    if len(units) > 1 or (others and units != {""}):
+        return ["" if cell == NONE else _harmless(cell) for cell in cells], ""
     plain = [
         match[1].replace(",", "") if match else "" if cell == NONE else _harmless(cell)
         for cell, match in zip(cells, found, strict=True)

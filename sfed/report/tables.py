@@ -210,7 +210,7 @@ def facts_table(story: RunRecord) -> Table:
         "training loss of the last round": show(number(last, metrics.TRAIN_LOSS)),
         "time of all rounds": duration(total(story, metrics.ROUND_SECONDS)),
         **_privacy(story),
-        "sent by the federation": mebibytes(total(story, metrics.UPLOADED_BYTES)),
+        "sent for training, by a process": mebibytes(total(story, metrics.UPLOADED_BYTES)),
         "median speed": f"{statistics.median(speeds):,.0f} tokens/s" if speeds else NONE,
         **_idle(story),
         "peak memory of a process": mebibytes(max(peaks)) if peaks else NONE,

@@ -73,6 +73,8 @@ def test_a_table_as_csv_has_plain_numbers_and_units_in_its_head() -> None:
 def test_different_units_stay_with_their_numbers() -> None:
     rows = read(csv_text(Table(["a", "b"], [["x", "3 %"], ["y", "2 s"], ["z", "1 min 2 s"]])))
     assert rows == [["a", "b"], ["x", "3 %"], ["y", "2 s"], ["z", "1 min 2 s"]]
+    rows = read(csv_text(Table(["a", "b"], [["x", "45 s"], ["y", NONE], ["z", "1 min 2 s"]])))
+    assert rows == [["a", "b"], ["x", "45 s"], ["y", ""], ["z", "1 min 2 s"]]
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+cmd", "-cmd", "@x"])
