@@ -163,7 +163,12 @@ def stop(world: World) -> None:
 
 
 def flight_record() -> dict[str, Any]:
-    """What torch remembers of this process's latest collectives."""
+    """What torch remembers of this process's latest collectives; nothing without a process group.
+
+    The watchdog asks for it also before there is one, and after its end.
+    """
+    if not dist.is_initialized():
+        return {}
     # No public name for it yet; torch writes it to a file of its own only where NCCL times out.
     dump = "_dump_nccl_trace_json" if not is_on_host() else "_dump_fr_trace_json"
     record: dict[str, Any] = json.loads(getattr(torch._C._distributed_c10d, dump)())

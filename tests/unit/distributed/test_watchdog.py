@@ -193,3 +193,24 @@ def test_the_death_of_another_process_ends_this_one_long_before_the_deadline(
     assert survivor.code == 1
     (line,) = [line for line in survivor.said.splitlines() if line.startswith("  process ")]
     assert line.startswith("  process 1 (pid ") and "it is gone without a word" in line
+
+
+def start_beside_a_death(deadline_seconds: float) -> None:
+    """Process 1 is killed when both have met and have no process group yet."""
+
+    def end(*_: object) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 1
+
+    if os.environ["RANK"] == "1":
+        distributed._processes_on = end
+    distributed.start(deadline_seconds)
+
+
+@pytest.mark.dist
+def test_a_death_before_there_is_a_process_group_ends_the_other_long_before_the_deadline() -> None:
+    deadline = 10 * HANG_SECONDS
+    survivor, _ = ends_of(2, start_beside_a_death, deadline, grace_seconds=HANG_SECONDS)
+    assert survivor.code == 1
+    assert "process 1 (pid " in survivor.said and "it is gone without a word" in survivor.said
+    assert "Traceback" not in survivor.said
