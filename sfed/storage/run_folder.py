@@ -81,8 +81,8 @@ class RunLock:
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%c")}
         with suppress(OSError):  # on a full disk it holds without saying for whom
             file.truncate(0)
-            file.write(json.dumps(holder))
-            file.flush()
+            # Past the file's own buffer, which would be written once more when it is closed.
+            os.write(file.fileno(), json.dumps(holder).encode())
 
     def free(self) -> None:
         """Release the lock. The file stays: removing it would part two runs that wait for it."""

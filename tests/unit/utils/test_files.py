@@ -14,6 +14,7 @@ import torch
 
 from sfed.lora import tensor_files
 from sfed.observability.metrics import MetricsFile, read_events
+from sfed.storage.run_folder import RunLock
 from sfed.utils import files
 from sfed.utils.command import EXIT_MISTAKE
 from sfed.utils.errors import UserError
@@ -82,6 +83,16 @@ def test_metrics_that_find_no_room_are_a_mistake_and_whole_lines_stay(small_disk
     file.write_event({"event": "round", "round": 1})
     rounds = [event["round"] for event in read_events(small_disk / "metrics.jsonl")]
     assert rounds == [0, 1]
+
+
+def test_a_folder_on_a_full_disk_is_held_and_freed(small_disk: Path):
+    """The lock file has nothing in it then: it does not say who holds the folder."""
+    held = RunLock()
+    (small_disk / "lock").touch()
+    (small_disk / "ballast").write_bytes(bytes(os.statvfs(small_disk).f_bavail * PAGE))
+    held.take(small_disk)
+    held.free()
+    assert (small_disk / "lock").read_bytes() == b""
 
 
 @pytest.mark.dist
