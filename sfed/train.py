@@ -18,6 +18,7 @@ from sfed.config.schema import Config
 from sfed.federated import preflight
 from sfed.observability import logs
 from sfed.storage import origin
+from sfed.storage.previous_run import has_report
 from sfed.storage.run_record import open_run
 from sfed.utils import command, garbage
 from sfed.utils.errors import DivergedError, MissingProcessError, TrainingFailedError, UserError
@@ -61,7 +62,11 @@ def main(arguments: Sequence[str]) -> None:
     starting = [checked, "importing torch, transformers, PEFT and DeepSpeed"]
     for line in filter(None, done or starting) if process == 0 else ():
         logs.LOG.info(line)
-    if not done and run(config).is_finished and process == 0:
+    if done:
+        is_due = not has_report(Path(config.output.dir) / config.run_name)
+    else:
+        is_due = run(config).is_finished
+    if is_due and process == 0:
         _report(config)
 
 

@@ -239,10 +239,14 @@ def look_back(config: Config) -> list[str] | None:
     previous_run.refuse_other_settings(folder, config)
     if here.size != here.local_size or not previous_run.is_finished(folder, config):
         return None
-    page = folder / REPORT_FILE
+    report = f"report     sfed report {folder}"
+    if previous_run.has_report(folder):
+        report = f"report     {folder / REPORT_FILE}"
+    elif config.output.report:
+        report = ""  # it is written now
     return [
         f"complete, nothing to do: {folder} has all {config.federated.num_rounds} rounds",
         f"adapters   {folder / 'adapters'}  (PeftModel.from_pretrained loads each folder)",
-        f"report     {page if page.is_file() else f'sfed report {folder}'}",
+        report,
         "train longer with a larger federated.num_rounds; begin anew with output.resume=never",
     ]

@@ -17,6 +17,7 @@ from sfed.storage.resume import refuse_fewer_rounds, refuse_other_run
 from sfed.storage.run_record import (
     CONFIG_FILE,
     METRICS_FILE,
+    REPORT_FILE,
     ForeignFileError,
     SavedConfig,
     SavedRounds,
@@ -150,6 +151,18 @@ def is_finished(folder: Path, config: Config) -> bool:
     if not is_done or rounds != config.federated.num_rounds or saved.num_clients > len(written):
         return False
     return expected_adapters(folder, saved.num_clients) <= written
+
+
+def has_report(folder: Path) -> bool:
+    """Whether a complete run has a report of its last round: one of fewer is older than the mark.
+
+    A start that was killed after its last round may not have come to it.
+    """
+    try:
+        page, mark = ((folder / name).stat() for name in (REPORT_FILE, FINISHED_FILE))
+    except OSError:
+        return False
+    return page.st_mtime_ns >= mark.st_mtime_ns
 
 
 def _written(config: Config) -> dict[str, Any]:

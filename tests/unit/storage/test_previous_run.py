@@ -100,18 +100,44 @@ def test_changed_settings_are_refused_with_both_values(finished: Path) -> None:
         preflight.look_back(config_of(finished, train__lr=0.5))
 
 
-def test_it_takes_no_torch_and_leaves_the_folder_as_it_was(finished: Path) -> None:
+def start_again(finished: Path, **changes: Any) -> str:
+    """What the command says of a complete run, and which heavy modules it has loaded at the end."""
     config = finished.parent / "config.json"
-    config.write_text(config_of(finished).model_dump_json())
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    config.write_text(config_of(finished, **changes).model_dump_json())
     code = (
         "import sys; from sfed import train; train.main(sys.argv[1:]); "
         "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     said = launchers.run(sys.executable, "-c", code, str(config), cwd=finished.parent).stdout
     assert "complete, nothing to do" in said
-    assert said.endswith("[]\n")
+    return said
+
+
+@pytest.mark.parametrize("has_report", [False, True])
+def test_it_takes_no_torch_and_leaves_the_folder_as_it_was(
+    finished: Path, has_report: bool
+) -> None:
+    """With a report that is there, or one that nobody asks for."""
+    if has_report:
+        (finished / "report.html").touch()
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert start_again(finished, output__report=has_report).endswith("[]\n")
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize("has_former", [False, True])
+def test_a_report_that_a_killed_start_did_not_come_to_is_written(
+    finished: Path, has_former: bool
+) -> None:
+    """Where there is none, or that of fewer rounds: it is older than the mark of a complete run."""
+    page = finished / "report.html"
+    if has_former:
+        page.write_text("After 1 round")
+        os.utime(page, ns=(0, (finished / FINISHED_FILE).stat().st_mtime_ns - 1))
+    said = start_again(finished)
+    assert f"report     {page}" in said and f"sfed report {finished}" not in said
+    assert said.endswith("[]\n")
+    assert "After 2 rounds" in page.read_text(encoding="utf-8")
 
 
 def test_while_a_run_goes_on_its_folder_is_not_marked(finished: Path) -> None:
