@@ -55,6 +55,7 @@ from sfed.storage.checkpoint_folder import (
     metadata_of,
     packs_of,
 )
+from sfed.storage.run_record import METRICS_FILE
 from sfed.utils.errors import CheckpointError, MissingProcessError, UserError
 from sfed.utils.files import replace_folder, second_name, sync
 from sfed.utils.text import one_line
@@ -368,9 +369,17 @@ class Writer:
             for process in range(self._world.size):
                 (job.temporary / _note(process)).unlink()
             sync(job.temporary)
+            self._sync_record()
             replace_folder(job.temporary, job.folder)
             _prune(self._parent, self._identity.config.output.keep_checkpoints)
         return time.monotonic() - job.started
+
+    def _sync_record(self) -> None:
+        """Flush the events of the rounds, so that no checkpoint is later than they are."""
+        record = self._parent.parent / METRICS_FILE
+        if record.exists():
+            sync(record)
+            sync(record.parent)
 
     def _notes_of_all(self, job: _Job) -> dict[str, Any]:
         """Wait for the notes of all processes; returns the files and packs of all.

@@ -117,6 +117,27 @@ def test_a_full_disk_is_every_processes_mistake_and_leaves_no_half_checkpoint(
     assert runs.identical(calm, runs.adapters(folder))
 
 
+def test_the_events_of_its_rounds_are_on_the_disk_before_a_checkpoint_is_whole(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses its power loses what was not flushed: a record without these rounds."""
+    flush, seen = utils_files.sync, []
+
+    def noted(path: Path) -> None:
+        flush(path)
+        if path.name == "metrics.jsonl":
+            reported = {event["round"] for event in runs.rounds(path.parent)}
+            seen.append((whole(path.parent), reported))
+
+    monkeypatch.setattr(checkpoint_writer, "sync", noted)
+    run(settings(tiny_folder, tmp_path, federated={"num_rounds": 2}))
+    assert [[name for name in names if name[0] != "."] for names, _ in seen] == [
+        [],
+        ["round-000001"],
+    ]
+    assert all({0, number} <= reported for number, (_, reported) in enumerate(seen, start=1))
+
+
 def test_what_a_killed_process_left_half_written_is_removed(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
