@@ -53,6 +53,8 @@ class Traffic:
     does not say it, as of an older version."""
     factors: Sequence[str]
     """Names of these factors."""
+    is_whole: bool = True
+    """Whether each round so far is reported, from round 0 on."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ def _traffic(story: RunRecord) -> Traffic:
         evaluation=total(story, metrics.EVALUATION_BYTES),
         stayed=stayed if is_known else None,
         factors=list(sizes),
+        is_whole=not story.rounds or len(story.rounds) > story.rounds[-1]["round"],
     )
 
 
@@ -245,6 +248,8 @@ def _sent(traffic: Traffic) -> str:
         if traffic.sent
         else "Training sent nothing"
     )
+    if not traffic.is_whole:
+        sent += " in the rounds that metrics.jsonl reports, which are not all"
     if traffic.stayed is None:
         return f"{sent}."
     if not traffic.stayed:

@@ -79,6 +79,16 @@ def test_a_run_that_got_better(tmp_path: Path) -> None:
     )
 
 
+def test_what_was_sent_in_rounds_without_an_event_is_not_told_as_nothing(tmp_path: Path) -> None:
+    """As where a run went on in a new folder from a checkpoint elsewhere."""
+    run = run_of(tmp_path / "run", [START, START, losses((1.0, 1.0), (1.0, 1.0), (1.0, 1.0))])
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for kept in ([2], [0, 2], [1, 2]):
+        (run / "metrics.jsonl").write_text("".join(lines[number] for number in kept))
+        sent = f"{len(kept)} MiB were sent for training in the rounds that metrics.jsonl reports, "
+        assert f"{sent}which are not all" in told(run)
+
+
 def test_a_run_that_got_worse_says_so(tmp_path: Path) -> None:
     end = losses((1.9, 2.0), (5.0, 2.0), (4.0, 4.0))
     words = told(run_of(tmp_path / "run", [START, end], own={"A": 1, "B": 1}, sent=0))
