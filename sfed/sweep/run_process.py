@@ -59,13 +59,15 @@ def main_reason(ends: Sequence[End]) -> str | None:
 def prepare() -> None:
     """Start the fork server, which imports the trainer meanwhile.
 
-    It lives on when a launcher sends SIGTERM to all, because it has to tell how its children
-    ended; it inherits this from here.
+    It lives on when a launcher sends SIGTERM to all, or a terminal Ctrl-C, because it has to tell
+    how its children ended; it inherits this from here.
     """
-    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     mp.set_forkserver_preload(["sfed.sweep.preload"])
     forkserver.ensure_running()
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
 
 
 class RunProcess:
