@@ -56,13 +56,7 @@ def train(
         state = replace(state, stats=None, unreported=None)
     for round_index in range(state.finished_rounds, run.config.federated.num_rounds):
         plan, stats = run.plan(round_index), _stats_of(run, state)
-        log.begin(round_index)
-        log.measured.earlier_tokens = float(stats.tokens.sum())
-        with log.timed("local"):
-            local.train(run, plan, stats, stop, log.step)
-        with log.timed("wait"):
-            seconds = log.measured.local_seconds
-            log.measured.processes = local.gather(run, plan, stats, seconds)
+        _make_local_steps(run, plan, stats, log, stop)
         if stats.was_stopped and not plan.is_complete(stats):
             checkpoints.save(replace(state, stats=stats.table))
             return False
@@ -115,6 +109,26 @@ def prepare(run: Run) -> int:
 def _stats_of(run: Run, state: State) -> RoundStats:
     """The sums of the round that begins, or that was interrupted."""
     return RoundStats.empty(run.num_clients) if state.stats is None else RoundStats(state.stats)
+
+
+def _make_local_steps(
+    run: Run, plan: RoundPlan, stats: RoundStats, log: RoundLog, stop: StopRequest
+) -> None:
+    """Make the local steps that are left of a round and gather the sums of all clients. Collective.
+
+    Args:
+        run: the run.
+        plan: of the round.
+        stats: what an earlier start has made of it; filled in place for all clients.
+        log: clocks and reports each step.
+        stop: is asked before each pass whether to stop there.
+    """
+    log.begin(plan.round_index)
+    log.measured.earlier_tokens = float(stats.tokens.sum())
+    with log.timed("local"):
+        local.train(run, plan, stats, stop, log.step)
+    with log.timed("wait"):
+        log.measured.processes = local.gather(run, plan, stats, log.measured.local_seconds)
 
 
 def _require_all_steps(run: Run, plan: RoundPlan, stats: RoundStats) -> None:
